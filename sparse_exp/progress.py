@@ -22,6 +22,17 @@ class Bar(Protocol):
         """Set the units done so far, and the total if it has become known."""
 
 
+_running: list[str] = []
+
+
+class _SilentBar:
+    def advance(self, amount: float = 1.0, note: str = "") -> None:
+        pass
+
+    def goto(self, completed: float, total: float | None = None) -> None:
+        pass
+
+
 class _PlainBar:
     def __init__(self, description: str, total: float | None, unit: str) -> None:
         self._description, self._total, self._unit = description, total, unit
@@ -62,18 +73,31 @@ def progress(description: str, total: float | None = None, unit: str = "steps") 
 
     Yields:
         A bar to advance. Where standard error is no terminal, it logs a plain line every ten
-        seconds and one at the end instead.
+        seconds and one at the end instead. Inside another ``progress`` it shows nothing.
     """
+    if _running:
+        yield _SilentBar()
+        return
+    _running.append(description)
+    try:
+        with _shown_bar(description, total, unit) as bar:
+            yield bar
+    finally:
+        _running.clear()
+
+
+@contextmanager
+def _shown_bar(description: str, total: float | None, unit: str) -> Iterator[Bar]:
     from rich.console import Console
 
     console = Console(stderr=True)
-    if not console.is_terminal:
-        plain = _PlainBar(description, total, unit)
-        yield plain
-        plain.finish()
+    if console.is_terminal:
+        with _RichBar(console, description, total, unit) as bar:
+            yield bar
         return
-    with _RichBar(console, description, total, unit) as bar:
-        yield bar
+    plain = _PlainBar(description, total, unit)
+    yield plain
+    plain.finish()
 
 
 class _RichBar:

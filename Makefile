@@ -1,0 +1,54 @@
+# `make help` lists the targets.
+VENV ?= .venv
+export PYTHON
+ENV := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+.PHONY: setup
+setup: $(STAMP) ## Install into .venv (needs Python 3.11 or 3.10); a second call does nothing
+
+# --no-compile: bytecode of the few modules that are used is made when they are first imported.
+$(STAMP): pyproject.toml constraints.txt
+	@python=$$(sh tools/find-python.sh) || exit 1; \
+	echo "Installing into $(VENV) with $$python (several GB; minutes)"; \
+	test -x $(ENV)/python || $$python -m venv $(VENV)
+	@$(ENV)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip setuptools
+	@$(ENV)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.PHONY: run
+run: setup ## Run the main job; overrides go into ARGS, as in make run ARGS="recipe=dense"
+	@$(ENV)/python -m sparse_exp $(ARGS)
+
+.PHONY: test
+test: setup ## Run the tests (minutes)
+	@$(ENV)/python -m pytest $(ARGS)
+
+.PHONY: test-slow
+test-slow: setup ## Run all tests, the long ones too (real weights, real photos)
+	@$(ENV)/python -m pytest -m "slow or not slow" $(ARGS)
+
+.PHONY: lint
+lint: setup ## Check style and the laws of the house
+	@$(ENV)/ruff check .
+	@$(ENV)/ruff format --check .
+
+.PHONY: type
+type: setup ## Check types
+	@$(ENV)/mypy
+
+.PHONY: dashboard
+dashboard: setup ## Show all runs in MLflow's UI on a free port
+	@$(ENV)/python -m sparse_exp.tracking.dashboard $(ARGS)
+
+.PHONY: clean
+clean: ## Remove caches and builds; .venv and outputs stay
+	@rm -rf dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find sparse_exp tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,5 @@
+"""``python -m sparse_exp``."""
+
+from sparse_exp.cli import main
+
+main()

@@ -1,0 +1,89 @@
+"""The command line: find the configuration, let Hydra compose it, check it, run it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from sparse_exp.config.resolve import CONF_DIRECTORY, resolve
+from sparse_exp.config.schema import Experiment
+from sparse_exp.errors import ConfigError, SparseExpError
+
+_log = logging.getLogger("sparse_exp")
+OmegaConfKeyError = (ConfigKeyError, ConfigAttributeError)
+
+
+def main() -> None:
+    """Run the command line; every failure ends in plain lines and an exit code that is not 0."""
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors to us instead of printing them
+    ConfigStore.instance().store(name="schema", node=Experiment)
+    try:
+        _compose_and_run()
+    except (HydraException, OmegaConfBaseException) as error:
+        if wants_traceback:
+            raise
+        sys.exit(f"Error: {_one_line(error)}")
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF_DIRECTORY), config_name="config")
+def _compose_and_run(config: DictConfig) -> None:
+    _log_to_console()
+    job = HydraConfig.get()
+    if job.runtime.output_dir != str(Path.cwd()):  # a job of a sweep, or hydra.run.dir=... was given
+        config.paths.run = job.runtime.output_dir
+    try:
+        experiment = resolve(config)
+        from sparse_exp.experiment import run
+
+        run(experiment, hydra_files=_hydra_files(config, job))
+    except OmegaConfBaseException as error:
+        sys.exit(f"Error: {_one_line(error)}")
+    except ConfigError as error:
+        sys.exit("\n".join(f"Error: {problem}" for problem in error.problems))
+    except SparseExpError as error:
+        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _hydra_files(config: DictConfig, job: DictConfig) -> dict[str, str]:
+    return {
+        "config.yaml": OmegaConf.to_yaml(config),
+        "hydra.yaml": OmegaConf.to_yaml(OmegaConf.masked_copy(OmegaConf.create({"hydra": job}), "hydra")),
+        "overrides.yaml": OmegaConf.to_yaml(job.overrides.task),
+    }
+
+
+def _log_to_console() -> None:
+    if not _log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        _log.addHandler(handler)
+        _log.propagate = False
+    _log.setLevel(logging.INFO)
+
+
+def _one_line(error: HydraException | OmegaConfBaseException) -> str:
+    """What Hydra or OmegaConf spread over several lines, with what to do about it."""
+    while isinstance(error.__cause__, HydraException | OmegaConfBaseException):
+        error = error.__cause__
+    if isinstance(error, OmegaConfKeyError):
+        parent = OmegaConf.to_container(error.parent_node) if error.parent_node is not None else {}
+        keys = ", ".join(str(key) for key in parent if key != "hydra") if isinstance(parent, dict) else ""
+        return f"Unknown key {error.full_key}. Keys there: {keys}."
+    if isinstance(error, OmegaConfBaseException):
+        first = str(error).splitlines()[0].rstrip(".")
+        return f"{error.full_key}: {first}. Correct the value; --help lists all keys."
+    text = str(error).partition("Config search path")[0]
+    first, *rest = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"{first}. {' '.join(rest[:1])} {', '.join(rest[1:])}".rstrip(" .") + "."

@@ -1,0 +1,173 @@
+"""From a composed Hydra configuration to a checked `Experiment`.
+
+This is the one module besides the command line that knows OmegaConf. Types are checked by
+OmegaConf against the schema while Hydra composes; bounds and everything that spans several keys are
+checked here, and all problems are reported at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+
+from sparse_exp.config.schema import STAGES, Experiment
+from sparse_exp.errors import ConfigError, expected
+
+CONF_DIRECTORY = next(
+    folder
+    for folder in (Path(__file__).parents[1] / "conf", Path(__file__).parents[2] / "conf")
+    if (folder / "config.yaml").is_file()
+)
+
+
+def resolve(config: DictConfig) -> Experiment:
+    """Check a composed configuration and turn it into plain dataclasses.
+
+    Args:
+        config: what Hydra composed, without its ``hydra`` node.
+
+    Returns:
+        The experiment, its stages in their natural order.
+
+    Raises:
+        ConfigError: listing every problem found.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError([f"{key} has no value. Set it with {key}=VALUE." for key in missing])
+    unknown = list(_unknown_keys(config, Experiment, ""))
+    if unknown:
+        raise ConfigError([f"Unknown key {key}. Remove it; --help lists all keys." for key in unknown])
+    experiment = OmegaConf.to_object(config)
+    assert isinstance(experiment, Experiment)
+    problems = [*_out_of_bounds(experiment, ""), *_cross_checks(experiment)]
+    if problems:
+        raise ConfigError(problems)
+    experiment.stages = [stage for stage in STAGES if stage in experiment.stages]
+    return experiment
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A dataclass configuration as nested plain dicts, lists and scalars."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def as_yaml(config: Any) -> str:
+    """A dataclass configuration as YAML text."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+
+
+def recipe_path(file: str) -> Path:
+    """Where a recipe lies: a path as given, or else beside the options in ``conf/recipe``."""
+    given = Path(file).expanduser()
+    shipped = CONF_DIRECTORY / "recipe" / file
+    return given if given.is_file() or not shipped.is_file() else shipped
+
+
+def _unknown_keys(config: DictConfig, schema: type, prefix: str) -> Iterator[str]:
+    """Keys that were forced in with Hydra's ``+``; no code would ever read them."""
+    types = get_type_hints(schema)
+    for key in config:
+        if key not in types:
+            yield f"{prefix}{key}"
+        elif is_dataclass(types[key]) and isinstance(config[key], DictConfig):
+            yield from _unknown_keys(config[key], types[key], f"{prefix}{key}.")
+
+
+def _out_of_bounds(node: Any, prefix: str) -> Iterator[str]:
+    for item in fields(node):
+        value, key = getattr(node, item.name), prefix + item.name
+        if is_dataclass(value):
+            yield from _out_of_bounds(value, key + ".")
+        elif value is not None:
+            yield from _bound_problem(key, value, item.metadata)
+
+
+def _bound_problem(key: str, value: Any, metadata: Any) -> Iterator[str]:
+    choices = metadata.get("choices")
+    if choices:
+        wrong = [v for v in (value if isinstance(value, list) else [value]) if v not in choices]
+        if wrong:
+            yield expected(key, f"one of {', '.join(choices)}", wrong[0], f"Set {key} to one of them.")
+        return
+    low, high, above = (metadata.get(name) for name in ("low", "high", "above"))
+    if (
+        (low is not None and value < low)
+        or (high is not None and value > high)
+        or (above is not None and value <= above)
+    ):
+        yield expected(key, _range(low, high, above, metadata["unit"]), value, f"Change {key}.")
+
+
+def _range(low: float | None, high: float | None, above: float | None, unit: str) -> str:
+    start = f"above {above:g}" if above is not None else f"at least {low:g}"
+    end = f" and at most {high:g}" if high is not None else ""
+    return f"{start}{end}{' ' + unit if unit else ''}"
+
+
+def _cross_checks(experiment: Experiment) -> Iterator[str]:
+    yield from _check_dataset(experiment)
+    yield from _check_files(experiment)
+    yield from _check_stages(experiment)
+    for batch in experiment.hardware.batch_sizes:
+        if batch < 1:
+            yield expected("hardware.batch_sizes", "at least 1 each", batch, "Use positive batch sizes.")
+    if not experiment.hardware.batch_sizes:
+        yield expected("hardware.batch_sizes", "at least one batch size", [], "For example [1].")
+    if not experiment.hardware.engines:
+        yield expected("hardware.engines", "at least one engine", [], "For example [onnxruntime].")
+
+
+def _check_dataset(experiment: Experiment) -> Iterator[str]:
+    dataset = experiment.dataset
+    if dataset.imgsz % 32:
+        nearest = max(64, round(dataset.imgsz / 32) * 32)
+        do = f"The detector's largest stride is 32; use dataset.imgsz={nearest}."
+        yield expected("dataset.imgsz", "a multiple of 32", dataset.imgsz, do)
+    if dataset.path is None and dataset.generator is None:
+        yield "dataset.path has no value. Give the data yaml with dataset.path=PATH, or use dataset=trees."
+    if dataset.path is not None and not Path(dataset.path).expanduser().is_file():
+        do = "Give the path of a data yaml in Ultralytics format."
+        yield expected("dataset.path", "an existing file", dataset.path, do)
+
+
+def _check_files(experiment: Experiment) -> Iterator[str]:
+    weights = experiment.model.weights
+    if weights not in (None, "scratch") and not Path(weights).expanduser().is_file():
+        yield expected("model.weights", "an existing file or 'scratch'", weights, "Check the path.")
+    if experiment.checkpoint and not Path(experiment.checkpoint).expanduser().is_file():
+        do = "Give a checkpoint that a run wrote, such as outputs/runs/DATE/TIME-NAME/weights/last.pt."
+        yield expected("checkpoint", "an existing file", experiment.checkpoint, do)
+    if not recipe_path(experiment.recipe.file).is_file():
+        names = sorted(path.name for path in (CONF_DIRECTORY / "recipe").glob("*.md"))
+        do = f"Give a path, or one of those shipped: {', '.join(names)}."
+        yield expected("recipe.file", "an existing file", experiment.recipe.file, do)
+
+
+def _check_stages(experiment: Experiment) -> Iterator[str]:
+    stages = experiment.stages
+    if not stages:
+        yield expected("stages", f"some of {', '.join(STAGES)}", [], "Name at least one.")
+    needs_checkpoint = {"evaluate", "export"} & set(stages)
+    if needs_checkpoint and "train" not in stages and not (experiment.checkpoint or experiment.resume):
+        yield (
+            f"stages={','.join(stages)} leaves out train, but {sorted(needs_checkpoint)[0]} needs a trained "
+            "checkpoint. Give it with checkpoint=PATH, or add train to stages."
+        )
+    needs_files = {"verify", "benchmark"} & set(stages)
+    if needs_files and "export" not in stages and not experiment.resume:
+        yield (
+            f"{sorted(needs_files)[0]} needs exported files. Add export to stages, or give a run that has "
+            "them with resume=RUN."
+        )
+    if experiment.checkpoint and "train" in stages:
+        yield (
+            "checkpoint=PATH is for runs without the train stage. Use model.weights=PATH to start a "
+            "training from it, or leave train out of stages."
+        )

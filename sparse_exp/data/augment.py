@@ -1,0 +1,174 @@
+"""Training-time augmentation on uint8 images, with torchvision's v2 functions where they are fast.
+
+A mosaic, the zoom and the shift are one step: the pictures lie on a plane and a square window of it
+is cut out, so that only pixels that end up in the result are touched. All randomness comes from the
+generator that is passed in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as v2
+
+from sparse_exp.config.schema import AugmentConfig
+from sparse_exp.data.detection import PADDING
+
+_MIN_SIDE = 2.0  # px; smaller boxes cannot be learnt from
+_MIN_VISIBLE = 0.15  # share of a box's area that must still be inside
+_GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision
+
+
+class Example(NamedTuple):
+    """One image with its boxes.
+
+    Attributes:
+        image: uint8 RGB ``(3, S, S)``.
+        boxes: float32 ``(M, 4)``: x1, y1, x2, y2 in pixels.
+        classes: float32 ``(M,)``: class ids.
+    """
+
+    image: Tensor
+    boxes: Tensor
+    classes: Tensor
+
+
+def augment_example(examples: Sequence[Example], config: AugmentConfig, draw: np.random.Generator) -> Example:
+    """A random variant of one image, or of four in a mosaic.
+
+    Args:
+        examples: one image, or the four of a mosaic; all of one size.
+        config: probabilities and sizes.
+        draw: source of all randomness.
+
+    Returns:
+        An image of the same size. Boxes are clipped to it; those that shrink below 2 px or keep
+        less than 15 % of their area are dropped.
+    """
+    example = _window(examples, config, draw)
+    example = _flip(example, config, draw)
+    if draw.random() < config.jitter:
+        example = example._replace(image=_jitter(example.image, config, draw))
+    return example
+
+
+def _window(examples: Sequence[Example], config: AugmentConfig, draw: np.random.Generator) -> Example:
+    size = examples[0].image.shape[-1]
+    zoom = draw.uniform(1 - config.scale, 1 + config.scale)
+    side = max(1, round(size / zoom))
+    if len(examples) == 1:
+        places, centre = [(0, 0)], np.array([size / 2, size / 2])
+    else:
+        # The corner where the four meet may come anywhere in the result, as in the mosaic of YOLOv5.
+        places = [(-size, -size), (0, -size), (-size, 0), (0, 0)]
+        centre = draw.uniform(-size / 2, size / 2, 2)
+    shift = draw.uniform(-config.translate, config.translate, 2) * size
+    x, y = (int(edge) for edge in np.rint(centre + shift - side / 2))
+    return crop_window(list(zip(examples, places, strict=True)), x, y, side, size)
+
+
+def crop_window(
+    pieces: Sequence[tuple[Example, tuple[int, int]]], x: int, y: int, side: int, size: int
+) -> Example:
+    """Cut a square window out of a plane on which pictures lie, and scale it.
+
+    Args:
+        pieces: pictures with the place of their left upper corner on the plane, px.
+        x: left edge of the window, px.
+        y: upper edge of the window, px.
+        side: side of the window, px. What no picture covers is grey.
+        size: side of the result, px.
+    """
+    canvas = torch.full((3, side, side), PADDING, dtype=torch.uint8)
+    boxes, classes = [], []
+    for example, (left, top) in pieces:
+        left, top = left - x, top - y
+        _paste(canvas, example.image, left, top)
+        boxes.append(example.boxes + torch.tensor([left, top, left, top]))
+        classes.append(example.classes)
+    kept, clipped = _clip(torch.cat(boxes), side, size / side)
+    image: Tensor = canvas
+    if side != size:
+        image = v2.resize(canvas, [size, size], antialias=side > size)
+        scaled = tv_tensors.BoundingBoxes(clipped, format="XYXY", canvas_size=(side, side))
+        clipped = v2.resize(scaled, [size, size]).as_subclass(Tensor)
+    return Example(image, clipped, torch.cat(classes)[kept])
+
+
+def _paste(canvas: Tensor, image: Tensor, left: int, top: int) -> None:
+    height, width = image.shape[-2:]
+    side = canvas.shape[-1]
+    x1, y1, x2, y2 = max(left, 0), max(top, 0), min(left + width, side), min(top + height, side)
+    if x1 < x2 and y1 < y2:
+        canvas[:, y1:y2, x1:x2] = image[:, y1 - top : y2 - top, x1 - left : x2 - left]
+
+
+def _clip(boxes: Tensor, side: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Which boxes stay (M,), and those boxes clipped to the window (K, 4)."""
+    clipped = boxes.clamp(0, side)
+    before, after = boxes[:, 2:] - boxes[:, :2], clipped[:, 2:] - clipped[:, :2]
+    kept = (after.amin(1) * scale >= _MIN_SIDE) & (after.prod(1) >= _MIN_VISIBLE * before.prod(1))
+    return kept, clipped[kept]
+
+
+def _flip(example: Example, config: AugmentConfig, draw: np.random.Generator) -> Example:
+    image, boxes, classes = example
+    framed = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[-2:]))
+    # Every number is drawn whether it is used or not, so that switching one off changes no other.
+    leftright, updown, swap = draw.random(3)
+    if leftright < config.fliplr:
+        image, framed = v2.horizontal_flip(image), v2.horizontal_flip(framed)
+    if updown < config.flipud:
+        image, framed = v2.vertical_flip(image), v2.vertical_flip(framed)
+    boxes = framed.as_subclass(Tensor)
+    if swap < config.transpose:
+        image, boxes = image.transpose(-1, -2).contiguous(), boxes[:, [1, 0, 3, 2]]
+    return Example(image, boxes, classes)
+
+
+def _jitter(image: Tensor, config: AugmentConfig, draw: np.random.Generator) -> Tensor:
+    limits = np.array([config.brightness, config.contrast, config.saturation, config.hue])
+    brightness, contrast, saturation, hue = draw.uniform(-limits, limits)
+    return jitter_colours(image, 1 + brightness, 1 + contrast, 1 + saturation, hue)
+
+
+def jitter_colours(
+    image: Tensor, brightness: float = 1.0, contrast: float = 1.0, saturation: float = 1.0, hue: float = 0.0
+) -> Tensor:
+    """Change colours by one affine map of RGB.
+
+    The first three are those of torchvision's ``adjust_*`` in this order, without its rounding and
+    clipping between them. The hue turns colours around the grey axis; torchvision's way through HSV
+    takes ten times as long as everything else here.
+
+    Args:
+        image: uint8 RGB ``(3, H, W)``.
+        brightness: factor, 1 for none; `contrast` and `saturation` likewise.
+        contrast: see `brightness`.
+        saturation: see `brightness`.
+        hue: turn as a share of the colour circle, 0 for none.
+
+    Returns:
+        uint8 ``(3, H, W)``.
+    """
+    grey = torch.tensor(_GREY_WEIGHTS)
+    pixels = image.reshape(3, -1).float()
+    mean_grey = float(grey @ pixels.mean(1)) * brightness
+    colour = saturation * torch.eye(3) + (1 - saturation) * grey.expand(3, 3)
+    matrix = brightness * contrast * (_turn(hue) @ colour)
+    bias = (1 - contrast) * mean_grey + 0.5  # half a step, because the cast to uint8 cuts off
+    return torch.add(matrix @ pixels, bias).clamp_(0, 255).to(torch.uint8).view_as(image)
+
+
+def _turn(share: float) -> Tensor:
+    """Rotation around the grey axis (1, 1, 1); a third of the circle takes red to green."""
+    angle = 2 * math.pi * share
+    along = torch.full((3, 3), 1 / 3)
+    across = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
+    return math.cos(angle) * torch.eye(3) + math.sin(angle) * across + (1 - math.cos(angle)) * along

@@ -1,0 +1,173 @@
+"""Batches of images and targets for training and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from sparse_exp.config.schema import AugmentConfig
+from sparse_exp.data.augment import Example, augment_example
+from sparse_exp.data.detection import Sample, letterbox, read_boxes, read_image
+from sparse_exp.progress import progress
+
+_CACHE_BYTES = 1 << 30  # a split that fits is decoded once and kept in memory
+_SHUFFLE, _AUGMENT = 0, 1  # independent streams of random numbers
+
+
+class Batch(NamedTuple):
+    """Images and their boxes.
+
+    Attributes:
+        images: uint8 RGB ``(N, 3, S, S)``.
+        targets: float32 ``(M, 6)``: image's position in the batch, class id, and x, y, w, h
+            (centre and size) as shares of S.
+    """
+
+    images: Tensor
+    targets: Tensor
+
+
+class DetectionImages(Dataset[Example]):
+    """Letterboxed images of a split, each with its boxes in pixels.
+
+    An item is asked for by ``(epoch, index)``: augmentation depends on these two and the seed, and
+    on nothing else, so any number of workers gives the same images.
+
+    Args:
+        samples: images and labels.
+        num_classes: class ids must be below it.
+        imgsz: side of the square that images are scaled to, px.
+        seed: of the augmentation.
+        augment: probabilities and sizes of the augmentation; None for none.
+
+    Raises:
+        DataError: an image or a label is damaged; here if the split is small, else on reading.
+    """
+
+    def __init__(
+        self, samples: Sequence[Sample], num_classes: int, imgsz: int, seed: int = 0,
+        augment: AugmentConfig | None = None,
+    ) -> None:  # fmt: skip
+        self._samples, self._num_classes, self._imgsz = samples, num_classes, imgsz
+        self._seed, self._augment = seed, augment
+        self._kept: list[Example] = []
+        if len(samples) * 3 * imgsz**2 <= _CACHE_BYTES:
+            self._kept = self._read_all()
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, key: tuple[int, int]) -> Example:
+        epoch, index = key
+        if self._augment is None:
+            return self._example(index)
+        draw = np.random.default_rng((self._seed, _AUGMENT, epoch, index))
+        indices = [index]
+        if draw.random() < self._augment.mosaic:
+            indices += draw.integers(0, len(self), 3).tolist()
+        return augment_example([self._example(chosen) for chosen in indices], self._augment, draw)
+
+    def _example(self, index: int) -> Example:
+        return self._kept[index] if self._kept else self._read(index)
+
+    def _read_all(self) -> list[Example]:
+        examples = []
+        with progress("Reading images", total=len(self), unit="images") as bar:
+            for index in range(len(self)):
+                examples.append(self._read(index))
+                bar.advance()
+        return examples
+
+    def _read(self, index: int) -> Example:
+        sample = self._samples[index]
+        image = read_image(sample.image)
+        height, width = image.shape[:2]
+        square, mapping = letterbox(image, self._imgsz)
+        labels = read_boxes(sample.label, self._num_classes)
+        boxes = mapping.boxes(_corners(labels, width, height))
+        planes = torch.from_numpy(square).permute(2, 0, 1).contiguous()
+        return Example(planes, torch.from_numpy(boxes), torch.from_numpy(labels[:, 0].copy()))
+
+
+def _corners(labels: NDArray[np.float32], width: int, height: int) -> NDArray[np.float32]:
+    """Label rows as x1, y1, x2, y2 in pixels, (M, 4)."""
+    size = np.array([width, height], np.float32)
+    centre, half = labels[:, 1:3] * size, labels[:, 3:5] * size / 2
+    return np.concatenate([centre - half, centre + half], axis=1)
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Yields ``(epoch, index)``, in an order that is a function of seed and epoch.
+
+    Args:
+        count: number of samples.
+        seed: of the shuffling; None keeps the order.
+    """
+
+    def __init__(self, count: int, seed: int | None) -> None:
+        self._count, self._seed = count, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.arange(self._count)
+        if self._seed is not None:
+            order = np.random.default_rng((self._seed, _SHUFFLE, self.epoch)).permutation(order)
+        return iter([(self.epoch, int(index)) for index in order])
+
+
+class DetectionLoader(DataLoader[Example]):
+    """A loader of `Batch` that knows its epoch; made by `make_loader`."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and the augmentation of the next pass, counted from 0."""
+        assert isinstance(self.sampler, EpochSampler)
+        self.sampler.epoch = epoch
+
+
+def make_loader(
+    samples: Sequence[Sample], num_classes: int, *, imgsz: int, batch_size: int, train: bool, seed: int = 0,
+    workers: int = 0, augment: AugmentConfig | None = None,
+) -> DetectionLoader:  # fmt: skip
+    """Batches of a split.
+
+    Args:
+        samples: images and labels.
+        num_classes: class ids must be below it.
+        imgsz: side of the images, px.
+        batch_size: images of a batch; the last one may have fewer, nothing is dropped.
+        train: shuffle, and augment.
+        seed: of everything random.
+        workers: processes that decode and augment; 0: this one. The batches are the same.
+        augment: probabilities and sizes of the augmentation; ignored unless ``train``.
+
+    Raises:
+        DataError: an image or a label is damaged.
+    """
+    images = DetectionImages(samples, num_classes, imgsz, seed, augment if train else None)
+    return DetectionLoader(
+        images,
+        batch_size=batch_size,
+        sampler=EpochSampler(len(images), seed if train else None),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        collate_fn=collate,
+    )
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Stack examples of one size into a `Batch`."""
+    rows = []
+    for position, (image, boxes, classes) in enumerate(examples):
+        low, high = boxes[:, :2] / image.shape[-1], boxes[:, 2:] / image.shape[-1]
+        where = torch.full((len(boxes), 1), float(position))
+        rows.append(torch.cat([where, classes[:, None], (low + high) / 2, high - low], dim=1))
+    return Batch(torch.stack([example.image for example in examples]), torch.cat(rows))

@@ -1,0 +1,2 @@
+def run(*a, **k):
+    print(a, k)

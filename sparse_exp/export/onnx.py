@@ -1,0 +1,80 @@
+"""Export of a detector to ONNX: images as uint8 in, decoded predictions out, any batch, one size."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sparse_exp.artifacts import landing
+from sparse_exp.yolov5 import YOLOv5
+
+INPUT, OUTPUT = "images", "predictions"
+
+
+class _Pixels(nn.Module):
+    """Reads uint8 images, as every engine is given them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images.float() * (1.0 / 255.0))
+
+
+def export_float(model: YOLOv5, destination: Path, *, imgsz: int, opset: int) -> None:
+    """Export a model that is not quantized.
+
+    Args:
+        model: the detector; left as it was.
+        destination: ONNX file: uint8 images (N, 3, imgsz, imgsz) to float32 (N, A, 5 + nc).
+        imgsz: side of the images in pixels.
+        opset: ONNX operator set.
+    """
+    with model.export_mode(imgsz):
+        _export(_Pixels(model), torch.zeros(1, 3, imgsz, imgsz, dtype=torch.uint8), destination, opset)
+
+
+def export_quantized(model: YOLOv5, integer: Path, qdq: Path, *, imgsz: int, opset: int) -> None:
+    """Export a QAT model twice: with integer convolutions, and with quantize-dequantize pairs.
+
+    Args:
+        model: the detector after QAT, its observers frozen and its input quantizer pinned.
+        integer: file for DeepSparse (ConvInteger).
+        qdq: file for ONNX Runtime, OpenVINO and others.
+        imgsz: side of the images in pixels.
+        opset: ONNX operator set, at least 13.
+    """
+    from sparse_exp.export.quantized import to_integer_graph
+
+    with model.export_mode(imgsz):
+        _export(_Pixels(model), torch.zeros(1, 3, imgsz, imgsz, dtype=torch.uint8), qdq, opset)
+        with landing(integer.with_suffix(".float_input.onnx")) as with_float_input:
+            _write(model, torch.zeros(1, 3, imgsz, imgsz), with_float_input, opset)
+            with landing(integer) as temporary:
+                to_integer_graph(with_float_input, temporary)
+        integer.with_suffix(".float_input.onnx").unlink()
+
+
+def _export(module: nn.Module, sample: Tensor, destination: Path, opset: int) -> None:
+    with landing(destination) as temporary:
+        _write(module, sample, temporary, opset)
+
+
+def _write(module: nn.Module, sample: Tensor, destination: Path, opset: int) -> None:
+    module.eval()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the TorchScript exporter is deprecated, but SparseML knows its graphs
+        torch.onnx.export(
+            module,
+            (sample,),
+            str(destination),
+            dynamo=False,
+            opset_version=opset,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
+        )

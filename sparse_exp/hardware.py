@@ -1,0 +1,146 @@
+"""Facts of the host's CPU, and whether it can run what the configuration asks for."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+
+from sparse_exp.config.schema import HardwareConfig
+from sparse_exp.errors import expected
+
+_CPUINFO = Path("/proc/cpuinfo")
+_TOPOLOGY = "/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_INSTALL = {
+    "deepsparse": "deepsparse==1.8.0",
+    "onnxruntime": "onnxruntime>=1.17",
+    "openvino": "openvino>=2025.0",
+}
+# Any of the kernel's flags stands for the instruction set.
+_ISA_FLAGS = {
+    "avx2": {"avx2"},
+    "avx512": {"avx512f"},
+    "vnni": {"avx512_vnni", "avx_vnni"},
+    "bf16": {"avx512_bf16", "amx_bf16"},
+    "amx": {"amx_tile"},
+}
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    """The machine that a number was measured on.
+
+    Attributes:
+        cpu: model name of the CPU.
+        physical_cores: cores of the machine, without hyper-threads.
+        usable_cores: logical cores that this process may run on.
+        memory_gb: main memory, in units of 1e9 bytes.
+        isa: those of avx2, avx512, vnni, bf16 and amx that the CPU has.
+        os: operating system and its release.
+        python: version of Python.
+    """
+
+    cpu: str
+    physical_cores: int
+    usable_cores: int
+    memory_gb: float
+    isa: tuple[str, ...]
+    os: str
+    python: str
+
+
+def host_facts() -> HostFacts:
+    """The facts of this machine, from ``/proc/cpuinfo`` and psutil."""
+    cpuinfo = _read(_CPUINFO)
+    return HostFacts(
+        cpu=_field(cpuinfo, "model name") or platform.processor() or platform.machine(),
+        physical_cores=psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
+        usable_cores=len(os.sched_getaffinity(0)),
+        memory_gb=round(psutil.virtual_memory().total / 1e9, 1),
+        isa=isa_of(_field(cpuinfo, "flags")),
+        os=f"{platform.system()} {platform.release()}",
+        python=platform.python_version(),
+    )
+
+
+def isa_of(flags: str) -> tuple[str, ...]:
+    """The instruction sets that count here, in the order of `HostFacts.isa`.
+
+    Args:
+        flags: the ``flags`` line of ``/proc/cpuinfo``, words separated by spaces.
+    """
+    present = set(flags.split())
+    return tuple(isa for isa, names in _ISA_FLAGS.items() if names & present)
+
+
+def has_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
+    return "bf16" in isa_of(_field(_read(_CPUINFO), "flags"))
+
+
+def usable_physical_cores() -> int:
+    """Cores that this process may use at once, at least 1.
+
+    Hyper-threads of one core count once; the process's CPU affinity and the CPU quota of a container
+    (cgroup v2) are respected.
+    """
+    affinity = os.sched_getaffinity(0)
+    cores = {_read(Path(_TOPOLOGY.format(cpu=cpu))).strip() or str(cpu) for cpu in affinity}
+    return max(1, min(len(cores), _quota(_read(_QUOTA), no_limit=len(cores))))
+
+
+def check_engines(hardware: HardwareConfig) -> list[str]:
+    """What keeps the configured engines from running here.
+
+    Args:
+        hardware: only ``engines`` and ``cores`` are looked at.
+
+    Returns:
+        One line for each problem, which says what to do; empty if there is none. Nothing is imported.
+    """
+    problems = [problem for engine in hardware.engines if (problem := _engine_problem(engine))]
+    usable = usable_physical_cores()
+    if hardware.cores is not None and hardware.cores > usable:
+        do = "Set hardware.cores=null to use all there are."
+        problems.append(expected("hardware.cores", f"at most the {usable} of this host", hardware.cores, do))
+    return problems
+
+
+def _engine_problem(engine: str) -> str | None:
+    if find_spec(engine) is None:
+        do = f"Run: pip install '{_INSTALL[engine]}', or take it out of hardware.engines."
+        return expected(f"the engine {engine}", "installed", "no such package", do)
+    facts = host_facts()
+    if engine == "deepsparse" and "avx2" not in facts.isa:
+        do = "Take deepsparse out of hardware.engines."
+        return expected("the CPU for deepsparse", "x86 with AVX2 or AVX-512", facts.cpu, do)
+    return None
+
+
+def _quota(cpu_max: str, *, no_limit: int) -> int:
+    """Whole cores of a cgroup's ``cpu.max``: ``"200000 100000"`` is 2, ``"max 100000"`` no limit."""
+    words = cpu_max.split()
+    if len(words) != 2 or not words[0].isdigit():
+        return no_limit
+    return int(words[0]) // int(words[1])
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _field(cpuinfo: str, name: str) -> str:
+    """The value of the first line ``name : value``; empty if there is none."""
+    for line in cpuinfo.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return ""

@@ -1,0 +1,172 @@
+"""``report.md``: one page that ties a run's numbers and pictures together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import quote
+
+from sparse_exp.artifacts import write_text
+from sparse_exp.report.results import SIZES, SPARSITIES, Result, accuracies, number, throughputs
+from sparse_exp.report.summary import decimal, percent
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What a report is made of; parts that are empty are left out.
+
+    Args:
+        title: headline.
+        command: that makes this run again.
+        result: the flat numbers and texts of ``result.json``.
+        summary: facts for the top of the page: label and value.
+        origin: sentence on where the start weights came from.
+        pruning: sentence on the pruning step; empty when there was none.
+        phases: a row for each phase of the training, all with the same columns.
+        conditions: of the benchmark: label and value (engine versions, cores, image size, ISA ...).
+        warnings: sentences.
+        pictures: caption and file of each, in order; those that do not exist are left out.
+        attributions: licence and attribution lines of what was fetched.
+        environment: label and value (Python, packages, host).
+    """
+
+    title: str
+    command: str
+    result: Result = field(default_factory=dict)
+    summary: Mapping[str, str] = field(default_factory=dict)
+    origin: str = ""
+    pruning: str = ""
+    phases: Sequence[Mapping[str, object]] = ()
+    conditions: Mapping[str, str] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+    pictures: Mapping[str, Path] = field(default_factory=dict)
+    attributions: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_report(path: Path, report: ReportData) -> None:
+    """Write the report, whole or not at all.
+
+    Args:
+        path: file to write; pictures are referred to from its directory.
+        report: its contents.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    parts = [
+        f"# {_line(report.title)}\n",
+        _section("Warnings", _bullets(report.warnings)),
+        _section("Summary", _facts(report.summary)),
+        _section("How to reproduce", _code(report.command)),
+        _section("Start weights", "\n\n".join(filter(None, (report.origin, report.pruning)))),
+        _section("Phases", _phases(report.phases)),
+        _section("Accuracy", _accuracy(report.result)),
+        _section("Sparsity", _sparsity(report.result)),
+        _section("Sizes", _sizes(report.result)),
+        _section("Benchmark", _benchmark(report.result), _facts(report.conditions)),
+        _section("Pictures", _pictures(report.pictures, path.parent)),
+        _section("Licences and attribution", _bullets(report.attributions)),
+        _section("Environment", _facts(report.environment)),
+    ]
+    write_text(path, "\n".join(filter(None, parts)))
+
+
+def _section(title: str, *bodies: str) -> str:
+    body = "\n\n".join(filter(None, bodies))
+    return f"## {title}\n\n{body}\n" if body else ""
+
+
+def _accuracy(result: Result) -> str:
+    rows = [
+        (where, decimal(map50, 4), decimal(map50_95, 4), difference)
+        for where, map50, map50_95, difference in accuracies(result)
+    ]
+    return _table(("run in", "mAP50", "mAP50-95", "mAP50 against torch"), rows)
+
+
+def _sparsity(result: Result) -> str:
+    rows = [(label, percent(number(result, key), 2)) for key, label in SPARSITIES.items() if key in result]
+    return _table(("measured in", "zeros"), rows)
+
+
+def _sizes(result: Result) -> str:
+    rows = [(label, decimal(number(result, key), 2)) for key, label in SIZES.items() if key in result]
+    return _table(("file", "MB (1e6 bytes)"), rows)
+
+
+def _benchmark(result: Result) -> str:
+    columns = (
+        "engine",
+        "variant",
+        "batch",
+        "items/s",
+        "p50 ms",
+        "p90 ms",
+        "p99 ms",
+        "spread",
+        "x best dense",
+    )
+    rows = []
+    for row in throughputs(result):
+        latencies = [decimal(value, 2) for value in (row.p50, row.p90, row.p99)]
+        numbers = (decimal(row.items_per_s, 2), *latencies, percent(row.spread), decimal(row.speedup, 2))
+        rows.append((row.engine, row.variant, str(row.batch), *numbers))
+    return _table(columns, rows)
+
+
+def _phases(phases: Sequence[Mapping[str, object]]) -> str:
+    if not phases:
+        return ""
+    return _table(list(phases[0]), [[str(value) for value in phase.values()] for phase in phases])
+
+
+def _pictures(pictures: Mapping[str, Path], start: Path) -> str:
+    lines = []
+    for caption, picture in pictures.items():
+        if picture.is_file():
+            address = quote(Path(os.path.relpath(picture, start)).as_posix())
+            lines.append(f"### {_line(caption)}\n\n![{_line(caption)}]({address})")
+    return "\n\n".join(lines)
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    return _table(("", ""), facts.items(), align=False)
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {_line(line)}" for line in lines)
+
+
+def _code(command: str) -> str:
+    return f"```sh\n{command.strip()}\n```" if command.strip() else ""
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, align: bool = True) -> str:
+    """A Markdown table, its columns of numbers right-aligned if ``align``; empty without rows."""
+    cells = [[_cell(cell) for cell in row] for row in rows]
+    if not cells:
+        return ""
+    marks = [
+        "---:" if align and all(_is_number(row[i]) for row in cells) else "---" for i in range(len(header))
+    ]
+    lines = [[_cell(name) for name in header], marks, *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.rstrip("%"))
+    except ValueError:
+        return text in ("", "-")
+    return True
+
+
+def _cell(text: str) -> str:
+    return _line(text).replace("|", "\\|")
+
+
+def _line(text: str) -> str:
+    return " ".join(str(text).split())

@@ -1,0 +1,362 @@
+"""The pictures of a run, and the one door to Matplotlib.
+
+Each function takes plain data and writes one PNG, whole or not at all. Figures are made without
+pyplot, whose state belongs to the process. Colours are those of Okabe and Ito, which colour-blind
+people can tell apart (https://jfly.uni-koeln.de/color/).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+
+from sparse_exp.artifacts import landing
+
+DPI = 130
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+YELLOW, GREY, INK = "#F0E442", "#B5B5B5", "#333333"
+_CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY)
+_CURVES = ((GREY, "-", 6.0), (BLUE, "-", 2.4), (RED, "--", 2.0), (GREEN, ":", 2.2), (ORANGE, "-.", 1.8))
+_PHASE_TINTS = ("#E8F1F8", "#FBEFD9", "#E6F4EF", "#F7E9F1")
+_PHASE_NAMES = {"dense": "dense", "pruned": "pruned", "pruned_quant": "pruned + quantized"}
+_PANELS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("Training loss", {"loss/box": "box", "loss/obj": "objectness", "loss/cls": "class"}),
+    ("Accuracy on the validation split", {"val/map50": "mAP50", "val/map50_95": "mAP50-95"}),
+    ("Zeros in prunable weights", {"sparsity/prunable": "sparsity"}),
+    ("Learning rate", {"lr": "learning rate"}),
+)
+
+
+def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Losses, accuracy, sparsity and learning rate over the epochs, phases shaded.
+
+    Args:
+        history: one row an epoch with ``epoch`` (its end), ``phase``, and as far as known
+            ``loss/box|obj|cls``, ``val/map50``, ``val/map50_95``, ``sparsity/prunable`` (all 0..1 but
+            the losses) and ``lr``; at least one row.
+        path: PNG to write.
+    """
+    figure, grid = _figure(10.5, 6.6, rows=2, columns=2, sharex=True)
+    spans = _phase_spans(history)
+    for axes, (title, lines) in zip(grid.flat, _PANELS, strict=True):
+        _shade_phases(axes, spans)
+        _draw_lines(axes, history, lines)
+        _title(axes, title)
+        axes.set_xlim(spans[0][1], spans[-1][2])
+    _finish_curves(grid)
+    shades = [
+        Patch(color=tint, label=_PHASE_NAMES.get(name, name)) for name, _, _, tint in _legend_spans(spans)
+    ]
+    figure.legend(handles=shades, loc="outside upper center", ncols=len(shades), frameon=False, title="Phase")
+    _save(figure, path)
+
+
+def _finish_curves(grid: Any) -> None:
+    loss, accuracy, sparsity, rate = grid.flat
+    for axes in (loss, accuracy):
+        axes.set_ylim(bottom=0)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8)
+    sparsity.set_ylim(0, 1.03)
+    sparsity.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if rate.lines:
+        rate.set_yscale("log")
+    for axes in (sparsity, rate):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+Span = tuple[str, float, float, str]
+
+
+def _phase_spans(history: Sequence[Mapping[str, Any]]) -> list[Span]:
+    """Name, first and last epoch, and colour of each stretch of rows of one phase."""
+    spans: list[Span] = []
+    start = max(0.0, float(history[0]["epoch"]) - 1.0)
+    tints: dict[str, str] = {}
+    for row in history:
+        name, end = str(row.get("phase", "")), float(row["epoch"])
+        tint = tints.setdefault(name, _PHASE_TINTS[len(tints) % len(_PHASE_TINTS)])
+        if spans and spans[-1][0] == name:
+            start = spans.pop()[1]
+        spans.append((name, start, end, tint))
+        start = end
+    return spans
+
+
+def _legend_spans(spans: list[Span]) -> list[Span]:
+    return list({span[0]: span for span in spans}.values())
+
+
+def _shade_phases(axes: Axes, spans: list[Span]) -> None:
+    for _, start, end, tint in spans:
+        axes.axvspan(start, end, color=tint, zorder=0, linewidth=0)
+    for _, start, _, _ in spans[1:]:
+        axes.axvline(start, color=INK, linewidth=0.8, linestyle=":", zorder=1)
+
+
+def _draw_lines(axes: Axes, history: Sequence[Mapping[str, Any]], lines: Mapping[str, str]) -> None:
+    for (key, label), colour in zip(lines.items(), _CYCLE, strict=False):
+        points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, color=colour, label=label, marker="o", markersize=3, linewidth=1.6)
+
+
+def precision_recall(
+    curves: Mapping[str, tuple[NDArray[Any], NDArray[Any], float]],
+    path: Path,
+) -> None:
+    """Precision over recall at IoU 0.5 of the torch model and of deployed engines.
+
+    Args:
+        curves: for each label recall ``(n,)`` rising, precision ``(n,)`` and AP, all 0..1.
+        path: PNG to write.
+    """
+    figure, axes = _figure(6.4, 5.4)
+    for index, (label, (recall, precision, ap)) in enumerate(curves.items()):
+        # Curves of one model lie on each other, so that the first is drawn wide, below the others.
+        colour, style, width = _CURVES[index % len(_CURVES)]
+        text = f"{label} (AP {ap:.3f})"
+        axes.plot(recall, precision, color=colour, linestyle=style, linewidth=width, label=text)
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    axes.legend(frameon=False, loc="lower left")
+    _title(axes, "Precision and recall, IoU 0.5")
+    _save(figure, path)
+
+
+def layer_sparsity(layers: Sequence[tuple[str, float, int]], path: Path, target: float = 0.75) -> None:
+    """A bar for each layer's share of zero weights.
+
+    Args:
+        layers: name, sparsity (0..1) and number of weights of each, in the model's order; at least one.
+        path: PNG to write.
+        target: sparsity that prunable layers should have, 0..1; marked by a line.
+    """
+    columns = 1 + (len(layers) > 30) + (len(layers) > 70)
+    per_column = math.ceil(len(layers) / columns)
+    figure, grid = _figure(
+        0.6 + 4.7 * columns, max(2.2, 1.3 + 0.19 * per_column), columns=columns, squeeze=False
+    )
+    for index, axes in enumerate(grid.flat):
+        _layer_bars(axes, layers[index * per_column : (index + 1) * per_column], target, per_column)
+    total = sum(weights for _, _, weights in layers)
+    zeros = sum(sparsity * weights for _, sparsity, weights in layers)
+    title = f"{zeros / max(total, 1):.1%} of {_count(total)} weights are zero"
+    figure.suptitle(title, fontsize=11, fontweight="bold", color=INK)
+    handles: list[Any] = [
+        Patch(color=BLUE, label="at the target"),
+        Patch(color=ORANGE, label="below it"),
+        Line2D([], [], color=INK, linestyle="--", linewidth=1, label=f"target {target:.0%}"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _layer_bars(axes: Axes, layers: Sequence[tuple[str, float, int]], target: float, rows: int) -> None:
+    values = [sparsity for _, sparsity, _ in layers]
+    # Pruning rounds to whole weights, and a layer is as sparse as it can be within half a percent.
+    colours = [BLUE if value >= target - 0.005 else ORANGE for value in values]
+    axes.barh(range(len(layers)), values, color=colours, height=0.74)
+    for row, (_, sparsity, weights) in enumerate(layers):
+        axes.text(1.02, row, f"{sparsity:.1%} of {_count(weights)}", va="center", fontsize=6, color=INK)
+    axes.axvline(target, color=INK, linestyle="--", linewidth=1)
+    names = [name.removeprefix("model.").removesuffix(".weight") for name, _, _ in layers]
+    axes.set_yticks(range(len(layers)), names, fontsize=6.5)
+    axes.set(xlim=(0, 1.0), ylim=(rows - 0.4, -0.6))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.tick_params(axis="x", labelsize=7)
+    axes.grid(visible=False, axis="y")
+
+
+def size_bars(sizes: Mapping[str, float], path: Path) -> None:
+    """A bar for the size of each file.
+
+    Args:
+        sizes: for each label megabytes (1e6 bytes).
+        path: PNG to write.
+    """
+    figure, axes = _figure(7.4, 1.1 + 0.42 * len(sizes))
+    bars = axes.barh(list(sizes), list(sizes.values()), color=_alternate(sizes), height=0.64)
+    largest = max(sizes.values(), default=0.0)
+    labels = [_size_label(size, largest) for size in sizes.values()]
+    axes.bar_label(bars, labels, padding=4, fontsize=8.5, color=INK)
+    axes.set(xlabel="MB (1e6 bytes); in brackets: against the largest", xlim=(0, (largest or 1.0) * 1.28))
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    _title(axes, "Size on disk")
+    _save(figure, path)
+
+
+def _size_label(size: float, largest: float) -> str:
+    text = f"{size:.1f} MB"
+    return f"{text}  ({largest / size:.1f}x smaller)" if size and largest / size >= 1.05 else text
+
+
+def _alternate(labels: Mapping[str, float]) -> list[str]:
+    return [GREY if "dense" in label.lower() else BLUE for label in labels]
+
+
+def throughput_bars(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Items per second of each engine, dense against sparse, one panel for each batch size.
+
+    Args:
+        rows: ``engine``, ``variant`` (``dense``, ``sparse`` ...), ``batch``, ``items_per_s`` and, drawn as
+            error bar, ``low`` and ``high`` (smallest and largest repeat; may be missing).
+        path: PNG to write.
+    """
+    batches = sorted({int(row["batch"]) for row in rows})
+    engines = list(dict.fromkeys(str(row["engine"]) for row in rows))
+    variants = sorted({str(row["variant"]) for row in rows})
+    width = max(6.4, len(batches) * (1.4 + 0.55 * len(engines) * len(variants)))
+    figure, grid = _figure(width, 4.4, columns=max(1, len(batches)), squeeze=False)
+    for axes, batch in zip(grid.flat, batches, strict=False):
+        here = {(str(r["engine"]), str(r["variant"])): r for r in rows if int(r["batch"]) == batch}
+        for index, variant in enumerate(variants):
+            _throughput_group(axes, [here.get((engine, variant)) for engine in engines], variants, index)
+        axes.set_xticks(range(len(engines)), engines)
+        axes.margins(y=0.14)
+        axes.grid(visible=False, axis="x")
+        _title(axes, f"batch {batch}")
+    grid.flat[0].set_ylabel("items per second")
+    handles = [Patch(color=_variant_colour(v, i), label=v) for i, v in enumerate(variants)]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(variants), frameon=False)
+    _save(figure, path)
+
+
+def _variant_colour(variant: str, index: int) -> str:
+    return {"dense": GREY, "sparse": BLUE}.get(variant, (GREEN, ORANGE, PURPLE, SKY)[index % 4])
+
+
+def _throughput_group(
+    axes: Axes, rows: Sequence[Mapping[str, Any] | None], variants: Sequence[str], index: int
+) -> None:
+    bar_width = 0.8 / len(variants)
+    colour = _variant_colour(variants[index], index)
+    for engine, row in enumerate(rows):
+        if row is None:
+            continue
+        x = engine + (index - (len(variants) - 1) / 2) * bar_width
+        value = float(row["items_per_s"])
+        low, high = float(row.get("low", value)), float(row.get("high", value))
+        error = [[max(0.0, value - low)], [max(0.0, high - value)]]
+        axes.bar(x, value, bar_width * 0.94, color=colour, yerr=error, capsize=3, error_kw={"elinewidth": 1})
+        axes.annotate(
+            _three_digits(value), (x, max(value, high)), (0, 3), textcoords="offset points",
+            ha="center", va="bottom", fontsize=8, color=INK,
+        )  # fmt: skip
+
+
+Tile = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+
+
+def detection_sheet(
+    rows: Sequence[Tile], names: Sequence[str], path: Path, conf: float = 0.25, title: str = "Detections"
+) -> None:
+    """A sheet of images with their true boxes and the detections.
+
+    Args:
+        rows: for each image its pixels uint8 ``(3, H, W)`` RGB, true boxes ``(n, 4)`` xyxy pixels, and
+            detections ``(D, 6)``: xyxy pixels, confidence 0..1, class index.
+        names: of the classes; written beside detections where there are several.
+        path: PNG to write.
+        conf: lowest confidence that is drawn.
+        title: of the sheet.
+    """
+    columns = max(1, min(4, len(rows)))
+    lines = max(1, math.ceil(len(rows) / columns))
+    figure, grid = _figure(3.3 * columns, 3.3 * lines + 0.7, rows=lines, columns=columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, row in zip(grid.flat, rows, strict=False):
+        _draw_tile(axes, row, names, conf)
+    figure.suptitle(title, fontsize=11, fontweight="bold", color=INK)
+    handles = [
+        Line2D([], [], color=SKY, linestyle="--", linewidth=1.8, label="ground truth"),
+        Line2D([], [], color=ORANGE, linewidth=1.8, label=f"detection, confidence from {conf:g}"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    _save(figure, path)
+
+
+def _draw_tile(axes: Axes, row: Tile, names: Sequence[str], conf: float) -> None:
+    image, truth, detections = row
+    height, width = image.shape[1:]
+    axes.imshow(np.transpose(image, (1, 2, 0)), interpolation="lanczos")
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+    for detection in sorted(detections, key=lambda found: float(found[4])):
+        if detection[4] >= conf:
+            _draw_box(axes, detection[:4], color=ORANGE, linewidth=1.5)
+            _draw_label(axes, detection, names)
+    for box in truth:
+        _draw_box(axes, box, color=SKY, linewidth=1.3, linestyle=(0, (4, 2)))
+
+
+def _draw_box(axes: Axes, box: NDArray[Any], **style: Any) -> None:
+    x1, y1, x2, y2 = (float(value) for value in box)
+    outline = [withStroke(linewidth=style["linewidth"] + 1.2, foreground="#00000090")]
+    axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, path_effects=outline, **style))
+
+
+def _draw_label(axes: Axes, detection: NDArray[Any], names: Sequence[str]) -> None:
+    text = f"{float(detection[4]):.2f}"
+    if len(names) > 1:
+        text = f"{names[int(detection[5])]} {text}"
+    outline = [withStroke(linewidth=1.6, foreground="black")]
+    x, y = max(0.0, float(detection[0])) + 2, max(0.0, float(detection[1])) + 2
+    axes.text(x, y, text, color="white", fontsize=5.5, va="top", path_effects=outline, clip_on=True)
+
+
+def _figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
+) -> tuple[Figure, Any]:
+    """A figure of that many inches and its axes, in the house's look."""
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    figure = Figure(figsize=(width, height), dpi=DPI, layout=layout, facecolor="white")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, **options)
+    for axes in np.ravel(np.asarray(grid)):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(GREY)
+        axes.tick_params(color=GREY, labelcolor=INK, labelsize=8.5)
+        axes.xaxis.label.set(size=9, color=INK)
+        axes.yaxis.label.set(size=9, color=INK)
+        axes.grid(color="#E3E3E3", linewidth=0.7)
+        axes.set_axisbelow(True)
+    return figure, grid
+
+
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(text, fontsize=10, fontweight="bold", color=INK, loc="left")
+
+
+def _count(number: float) -> str:
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:.{0 if number >= 100 else 1 if number >= 10 else 2}f}"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=DPI)
+    with landing(path) as temporary:
+        temporary.write_bytes(picture.getvalue())

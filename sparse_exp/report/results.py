@@ -1,0 +1,96 @@
+"""The flat names of ``result.json`` as rows of tables; see docs/architecture.md for the names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+Result = Mapping[str, float | str]
+SIZES = {
+    "size/checkpoint_mb": "checkpoint",
+    "size/dense_onnx_mb": "dense ONNX",
+    "size/dense_onnx_gzip_mb": "dense ONNX, compressed",
+    "size/onnx_mb": "sparse ONNX",
+    "size/onnx_gzip_mb": "sparse ONNX, compressed",
+}
+SPARSITIES = {
+    "sparsity/prunable": "prunable weights",
+    "sparsity/total": "all weights",
+    "sparsity/onnx": "prunable weights, exported file",
+}
+_BENCHMARK = re.compile(r"benchmark/(?P<engine>.+)/(?P<variant>[^/]+)/b(?P<batch>\d+)/items_per_s")
+_DEPLOYED = re.compile(r"deployed/(?P<engine>.+)/map50")
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """One cell of the benchmark; None where the result does not tell.
+
+    Args:
+        engine: name of the runtime.
+        variant: ``dense`` or ``sparse``.
+        batch: images in one call.
+        items_per_s: images per second.
+        p50, p90, p99: latency of one call in milliseconds.
+        spread: of the repeats, largest minus smallest over the median.
+        speedup: ``items_per_s`` over that of the fastest dense engine at this batch size.
+    """
+
+    engine: str
+    variant: str
+    batch: int
+    items_per_s: float
+    p50: float | None
+    p90: float | None
+    p99: float | None
+    spread: float | None
+    speedup: float | None
+
+
+def number(result: Result, key: str) -> float | None:
+    """The number of that name, or None when there is none."""
+    value = result.get(key)
+    return None if value is None or isinstance(value, str) else float(value)
+
+
+def throughputs(result: Result) -> list[Throughput]:
+    """The rows of the benchmark, by batch size, then engine, dense before the others."""
+    found = [(match, float(result[match[0]])) for key in result if (match := _BENCHMARK.fullmatch(key))]
+    best: dict[str, float] = {}
+    for match, items in found:
+        if match["variant"] == "dense":
+            best[match["batch"]] = max(items, best.get(match["batch"], 0.0))
+    rows = [_throughput(result, match, items, best.get(match["batch"])) for match, items in found]
+    return sorted(rows, key=lambda row: (row.batch, row.engine, row.variant != "dense", row.variant))
+
+
+def _throughput(result: Result, match: re.Match[str], items: float, best: float | None) -> Throughput:
+    cell = match[0].removesuffix("items_per_s")
+    p50, p90, p99 = (number(result, f"{cell}latency_{name}_ms") for name in ("p50", "p90", "p99"))
+    return Throughput(
+        match["engine"],
+        match["variant"],
+        int(match["batch"]),
+        items,
+        p50,
+        p90,
+        p99,
+        spread=number(result, f"{cell}spread"),
+        speedup=items / best if best else None,
+    )
+
+
+def accuracies(result: Result) -> list[tuple[str, float | None, float | None, str]]:
+    """Where the model ran (torch first), its mAP50 and mAP50-95 (0..1), and how far mAP50 is from torch's."""
+    rows: list[tuple[str, float | None, float | None, str]] = []
+    reference = number(result, "val/map50")
+    if reference is not None:
+        rows.append(("torch", reference, number(result, "val/map50_95"), ""))
+    engines = sorted(match["engine"] for key in result if (match := _DEPLOYED.fullmatch(key)))
+    for engine in engines:
+        prefix = f"deployed/{engine}/map50"
+        map50 = number(result, prefix)
+        difference = "-" if map50 is None or reference is None else f"{map50 - reference:+.4f}"
+        rows.append((engine, map50, number(result, f"{prefix}_95"), difference))
+    return rows

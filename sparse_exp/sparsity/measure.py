@@ -1,0 +1,189 @@
+"""How sparse weights are, in torch and in ONNX, and the contract that they stay so."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparse_exp.errors import SparsityError
+
+MEGABYTE = 1e6
+
+
+@dataclass(frozen=True)
+class LayerSparsity:
+    """Zeros of one convolution.
+
+    Attributes:
+        name: qualified name of the layer, such as ``model.2.cv1.conv``.
+        zeros: weights that are exactly 0.
+        weights: weights in all.
+    """
+
+    name: str
+    zeros: int
+    weights: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros, 0..1."""
+        return self.zeros / self.weights
+
+
+def layer_sparsity(convolutions: Mapping[str, nn.Conv2d]) -> list[LayerSparsity]:
+    """Zeros of each convolution's weight, as it is stored (before fake quantization)."""
+    return [
+        LayerSparsity(name, int((conv.weight == 0).sum()), conv.weight.numel())
+        for name, conv in convolutions.items()
+    ]
+
+
+def overall(layers: list[LayerSparsity]) -> float:
+    """Share of zeros in all given layers together, 0..1."""
+    return sum(layer.zeros for layer in layers) / max(1, sum(layer.weights for layer in layers))
+
+
+def total_sparsity(model: nn.Module) -> float:
+    """Share of zeros in all weights of all convolutions, stem and head included, 0..1."""
+    convolutions = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    return overall(layer_sparsity(convolutions))
+
+
+@dataclass(frozen=True)
+class SparsityContract:
+    """The zeros that must stay zero.
+
+    Attributes:
+        masks: for each convolution a bool tensor, True where the weight is promised to be 0.
+    """
+
+    masks: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, convolutions: Mapping[str, nn.Conv2d]) -> SparsityContract:
+        """Promise that every weight that is 0 now stays 0."""
+        return cls({name: conv.weight.detach() == 0 for name, conv in convolutions.items()})
+
+    def check(self, convolutions: Mapping[str, nn.Conv2d], when: str) -> None:
+        """Compare a model with what was promised.
+
+        Args:
+            convolutions: the layers, under the names they had before.
+            when: completes the message, such as ``"after epoch 3"``.
+
+        Raises:
+            SparsityError: a promised zero is none; the layers are named.
+        """
+        drifted = [
+            name
+            for name, mask in self.masks.items()
+            if name not in convolutions or bool((convolutions[name].weight.detach()[mask] != 0).any())
+        ]
+        if drifted:
+            names = ", ".join(drifted[:3]) + (f" and {len(drifted) - 3} more" if len(drifted) > 3 else "")
+            raise SparsityError(
+                f"Expected every pruned weight to be 0 {when}, but got others in {names}. The recipe does "
+                "not hold the mask; add a ConstantPruningModifier that covers the whole training."
+            )
+
+
+@torch.no_grad()
+def prune_by_magnitude(convolutions: Mapping[str, nn.Conv2d], sparsity: float) -> None:
+    """Set the smallest weights of each layer to 0, in place.
+
+    Args:
+        convolutions: the layers to prune.
+        sparsity: share of each layer's weights that is 0 afterwards, 0..1 (rounded up to whole weights).
+    """
+    for conv in convolutions.values():
+        weight = conv.weight.flatten()
+        count = min(weight.numel(), int(np.ceil(sparsity * weight.numel())))
+        weight[weight.abs().argsort(stable=True)[:count]] = 0.0
+        conv.weight.copy_(weight.view(conv.weight.shape))
+
+
+@dataclass(frozen=True)
+class OnnxFacts:
+    """What an ONNX file holds.
+
+    Attributes:
+        layers: zeros of each convolution, in the order of the graph.
+        quantized: convolutions that compute on 8-bit integers, or would with the quantize and
+            dequantize nodes around them.
+        convolutions: convolutions in all.
+    """
+
+    layers: list[LayerSparsity]
+    quantized: int
+    convolutions: int
+
+
+def onnx_facts(path: Path) -> OnnxFacts:
+    """Read the convolutions of an ONNX file: floating point, integer (ConvInteger) or QDQ.
+
+    In an integer weight the value that stands for 0 is the weight's zero point.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(str(path)).graph
+    arrays = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
+    producers = {output: node for node in graph.node for output in node.output}
+    for node in graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            arrays[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+        elif node.op_type == "Identity" and node.input[0] in arrays:
+            arrays[node.output[0]] = arrays[node.input[0]]
+    layers, quantized = [], 0
+    for node in graph.node:
+        if node.op_type not in ("Conv", "ConvInteger", "QLinearConv"):
+            continue
+        weight, zero, is_integer = _weight_of(node, arrays, producers)
+        layers.append(LayerSparsity(node.name or node.output[0], int((weight == zero).sum()), weight.size))
+        quantized += is_integer
+    return OnnxFacts(layers, quantized, len(layers))
+
+
+def _weight_of(
+    node: object, arrays: Mapping[str, np.ndarray], producers: Mapping[str, object]
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """A convolution's weight, what stands for zero in it, and whether its input is quantized too."""
+    inputs, kind = list(node.input), node.op_type  # type: ignore[attr-defined]
+    if kind == "ConvInteger":
+        zero = arrays[inputs[3]] if len(inputs) > 3 and inputs[3] else np.zeros(())
+        return arrays[inputs[1]], _per_channel(zero), True
+    if kind == "QLinearConv":
+        return arrays[inputs[3]], _per_channel(arrays[inputs[5]]), True
+    dequantize = producers.get(inputs[1])
+    if dequantize is None or dequantize.op_type != "DequantizeLinear":  # type: ignore[attr-defined]
+        return arrays[inputs[1]], np.zeros(()), False
+    stored, _, *zeros = list(dequantize.input)  # type: ignore[attr-defined]
+    weight = arrays[stored] if stored in arrays else _quantized_weight(producers[stored], arrays)
+    zero = arrays[zeros[0]] if zeros else np.zeros(())
+    feeder = producers.get(inputs[0])
+    input_is_quantized = feeder is not None and feeder.op_type == "DequantizeLinear"  # type: ignore[attr-defined]
+    return weight, _per_channel(zero), input_is_quantized
+
+
+def _quantized_weight(node: object, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The integers that a QuantizeLinear node makes of a stored floating-point weight."""
+    weight, scale, zero = (arrays[name] for name in node.input)  # type: ignore[attr-defined]
+    bounds = np.iinfo(zero.dtype)
+    steps = np.rint(weight / _per_channel(scale)) + _per_channel(zero)
+    return np.clip(steps, bounds.min, bounds.max)
+
+
+def _per_channel(values: np.ndarray) -> np.ndarray:
+    """Scalars as they are; one value per output channel ready to broadcast over a weight."""
+    return values.reshape(-1, 1, 1, 1) if values.ndim == 1 and values.size > 1 else values.reshape(())
+
+
+def gzip_bytes(path: Path) -> int:
+    """Size of a file compressed with gzip at its usual level, in bytes; nothing is written."""
+    return len(gzip.compress(path.read_bytes(), compresslevel=6, mtime=0))

@@ -1,0 +1,147 @@
+"""Where a run is logged: small events in, one backend out.
+
+The run's manifest is the truth and a tracker only an observer: once a run has started, a tracker
+that fails warns and lets the run go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from sparse_exp.config.schema import TrackerConfig
+from sparse_exp.errors import ConfigError, expected
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Numbers, at a step or (None) of the run as a whole; those that are not finite are left out."""
+
+    values: Mapping[str, float]
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Tags:
+    """Texts that runs are searched by; a later value replaces an earlier one."""
+
+    values: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One split of a data set that the run reads.
+
+    Args:
+        name: of the data set.
+        digest: hash of its contents, hexadecimal.
+        source: where it came from: a path, an ``http(s)`` address, or ``scheme:...``.
+        split: ``train``, ``val`` ...
+        size: images in the split.
+    """
+
+    name: str
+    digest: str
+    source: str
+    split: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file, or a directory with all below it, to keep with the run under ``folder``."""
+
+    path: Path
+    folder: str = ""
+
+
+@dataclass(frozen=True)
+class Pause:
+    """From here on the machine belongs to the run alone: system metrics stop."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """System metrics go on."""
+
+
+Event = Metrics | Tags | Dataset | Artifact | Pause | Resume
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What is known of a run when it starts.
+
+    Args:
+        name: shown in the list of runs.
+        experiment: the group of runs it belongs to; made when it does not exist.
+        config: the resolved configuration; nested dicts and lists of plain values.
+        tags: the first tags, such as ``mlflow.parentRunId`` of a sweep's runs.
+        directory: of the run's files; what could not be sent is kept there.
+    """
+
+    name: str
+    experiment: str
+    config: Mapping[str, Any]
+    tags: Mapping[str, str] = field(default_factory=dict)
+    directory: Path = Path()
+
+
+class Tracker(Protocol):
+    """Logs one run; ``run_id`` is the backend's name of it, None before the start or without one."""
+
+    run_id: str | None
+
+    def start(self, run: RunInfo) -> None:
+        """Open the run and log its configuration and tags.
+
+        Raises:
+            MissingDependency: the backend's package is not installed.
+            SparseExpError: the backend cannot be used; the message says what to do.
+        """
+
+    def log(self, event: Event) -> None:
+        """Log one event. Never raises: a failure is warned of and the event is sent again later."""
+
+    def finish(self, status: Status, reason: str = "") -> None:
+        """Close the run, with the reason if it failed. Never raises; a second call does nothing."""
+
+
+class NoTracker:
+    """The tracker that logs nothing."""
+
+    run_id: str | None = None
+
+    def start(self, run: RunInfo) -> None:
+        """Do nothing."""
+
+    def log(self, event: Event) -> None:
+        """Do nothing."""
+
+    def finish(self, status: Status, reason: str = "") -> None:
+        """Do nothing."""
+
+
+def create_tracker(config: TrackerConfig, store: Path) -> Tracker:
+    """The tracker that ``config.backend`` names; nothing is opened before its ``start``.
+
+    Args:
+        config: the ``tracker`` group of the configuration.
+        store: directory of the local database and artifacts, used when no server is named.
+
+    Raises:
+        ConfigError: there is no such backend.
+    """
+    if config.backend == "none":
+        return NoTracker()
+    if config.backend != "mlflow":
+        raise ConfigError(
+            expected("tracker.backend", "mlflow or none", config.backend, "Choose one of these.")
+        )
+    from sparse_exp.tracking.mlflow import MlflowTracker
+
+    return MlflowTracker(config, store)

@@ -1,0 +1,127 @@
+"""COCO mean average precision of anything that predicts boxes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sparse_exp.data.loader import Batch
+from sparse_exp.progress import progress
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well the boxes of a split were found.
+
+    Attributes:
+        map50: COCO mean average precision at IoU 0.5, 0..1.
+        map50_95: mean over IoU 0.5, 0.55, ... 0.95, 0..1.
+        recall: ``(101,)``: 0, 0.01, ... 1.
+        precision: ``(101,)``: interpolated precision at these recalls at IoU 0.5, the mean over the
+            classes that occur; its mean is ``map50``.
+        images: number of images.
+        seconds: wall time.
+        detections: per image float32 ``(D, 6)``: x1, y1, x2, y2 in pixels, confidence, class id;
+            empty unless asked for.
+    """
+
+    map50: float
+    map50_95: float
+    recall: NDArray[np.float64]
+    precision: NDArray[np.float64]
+    images: int
+    seconds: float
+    detections: list[Tensor] = field(default_factory=list)
+
+
+def evaluate(
+    predict: Callable[[Tensor], Tensor], loader: Iterable[Batch], *, num_classes: int, conf: float = 0.001,
+    iou: float = 0.6, max_det: int = 300, description: str = "Evaluating", keep_detections: bool = False,
+) -> Evaluation:  # fmt: skip
+    """Measure COCO mAP on the letterboxed images of a split.
+
+    Args:
+        predict: takes uint8 images ``(N, 3, S, S)``, returns ``(N, A, 5 + num_classes)``: x, y, w, h
+            in pixels, objectness, class scores.
+        loader: batches in a fixed order; boxes are relative to S.
+        num_classes: number of classes.
+        conf: lowest confidence that counts, 0..1.
+        iou: threshold of non-maximum suppression, 0..1.
+        max_det: detections that count per image.
+        description: of the progress bar.
+        keep_detections: return every image's detections.
+
+    Returns:
+        The result; mAP is 0 where no image has a box.
+
+    Raises:
+        ValueError: predictions are of another shape.
+    """
+    from sparse_exp.yolov5 import non_max_suppression
+
+    started = time.monotonic()
+    metric, kept, images = _new_metric(max_det), [], 0
+    total = len(loader) if isinstance(loader, Sized) else None
+    with torch.no_grad(), progress(description, total=total, unit="batches") as bar:
+        for batch in loader:
+            predictions = _checked(predict(batch.images), len(batch.images), num_classes)
+            detections = [found.cpu() for found in non_max_suppression(predictions, conf, iou, max_det)]
+            metric.update(_as_predictions(detections), _as_targets(batch))
+            kept += detections if keep_detections else []
+            images += len(detections)
+            bar.advance()
+    map50, map50_95, recall, precision = _summarize(metric)
+    return Evaluation(map50, map50_95, recall, precision, images, time.monotonic() - started, kept)
+
+
+def _checked(predictions: Tensor, images: int, num_classes: int) -> Tensor:
+    if predictions.ndim != 3 or len(predictions) != images or predictions.shape[-1] != 5 + num_classes:
+        wanted, got = (images, "A", 5 + num_classes), tuple(predictions.shape)
+        raise ValueError(f"Expected predictions to be of shape {wanted}, but got {got}.")
+    return predictions.float()
+
+
+def _new_metric(max_det: int) -> Any:
+    from torchmetrics.detection import MeanAveragePrecision
+
+    logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)  # it reports every step
+    metric = MeanAveragePrecision(
+        max_detection_thresholds=[1, min(10, max_det), max_det],  # mAP is taken at the last
+        extended_summary=True,
+        backend="faster_coco_eval",
+    )
+    metric.warn_on_many_detections = False
+    return metric
+
+
+def _as_predictions(detections: list[Tensor]) -> list[dict[str, Tensor]]:
+    return [
+        {"boxes": found[:, :4], "scores": found[:, 4], "labels": found[:, 5].long()} for found in detections
+    ]
+
+
+def _as_targets(batch: Batch) -> list[dict[str, Tensor]]:
+    images, targets = batch
+    centre, size = targets[:, 2:4] * images.shape[-1], targets[:, 4:6] * images.shape[-1]
+    boxes = torch.cat([centre - size / 2, centre + size / 2], dim=1)
+    owners = [targets[:, 0] == position for position in range(len(images))]
+    return [{"boxes": boxes[own], "labels": targets[own, 1].long()} for own in owners]
+
+
+def _summarize(metric: Any) -> tuple[float, float, NDArray[np.float64], NDArray[np.float64]]:
+    result = metric.compute()
+    recall = np.linspace(0, 1, 101)
+    # Axes: IoU, recall, class, area (first: all), detections per image (last: max_det); -1: no boxes.
+    table = np.asarray(result["precision"], np.float64)
+    at_50 = table[0, :, :, 0, -1] if table.ndim == 5 else np.full((101, 0), -1.0)
+    present = at_50[:, (at_50 > -1).all(axis=0)]
+    precision = present.mean(axis=1) if present.shape[1] else np.zeros(101)
+    return max(0.0, float(result["map_50"])), max(0.0, float(result["map"])), recall, precision

@@ -1,0 +1,303 @@
+"""Checkpoints of YOLOv5: reading published ones and our own, starting a model from them, writing ours."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_exp.errors import CheckpointError, expected
+from sparse_exp.yolov5.model import SCALES, YOLOv5
+from sparse_exp.yolov5.restricted import Inert, RestrictedFile, TensorRecord, damaged, open_restricted
+
+FORMAT = "sparse_exp/1"
+_HEAD = "model.24."
+_LEVELS = 3
+_OBSERVED = (".scale", ".zero_point", ".min_val", ".max_val")
+_MAX_MODULES = 10_000
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file holds.
+
+    Attributes:
+        format: "ultralytics" (a published checkpoint, a pickled model or a state dict) or "sparse_exp".
+        size: of the architecture: n, s, m, l or x.
+        num_classes: classes of the head.
+        names: of the classes, ``num_classes`` of them.
+        state_dict: tensors by their published names; floating point as float32. After quantization-aware
+            training they are SparseML's names, to be loaded once the recipe has been applied.
+        recipe: the SparseML recipe that the weights went through, or "".
+        phase: "dense", "pruned" or "pruned_quant"; None in published checkpoints, which do not say.
+        epoch: epochs trained; -1 or less where unknown.
+        metrics: by name, such as ``val/map50``.
+        imgsz: side of the images trained on, in pixels; None where unknown.
+    """
+
+    format: str
+    size: str
+    num_classes: int
+    names: tuple[str, ...]
+    state_dict: dict[str, Tensor]
+    recipe: str
+    phase: str | None
+    epoch: float
+    metrics: dict[str, float]
+    imgsz: int | None
+
+
+@dataclass(frozen=True)
+class TransferReport:
+    """Which tensors a model took from a checkpoint.
+
+    Attributes:
+        taken: how many.
+        total: how many the model has, buffers included.
+        left: names of the model's tensors that kept their own values.
+    """
+
+    taken: int
+    total: int
+    left: tuple[str, ...]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint without running anything that it asks for.
+
+    Args:
+        path: a checkpoint of Ultralytics YOLOv5 v6.0 to v7.0 or of SparseML's fork (a pickled model, or
+            a state dict, bare or under "model" or "ema"), or one of `save_checkpoint`.
+
+    Raises:
+        CheckpointError: if the file is missing or damaged, asks to run code, or holds another
+            architecture.
+    """
+    with open_restricted(path) as file:
+        if isinstance(file.tree, dict) and isinstance(file.tree.get("format"), str):
+            return _read_ours(path, file)
+        return _read_ultralytics(path, file)
+
+
+def _read_ours(path: Path, file: RestrictedFile) -> Checkpoint:
+    tree = file.tree
+    if tree["format"] != FORMAT:
+        should_be, do = f"{FORMAT!r}", "Read it with the release of sparse_exp that wrote it."
+        raise CheckpointError(expected(f"the format of {path}", should_be, tree["format"], do))
+    kinds = {"num_classes": int, "names": list, "imgsz": int, "state_dict": dict, "recipe": str, "phase": str}
+    wrong = [k for k, t in kinds.items() if not isinstance(tree.get(k), t)]
+    wrong += [k for k in ("epoch",) if not isinstance(tree.get(k), int | float)]
+    wrong += [k for k in ("metrics",) if not isinstance(tree.get(k), dict)]
+    wrong += [k for k in ("size",) if tree.get(k) not in SCALES]
+    if wrong:
+        raise CheckpointError(damaged(path, f"its {wrong[0]} is malformed"))
+    return Checkpoint(
+        format="sparse_exp",
+        size=tree["size"],
+        num_classes=tree["num_classes"],
+        names=tuple(str(n) for n in tree["names"]),
+        state_dict=_tensors(path, file, tree["state_dict"]),
+        recipe=tree["recipe"],
+        phase=tree["phase"],
+        epoch=float(tree["epoch"]),
+        metrics={str(k): float(v) for k, v in tree["metrics"].items()},
+        imgsz=tree["imgsz"],
+    )
+
+
+def _read_ultralytics(path: Path, file: RestrictedFile) -> Checkpoint:
+    tree = file.tree if isinstance(file.tree, dict) else {}
+    model = next((tree[key] for key in ("ema", "model") if tree.get(key) is not None), tree)
+    records = _walk(path, model) if isinstance(model, Inert) else model
+    state = _tensors(path, file, records)
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    size, num_classes = _architecture(path, state)
+    names = model.state.get("names") if isinstance(model, Inert) else tree.get("names")
+    epoch, fitness, recipe = (tree.get(key) for key in ("epoch", "best_fitness", "recipe"))
+    return Checkpoint(
+        format="ultralytics",
+        size=size,
+        num_classes=num_classes,
+        names=_names(names, num_classes),
+        state_dict=state,
+        recipe=recipe if isinstance(recipe, str) else "",
+        phase=None,
+        epoch=float(epoch) if isinstance(epoch, int | float) else -1.0,
+        metrics={"best_fitness": float(fitness)} if isinstance(fitness, int | float) else {},
+        imgsz=None,
+    )
+
+
+def _walk(path: Path, model: Inert) -> dict[str, TensorRecord]:
+    """The tensors of a pickled module by their dotted names, as ``Module.state_dict`` names them."""
+    found: dict[str, TensorRecord] = {}
+    waiting, visited = [("", model)], 0
+    while waiting:
+        prefix, module = waiting.pop()
+        visited += 1
+        if visited > _MAX_MODULES:  # only a module that contains itself has so many
+            raise CheckpointError(damaged(path, "its modules contain each other"))
+        for kind in ("_parameters", "_buffers"):
+            own = _mapping(module.state.get(kind))
+            found |= {prefix + name: value for name, value in own.items() if isinstance(value, TensorRecord)}
+        children = _mapping(module.state.get("_modules")).items()
+        waiting += [(f"{prefix}{name}.", child) for name, child in children if isinstance(child, Inert)]
+    return found
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return {k: v for k, v in value.items() if isinstance(k, str)} if isinstance(value, dict) else {}
+
+
+def _tensors(path: Path, file: RestrictedFile, records: Any) -> dict[str, Tensor]:
+    own = _mapping(records).items()
+    tensors = {name: file.tensor(record) for name, record in own if isinstance(record, TensorRecord)}
+    if not tensors:
+        do = "Choose a checkpoint of YOLOv5 v6.0 to v7.0."
+        raise CheckpointError(f"Expected {path} to hold the weights of a detector, but found no tensor. {do}")
+    return tensors
+
+
+def _architecture(path: Path, state: Mapping[str, Tensor]) -> tuple[str, int]:
+    """Size and number of classes, from the shapes of the tensors."""
+    anchors, stem, head = (_find(state, n) for n in ("model.24.anchors", "model.0.conv", "model.24.m.0"))
+    if "model.0.conv.conv.weight" in state:
+        raise _another(path, "the Focus layer of YOLOv5 before v6.0")
+    if anchors is None or stem is None or head is None:
+        names = ", ".join(repr(name) for name in list(state)[:2])
+        raise _another(path, f"{len(state)} tensors such as {names}")
+    foreign = [n for n in state if n.startswith(_HEAD) and not n.startswith((f"{_HEAD}m.", f"{_HEAD}anch"))]
+    if foreign:
+        raise _another(path, f"a head with {foreign[0]!r}")
+    depth = len({m[1] for m in (re.match(r"model\.6\.m\.(\d+)\.", name) for name in state) if m})
+    shape = (stem.shape[0], depth)
+    size = next((s for s, k in SCALES.items() if (k.channels(64), k.repeats(9)) == shape), None)
+    num_classes, rest = divmod(head.shape[0] - 5 * _LEVELS, _LEVELS)
+    if size is None or rest or num_classes < 1 or tuple(anchors.shape) != (_LEVELS, 3, 2):
+        found = f"a stem of {shape[0]} channels, {depth} blocks in layer 6 and {head.shape[0]} outputs"
+        raise _another(path, found)
+    return size, num_classes
+
+
+def _find(state: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """The tensor or the layer's weight of that name; quantization-aware training may have wrapped it."""
+    return next((state[n] for n in (name, f"{name}.weight", f"{name}.module.weight") if n in state), None)
+
+
+def _another(path: Path, found: str) -> CheckpointError:
+    do = "Choose a detection checkpoint of YOLOv5 v6.0 to v7.0, size n, s, m, l or x."
+    return CheckpointError(f"Expected {path} to hold YOLOv5 v6.0 to v7.0, but found {found}. {do}")
+
+
+def _names(names: Any, num_classes: int) -> tuple[str, ...]:
+    """Names from a list, or from a mapping by class id; numbered ones where they do not fit."""
+    if isinstance(names, dict):
+        names = [names.get(i) for i in range(num_classes)]
+    fits = isinstance(names, list) and len(names) == num_classes and all(isinstance(n, str) for n in names)
+    return tuple(names) if fits else tuple(f"class{i}" for i in range(num_classes))
+
+
+def transfer_weights(model: YOLOv5, checkpoint: Checkpoint) -> TransferReport:
+    """Start a model from a checkpoint.
+
+    Everything is taken, anchors included, where the numbers of classes agree; everything but the
+    head's convolutions where they differ.
+
+    Args:
+        model: changed in place. For weights after quantization-aware training, the checkpoint's recipe
+            must have been applied to it before.
+        checkpoint: of the same size.
+
+    Raises:
+        CheckpointError: if the sizes differ, or a tensor is missing or has another shape; then the model
+            is as it was.
+    """
+    if model.size != checkpoint.size:
+        should_be = f"yolov5{model.size} as configured"
+        do = f"Set model=yolov5{checkpoint.size}, or choose another checkpoint."
+        raise CheckpointError(expected("the checkpoint", should_be, f"yolov5{checkpoint.size}", do))
+    own = model.state_dict()
+    same_head = model.num_classes == checkpoint.num_classes
+    wanted = [name for name in own if same_head or not name.startswith(f"{_HEAD}m.")]
+    for name in wanted:
+        _check_fits(name, own[name], checkpoint.state_dict.get(name))
+    model.load_state_dict({name: checkpoint.state_dict[name] for name in wanted}, strict=False)
+    return TransferReport(len(wanted), len(own), tuple(sorted(own.keys() - wanted)))
+
+
+def _check_fits(name: str, own: Tensor, other: Tensor | None) -> None:
+    if other is None:
+        message = f"Expected the checkpoint to hold {name!r}, but it does not."
+        raise CheckpointError(f"{message} Choose another one, or apply its recipe to the model first.")
+    # observers take their shape from the first batch, or from what is loaded
+    if other.shape != own.shape and not name.endswith(_OBSERVED):
+        should_be, do = f"of shape {tuple(own.shape)}", "Fetch or choose another checkpoint."
+        raise CheckpointError(expected(f"the checkpoint's {name}", should_be, tuple(other.shape), do))
+
+
+def save_checkpoint(
+    path: Path,
+    *,
+    model_state: Mapping[str, Tensor],
+    size: str,
+    num_classes: int,
+    names: Sequence[str],
+    imgsz: int,
+    recipe: str,
+    phase: str,
+    epoch: float,
+    metrics: Mapping[str, float],
+) -> None:
+    """Write a checkpoint of our own format, whole or not at all.
+
+    The file is a dict of builtin types and tensors, which ``torch.load(weights_only=True)`` and
+    `read_checkpoint` read.
+
+    Args:
+        path: replaced if it exists; its directory must exist.
+        model_state: ``state_dict()`` of the model; copied to the CPU.
+        size: n, s, m, l or x.
+        num_classes: classes of the head.
+        names: of the classes.
+        imgsz: side of the training images in pixels.
+        recipe: the SparseML recipe that the weights went through, or "".
+        phase: "dense", "pruned" or "pruned_quant".
+        epoch: epochs trained.
+        metrics: by name.
+
+    Raises:
+        OSError: if the directory cannot be written.
+    """
+    content = {
+        "format": FORMAT,
+        "size": size,
+        "num_classes": int(num_classes),
+        "names": [str(name) for name in names],
+        "imgsz": int(imgsz),
+        # copies: a view would be written with the whole storage behind it
+        "state_dict": {k: v.detach().cpu().contiguous().clone() for k, v in model_state.items()},
+        "recipe": str(recipe),
+        "phase": str(phase),
+        "epoch": float(epoch),
+        "metrics": {str(k): float(v) for k, v in metrics.items()},
+    }
+    _write_atomically(path, content)
+
+
+def _write_atomically(path: Path, content: dict[str, Any]) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(content, file)
+        temporary.chmod(0o644)  # mkstemp makes files that others may not read
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,157 @@
+"""The YOLOv5 loss: CIoU of boxes, objectness weighted per level, class scores; as published for v6."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits as bce
+from torchvision.ops import box_convert, complete_box_iou_loss
+
+from sparse_exp.config.schema import LossConfig
+
+_BALANCE = (4.0, 1.0, 0.4)  # of objectness, at strides 8, 16, 32
+_SMALLEST_SIDE = 1e-4  # cells; keeps the CIoU's gradient finite
+
+
+class Matches(NamedTuple):
+    """The predictions of one level that answer for an object, K of them.
+
+    Attributes:
+        cells: int64 (K, 4): image, anchor, row, column.
+        boxes: float (K, 4): xywh in cells; the centre relative to the cell's corner, -0.5 to 1.5.
+        classes: int64 (K,).
+    """
+
+    cells: Tensor
+    boxes: Tensor
+    classes: Tensor
+
+
+def match(targets: Tensor, anchors: Tensor, size: tuple[int, int], anchor_t: float) -> Matches:
+    """The anchors and cells of one level that answer for each object.
+
+    An anchor answers if neither of its sides is more than ``anchor_t`` times longer or shorter than the
+    object's. Of the cells, the one with the centre answers, and the two neighbours that the centre is
+    nearest to (less than half a cell away), where they lie inside the map.
+
+    Args:
+        targets: float (M, 6): image, class, xywh in 0..1.
+        anchors: float (3, 2): width and height in cells.
+        size: (ny, nx) of the map, in cells.
+        anchor_t: largest ratio, exclusive.
+    """
+    ny, nx = size
+    scale = targets.new_tensor([nx, ny])
+    sides = targets[:, 4:] * scale
+    ratio = sides[None] / anchors[:, None]
+    fits = torch.maximum(ratio, 1 / ratio).amax(2) < anchor_t
+    anchor, target = fits.nonzero(as_tuple=True)
+    centre = targets[target, 2:4] * scale
+    row, offset = _cells(centre, scale)
+    cell = (centre[row] - offset).long()
+    limits = cell.new_tensor([nx - 1, ny - 1])
+    cell = torch.minimum(cell.clamp(min=0), limits)
+    image, label = targets[target[row], :2].long().unbind(1)
+    cells = torch.stack([image, anchor[row], cell[:, 1], cell[:, 0]], 1)
+    return Matches(cells, torch.cat([centre[row] - cell, sides[target[row]]], 1), label)
+
+
+def _cells(centre: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of the centre and the offset to subtract, for each cell that answers."""
+    from_left, from_right = centre, scale - centre
+    near_left = (from_left % 1 < 0.5) & (from_left > 1)
+    near_right = (from_right % 1 < 0.5) & (from_right > 1)
+    here = torch.ones_like(near_left[:, :1])
+    which, row = torch.cat([here, near_left, near_right], 1).T.nonzero(as_tuple=True)
+    offsets = centre.new_tensor([[0, 0], [0.5, 0], [0, 0.5], [-0.5, 0], [0, -0.5]])
+    return row, offsets[which]
+
+
+class DetectionLoss:
+    """The loss of raw predictions against targets.
+
+    Args:
+        anchors: (3, 3, 2): level, anchor, width and height in units of the level's stride.
+        num_classes: classes of the head; with one, there is no class loss.
+        gains: weights of the three parts, for a 640 px image and 80 classes; they are scaled to the
+            image size and number of classes at hand.
+        imgsz: side of the images in pixels.
+    """
+
+    def __init__(self, anchors: Tensor, num_classes: int, gains: LossConfig, imgsz: int) -> None:
+        self._anchors = anchors.detach().float()
+        self._anchor_t = gains.anchor_t
+        per_level = 3 / len(anchors)
+        self._gains = {
+            "box": gains.box * per_level,
+            "obj": gains.obj * per_level * (imgsz / 640) ** 2,
+            "cls": gains.cls * per_level * num_classes / 80,
+        }
+
+    def __call__(self, raw: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss, in float32 whatever the precision of ``raw``.
+
+        Args:
+            raw: three maps (N, 3, ny, nx, 5 + nc) of `YOLOv5` in training mode.
+            targets: float (M, 6): image index in the batch, class id, xywh in 0..1; M may be 0.
+
+        Returns:
+            The scalar to run backward from - the sum over the batch: mean loss times N, as published -
+            and the weighted means of its parts "box", "obj" and "cls", detached.
+        """
+        with torch.autocast(raw[0].device.type, enabled=False):
+            targets = targets.to(raw[0].device, torch.float32)
+            levels = [self._level(level, r.float(), targets) for level, r in enumerate(raw)]
+        sums = torch.stack(levels).sum(0)
+        parts = {name: value * gain for value, (name, gain) in zip(sums, self._gains.items(), strict=True)}
+        total = torch.stack(list(parts.values())).sum() * len(raw[0])
+        return total, {name: value.detach() for name, value in parts.items()}
+
+    def _level(self, level: int, raw: Tensor, targets: Tensor) -> Tensor:
+        """Box, objectness and class loss of one level, (3,)."""
+        anchors = self._anchors[level].to(raw.device)
+        matches = match(targets, anchors, (raw.shape[2], raw.shape[3]), self._anchor_t)
+        image, anchor, row, column = matches.cells.unbind(1)
+        predicted = raw[image, anchor, row, column]
+        wanted = torch.zeros_like(raw[..., 4])
+        box = classes = raw.new_zeros(())
+        if len(predicted):
+            distance = ciou_loss(decode_cells(predicted[:, :4], anchors[anchor]), matches.boxes)
+            box = distance.mean()
+            wanted = _best_iou(wanted, matches.cells, 1 - distance.detach())
+            classes = _class_loss(predicted[:, 5:], matches.classes)
+        return torch.stack([box, bce(raw[..., 4], wanted) * _BALANCE[level], classes])
+
+
+def decode_cells(raw: Tensor, anchors: Tensor) -> Tensor:
+    """Raw boxes (K, 4) to xywh in cells, the centre relative to the cell's corner."""
+    unit = raw.sigmoid() * 2
+    return torch.cat([unit[:, :2] - 0.5, unit[:, 2:] ** 2 * anchors], 1)
+
+
+def ciou_loss(predicted: Tensor, wanted: Tensor) -> Tensor:
+    """One minus the complete IoU (https://arxiv.org/abs/1911.08287) of xywh boxes (K, 4), pairwise, (K,)."""
+    predicted = torch.cat([predicted[:, :2], predicted[:, 2:].clamp(min=_SMALLEST_SIDE)], 1)
+    corners = (box_convert(boxes, "cxcywh", "xyxy") for boxes in (predicted, wanted))
+    return cast(Tensor, complete_box_iou_loss(*corners))
+
+
+def _best_iou(wanted: Tensor, cells: Tensor, iou: Tensor) -> Tensor:
+    """Objectness targets: the IoU of each matched prediction, 0 elsewhere.
+
+    Of several objects in one cell and anchor the best counts. Published code keeps any one of them,
+    which would make equal runs differ.
+    """
+    _, anchors, ny, nx = wanted.shape
+    image, anchor, row, column = cells.unbind(1)
+    index = ((image * anchors + anchor) * ny + row) * nx + column
+    return wanted.view(-1).scatter_reduce(0, index, iou.clamp(min=0), "amax").view_as(wanted)
+
+
+def _class_loss(logits: Tensor, classes: Tensor) -> Tensor:
+    if logits.shape[1] == 1:
+        return logits.new_zeros(())
+    return bce(logits, torch.nn.functional.one_hot(classes, logits.shape[1]).to(logits.dtype))

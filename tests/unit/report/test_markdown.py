@@ -1,0 +1,103 @@
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from sparse_exp.report.markdown import ReportData, write_report
+
+RESULT = {
+    "val/map50": 0.5481,
+    "val/map50_95": 0.2031,
+    "deployed/deepsparse/map50": 0.5453,
+    "sparsity/onnx": 0.7502,
+    "size/onnx_gzip_mb": 2.914,
+    "benchmark/deepsparse/dense/b1/items_per_s": 16.0,
+    "benchmark/deepsparse/sparse/b1/items_per_s": 40.0,
+    "benchmark/deepsparse/sparse/b1/latency_p50_ms": 25.13,
+    "benchmark/deepsparse/sparse/b1/spread": 0.034,
+}
+
+
+@pytest.fixture
+def report(tmp_path):
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "training curves ü.png").write_bytes(b"png")
+    return ReportData(
+        title="yolov5s on trees",
+        command="python -m sparse_exp seed=1",
+        result=RESULT,
+        summary={"recipe": "transfer_quant | pruned"},
+        origin="The official COCO weights.",
+        pruning="Pruned to 75 % before training.",
+        phases=[{"phase": "pruned", "epochs": "0-22"}, {"phase": "pruned_quant", "epochs": "22-25"}],
+        conditions={"cores": "2"},
+        warnings=["The host\nis busy."],
+        pictures={"Training": tmp_path / "plots" / "training curves ü.png", "Gone": tmp_path / "gone.png"},
+        attributions=["Photos: NEON, MIT"],
+        environment={"python": "3.11"},
+    )
+
+
+def rows_of(text):
+    return [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in text.splitlines()
+        if line[:1] == "|"
+    ]
+
+
+def test_the_page_holds_the_given_facts(report, tmp_path):
+    write_report(tmp_path / "report.md", report)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    rows = rows_of(text)
+    assert ["torch", "0.5481", "0.2031", ""] in rows
+    assert ["deepsparse", "0.5453", "-", "-0.0028"] in rows
+    assert ["prunable weights, exported file", "75.02%"] in rows
+    assert ["sparse ONNX, compressed", "2.91"] in rows
+    assert ["deepsparse", "sparse", "1", "40.00", "25.13", "-", "-", "3.4%", "2.50"] in rows
+    assert ["pruned_quant", "22-25"] in rows
+    assert ["recipe", "transfer_quant \\| pruned"] in rows
+    assert ["cores", "2"] in rows
+    assert ["python", "3.11"] in rows
+    for line in ("```sh\npython -m sparse_exp seed=1\n```", "The official COCO weights.", "Pruned to 75 %",
+                 "- The host is busy.", "- Photos: NEON, MIT"):  # fmt: skip
+        assert line in text
+    assert text.startswith("# yolov5s on trees\n")
+
+
+def test_every_row_of_a_table_has_as_many_cells_as_its_head(report, tmp_path):
+    write_report(tmp_path / "report.md", report)
+    for table in re.findall(r"(?:^\|.*\n)+", (tmp_path / "report.md").read_text(), re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+
+
+@pytest.mark.parametrize("place", ["report.md", "deeper/report.md"])
+def test_every_picture_that_is_named_is_there(report, tmp_path, place):
+    path = tmp_path / place
+    write_report(path, report)
+    named = re.findall(r"!\[(.*)\]\((\S+)\)", path.read_text(encoding="utf-8"))
+    assert [caption for caption, _ in named] == ["Training"]
+    assert all((path.parent / unquote(address)).is_file() for _, address in named)
+    assert not any(Path(address).is_absolute() for _, address in named)
+
+
+def test_parts_without_contents_are_left_out(tmp_path):
+    write_report(tmp_path / "report.md", ReportData("Title", "python -m sparse_exp"))
+    headings = re.findall(r"^#+ .*", (tmp_path / "report.md").read_text(), re.MULTILINE)
+    assert headings == ["# Title", "## How to reproduce"]
+
+
+def test_a_failure_leaves_the_old_report_and_nothing_half_written(report, tmp_path, monkeypatch):
+    path = tmp_path / "out" / "report.md"
+    path.parent.mkdir()
+    path.write_text("old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_report(path, report)
+    assert [p.name for p in path.parent.iterdir()] == ["report.md"]
+    assert path.read_text() == "old"

@@ -1,0 +1,49 @@
+import pytest
+
+from sparse_exp.report.results import accuracies, number, throughputs
+
+RESULT = {
+    "val/map50": 0.548,
+    "val/map50_95": 0.2,
+    "deployed/openvino/map50": 0.546,
+    "deployed/deepsparse/map50": 0.55,
+    "deployed/deepsparse/map50_95": 0.21,
+    "weights/origin": "index:x",
+    "benchmark/openvino/sparse/b1/items_per_s": 19.9,
+    "benchmark/openvino/dense/b1/items_per_s": 20.0,
+    "benchmark/deepsparse/sparse/b1/items_per_s": 40.0,
+    "benchmark/deepsparse/sparse/b1/latency_p50_ms": 25.0,
+    "benchmark/deepsparse/sparse/b1/spread": 0.03,
+    "benchmark/deepsparse/dense/b1/items_per_s": 13.0,
+    "benchmark/deepsparse/sparse/b16/items_per_s": 60.0,
+}
+
+
+def test_speedup_is_against_the_best_dense_engine_of_the_same_batch_size():
+    rows = {(row.batch, row.engine, row.variant): row for row in throughputs(RESULT)}
+    assert list(rows) == [
+        (1, "deepsparse", "dense"),
+        (1, "deepsparse", "sparse"),
+        (1, "openvino", "dense"),
+        (1, "openvino", "sparse"),
+        (16, "deepsparse", "sparse"),
+    ]
+    sparse = rows[1, "deepsparse", "sparse"]
+    assert sparse.speedup == pytest.approx(40 / 20)
+    assert (sparse.items_per_s, sparse.p50, sparse.p90, sparse.spread) == (40.0, 25.0, None, 0.03)
+    assert rows[1, "openvino", "dense"].speedup == 1.0
+    assert rows[16, "deepsparse", "sparse"].speedup is None
+
+
+def test_accuracies():
+    assert accuracies(RESULT) == [
+        ("torch", 0.548, 0.2, ""),
+        ("deepsparse", 0.55, 0.21, "+0.0020"),
+        ("openvino", 0.546, None, "-0.0020"),
+    ]
+    assert accuracies({"deployed/openvino/map50": 0.5}) == [("openvino", 0.5, None, "-")]
+
+
+def test_a_text_is_no_number():
+    assert number(RESULT, "weights/origin") is None
+    assert number(RESULT, "nothing") is None

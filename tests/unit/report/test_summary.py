@@ -1,0 +1,48 @@
+import io
+
+from rich.console import Console
+
+from sparse_exp.report.summary import summary_table, summary_text
+
+
+def wide_result():
+    result = {"val/map50": 0.5481, "val/map50_95": 0.203, "sparsity/prunable": 0.7502, "size/onnx_mb": 7.61}
+    for engine, dense, sparse in (
+        ("deepsparse", 13.0, 39.8),
+        ("onnxruntime", 11.4, 6.3),
+        ("openvino", 17.7, 19.9),
+    ):
+        result[f"deployed/{engine}/map50"] = 0.5453
+        for batch in (1, 128):
+            for variant, items in (("dense", dense), ("sparse", sparse)):
+                cell = f"benchmark/{engine}/{variant}/b{batch}"
+                result |= {f"{cell}/items_per_s": items, f"{cell}/latency_p50_ms": 1e3 * batch / items}
+                result |= {f"{cell}/spread": 0.034}
+    return result
+
+
+def test_every_number_stands_uncut_within_80_columns():
+    text = summary_text(wide_result(), "yolov5s on trees, transfer_quant")
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    lines = [line.split() for line in text.splitlines()]
+    assert ["deepsparse", "sparse", "1", "39.8", "25.1", "3.4%", "2.25"] in lines
+    assert ["onnxruntime", "sparse", "128", "6.3", "20317.5", "3.4%", "0.36"] in lines
+    assert ["torch", "0.548", "0.203"] in lines
+    assert ["deepsparse", "0.545", "-", "-0.0028"] in lines
+    assert ["zeros", "in", "prunable", "weights", "75.02%"] in lines
+    assert ["sparse", "ONNX", "7.6", "MB"] in lines
+
+
+def test_without_a_terminal_there_are_no_escape_codes():
+    console = Console(file=io.StringIO(), width=80)
+    console.print(summary_table(wide_result()))
+    assert "\x1b" not in console.file.getvalue()
+
+
+def test_a_run_of_few_stages_has_only_its_own_parts():
+    text = summary_text({"size/dense_onnx_mb": 28.2})
+    assert "dense ONNX" in text
+    assert "Accuracy" not in text
+    assert "Throughput" not in text
+    assert summary_text({}, "Nothing").strip() == "Nothing"

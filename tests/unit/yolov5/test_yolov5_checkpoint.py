@@ -1,0 +1,260 @@
+import dataclasses
+import sys
+import types
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sparse_exp.errors import CheckpointError
+from sparse_exp.yolov5 import checkpoint as module
+from sparse_exp.yolov5.checkpoint import read_checkpoint, save_checkpoint, transfer_weights
+from sparse_exp.yolov5.model import YOLOv5
+
+NAMES = ["tree", "bush"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = YOLOv5("n", 2)
+    with torch.no_grad():  # so that a swap of two tensors of one shape shows
+        for tensor in model.state_dict().values():
+            tensor.copy_(torch.randn(tensor.shape) if tensor.is_floating_point() else torch.tensor(17))
+    return model
+
+
+@pytest.fixture
+def upstream(monkeypatch):
+    """Modules named as in Ultralytics' repository, importable as long as the test runs."""
+    classes = {
+        "models.yolo": ("Model", "Detect"),
+        "models.common": ("Conv", "C3", "Bottleneck", "SPPF", "Concat"),
+    }
+    for name, members in classes.items():
+        fake = types.ModuleType(name)
+        for member in members:
+            setattr(fake, member, type(member, (nn.Module,), {"__module__": name}))
+        monkeypatch.setitem(sys.modules, name, fake)
+    monkeypatch.setitem(sys.modules, "models", types.ModuleType("models"))
+
+    def imitate(ours, name=None):
+        name = name or type(ours).__name__
+        home = next((m for m, members in classes.items() if name in members), None)
+        theirs = getattr(sys.modules[home], name)() if home else type(ours).__new__(type(ours))
+        if not home:
+            theirs.__dict__.update(ours.__dict__)
+        children = {k: imitate(c) for k, c in ours.named_children() if k != "add"}
+        theirs.__dict__.update(_parameters=ours._parameters, _buffers=ours._buffers, _modules=children)
+        return theirs
+
+    return lambda ours: imitate(ours, "Model")
+
+
+def save_upstream(path, theirs, monkeypatch, **more):
+    theirs.names, theirs.yaml = NAMES, {"nc": 2, "depth_multiple": 0.33}
+    fitness = np.float64(0.5)
+    content = {"epoch": 299, "best_fitness": np.array([fitness]), "model": theirs, "optimizer": None, **more}
+    torch.save(content, path)
+    for name in ("models", "models.yolo", "models.common"):
+        monkeypatch.delitem(sys.modules, name)  # reading must not need, let alone import, them
+    return path
+
+
+def test_a_pickled_model_is_read_without_its_classes(model, upstream, monkeypatch, tmp_path):
+    path = save_upstream(tmp_path / "best.pt", upstream(model), monkeypatch)
+    checkpoint = read_checkpoint(path)
+    assert "models" not in sys.modules
+    assert (checkpoint.format, checkpoint.size, checkpoint.num_classes) == ("ultralytics", "n", 2)
+    assert (checkpoint.names, checkpoint.epoch, checkpoint.phase) == (("tree", "bush"), 299, None)
+    assert checkpoint.state_dict.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(checkpoint.state_dict[name], tensor), name
+
+
+def test_half_precision_becomes_float32(model, upstream, monkeypatch, tmp_path):
+    import copy
+
+    path = save_upstream(tmp_path / "best.pt", upstream(copy.deepcopy(model).half()), monkeypatch)
+    state = read_checkpoint(path).state_dict
+    assert {t.dtype for t in state.values()} == {torch.float32, torch.int64}
+    weight = model.state_dict()["model.3.conv.weight"]
+    assert torch.equal(state["model.3.conv.weight"], weight.half().float())
+
+
+def test_the_averaged_weights_are_preferred(model, upstream, monkeypatch, tmp_path):
+    plain = YOLOv5("n", 2)
+    path = save_upstream(tmp_path / "last.pt", upstream(plain), monkeypatch, ema=upstream(model))
+    got = read_checkpoint(path).state_dict["model.0.conv.weight"]
+    assert torch.equal(got, model.state_dict()["model.0.conv.weight"])
+
+
+@pytest.mark.parametrize("wrap", ["bare", "model", "parallel"])
+def test_state_dicts_are_read(model, wrap, tmp_path):
+    state = model.state_dict()
+    if wrap == "parallel":
+        state = OrderedDict((f"module.{k}", v) for k, v in state.items())
+    more = {"recipe": "modifiers: []", "names": {0: "a", 1: "b"}, "epoch": 3, "ema": None}
+    torch.save(state if wrap == "bare" else {"model": state, **more}, tmp_path / "x.pt")
+    checkpoint = read_checkpoint(tmp_path / "x.pt")
+    assert checkpoint.state_dict.keys() == model.state_dict().keys()
+    known = wrap != "bare"
+    assert checkpoint.names == (("a", "b") if known else ("class0", "class1"))
+    assert checkpoint.recipe == ("modifiers: []" if known else "")
+
+
+@pytest.mark.parametrize("size", "nsmlx")
+def test_sizes_are_told_by_their_shapes(size, tmp_path):
+    with torch.device("meta"):
+        names = YOLOv5(size, 3).state_dict()
+    shown = ("model.0.conv.weight", "model.24.anchors", "model.24.m.0.weight")
+    # the other tensors of the big sizes need not be large: only their names count
+    state = {k: torch.zeros(v.shape if k in shown else (1,)) for k, v in names.items()}
+    torch.save(state, tmp_path / "x.pt")
+    checkpoint = read_checkpoint(tmp_path / "x.pt")
+    assert (checkpoint.size, checkpoint.num_classes) == (size, 3)
+
+
+def without(state, *prefixes):
+    return {k: v for k, v in state.items() if not k.startswith(prefixes)}
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (
+            lambda s: {**without(s, "model.0."), "model.0.conv.conv.weight": torch.zeros(16, 12, 3, 3)},
+            "Focus",
+        ),
+        (lambda s: without(s, "model.24."), "342 tensors such as 'model.0.conv.weight'"),
+        (lambda s: {"fc.weight": torch.zeros(3, 3)}, "1 tensors such as 'fc.weight'"),
+        (lambda s: without(s, "model.6.m.2."), "2 blocks in layer 6"),
+        (lambda s: {**s, "model.0.conv.weight": torch.zeros(17, 3, 6, 6)}, "a stem of 17 channels"),
+        (lambda s: {**s, "model.24.m.0.weight": torch.zeros(20, 64, 1, 1)}, "20 outputs"),
+        (lambda s: {**s, "model.24.proto.cv1.conv.weight": torch.zeros(1)}, "a head with 'model.24.proto"),
+        (lambda s: {"epoch": 3}, "no tensor"),
+        (lambda s: [1, 2], "no tensor"),
+    ],
+)
+def test_other_architectures_are_refused(model, change, found, tmp_path):
+    torch.save(change(model.state_dict()), tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=found) as raised:
+        read_checkpoint(tmp_path / "x.pt")
+    assert "\n" not in str(raised.value)
+    assert "v6.0" in str(raised.value)
+
+
+def ours(path, model, **changes):
+    values = {
+        "model_state": model.state_dict(), "size": "n", "num_classes": 2, "names": NAMES, "imgsz": 320,
+        "recipe": "modifiers: []", "phase": "pruned", "epoch": 12.0,
+        "metrics": {"val/map50": np.float32(0.5)},
+    }  # fmt: skip
+    save_checkpoint(path, **{**values, **changes})
+    return path
+
+
+def test_our_own_round_trip(model, tmp_path):
+    path = ours(tmp_path / "best_pruned.pt", model)
+    checkpoint = read_checkpoint(path)
+    values = dataclasses.asdict(checkpoint)
+    state = values.pop("state_dict")
+    assert values == {
+        "format": "sparse_exp", "size": "n", "num_classes": 2, "names": ("tree", "bush"), "imgsz": 320,
+        "recipe": "modifiers: []", "phase": "pruned", "epoch": 12.0, "metrics": {"val/map50": 0.5},
+    }  # fmt: skip
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+    assert torch.load(path, weights_only=True)["format"] == "sparse_exp/1"
+    assert [p.name for p in tmp_path.iterdir()] == ["best_pruned.pt"]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_tensors_of_observers_survive(model, tmp_path):
+    odd = {
+        "empty": torch.tensor([]), "scalar": torch.tensor(3), "byte": torch.tensor([1], dtype=torch.uint8),
+        "int": torch.tensor([4], dtype=torch.int32), "bool": torch.tensor([True, False]),
+        "view": torch.arange(12.0).view(3, 4).T[1:], "wide": torch.tensor(2.0).expand(5),
+        "infinite": torch.tensor([float("inf")]),
+    }  # fmt: skip
+    state = read_checkpoint(ours(tmp_path / "x.pt", model, model_state=odd)).state_dict
+    for name, tensor in odd.items():
+        assert torch.equal(state[name], tensor), name
+        assert state[name].dtype == tensor.dtype
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(model, monkeypatch, tmp_path):
+    path = ours(tmp_path / "last.pt", model)
+    before = path.read_bytes()
+
+    def fail(content, file):
+        file.write(b"half a checkpoint")
+        message = "disk full"
+        raise OSError(message)
+
+    monkeypatch.setattr(module.torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        ours(path, model, epoch=13)
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("size", "q"), ("num_classes", "2"), ("names", None), ("state_dict", []), ("epoch", None),
+     ("metrics", 3), ("metrics", {"a": "b"}), ("recipe", None), ("imgsz", 1.5), ("format", "sparse_exp/9")],
+)  # fmt: skip
+def test_malformed_files_of_ours_are_refused(model, key, value, tmp_path):
+    path = ours(tmp_path / "x.pt", model)
+    torch.save({**torch.load(path, weights_only=True), key: value}, path)
+    with pytest.raises(CheckpointError) as raised:
+        read_checkpoint(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_everything_is_taken_when_the_classes_agree(model, tmp_path):
+    checkpoint = read_checkpoint(ours(tmp_path / "x.pt", model))
+    fresh = YOLOv5("n", 2)
+    report = transfer_weights(fresh, checkpoint)
+    assert (report.taken, report.total, report.left) == (349, 349, ())
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in fresh.state_dict().items())
+
+
+def test_the_head_is_left_when_the_classes_differ(model, tmp_path):
+    checkpoint = read_checkpoint(ours(tmp_path / "x.pt", model))
+    fresh = YOLOv5("n", 5)
+    head = {k: v.clone() for k, v in fresh.state_dict().items() if k.startswith("model.24.m.")}
+    report = transfer_weights(fresh, checkpoint)
+    assert (report.taken, report.total) == (343, 349)
+    assert report.left == tuple(sorted(head))
+    assert torch.equal(fresh.anchors, model.anchors)  # not the default ones
+    for name, tensor in fresh.state_dict().items():
+        assert torch.equal(tensor, head.get(name, model.state_dict()[name] if name not in head else None)), (
+            name
+        )
+
+
+def test_another_size_is_refused(model, tmp_path):
+    checkpoint = read_checkpoint(ours(tmp_path / "x.pt", model))
+    with pytest.raises(CheckpointError, match=r"yolov5s .*'yolov5n'.*model=yolov5n"):
+        transfer_weights(YOLOv5("s", 2), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (None, "hold 'model.9.cv2.conv.weight'"),
+        (torch.zeros(3), r"of shape \(256, 512, 1, 1\), but got \(3,\)"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_changed(model, tensor, message):
+    state = {**model.state_dict(), "model.9.cv2.conv.weight": tensor}
+    state = {k: v for k, v in state.items() if v is not None}
+    checkpoint = module.Checkpoint("ultralytics", "n", 2, ("a", "b"), state, "", None, -1, {}, None)
+    fresh = YOLOv5("n", 2)
+    before = fresh.state_dict()["model.0.conv.weight"].clone()
+    with pytest.raises(CheckpointError, match=message):
+        transfer_weights(fresh, checkpoint)
+    assert torch.equal(fresh.state_dict()["model.0.conv.weight"], before)
