@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -45,7 +46,7 @@ def _compose_and_run(config: DictConfig) -> None:
         experiment = resolve(config)
         from sparse_exp.experiment import run
 
-        run(experiment, hydra_files=_hydra_files(config, job))
+        run(experiment, _hydra_files(config, job), list(job.overrides.task))
     except OmegaConfBaseException as error:
         sys.exit(f"Error: {_one_line(error)}")
     except ConfigError as error:
@@ -54,6 +55,22 @@ def _compose_and_run(config: DictConfig) -> None:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+class _ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to whatever standard error is now: a progress bar replaces it while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setLevel(logging.INFO)
+
+    @property  # type: ignore[override]
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: TextIO) -> None:
+        pass
 
 
 def _hydra_files(config: DictConfig, job: DictConfig) -> dict[str, str]:
@@ -66,7 +83,7 @@ def _hydra_files(config: DictConfig, job: DictConfig) -> dict[str, str]:
 
 def _log_to_console() -> None:
     if not _log.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _ConsoleHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         _log.addHandler(handler)
         _log.propagate = False

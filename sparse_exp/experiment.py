@@ -1,2 +1,231 @@
-def run(*a, **k):
-    print(a, k)
+"""One experiment from a checked configuration to its result: the ordered loop over the stages."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from sparse_exp import __version__
+from sparse_exp.artifacts import RunDirectory, StageRecord, fingerprint, write_json, write_text
+from sparse_exp.config.resolve import as_dict, as_yaml, recipe_path
+from sparse_exp.config.schema import Experiment
+from sparse_exp.context import Context
+from sparse_exp.errors import SparseExpError, StageFailed
+from sparse_exp.plan import check_host
+from sparse_exp.tracking import Artifact, Metrics, RunInfo, Tags, create_tracker
+
+_log = logging.getLogger(__name__)
+
+# What each stage depends on, beyond everything the stages before it depend on.
+_DEPENDS_ON: dict[str, tuple[str, ...]] = {
+    "fetch": ("model", "dataset"),
+    "plan": ("recipe", "seed", "trainer"),
+    "train": (),
+    "evaluate": ("checkpoint",),
+    "export": ("export",),
+    "verify": (),
+    "benchmark": ("hardware",),
+    "report": ("name",),
+}
+
+
+def run(
+    experiment: Experiment, hydra_files: Mapping[str, str], overrides: list[str]
+) -> Mapping[str, Any] | None:
+    """Run the stages of an experiment, or with ``dry_run`` only show its plan.
+
+    Args:
+        experiment: the checked configuration.
+        hydra_files: what Hydra composed, kept below ``.hydra/`` of the run.
+        overrides: the command line, to make the run again.
+
+    Returns:
+        What ``result.json`` holds; None for a dry run.
+
+    Raises:
+        SparseExpError: what stopped the run. The manifest names the stage and the reason, and the
+            tracker knows the run as FAILED.
+    """
+    from sparse_exp.sparsity.recipe import Recipe
+
+    recipe = Recipe.from_file(recipe_path(experiment.recipe.file), experiment.recipe.variables)
+    check_host(experiment)
+    if experiment.dry_run:
+        from sparse_exp.dry_run import show
+
+        show(experiment, recipe)
+        return None
+    directory = _open_directory(experiment)
+    context = Context(experiment, directory, create_tracker(experiment.tracker, _store(experiment)), recipe)
+    with _logging_to(directory.path / "sparse_exp.log"), _terminated_as_interrupted():
+        _write_conditions(context, hydra_files, overrides)
+        _run_tracked(context)
+    return directory.result()
+
+
+def _open_directory(experiment: Experiment) -> RunDirectory:
+    if experiment.resume:
+        return RunDirectory.reopen(Path(experiment.resume))
+    return RunDirectory.create(Path(experiment.paths.run), overwrite=experiment.overwrite)
+
+
+def _store(experiment: Experiment) -> Path:
+    return Path(experiment.paths.mlflow).absolute()
+
+
+def _run_tracked(context: Context) -> None:
+    """Run the stages, and tell manifest and tracker how it ended, whatever happens."""
+    tracker, experiment = context.tracker, context.experiment
+    try:
+        tracker.start(_run_info(context))
+        for name in ("config.yaml", "recipe.md", "environment.txt"):
+            tracker.log(Artifact(context.run.path / name))
+        mark = ""
+        for stage in experiment.stages:
+            mark = _run_stage(context, stage, mark)
+    except BaseException as error:
+        killed = isinstance(error, KeyboardInterrupt)
+        reason = "interrupted" if killed else " ".join(str(error).split())
+        context.run.update(status="KILLED" if killed else "FAILED", failure=reason)
+        _finish(context, "KILLED" if killed else "FAILED", reason)
+        raise
+    context.run.update(status="FINISHED", failure=None)
+    _finish(context, "FINISHED", "")
+
+
+def _finish(context: Context, status: Any, reason: str) -> None:
+    for name in (
+        "report.md",
+        "result.json",
+        "manifest.json",
+        "history.json",
+        "benchmark.json",
+        "sparse_exp.log",
+    ):
+        if (context.run.path / name).is_file():
+            context.tracker.log(Artifact(context.run.path / name))
+    context.tracker.finish(status, reason)
+
+
+def _run_info(context: Context) -> RunInfo:
+    from sparse_exp.hardware import host_facts
+
+    experiment = context.experiment
+    tags = {
+        "model": experiment.model.name,
+        "recipe": experiment.recipe.name,
+        "dataset": experiment.dataset.name,
+        "hardware": experiment.hardware.name,
+        "host.cpu": host_facts().cpu,
+        "sparse_exp.version": __version__,
+        "run.directory": str(context.run.path),
+    }
+    return RunInfo(
+        experiment.name, experiment.tracker.experiment, as_dict(experiment), tags, context.run.path
+    )
+
+
+def _run_stage(context: Context, stage: str, before: str) -> str:
+    """Run one stage, or skip it when it is finished; returns the fingerprint the next builds on."""
+    from sparse_exp.stages import STAGES
+
+    mark = _fingerprint(context, stage, before)
+    if context.run.is_finished(stage, mark):
+        _log.info("== %s: finished before, kept", stage)
+        return mark
+    _log.info("== %s", stage)
+    context.run.update(stage=stage)
+    started = time.monotonic()
+    try:
+        outcome = STAGES[stage](context)
+    except SparseExpError:
+        _log.debug("Stage %s stopped", stage, exc_info=True)
+        raise
+    except Exception as error:
+        _log.debug("Stage %s failed", stage, exc_info=True)
+        raise StageFailed(_failure(context, stage, error)) from error
+    seconds = time.monotonic() - started
+    outputs = context.run.digests(outcome.files)
+    context.run.record(stage, StageRecord(mark, outputs, outcome.metrics, seconds, outcome.facts))
+    result = write_json(context.run.path / "result.json", context.run.result())
+    numbers = {name: float(v) for name, v in outcome.metrics.items() if isinstance(v, float | int)}
+    context.tracker.log(Metrics({**numbers, f"time/{stage}_s": seconds}))
+    _log.debug("%s written", result)
+    return mark
+
+
+def _failure(context: Context, stage: str, error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    log = context.run.path / "sparse_exp.log"
+    if isinstance(error, MemoryError) or "out of memory" in str(error):
+        return f"The stage {stage} ran out of memory. Make trainer.batch_size smaller. Its traceback is in {log}."
+    if isinstance(error, OSError) and error.errno == 28:
+        return (
+            f"The disk is full (stage {stage}). Free some space, then go on with resume={context.run.path}."
+        )
+    return f"The stage {stage} failed: {type(error).__name__}: {first} Its traceback is in {log}."
+
+
+def _fingerprint(context: Context, stage: str, before: str) -> str:
+    config = as_dict(context.experiment)
+    parts = {key: config[key] for key in _DEPENDS_ON[stage]}
+    recipe = context.recipe.text if stage == "plan" else ""
+    return fingerprint(stage, before, parts, recipe, __version__)
+
+
+def _write_conditions(context: Context, hydra_files: Mapping[str, str], overrides: list[str]) -> None:
+    from sparse_exp.stages import write_recipe
+
+    directory = context.run.path
+    for name, text in hydra_files.items():
+        write_text(directory / ".hydra" / name, text)
+    write_text(directory / "config.yaml", as_yaml(context.experiment))
+    write_recipe(context)
+    packages = sorted({f"{d.metadata['Name']}=={d.version}" for d in distributions()}, key=str.lower)
+    write_text(
+        directory / "environment.txt", "\n".join([f"python=={sys.version.split()[0]}", *packages]) + "\n"
+    )
+    context.run.update(name=context.experiment.name, overrides=overrides, version=__version__)
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    """Keep everything that is logged, debug lines and tracebacks included, in the run's log."""
+    logger = logging.getLogger("sparse_exp")
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    handler.setLevel(logging.DEBUG)
+    logger.addHandler(handler)
+    previous = logger.level
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.setLevel(previous)
+        logger.removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM end a run as Ctrl-C does: recorded, tracked as KILLED, no process left behind."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        previous = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread: whoever runs us there decides
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -172,7 +172,9 @@ class PathsConfig:
     output: str = "outputs"
     run: str = documented(MISSING, "directory of this run")
     mlflow: str = documented(MISSING, "database and artifacts of MLflow")
-    cache: Optional[str] = documented(None, "downloads and data sets; null: SPARSE_EXP_CACHE, then the user's")
+    cache: Optional[str] = documented(
+        None, "downloads and data sets; null: SPARSE_EXP_CACHE, then the user's"
+    )
 
 
 @dataclass

@@ -30,7 +30,7 @@ class DeepSparseEngine(OnnxEngine):
 
         def execute(batch: np.ndarray) -> list[np.ndarray]:
             # DeepSparse knows types by identity, and an array that was unpickled has a dtype of its own.
-            outputs: list[np.ndarray] = engine.run([batch])
+            outputs: list[np.ndarray] = engine.run([batch.view(np.uint8)])
             return outputs
 
         return execute

@@ -67,7 +67,9 @@ def _export(module: nn.Module, sample: Tensor, destination: Path, opset: int) ->
 def _write(module: nn.Module, sample: Tensor, destination: Path, opset: int) -> None:
     module.eval()
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the TorchScript exporter is deprecated, but SparseML knows its graphs
+        warnings.simplefilter(
+            "ignore"
+        )  # the TorchScript exporter is deprecated, but SparseML knows its graphs
         torch.onnx.export(
             module,
             (sample,),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import onnx
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # sparseml 1.8 imports pkg_resources, which warns
     from sparseml.exporters.onnx_to_deepsparse import ONNXToDeepsparse
+
+logging.getLogger("sparseml").setLevel(logging.WARNING)  # it reports every transformation
 
 
 def to_integer_graph(qdq: Path, destination: Path) -> None:
@@ -23,4 +26,6 @@ def to_integer_graph(qdq: Path, destination: Path) -> None:
         destination: file to write.
     """
     exporter = ONNXToDeepsparse(skip_input_quantize=True, inplace=True)
-    onnx.save(exporter.apply(onnx.load(str(qdq))), str(destination))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        onnx.save(exporter.apply(onnx.load(str(qdq))), str(destination))

@@ -93,21 +93,6 @@ class SparsityContract:
             )
 
 
-@torch.no_grad()
-def prune_by_magnitude(convolutions: Mapping[str, nn.Conv2d], sparsity: float) -> None:
-    """Set the smallest weights of each layer to 0, in place.
-
-    Args:
-        convolutions: the layers to prune.
-        sparsity: share of each layer's weights that is 0 afterwards, 0..1 (rounded up to whole weights).
-    """
-    for conv in convolutions.values():
-        weight = conv.weight.flatten()
-        count = min(weight.numel(), int(np.ceil(sparsity * weight.numel())))
-        weight[weight.abs().argsort(stable=True)[:count]] = 0.0
-        conv.weight.copy_(weight.view(conv.weight.shape))
-
-
 @dataclass(frozen=True)
 class OnnxFacts:
     """What an ONNX file holds.

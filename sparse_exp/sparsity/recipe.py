@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ def _qconfig(activation: Any, weight: Any) -> _QConfig:
 
 quantization_scheme._get_qconfig = _qconfig
 
+logging.getLogger("sparseml").setLevel(logging.WARNING)
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
 
 
@@ -83,9 +85,7 @@ class Recipe:
         RecipeError: the text is no recipe, or a variable is not one of its root variables.
     """
 
-    def __init__(
-        self, text: str, variables: Mapping[str, float] | None = None, name: str = "recipe"
-    ) -> None:
+    def __init__(self, text: str, variables: Mapping[str, float] | None = None, name: str = "recipe") -> None:
         self.name = name
         body = _yaml_of(text)
         _check_variables(body, variables or {}, name)
@@ -172,9 +172,7 @@ class Recipe:
         for modifier in self._manager.iter_modifiers():
             _check_targets(modifier, model, self.name)
 
-    def attach(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, steps_per_epoch: int
-    ) -> Sparsifier:
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Sparsifier:
         """Begin to apply the recipe to a model in training."""
         self._manager.initialize(model, epoch=0.0, loggers=_silent())
         return _ManagedSparsifier(self._manager, model, optimizer, steps_per_epoch)

@@ -97,6 +97,7 @@ class Trainer:
         self._contract = SparsityContract.of(model.prunable_convolutions())
         self._phases = recipe.phases()
         self._best: dict[str, tuple[float, Path]] = {}
+        self._quantizing = False
 
     def fit(self) -> TrainingResult:
         """Train to the end of the recipe.
@@ -130,9 +131,9 @@ class Trainer:
 
     def _enter(self, phase: Phase, sparsifier: Any, epoch: float) -> None:
         """Go on from the averaged weights when QAT begins: their average cannot follow its new modules."""
-        if not phase.quantized or "quantized" in self.__dict__:
+        if not phase.quantized or self._quantizing:
             return
-        self.quantized = True
+        self._quantizing = True
         if epoch > 0:
             self._model.load_state_dict(self._ema.module.state_dict())
         sparsifier.before_step(epoch)
@@ -161,10 +162,10 @@ class Trainer:
         seconds = time.perf_counter() - started
         return {
             "phase": phase.name,
-            **{f"train/{name}_loss": total / len(steps) for name, total in sums.items()},
+            **{f"loss/{name}": total / len(steps) for name, total in sums.items()},
             "lr": self._optimizer.param_groups[0]["lr"],
-            "train/images_per_s": images / seconds,
-            "train/seconds": seconds,
+            "images_per_s": images / seconds,
+            "seconds": seconds,
         }
 
     def _step(self, batch: Batch, sparsifier: Any, epoch: float, *, quantized: bool) -> Mapping[str, Tensor]:
@@ -275,7 +276,10 @@ def _optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.Optimizer
     """AdamW with weight decay on convolution weights only, not on biases and batch norms."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=config.lr)
 
 

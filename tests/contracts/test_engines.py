@@ -297,6 +297,14 @@ def test_the_child_loads_no_torch(engine):
     assert "torch" not in packages
 
 
+def test_openvino_leaves_no_trace_of_its_telemetry(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    engine = IsolatedEngine("openvino")
+    engine.load(model.path, batch_size=1, cores=1)
+    engine.close()
+    assert list(tmp_path.iterdir()) == []
+
+
 # No guard against a second import of the main module; waits for its end in the middle of a measurement.
 SCRIPT = """
 import sys

@@ -9,7 +9,8 @@ import psutil
 import pytest
 
 from sparse_exp import hardware
-from sparse_exp.config.schema import HardwareConfig
+from sparse_exp.config.schema import ENGINES, HardwareConfig
+from sparse_exp.engines import create_engine
 from sparse_exp.hardware import check_engines, has_bf16, host_facts, isa_of, usable_physical_cores
 
 ZEN3 = "fpu sse sse2 ssse3 fma avx f16c avx2 bmi2 vaes vpclmulqdq"
@@ -133,3 +134,7 @@ def test_checking_imports_no_engine_and_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_to_install_is_what_the_engines_say():
+    assert {name: create_engine(name).requirement for name in ENGINES} == hardware._INSTALL

@@ -1,0 +1,119 @@
+"""What the stages of one run share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparse_exp.artifacts import RunDirectory
+from sparse_exp.config.schema import Experiment
+from sparse_exp.errors import ConfigError
+from sparse_exp.tracking import Tracker
+
+if TYPE_CHECKING:
+    from sparse_exp.data import DetectionDataset
+    from sparse_exp.data.loader import DetectionLoader
+    from sparse_exp.sparsity.recipe import Recipe
+    from sparse_exp.training.precision import Precision
+
+
+@dataclass
+class Context:
+    """One run: its configuration, its directory, its tracker, and what several stages need.
+
+    Attributes:
+        experiment: the checked configuration.
+        run: the run directory; finished stages are found in its records.
+        tracker: started.
+        recipe: as it will run.
+    """
+
+    experiment: Experiment
+    run: RunDirectory
+    tracker: Tracker
+    recipe: Recipe
+
+    @cached_property
+    def cache(self) -> Path:
+        """Directory for downloads and data sets."""
+        from sparse_exp.zoo.sources import cache_directory
+
+        return cache_directory(self.experiment.paths.cache)
+
+    @cached_property
+    def dataset(self) -> DetectionDataset:
+        """The data set, built or read; ready at once when the fetch stage has seen it."""
+        from sparse_exp.data import prepare
+
+        return prepare(self.experiment.dataset, self.cache)
+
+    @cached_property
+    def precision(self) -> Precision:
+        """How floating-point phases compute on this host."""
+        from sparse_exp.hardware import has_bf16
+        from sparse_exp.training.precision import choose_precision
+
+        return choose_precision(self.experiment.trainer, has_bf16=has_bf16())
+
+    def loader(self, split: str, *, train: bool = False) -> DetectionLoader:
+        """Batches of a split."""
+        from sparse_exp.data.loader import make_loader
+
+        trainer, dataset = self.experiment.trainer, self.experiment.dataset
+        return make_loader(
+            self.dataset.splits[split],
+            len(self.dataset.names),
+            imgsz=dataset.imgsz,
+            batch_size=trainer.batch_size if train else trainer.val_batch_size,
+            train=train,
+            seed=self.experiment.seed,
+            workers=dataset.workers,
+            augment=trainer.augment,
+        )
+
+    @property
+    def checkpoint(self) -> Path:
+        """The trained checkpoint: what ``checkpoint=`` names, else what the train stage chose.
+
+        Raises:
+            ConfigError: there is neither.
+        """
+        if self.experiment.checkpoint:
+            return Path(self.experiment.checkpoint).expanduser()
+        record = self.run.records.get("train")
+        if record is None:
+            raise ConfigError("No trained checkpoint. Give one with checkpoint=PATH, or add train to stages.")
+        return self.run.path / str(record.facts["checkpoint"])
+
+    def deployed(self, engine: str) -> Path:
+        """The exported file that suits an engine: QDQ where the engine cannot run integer graphs fast."""
+        folder = self.run.path / "deployment"
+        qdq = folder / "model.qdq.onnx"
+        return qdq if engine != "deepsparse" and qdq.is_file() else folder / "model.onnx"
+
+    @property
+    def dense(self) -> Path:
+        """The dense fp32 baseline of the same architecture."""
+        return self.run.path / "deployment" / "dense.onnx"
+
+    def facts(self, stage: str) -> dict[str, Any]:
+        """What a finished stage left for others; empty when it did not run."""
+        record = self.run.records.get(stage)
+        return record.facts if record else {}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage returns.
+
+    Attributes:
+        files: files it wrote below the run directory.
+        metrics: numbers and texts for ``result.json``.
+        facts: plain data for later stages.
+    """
+
+    files: list[Path] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)

