@@ -2,7 +2,9 @@
 VENV ?= .venv
 export PYTHON
 ENV := $(VENV)/bin
-STAMP := $(VENV)/.installed
+RUNTIME := $(VENV)/.installed
+TOOLS := $(VENV)/.installed-dev
+PIP := $(ENV)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -12,19 +14,23 @@ help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 .PHONY: setup
-setup: $(STAMP) ## Install into .venv (needs Python 3.11 or 3.10); a second call does nothing
+setup: $(RUNTIME) $(TOOLS) ## Install into .venv (needs Python 3.11 or 3.10); a second call does nothing
 
 # --no-compile: bytecode of the few modules that are used is made when they are first imported.
-$(STAMP): pyproject.toml constraints.txt
+$(RUNTIME): pyproject.toml constraints.txt
 	@python=$$(sh tools/find-python.sh) || exit 1; \
 	echo "Installing into $(VENV) with $$python (several GB; minutes)"; \
 	test -x $(ENV)/python || $$python -m venv $(VENV)
-	@$(ENV)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip setuptools
-	@$(ENV)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) pip setuptools
+	@$(PIP) --no-compile --editable .
+	@touch $@
+
+$(TOOLS): $(RUNTIME)
+	@$(PIP) --no-compile --editable '.[dev]'
 	@touch $@
 
 .PHONY: run
-run: setup ## Run the main job; overrides go into ARGS, as in make run ARGS="recipe=dense"
+run: $(RUNTIME) ## Run the main job; overrides go into ARGS, as in make run ARGS="recipe=dense"
 	@$(ENV)/python -m sparse_exp $(ARGS)
 
 .PHONY: test
@@ -45,7 +51,7 @@ type: setup ## Check types
 	@$(ENV)/mypy
 
 .PHONY: dashboard
-dashboard: setup ## Show all runs in MLflow's UI on a free port
+dashboard: $(RUNTIME) ## Show all runs in MLflow's UI on a free port
 	@$(ENV)/python -m sparse_exp.tracking.dashboard $(ARGS)
 
 .PHONY: clean

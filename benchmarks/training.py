@@ -86,7 +86,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="images of a step")
     parser.add_argument("--steps", type=int, default=4, help="of one measurement")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each loop, in turns")
-    parser.add_argument("--dataset", default="digits", choices=["digits", "trees"], help="trees: fetched once")
+    parser.add_argument(
+        "--dataset", default="digits", choices=["digits", "trees"], help="trees: fetched once"
+    )
     parser.add_argument("--phases", nargs="+", default=["sparse", "qat"], choices=list(PHASES))
     parser.add_argument("--sparsity", type=float, default=0.75, help="share of zeros in the pruned layers")
     return parser.parse_args()
@@ -142,7 +144,7 @@ def plain_steps(
             images, targets = next(batches)
             loss, _parts = loss_of(model(images.float() / 255), targets)
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
     if stretch.frozen:
@@ -224,7 +226,9 @@ def _endless(loader: DetectionLoader) -> Iterator[Batch]:
 def _dataset(options: argparse.Namespace, scratch: Path) -> DetectionDataset:
     if options.dataset == "digits":
         train = max(24, options.batch)
-        return load_dataset(digits.materialize(scratch / "digits", imgsz=options.imgsz, train=train), "digits")
+        return load_dataset(
+            digits.materialize(scratch / "digits", imgsz=options.imgsz, train=train), "digits"
+        )
     values = yaml.safe_load((CONF_DIRECTORY / "dataset" / "trees.yaml").read_text(encoding="utf-8"))
     source = SourceConfig(**values.pop("source"))
     return prepare(DatasetConfig(**values, source=source), cache_directory(None))

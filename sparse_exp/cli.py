@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -64,7 +64,7 @@ class _ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
         super().__init__()
         self.setLevel(logging.INFO)
 
-    @property  # type: ignore[override]
+    @property
     def stream(self) -> TextIO:
         return sys.stderr
 
@@ -73,7 +73,7 @@ class _ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]
         pass
 
 
-def _hydra_files(config: DictConfig, job: DictConfig) -> dict[str, str]:
+def _hydra_files(config: DictConfig, job: Any) -> dict[str, str]:
     return {
         "config.yaml": OmegaConf.to_yaml(config),
         "hydra.yaml": OmegaConf.to_yaml(OmegaConf.masked_copy(OmegaConf.create({"hydra": job}), "hydra")),

@@ -34,6 +34,7 @@ class Context:
     run: RunDirectory
     tracker: Tracker
     recipe: Recipe
+    _loaders: dict[tuple[str, bool], DetectionLoader] = field(default_factory=dict, init=False)
 
     @cached_property
     def cache(self) -> Path:
@@ -58,7 +59,12 @@ class Context:
         return choose_precision(self.experiment.trainer, has_bf16=has_bf16())
 
     def loader(self, split: str, *, train: bool = False) -> DetectionLoader:
-        """Batches of a split."""
+        """Batches of a split, shuffled and augmented for training; images are read once a run."""
+        if (split, train) not in self._loaders:
+            self._loaders[split, train] = self._make_loader(split, train=train)
+        return self._loaders[split, train]
+
+    def _make_loader(self, split: str, *, train: bool) -> DetectionLoader:
         from sparse_exp.data.loader import make_loader
 
         trainer, dataset = self.experiment.trainer, self.experiment.dataset

@@ -19,7 +19,7 @@ from sparse_exp.config.schema import Experiment
 from sparse_exp.context import Context
 from sparse_exp.errors import SparseExpError, StageFailed
 from sparse_exp.plan import check_host
-from sparse_exp.tracking import Artifact, Metrics, RunInfo, Tags, create_tracker
+from sparse_exp.tracking import Artifact, Metrics, RunInfo, create_tracker
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +34,15 @@ _DEPENDS_ON: dict[str, tuple[str, ...]] = {
     "benchmark": ("hardware",),
     "report": ("name",),
 }
+
+_KEPT_AT_THE_END = (
+    "report.md",
+    "result.json",
+    "manifest.json",
+    "history.json",
+    "benchmark.json",
+    "sparse_exp.log",
+)
 
 
 def run(
@@ -85,6 +94,7 @@ def _run_tracked(context: Context) -> None:
     tracker, experiment = context.tracker, context.experiment
     try:
         tracker.start(_run_info(context))
+        context.run.update(tracker_run_id=tracker.run_id)
         for name in ("config.yaml", "recipe.md", "environment.txt"):
             tracker.log(Artifact(context.run.path / name))
         mark = ""
@@ -101,14 +111,7 @@ def _run_tracked(context: Context) -> None:
 
 
 def _finish(context: Context, status: Any, reason: str) -> None:
-    for name in (
-        "report.md",
-        "result.json",
-        "manifest.json",
-        "history.json",
-        "benchmark.json",
-        "sparse_exp.log",
-    ):
+    for name in _KEPT_AT_THE_END:
         if (context.run.path / name).is_file():
             context.tracker.log(Artifact(context.run.path / name))
     context.tracker.finish(status, reason)
@@ -128,7 +131,12 @@ def _run_info(context: Context) -> RunInfo:
         "run.directory": str(context.run.path),
     }
     return RunInfo(
-        experiment.name, experiment.tracker.experiment, as_dict(experiment), tags, context.run.path
+        name=experiment.name,
+        experiment=experiment.tracker.experiment,
+        config=as_dict(experiment),
+        tags=tags,
+        directory=context.run.path,
+        run_id=context.run.state.get("tracker_run_id"),
     )
 
 
@@ -165,7 +173,8 @@ def _failure(context: Context, stage: str, error: Exception) -> str:
     first = (str(error).strip().splitlines() or [""])[0]
     log = context.run.path / "sparse_exp.log"
     if isinstance(error, MemoryError) or "out of memory" in str(error):
-        return f"The stage {stage} ran out of memory. Make trainer.batch_size smaller. Its traceback is in {log}."
+        do = "Make trainer.batch_size smaller."
+        return f"The stage {stage} ran out of memory. {do} Its traceback is in {log}."
     if isinstance(error, OSError) and error.errno == 28:
         return (
             f"The disk is full (stage {stage}). Free some space, then go on with resume={context.run.path}."

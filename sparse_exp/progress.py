@@ -10,6 +10,7 @@ from typing import Protocol
 
 _log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 10.0
+_WORTH_A_LINE = 1.0  # seconds; what is over at once needs no line
 
 
 class Bar(Protocol):
@@ -59,7 +60,9 @@ class _PlainBar:
         return f"{text}, {self._note}" if self._note else text
 
     def finish(self) -> None:
-        _log.info("%s, %.1f s", self._line(), time.monotonic() - self._started)
+        seconds = time.monotonic() - self._started
+        if seconds >= _WORTH_A_LINE:
+            _log.info("%s, %.1f s", self._line(), seconds)
 
 
 @contextmanager
@@ -124,7 +127,9 @@ class _RichBar:
         self._progress.stop()
 
     def advance(self, amount: float = 1.0, note: str = "") -> None:
-        self._progress.update(self._task, advance=amount, **({"note": note} if note else {}))
+        self._progress.update(self._task, advance=amount)
+        if note:
+            self._progress.update(self._task, note=note)
 
     def goto(self, completed: float, total: float | None = None) -> None:
-        self._progress.update(self._task, completed=completed, **({"total": total} if total else {}))
+        self._progress.update(self._task, completed=completed, total=total)

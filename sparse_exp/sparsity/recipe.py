@@ -7,8 +7,8 @@ SparseML ended in June 2025. What the rest of the project needs of it is the sma
 from __future__ import annotations
 
 import difflib
-import re
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class _QConfig(torch.ao.quantization.QConfig):
 
 def _qconfig(activation: Any, weight: Any) -> _QConfig:
     observers = [args.get_observer() if args else nn.Identity for args in (activation, weight)]
-    return _QConfig(activation=observers[0], weight=observers[1])
+    return _QConfig(activation=observers[0], weight=observers[1])  # type: ignore[no-untyped-call]
 
 
 quantization_scheme._get_qconfig = _qconfig
@@ -111,7 +111,8 @@ class Recipe:
     @property
     def epochs(self) -> float:
         """Length of the training in epochs."""
-        return float(self._manager.max_epochs)
+        # SparseML's own max_epochs is rounded up to whole epochs.
+        return max(float(max(m.start_epoch, m.end_epoch)) for m in self._manager.iter_modifiers())
 
     @property
     def quantization_start(self) -> float | None:
@@ -179,8 +180,10 @@ class Recipe:
 
     def apply_structure(self, model: nn.Module) -> nn.Module:
         """Bring a float model into the structure it has after the whole recipe (QAT modules and all)."""
+        was_training = model.training
+        model.train()  # in evaluation mode torch would fold batch norms away instead of keeping them
         self._manager.apply_structure(model, epoch=float("inf"), loggers=_silent())
-        return model
+        return model.train(was_training)
 
     def _modifiers(self, name: str) -> list[Any]:
         return [m for m in self._manager.iter_modifiers() if type(m).__name__.endswith(name)]
@@ -194,7 +197,7 @@ class _ManagedSparsifier:
         self._optimizer, self._steps_per_epoch = optimizer, steps_per_epoch
 
     def before_step(self, epoch: float) -> None:
-        self._manager.update(self._model, self._optimizer, epoch, self._steps_per_epoch)
+        self._manager.update(self._model, self._optimizer, epoch, self._steps_per_epoch, log_updates=False)
 
     def step(self, epoch: float) -> None:
         self._manager.optimizer_pre_step(self._model, self._optimizer, epoch, self._steps_per_epoch)
@@ -230,10 +233,10 @@ def _check_variables(body: str, variables: Mapping[str, float], name: str) -> No
     # SparseML's own tags (!EpochRangeModifier) are of no interest here; a loader that reads any tag
     # as plain data finds the root variables.
     try:
-        roots = yaml.load(body, Loader=_AnyTagLoader)  # noqa: S506 - the loader builds plain data only
+        roots = yaml.load(body, Loader=_AnyTagLoader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{name} is not valid YAML: {_first_line(error)}. Correct the file.") from error
-    if not isinstance(roots, dict):
+    if not isinstance(roots, dict) or "modifiers:" not in body:
         raise RecipeError(f"{name} holds no recipe: a mapping with lists of modifiers is expected.")
     known = [key for key, value in roots.items() if not isinstance(value, list | dict)]
     for variable in variables:
@@ -259,6 +262,7 @@ def _check_targets(modifier: Any, model: nn.Module, recipe: str) -> None:
     for target in _targets(modifier):
         if not _matches(target, model):
             names = [name for name, _ in model.named_parameters()]
+            names += sorted({type(module).__name__ for module in model.modules()})
             near = difflib.get_close_matches(target.removeprefix("re:"), names, n=3, cutoff=0.3) or names[:3]
             raise RecipeError(
                 f"{kind} of {recipe} names {target!r}, which matches no layer of the model. "
@@ -299,9 +303,11 @@ def pin_input_quantizer(model: nn.Module, stem: str) -> None:
         model: a model after QAT has begun.
         stem: name of the first convolution, which reads images in 0..1.
     """
-    quantizer = model.get_submodule(stem).quant.activation_post_process  # type: ignore[union-attr]
-    quantizer.scale.fill_(1.0 / 255.0)  # type: ignore[union-attr, operator]
-    quantizer.zero_point.fill_(quantizer.quant_min)  # type: ignore[union-attr, operator]
-    quantizer.observer_enabled[0] = 0  # type: ignore[union-attr, operator, index]
-    quantizer.activation_post_process.min_val.fill_(0.0)  # type: ignore[union-attr, operator]
-    quantizer.activation_post_process.max_val.fill_(1.0)  # type: ignore[union-attr, operator]
+    quantizer: Any = model.get_submodule(f"{stem}.quant.activation_post_process")
+    observer = quantizer.activation_post_process
+    with torch.no_grad():
+        quantizer.scale.fill_(1.0 / 255.0)
+        quantizer.zero_point.fill_(quantizer.quant_min)
+        quantizer.observer_enabled[0] = 0
+        observer.min_val.fill_(0.0)
+        observer.max_val.fill_(1.0)

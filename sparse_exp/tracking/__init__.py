@@ -82,6 +82,7 @@ class RunInfo:
         config: the resolved configuration; nested dicts and lists of plain values.
         tags: the first tags, such as ``mlflow.parentRunId`` of a sweep's runs.
         directory: of the run's files; what could not be sent is kept there.
+        run_id: of an earlier start of the same run, which then goes on; None opens a new one.
     """
 
     name: str
@@ -89,6 +90,7 @@ class RunInfo:
     config: Mapping[str, Any]
     tags: Mapping[str, str] = field(default_factory=dict)
     directory: Path = Path()
+    run_id: str | None = None
 
 
 class Tracker(Protocol):

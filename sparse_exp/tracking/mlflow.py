@@ -106,6 +106,10 @@ class MlflowTracker:
             self._client = client_class(self._uri)
             experiment = self._experiment(run.experiment)
         tags = {**source_tags(), **run.tags}
+        if run.run_id is not None:
+            self._client.update_run(run.run_id, status="RUNNING")
+            self.run_id = run.run_id
+            return
         created = self._client.create_run(experiment, tags=_clean_tags(tags), run_name=run.name)
         self.run_id = created.info.run_id
         params = [Param(key, value) for key, value in flatten(run.config).items()]

@@ -90,7 +90,7 @@ class Trainer:
         self.model, self._recipe, self._data = model, recipe, data
         self._config, self._precision = config, precision
         self._weights, self._on_epoch = weights, on_epoch
-        self._model = model.to(self._fabric.device, memory_format=precision.memory_format)
+        self._model = model.to(self._fabric.device).to(memory_format=precision.memory_format)
         self._ema = AveragedModel(model, multi_avg_fn=_average(config.ema_decay), use_buffers=True)
         self._optimizer = _optimizer(model, config)
         self._loss = DetectionLoss(model.anchors, model.num_classes, config.loss, data.imgsz)
@@ -184,7 +184,7 @@ class Trainer:
 
     def _validate(self, phase: Phase, epoch: float) -> Record:
         """Evaluate, hold the sparsity contract, and save."""
-        model = self._model if phase.quantized else self._ema.module
+        model: YOLOv5 = self._model if phase.quantized else self._ema.module  # type: ignore[assignment]
         for candidate in (self._model, model):
             self._contract.check(candidate.prunable_convolutions(), f"after epoch {epoch:g}")
         result = evaluate_model(model, self._data.val, self._config, self._precision.memory_format)
@@ -249,7 +249,7 @@ def evaluate_model(
     memory_format: torch.memory_format = torch.contiguous_format,
     **options: Any,
 ) -> Evaluation:
-    """mAP of a torch model on a loader's images; the model is in evaluation mode meanwhile."""
+    """Measure mAP of a torch model on a loader's images; the model is in evaluation mode meanwhile."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
 
@@ -280,7 +280,7 @@ def _optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.Optimizer
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
 def _average(decay: float) -> Callable[[Any, Any, Any], None]:

@@ -50,7 +50,5 @@ def fetch_start(model: ModelConfig, cache: Path) -> FetchedFile | None:
         except SourceUnavailable as error:
             _log.info("%s", error)
             reasons.append(str(error))
-    raise SourceUnavailable(
-        " ".join(reasons)
-        or f"{model.name} names no source. Give a checkpoint with model.weights=PATH, or model.weights=scratch."
-    )
+    do = "Give a checkpoint with model.weights=PATH, or start from random weights: model.weights=scratch."
+    raise SourceUnavailable(f"{' '.join(reasons) or f'{model.name} names no source.'} {do}")

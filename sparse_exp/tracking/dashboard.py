@@ -1,0 +1,41 @@
+"""``make dashboard``: MLflow's UI over the runs of this directory, on a free port."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+DEFAULT_STORE = Path("outputs/mlflow")
+
+
+def main() -> None:
+    """Serve until Ctrl-C; prints the address. The first argument may name another store directory."""
+    store = Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT_STORE
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(store / 'mlflow.db').absolute()}"
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        sys.exit(f"Error: There are no runs in {store} yet. Make one with: make run")
+    if uri.startswith("http"):
+        sys.exit(f"The runs are on the server {uri}: open it in a browser.")
+    port = free_port()
+    print(f"MLflow shows the runs on http://127.0.0.1:{port} in about half a minute; Ctrl-C ends it.")
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
+    try:
+        command += ["--host", "127.0.0.1", "--port", str(port)]
+        sys.exit(subprocess.run(command, check=False).returncode)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+if __name__ == "__main__":
+    main()
