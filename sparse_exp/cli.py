@@ -27,13 +27,21 @@ def main() -> None:
     """Run the command line; every failure ends in plain lines and an exit code that is not 0."""
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors to us instead of printing them
-    ConfigStore.instance().store(name="schema", node=Experiment)
+    _register_schema()
     try:
         _compose_and_run()
     except (HydraException, OmegaConfBaseException) as error:
         if wants_traceback:
             raise
         sys.exit(f"Error: {_one_line(error)}")
+
+
+def _register_schema() -> None:
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Experiment)
+    # Hydra deep-copies the whole store about a hundred times for --help. It is only read from here on,
+    # and what is loaded from it is copied anyway.
+    ConfigStore.__deepcopy__ = lambda self, _: self  # type: ignore[attr-defined]
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIRECTORY), config_name="config")

@@ -57,6 +57,6 @@ def _lamp_scores(weight: Tensor) -> Tensor:
 
 
 def _zero(conv: nn.Conv2d, indices: Tensor) -> None:
-    flat = conv.weight.flatten()
+    flat = conv.weight.flatten().clone()  # of some layouts flatten is a view
     flat[indices] = 0.0
     conv.weight.copy_(flat.view(conv.weight.shape))

@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import gzip
+import math
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from sparse_exp.errors import SparsityError
+from sparse_exp.sparsity.measure import (
+    LayerSparsity,
+    SparsityContract,
+    gzip_bytes,
+    layer_sparsity,
+    onnx_facts,
+    overall,
+    total_sparsity,
+)
+
+
+def conv_with(weight: np.ndarray, **options) -> nn.Conv2d:
+    out, into, height, width = weight.shape
+    conv = nn.Conv2d(into, out, (height, width), **options)
+    conv.weight.data = torch.from_numpy(weight.astype(np.float32))
+    return conv
+
+
+def some_convs(*names: str, zeros: int = 4) -> dict[str, nn.Conv2d]:
+    weight = np.arange(1, 17, dtype=np.float32).reshape(4, 4, 1, 1)
+    weight.reshape(-1)[:zeros] = 0
+    return {name: conv_with(weight) for name in names}
+
+
+def test_counts_exact_zeros_only_and_minus_zero_too():
+    weight = np.array([0.0, -0.0, 1e-30, 2.0, -3.0, 0.0]).reshape(3, 2, 1, 1)
+    assert layer_sparsity({"a": conv_with(weight)}) == [LayerSparsity("a", zeros=3, weights=6)]
+
+
+def test_overall_weighs_layers_by_their_size():
+    layers = [LayerSparsity("small", 10, 10), LayerSparsity("large", 0, 90)]
+    assert overall(layers) == pytest.approx(0.1)
+    assert layers[0].sparsity == 1.0
+    assert overall([]) == 0.0
+
+
+def test_total_counts_every_convolution_and_no_other_layer():
+    zero_linear = nn.Linear(50, 50)
+    nn.init.zeros_(zero_linear.weight)
+    model = nn.Sequential(some_convs("a", zeros=4)["a"], zero_linear, some_convs("b", zeros=12)["b"])
+    assert total_sparsity(model) == 16 / 32
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_contract_holds_while_only_other_weights_move(memory_format):
+    convs = some_convs("a", "b")
+    contract = SparsityContract.of(convs)
+    for conv in convs.values():
+        conv.to(memory_format=memory_format)
+        conv.weight.data[conv.weight.data != 0] += 5
+    contract.check(convs, "after epoch 1")
+
+
+def test_contract_ignores_new_zeros_and_later_changes_do_not_move_it():
+    convs = some_convs("a")
+    contract = SparsityContract.of(convs)
+    convs["a"].weight.data.zero_()
+    contract.check(convs, "after epoch 1")
+    convs["a"].weight.data.view(-1)[0] = 1e-38
+    with pytest.raises(SparsityError):
+        contract.check(convs, "after epoch 2")
+
+
+def test_broken_contract_names_the_layers_and_the_moment():
+    convs = some_convs("intact", "broken.cv1")
+    contract = SparsityContract.of(convs)
+    convs["broken.cv1"].weight.data.view(-1)[2] = -1e-6
+    with pytest.raises(SparsityError, match=r"broken\.cv1") as error:
+        contract.check(convs, "after epoch 3")
+    assert "after epoch 3" in str(error.value)
+    assert "intact" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_layer_that_is_gone_breaks_the_contract():
+    convs = some_convs("a", "b")
+    contract = SparsityContract.of(convs)
+    del convs["b"]
+    with pytest.raises(SparsityError, match=" b"):
+        contract.check(convs, "in the checkpoint")
+
+
+def test_many_broken_layers_are_counted_instead_of_listed():
+    convs = some_convs(*"abcde")
+    contract = SparsityContract.of(convs)
+    for conv in convs.values():
+        conv.weight.data += 1
+    with pytest.raises(SparsityError, match="a, b, c and 2 more"):
+        contract.check(convs, "after epoch 1")
+
+
+INTEGERS = np.array([[0, 3, -5, 0], [0, 0, 0, 127]], np.int8).reshape(2, 4, 1, 1)  # 5 of 8 are 0
+
+
+def save_graph(path, nodes, constants) -> None:
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4, 2, 2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 2, 2, 2])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    onnx.checker.check_model(model)
+    onnx.save(model, str(path))
+
+
+def node(kind: str, inputs: str, output: str, **attributes) -> onnx.NodeProto:
+    return helper.make_node(kind, inputs.split(), [output], name=f"{output}_{kind}", **attributes)
+
+
+INPUT = [node("QuantizeLinear", "x sx zx", "xq"), node("DequantizeLinear", "xq sx zx", "xd")]
+INPUT_VALUES = {"sx": np.float32(0.1), "zx": np.uint8(7)}
+
+
+def facts_of(tmp_path, nodes, constants):
+    save_graph(tmp_path / "m.onnx", nodes, constants)
+    return onnx_facts(tmp_path / "m.onnx")
+
+
+def test_onnx_float_convolution(tmp_path):
+    facts = facts_of(tmp_path, [node("Conv", "x w", "y")], {"w": INTEGERS.astype(np.float32)})
+    assert facts.layers == [LayerSparsity("y_Conv", 5, 8)]
+    assert (facts.quantized, facts.convolutions) == (0, 1)
+
+
+def test_onnx_weight_in_a_constant_node_behind_an_identity(tmp_path):
+    weight = numpy_helper.from_array(INTEGERS.astype(np.float32))
+    constant = helper.make_node("Constant", [], ["c"], value=weight)
+    facts = facts_of(tmp_path, [constant, node("Identity", "c", "w"), node("Conv", "x w", "y")], {})
+    assert facts.layers == [LayerSparsity("y_Conv", 5, 8)]
+
+
+def test_onnx_pair_with_a_stored_integer_weight(tmp_path):
+    nodes = [*INPUT, node("DequantizeLinear", "w sw zw", "wd"), node("Conv", "xd wd", "y")]
+    constants = {**INPUT_VALUES, "w": INTEGERS, "sw": np.float32(0.5), "zw": np.int8(3)}
+    facts = facts_of(tmp_path, nodes, constants)
+    assert facts.layers == [LayerSparsity("y_Conv", zeros=1, weights=8)]  # 3 stands for zero
+    assert facts.quantized == 1
+
+
+def test_onnx_pair_with_a_float_weight_counts_what_rounds_to_zero(tmp_path):
+    weight = np.array([0.0, 0.2, 0.3, -0.2, -0.3, 70.0, -70.0, 0.24], np.float32).reshape(2, 4, 1, 1)
+    pair = [node("QuantizeLinear", "w sw zw", "wq"), node("DequantizeLinear", "wq sw zw", "wd")]
+    constants = {**INPUT_VALUES, "w": weight, "sw": np.float32(0.5), "zw": np.int8(0)}
+    facts = facts_of(tmp_path, [*INPUT, *pair, node("Conv", "xd wd", "y")], constants)
+    assert facts.layers[0].zeros == 4  # |w| / 0.5 below one half: 0, 0.2, -0.2, 0.24
+    assert facts.quantized == 1
+
+
+def test_onnx_pair_per_channel(tmp_path):
+    weight = np.array([[0.0, 0.3, 0.6, 2.0], [0.0, 0.3, 0.6, 2.0]], np.float32).reshape(2, 4, 1, 1)
+    pair = [
+        node("QuantizeLinear", "w sw zw", "wq", axis=0),
+        node("DequantizeLinear", "wq sw zw", "wd", axis=0),
+    ]
+    scales = {"sw": np.array([1.0, 2.0], np.float32), "zw": np.array([0, 0], np.int8)}
+    facts = facts_of(
+        tmp_path, [*INPUT, *pair, node("Conv", "xd wd", "y")], {**INPUT_VALUES, **scales, "w": weight}
+    )
+    assert facts.layers[0].zeros == 2 + 3  # in steps: 0 .3 .6 2 and 0 .15 .3 1
+
+
+def test_onnx_quantized_weight_alone_does_not_make_an_integer_convolution(tmp_path):
+    nodes = [node("DequantizeLinear", "w sw zw", "wd"), node("Conv", "x wd", "y")]
+    facts = facts_of(tmp_path, nodes, {"w": INTEGERS, "sw": np.float32(0.5), "zw": np.int8(0)})
+    assert facts.layers[0].zeros == 5
+    assert (facts.quantized, facts.convolutions) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("weight", "zero", "zeros"),
+    [
+        ((INTEGERS.astype(np.int16) + 128).astype(np.uint8), np.uint8(128), 5),
+        (INTEGERS, np.array([0, 127], np.int8), 2 + 1),
+    ],
+    ids=["uint8 around 128", "zero point per channel"],
+)
+def test_onnx_integer_convolution(tmp_path, weight, zero, zeros):
+    nodes = [
+        node("QuantizeLinear", "x sx zx", "xq"),
+        node("ConvInteger", "xq w zx zw", "i"),
+        node("Cast", "i", "y", to=TensorProto.FLOAT),
+    ]
+    facts = facts_of(tmp_path, nodes, {**INPUT_VALUES, "w": weight, "zw": zero})
+    assert facts.layers == [LayerSparsity("i_ConvInteger", zeros, 8)]
+    assert facts.quantized == 1
+
+
+def test_onnx_integer_convolution_without_zero_points(tmp_path):
+    nodes = [
+        node("QuantizeLinear", "x sx zx", "xq"),
+        node("ConvInteger", "xq w", "i"),
+        node("Cast", "i", "y", to=TensorProto.FLOAT),
+    ]
+    assert facts_of(tmp_path, nodes, {**INPUT_VALUES, "w": INTEGERS}).layers[0].zeros == 5
+
+
+def test_gzip_size_is_that_of_the_file_gzip_writes_and_repeatable(tmp_path):
+    data = np.random.default_rng(0).integers(0, 4, 20_000, dtype=np.uint8).tobytes()
+    path = tmp_path / "data"
+    path.write_bytes(data)
+    size = gzip_bytes(path)
+    assert size == gzip_bytes(path)
+    assert math.isclose(size, len(gzip.compress(data)), rel_tol=0.02)
+    assert size < len(data) / 3  # two bits of eight carry information
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,287 @@
+"""Write docs/configuration.md from sparse_exp/config/schema.py and the options in conf/.
+
+    python tools/config_reference.py            print the page
+    python tools/config_reference.py --write    replace docs/configuration.md
+
+A test compares the committed page with what this makes, so that it cannot go stale.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import Field, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from sparse_exp.config import schema
+from sparse_exp.config.schema import Experiment
+
+ROOT = Path(__file__).resolve().parents[1]
+CONF = ROOT / "conf"
+PAGE = ROOT / "docs" / "configuration.md"
+
+# What keys mean whose field in the schema, or whose line in a recipe, does not say it itself.
+MEANINGS = {
+    "name": "name of the run, in its directory and in the tracker",
+    "seed": "of everything random: initial weights, order of the images, augmentation",
+    "model.name": "name of the option, in run names and tags",
+    "dataset.name": "name of the option, in run names and tags",
+    "recipe.name": "name of the option, in run names and tags",
+    "hardware.name": "name of the option, in tags",
+    "trainer.batch_size": "images of one training step",
+    "trainer.max_grad_norm": "gradients are scaled down to this norm",
+    "trainer.val_batch_size": "images of one evaluation step, in torch and in the engines",
+    "tracker.backend": "none: nothing is logged and MLflow is not imported",
+    "tracker.experiment": "MLflow experiment that runs are listed under; made when it does not exist",
+    "paths.output": "the other output paths start here",
+    "recipe.variables.num_epochs": "length of the training, epochs",
+    "recipe.variables.quantization_epochs": "the last of them, trained with fake quantization (QAT), epochs",
+    "recipe.variables.warmup_epochs": "linear warm-up of the learning rate, epochs",
+    "recipe.variables.warmup_lr": "learning rate at the start of the warm-up",
+    "recipe.variables.init_lr": "learning rate after the warm-up",
+    "recipe.variables.final_lr": "learning rate at the end of the floating-point phase (cosine)",
+    "recipe.variables.quantization_init_lr": "learning rate at the start of QAT",
+    "recipe.variables.quantization_final_lr": "learning rate at the end of QAT (cosine)",
+    "recipe.variables.observer_share": "share of QAT after which the activation ranges freeze, 0..1",
+    "recipe.variables.batch_norm_share": "share of QAT after which batch norm statistics freeze, 0..1",
+}
+
+INTRO = """\
+<!-- Made by tools/config_reference.py from sparse_exp/config/schema.py and conf/. Do not edit. -->
+# Configuration
+
+Every key with its type, unit, bounds, default and meaning. The command line takes three kinds of words:
+
+    model=yolov5n                          another option of a group (a file in conf/<group>/)
+    trainer.batch_size=16                  another value of a key
+    experiment=smoke                       a preset that sets several groups at once
+
+The command line beats a preset, a preset beats `conf/local/default.yaml`, and that beats the other
+options. Own options need no fork: `--config-dir DIR model=mine` also looks for `DIR/model/mine.yaml`.
+`--help` lists the groups, `--cfg job` prints the composed configuration, `--info defaults-tree` says
+where it came from, `dry_run=true` prints the plan. `-m model=yolov5n,yolov5s` makes several runs.
+
+The column "default" holds what applies when nothing is said: the value of the group's default option, else
+that of the schema. `???` means that the value must be given. A value outside its bounds, a key that is
+not listed here, or keys that contradict each other are refused before anything starts, all at once.
+
+## Environment variables
+
+| variable | meaning |
+|---|---|
+| `SPARSE_EXP_CACHE` | directory for downloads and data sets; `paths.cache` wins over it |
+| `XDG_CACHE_HOME` | where the user's cache lies, if neither is set; `~/.cache` by default |
+| `MLFLOW_TRACKING_URI` | tracking server or database; wins over `tracker.uri` |
+| `TMPDIR` | holds the host-wide lock of the benchmark |
+| `HYDRA_FULL_ERROR=1` | show the traceback of an error in the configuration |
+"""
+
+NOTES = {
+    "local": "`conf/local/default.yaml`, if you make one, is merged into every run and ignored by git: the "
+    "place for settings of one machine, such as `paths.cache` or `hardware.cores`. Begin it with the line "
+    "`# @package _global_`.",
+    "experiment": "Presets (`# @package _global_`): each sets options and values of several groups.",
+    "sweep": "Reserved for search spaces of `--multirun`; there are no options yet.",
+}
+OWN = ("local",)  # groups whose options are the user's, not the project's
+
+
+@dataclass(frozen=True)
+class Row:
+    """One key of the configuration, each column as it is printed."""
+
+    key: str
+    type: str
+    unit: str
+    bounds: str
+    default: str
+    meaning: str
+
+
+def page() -> str:
+    """The whole of docs/configuration.md."""
+    parts = [INTRO, f"## Top level\n\n{_keys(top_rows())}\n"]
+    parts += [_group(name, option) for name, option in groups().items()]
+    return "\n".join(parts)
+
+
+def groups() -> dict[str, str | None]:
+    """Each group of the defaults list with the option that is taken by default (None: none)."""
+    defaults = _read(CONF / "config.yaml")["defaults"]
+    pairs = [next(iter(entry.items())) for entry in defaults if isinstance(entry, dict)]
+    return {
+        name.removeprefix("optional "): option for name, option in pairs if not name.startswith("override ")
+    }
+
+
+def top_rows() -> list[Row]:
+    """The keys that belong to no group."""
+    values, hints = _read(CONF / "config.yaml"), get_type_hints(Experiment)
+    return [
+        _row(item, hints[item.name], values, "") for item in fields(Experiment) if item.name not in groups()
+    ]
+
+
+def group_rows(group: str) -> list[Row]:
+    """The keys of a group; empty for one that the schema does not describe."""
+    cls = get_type_hints(Experiment).get(group)
+    if cls is None:
+        return []
+    return list(_rows(cls, _option(group, groups()[group]), f"{group}."))
+
+
+def variable_rows(option: str) -> list[Row]:
+    """The root variables of a recipe option that can be set; what is derived from them is left out."""
+    values = _option("recipe", option)
+    text = (CONF / "recipe" / values["file"]).read_text(encoding="utf-8")
+    front_matter = text.split("---")[1] if text.startswith("---") else text
+    rows = []
+    for name, number, comment in re.findall(r"^(\w+): ([-+.\de]+)[ \t]*(?:# (.*))?$", front_matter, re.M):
+        key = f"recipe.variables.{name}"
+        value = values.get("variables", {}).get(name, yaml.safe_load(number))
+        rows.append(Row(key, "float", "", "", _shown(value), comment or MEANINGS.get(key, "")))
+    return rows
+
+
+def _group(name: str, default: str | None) -> str:
+    cls = get_type_hints(Experiment).get(name)
+    options = [] if name in OWN else sorted(path.stem for path in (CONF / name).glob("*.yaml"))
+    parts = [f"## {name}", _first_line(cls) if cls else "", NOTES.get(name, "")]
+    if len(options) > 1 or not cls:
+        parts.append("\n".join(_describe(name, option, default) for option in options))
+    if cls:
+        parts.append(_keys(group_rows(name)))
+    if name == "recipe":
+        tables = {option: variable_rows(option) for option in options}
+        parts += [f"Variables of `recipe={o}`:\n\n{_keys(rows)}" for o, rows in tables.items() if rows]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _describe(group: str, option: str, default: str | None) -> str:
+    text = (CONF / group / f"{option}.yaml").read_text(encoding="utf-8")
+    lines = re.match(r"(?:#.*\n)*", text)[0].splitlines()  # type: ignore[index]
+    comment = " ".join(line.lstrip("# ") for line in lines if "@package" not in line)
+    mark = " (default)" if option == default else ""
+    settings = ", ".join(f"`{key}={value}`" for key, value in _settings(_option(group, option)))
+    return f"- `{group}={option}`{mark}: {comment} Sets {settings}.".replace(":  Sets", ": sets")
+
+
+def _settings(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """What an option sets, as the command line would take it."""
+    for key, value in values.items():
+        if key == "defaults":
+            yield from (
+                (name.removeprefix("override /"), option) for d in value for name, option in d.items()
+            )
+        elif isinstance(value, dict):
+            yield from _settings(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for index, item in enumerate(value):
+                yield from _settings(item, f"{prefix}{key}[{index}].")
+        elif not (isinstance(value, str) and "\n" in value):  # Hydra's help text
+            yield prefix + key, _plain(value)
+
+
+def _rows(cls: type, values: Mapping[str, Any], prefix: str) -> Iterator[Row]:
+    hints = get_type_hints(cls)
+    for item in fields(cls):
+        hint = hints[item.name]
+        yield _row(item, hint, values, prefix)
+        inner = _dataclass_in(hint)
+        if inner:
+            value = values.get(item.name)
+            mark = "[]." if get_origin(hint) is list else "."
+            inside = value if isinstance(value, dict) else {}
+            yield from _rows(inner, inside, f"{prefix}{item.name}{mark}")
+
+
+def _row(item: Field[Any], hint: Any, values: Mapping[str, Any], prefix: str) -> Row:
+    key, metadata = prefix + item.name, item.metadata
+    meaning = metadata.get("help") or MEANINGS.get(key, "")
+    if is_dataclass(hint):
+        return Row(f"{key}.*", "", "", "", "", _first_line(hint))
+    value = values.get(item.name, _schema_default(item))
+    return Row(key, _type(hint), metadata.get("unit", ""), _bounds(metadata), _shown(value), meaning)
+
+
+def _schema_default(item: Field[Any]) -> Any:
+    return item.default if item.default_factory is NO_DEFAULT else item.default_factory()
+
+
+def _type(hint: Any) -> str:
+    arguments = [argument for argument in get_args(hint) if argument is not type(None)]
+    if get_origin(hint) is list:
+        return f"list of {_type(arguments[0])}"
+    if get_origin(hint) is dict:
+        return f"{_type(arguments[1])} by name"
+    if arguments:
+        return f"{_type(arguments[0])} or null"
+    return "source" if is_dataclass(hint) else str(hint.__name__)
+
+
+def _dataclass_in(hint: Any) -> Any:
+    return next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
+
+
+def _bounds(metadata: Mapping[str, Any]) -> str:
+    if metadata.get("choices"):
+        return ", ".join(metadata["choices"])
+    low, high, above = (metadata.get(name) for name in ("low", "high", "above"))
+    start = "" if low is None else f"at least {low:.10g}" if high is None else f"{low:.10g}"
+    if above is not None:
+        start = f"above {above:g}"
+    return start + ("" if high is None else f" to {high:.10g}")
+
+
+def _shown(value: Any) -> str:
+    if value == schema.MISSING:
+        return "`???`"
+    if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
+        return "by option"
+    return f"`{_plain(value)}`"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_plain, value))}]"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _keys(rows: list[Row]) -> str:
+    lines = ["| key | type | unit | bounds | default | meaning |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = (f"`{row.key}`", row.type, row.unit, row.bounds, row.default, row.meaning)
+        lines.append(f"| {' | '.join(_escaped(cell) for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def _escaped(cell: str) -> str:
+    """Text for a cell of a Markdown table; code between backquotes may hold < and >."""
+    cell = cell.replace("|", "\\|")
+    return cell if cell.startswith("`") else cell.replace("<", "&lt;")
+
+
+def _first_line(cls: Any) -> str:
+    return str(cls.__doc__).strip().splitlines()[0]
+
+
+def _option(group: str, option: str | None) -> dict[str, Any]:
+    path = CONF / group / f"{option}.yaml"
+    return _read(path) if path.is_file() else {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        PAGE.write_text(page(), encoding="utf-8")
+    else:
+        sys.stdout.write(page())

@@ -1,0 +1,182 @@
+"""The measured numbers of a run as Markdown, for the README.
+
+    python tools/results_table.py outputs/runs/DATE/TIME-NAME
+    python tools/results_table.py outputs/runs/DATE/TIME-NAME --insert README.md
+
+With ``--insert`` they replace what stands between ``<!-- numbers -->`` and ``<!-- /numbers -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparse_exp.report.results import SIZES, SPARSITIES, accuracies, number, throughputs
+from sparse_exp.report.summary import decimal, percent
+
+START, END = "<!-- numbers -->", "<!-- /numbers -->"
+# Where files of this run lie is of no interest to a reader.
+_LOCAL = ("paths.", "resume=", "overwrite=", "hydra.", "tracker")
+
+
+def main() -> None:
+    """Print the tables, or put them into a page."""
+    arguments = _arguments()
+    try:
+        text = numbers(arguments.run)
+        if arguments.insert:
+            arguments.insert.write_text(insert(arguments.insert.read_text(encoding="utf-8"), text), "utf-8")
+        else:
+            sys.stdout.write(text)
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"Error: {arguments.run} is not a finished run with a benchmark: {error}")
+
+
+def numbers(run: Path) -> str:
+    """The tables of a finished run.
+
+    Args:
+        run: directory of a run with ``result.json``, ``benchmark.json`` and ``manifest.json``.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: a file cannot be read, or the run did not finish.
+    """
+    result, rows, manifest = (
+        json.loads((run / name).read_text(encoding="utf-8"))
+        for name in ("result.json", "benchmark.json", "manifest.json")
+    )
+    if manifest["status"] != "FINISHED":
+        raise ValueError(f"its status is {manifest['status']}")
+    facts = {name: stage["facts"] for name, stage in manifest["stages"].items()}
+    parts = [
+        _introduction(manifest, result, facts),
+        _accuracy(result),
+        _zeros_and_sizes(result),
+        _throughput(result),
+        _conditions(rows),
+        _times(result),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def insert(page: str, text: str) -> str:
+    """``page`` with ``text`` between the two markers.
+
+    Raises:
+        ValueError: the markers are not there, once each and in order.
+    """
+    before, start, rest = page.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end or START in rest or END in after:
+        raise ValueError(f"the page must hold {START} and {END} once each, in this order")
+    return f"{before}{START}\n\n{text.strip()}\n\n{END}{after}"
+
+
+def _introduction(manifest: dict[str, Any], result: dict[str, Any], facts: dict[str, Any]) -> str:
+    words = [word for word in manifest.get("overrides", []) if not word.startswith(_LOCAL)]
+    command = " ".join(["python -m sparse_exp", *words])
+    plan, boxes = facts.get("plan", {}), facts.get("fetch", {}).get("boxes", {})
+    origin = str(result.get("weights/origin", ""))
+    origin = f"a file, {Path(origin).name}" if origin.startswith("/") else origin
+    data = ", ".join(f"{split} {count}" for split, count in boxes.items())
+    sentences = [
+        f"`{command}` of version {manifest['version']}." if "version" in manifest else f"`{command}`.",
+        f"Start weights: {origin}; tensors taken: {plan.get('transferred', '-')}." if origin else "",
+        plan.get("pruning", ""),
+        f"Boxes: {data}." if data else "",
+    ]
+    return " ".join(filter(None, sentences))
+
+
+def _accuracy(result: dict[str, Any]) -> str:
+    rows = [
+        (where, decimal(map50, 3), decimal(map50_95, 3), difference)
+        for where, map50, map50_95, difference in accuracies(result)
+    ]
+    if "test/map50" in result:
+        map50, map50_95 = (decimal(number(result, f"test/{name}"), 3) for name in ("map50", "map50_95"))
+        rows.append(("torch, test split", map50, map50_95, ""))
+    return _table(("validation split, run in", "mAP50", "mAP50-95", "mAP50 against torch"), rows)
+
+
+def _zeros_and_sizes(result: dict[str, Any]) -> str:
+    rows = [
+        (f"zeros in {label}", percent(number(result, key), 2))
+        for key, label in SPARSITIES.items()
+        if key in result
+    ]
+    counts = [number(result, f"{kind}/convolutions") for kind in ("quantized", "quantizable")]
+    if None not in counts:
+        rows.append(("quantized convolutions", " of ".join(decimal(count, 0) for count in counts)))
+    rows += [
+        (label, f"{decimal(number(result, key), 2)} MB") for key, label in SIZES.items() if key in result
+    ]
+    return _table(("", "measured"), rows)
+
+
+def _throughput(result: dict[str, Any]) -> str:
+    rows = [
+        (
+            row.engine, row.variant, str(row.batch), decimal(row.items_per_s, 1), percent(row.spread),
+            decimal(row.p50, 1), decimal(row.p90, 1), decimal(row.p99, 1), decimal(row.speedup, 2),
+        )
+        for row in throughputs(result)
+    ]  # fmt: skip
+    columns = (
+        "engine",
+        "variant",
+        "batch",
+        "items/s",
+        "spread",
+        "p50 ms",
+        "p90 ms",
+        "p99 ms",
+        "x best dense",
+    )
+    return _table(columns, rows)
+
+
+def _conditions(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    one = rows[0]
+    versions = dict.fromkeys(f"{row['engine']} {row['version']}" for row in rows)
+    return (
+        f"Conditions: {', '.join(versions)}; {one['cpu']} with {', '.join(one['isa']) or 'no vector sets'}, "
+        f"{one['cores']} cores; {one['imgsz']} px, real images, uint8; one batch after the other "
+        f"({one['scenario']}); median of {one['repeats']} repeats of {one['duration_s']:g} s in turns, each "
+        f"after {one['warmup_s']:g} s of warm-up; spread = (largest - smallest) / median of the repeats; "
+        f"{one['busy_cores']:g} cores busy with other programs just before. `dense` is the fp32 network of "
+        "the same architecture, `sparse` what the run deploys. 1 MB = 1e6 bytes; compressed: gzip."
+    )
+
+
+def _times(result: dict[str, Any]) -> str:
+    times = {key[5:-2]: float(result[key]) for key in result if key.startswith("time/")}
+    if not times:
+        return ""
+    rows = [tuple(f"{seconds:.0f}" for seconds in (*times.values(), sum(times.values())))]
+    return "Seconds of each stage on that machine:\n\n" + _table((*times, "all"), rows)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    if not lines:
+        return ""
+    return "\n".join([f"| {' | '.join(header)} |", "|---" + "|---:" * (len(header) - 1) + "|", *lines])
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("run", type=Path, help="directory of a finished run")
+    parser.add_argument("--insert", type=Path, metavar="PAGE", help="page that holds the two markers")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
