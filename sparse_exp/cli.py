@@ -21,6 +21,7 @@ from sparse_exp.errors import ConfigError, SparseExpError
 
 _log = logging.getLogger("sparse_exp")
 OmegaConfKeyError = (ConfigKeyError, ConfigAttributeError)
+_NO_OPTION = "Config group override must be"  # Hydra's ValueError for group=null
 
 
 def main() -> None:
@@ -34,6 +35,14 @@ def main() -> None:
         if wants_traceback:
             raise
         sys.exit(f"Error: {_one_line(error)}")
+    except ValueError as error:
+        groups = [word.removesuffix("=null") for word in sys.argv[1:] if word.endswith("=null")]
+        if wants_traceback or not groups or not str(error).startswith(_NO_OPTION):
+            raise
+        sys.exit(f"Error: The group {groups[0]} needs an option. Choose one; --help lists them.")
+    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def _register_schema() -> None:
@@ -108,7 +117,7 @@ def _one_line(error: HydraException | OmegaConfBaseException) -> str:
         return f"Unknown key {error.full_key}. Keys there: {keys}."
     if isinstance(error, OmegaConfBaseException):
         first = str(error).splitlines()[0].rstrip(".")
-        return f"{error.full_key}: {first}. Correct the value; --help lists all keys."
+        return f"{error.full_key or 'configuration'}: {first}. Correct the value; --help lists all keys."
     text = str(error).partition("Config search path")[0]
     first, *rest = [line.strip() for line in text.splitlines() if line.strip()]
     return f"{first}. {' '.join(rest[:1])} {', '.join(rest[1:])}".rstrip(" .") + "."

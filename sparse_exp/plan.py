@@ -74,8 +74,8 @@ def make_plan(experiment: Experiment, recipe: Recipe, start: Start, precision: P
             second quantization.
     """
     prune_to = _pruning_step(experiment, recipe, start)
-    kept = start.sparsity or 0.0
-    sparsity = (prune_to if prune_to is not None else kept) if recipe.prunes else kept
+    kept = prune_to if prune_to is not None and recipe.prunes else start.sparsity
+    sparsity = "that of the start" if kept is None else f"{kept:.1%}"
     facts = {
         "model": f"{experiment.model.name} from {start.origin}",
         "data": f"{experiment.dataset.name}, {experiment.dataset.imgsz} px",
@@ -97,6 +97,8 @@ def _pruning_step(experiment: Experiment, recipe: Recipe, start: Start) -> float
     if is_sparse or not recipe.holds_mask:
         return None
     if not experiment.recipe.prune_dense_start:
+        if start.sparsity is None:  # not fetched yet; the run's own plan will know
+            return None
         raise RecipeError(
             f"The start checkpoint ({start.origin}) is dense, and {recipe.name} only keeps zeros that are "
             "there: the model would stay dense. Give a pruned one with model.weights=PATH, or set "
@@ -105,7 +107,7 @@ def _pruning_step(experiment: Experiment, recipe: Recipe, start: Start) -> float
     return experiment.model.sparsity
 
 
-def _row(phase: Phase, recipe: Recipe, sparsity: float, precision: Precision) -> dict[str, str]:
+def _row(phase: Phase, recipe: Recipe, sparsity: str, precision: Precision) -> dict[str, str]:
     rates = recipe.learning_rates(phase)
     return {
         "phase": phase.name,
@@ -113,7 +115,7 @@ def _row(phase: Phase, recipe: Recipe, sparsity: float, precision: Precision) ->
         "learning rate": ", ".join(f"{first:g} to {last:g}" for first, last in rates) or "trainer's",
         "EMA": "off" if phase.quantized else "on",
         "precision": "QAT int8 in fp32" if phase.quantized else str(precision),
-        "sparsity": f"{sparsity:.1%}",
+        "sparsity": sparsity,
     }
 
 

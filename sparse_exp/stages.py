@@ -105,7 +105,9 @@ def evaluate(context: Context) -> Outcome:
 
     model, checkpoint = restore(context.checkpoint)
     trainer = context.experiment.trainer
-    result = evaluate_model(model, context.loader("val"), trainer, description="Evaluating torch")
+    layout = context.precision.memory_format  # as in training: another order of sums rounds otherwise
+    model.to(memory_format=layout)
+    result = evaluate_model(model, context.loader("val"), trainer, layout, description="Evaluating torch")
     layers = layer_sparsity(model.prunable_convolutions())
     metrics: dict[str, Any] = {
         "val/map50": result.map50,
@@ -115,7 +117,7 @@ def evaluate(context: Context) -> Outcome:
         "size/checkpoint_mb": context.checkpoint.stat().st_size / 1e6,
     }
     if "test" in context.dataset.splits:
-        test = evaluate_model(model, context.loader("test"), trainer, description="Evaluating test")
+        test = evaluate_model(model, context.loader("test"), trainer, layout, description="Evaluating test")
         metrics.update({"test/map50": test.map50, "test/map50_95": test.map50_95})
     curve = {"recall": list(result.recall), "precision": list(result.precision), "ap": result.map50}
     facts = {

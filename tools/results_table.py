@@ -33,7 +33,7 @@ def main() -> None:
         else:
             sys.stdout.write(text)
     except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"Error: {arguments.run} is not a finished run with a benchmark: {error}")
+        sys.exit(f"Error: {error}. Give the directory of a finished run with a benchmark.")
 
 
 def numbers(run: Path) -> str:
@@ -51,7 +51,7 @@ def numbers(run: Path) -> str:
         for name in ("result.json", "benchmark.json", "manifest.json")
     )
     if manifest["status"] != "FINISHED":
-        raise ValueError(f"its status is {manifest['status']}")
+        raise ValueError(f"The status of {run} is {manifest['status']}")
     facts = {name: stage["facts"] for name, stage in manifest["stages"].items()}
     parts = [
         _introduction(manifest, result, facts),
@@ -73,7 +73,7 @@ def insert(page: str, text: str) -> str:
     before, start, rest = page.partition(START)
     _, end, after = rest.partition(END)
     if not start or not end or START in rest or END in after:
-        raise ValueError(f"the page must hold {START} and {END} once each, in this order")
+        raise ValueError(f"The page must hold {START} and {END} once each, in this order")
     return f"{before}{START}\n\n{text.strip()}\n\n{END}{after}"
 
 
@@ -86,7 +86,7 @@ def _introduction(manifest: dict[str, Any], result: dict[str, Any], facts: dict[
     data = ", ".join(f"{split} {count}" for split, count in boxes.items())
     sentences = [
         f"`{command}` of version {manifest['version']}." if "version" in manifest else f"`{command}`.",
-        f"Start weights: {origin}; tensors taken: {plan.get('transferred', '-')}." if origin else "",
+        f"Start weights: {origin}; {plan.get('transferred', 'none')} taken." if origin else "",
         plan.get("pruning", ""),
         f"Boxes: {data}." if data else "",
     ]
@@ -148,7 +148,7 @@ def _conditions(rows: list[dict[str, Any]]) -> str:
     versions = dict.fromkeys(f"{row['engine']} {row['version']}" for row in rows)
     return (
         f"Conditions: {', '.join(versions)}; {one['cpu']} with {', '.join(one['isa']) or 'no vector sets'}, "
-        f"{one['cores']} cores; {one['imgsz']} px, real images, uint8; one batch after the other "
+        f"{one['cores']} cores; {one['imgsz']} px, uint8, of the validation split; one batch after the other "
         f"({one['scenario']}); median of {one['repeats']} repeats of {one['duration_s']:g} s in turns, each "
         f"after {one['warmup_s']:g} s of warm-up; spread = (largest - smallest) / median of the repeats; "
         f"{one['busy_cores']:g} cores busy with other programs just before. `dense` is the fp32 network of "

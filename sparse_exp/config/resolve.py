@@ -7,6 +7,7 @@ checked here, and all problems are reported at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
+from sparse_exp.artifacts import MANIFEST
 from sparse_exp.config.schema import STAGES, Experiment
 from sparse_exp.errors import ConfigError, expected
 
@@ -36,7 +38,7 @@ def resolve(config: DictConfig) -> Experiment:
     Raises:
         ConfigError: listing every problem found.
     """
-    missing = sorted(OmegaConf.missing_keys(config))
+    missing = sorted(_missing_keys(OmegaConf.to_container(config), ""))
     if missing:
         raise ConfigError([f"{key} has no value. Set it with {key}=VALUE." for key in missing])
     unknown = list(_unknown_keys(config, Experiment, ""))
@@ -70,6 +72,17 @@ def recipe_path(file: str) -> Path:
     return given if given.is_file() or not shipped.is_file() else shipped
 
 
+def _missing_keys(plain: Any, prefix: str) -> Iterator[str]:
+    """Keys without a value; interpolations of them are not followed, as OmegaConf would."""
+    children = (
+        plain.items() if isinstance(plain, dict) else enumerate(plain) if isinstance(plain, list) else ()
+    )
+    if plain == "???":
+        yield prefix.rstrip(".")
+    for key, value in children:
+        yield from _missing_keys(value, f"{prefix}{key}.")
+
+
 def _unknown_keys(config: DictConfig, schema: type, prefix: str) -> Iterator[str]:
     """Keys that were forced in with Hydra's ``+``; no code would ever read them."""
     types = get_type_hints(schema)
@@ -97,17 +110,16 @@ def _bound_problem(key: str, value: Any, metadata: Any) -> Iterator[str]:
             yield expected(key, f"one of {', '.join(choices)}", wrong[0], f"Set {key} to one of them.")
         return
     low, high, above = (metadata.get(name) for name in ("low", "high", "above"))
-    if (
-        (low is not None and value < low)
-        or (high is not None and value > high)
-        or (above is not None and value <= above)
-    ):
+    within = (
+        (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+    )
+    if not within:  # a value that is not a number lies in no range
         yield expected(key, _range(low, high, above, metadata["unit"]), value, f"Change {key}.")
 
 
 def _range(low: float | None, high: float | None, above: float | None, unit: str) -> str:
-    start = f"above {above:g}" if above is not None else f"at least {low:g}"
-    end = f" and at most {high:g}" if high is not None else ""
+    start = f"above {above}" if above is not None else f"at least {low}"
+    end = f" and at most {high}" if high is not None else ""
     return f"{start}{end}{' ' + unit if unit else ''}"
 
 
@@ -144,6 +156,12 @@ def _check_files(experiment: Experiment) -> Iterator[str]:
     if experiment.checkpoint and not Path(experiment.checkpoint).expanduser().is_file():
         do = "Give a checkpoint that a run wrote, such as outputs/runs/DATE/TIME-NAME/weights/last.pt."
         yield expected("checkpoint", "an existing file", experiment.checkpoint, do)
+    if experiment.resume and not (Path(experiment.resume) / MANIFEST).is_file():
+        do = "Give a directory below outputs/runs."
+        yield expected("resume", f"the directory of a run with its {MANIFEST}", experiment.resume, do)
+    for name, value in experiment.recipe.variables.items():
+        if not math.isfinite(value):
+            yield expected(f"recipe.variables.{name}", "a finite number", value, f"Change {name}.")
     if not recipe_path(experiment.recipe.file).is_file():
         names = sorted(path.name for path in (CONF_DIRECTORY / "recipe").glob("*.md"))
         do = f"Give a path, or one of those shipped: {', '.join(names)}."

@@ -123,7 +123,9 @@ class TrainerConfig:
     max_grad_norm: float = bounded(10.0, above=0.0, high=1e6)
     ema_decay: float = bounded(0.99, 0.0, 0.99999, help="of the averaged weights that are evaluated")
     precision: str = one_of("auto", ("auto", "fp32", "bf16"), "auto: bf16 where the CPU has it in hardware")
-    channels_last: str = one_of("auto", ("auto", "on", "off"), "memory format; auto: together with bf16")
+    channels_last: str = one_of(
+        "auto", ("auto", "on", "off"), "memory format of images and weights; auto: on"
+    )
     val_batch_size: int = bounded(8, 1, 1024, unit="images")
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -139,7 +141,7 @@ class ExportConfig:
     opset: int = bounded(13, 13, 15, help="ONNX operator set")
     box_atol: float = bounded(1.0, 0.0, 100.0, unit="px", help="mean absolute difference of boxes")
     score_atol: float = bounded(0.01, 0.0, 1.0, help="mean absolute difference of scores")
-    map_atol: float = bounded(0.01, 0.0, 1.0, help="largest loss of mAP50 by the export")
+    map_atol: float = bounded(0.02, 0.0, 1.0, help="largest loss of mAP50 by the export")
 
 
 @dataclass

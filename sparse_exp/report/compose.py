@@ -28,7 +28,7 @@ _ATTRIBUTIONS = {
 _PACKAGES = (
     "torch", "sparseml", "deepsparse", "onnxruntime", "openvino", "mlflow", "hydra-core", "torchmetrics",
 )  # fmt: skip
-_SHEET_IMAGES = 6
+_SHEET_IMAGES = 8
 
 
 def compose_report(context: Context) -> list[Path]:

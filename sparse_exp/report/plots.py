@@ -145,7 +145,7 @@ def layer_sparsity(layers: Sequence[tuple[str, float, int]], path: Path, target:
     Args:
         layers: name, sparsity (0..1) and number of weights of each, in the model's order; at least one.
         path: PNG to write.
-        target: sparsity that prunable layers should have, 0..1; marked by a line.
+        target: sparsity of the prunable layers together, 0..1; marked by a line.
     """
     columns = 1 + (len(layers) > 30) + (len(layers) > 70)
     per_column = math.ceil(len(layers) / columns)
@@ -159,9 +159,11 @@ def layer_sparsity(layers: Sequence[tuple[str, float, int]], path: Path, target:
     title = f"{zeros / max(total, 1):.1%} of {_count(total)} weights are zero"
     figure.suptitle(title, fontsize=11, fontweight="bold", color=INK)
     handles: list[Any] = [
-        Patch(color=BLUE, label="at the target"),
-        Patch(color=ORANGE, label="below it"),
-        Line2D([], [], color=INK, linestyle="--", linewidth=1, label=f"target {target:.0%}"),
+        Patch(color=BLUE, label="at least as sparse as all together"),
+        Patch(color=SKY, label="less sparse"),
+        Line2D(
+            [], [], color=INK, linestyle="--", linewidth=1, label=f"prunable layers together: {target:.1%}"
+        ),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     _save(figure, path)
@@ -170,7 +172,7 @@ def layer_sparsity(layers: Sequence[tuple[str, float, int]], path: Path, target:
 def _layer_bars(axes: Axes, layers: Sequence[tuple[str, float, int]], target: float, rows: int) -> None:
     values = [sparsity for _, sparsity, _ in layers]
     # Pruning rounds to whole weights, and a layer is as sparse as it can be within half a percent.
-    colours = [BLUE if value >= target - 0.005 else ORANGE for value in values]
+    colours = [BLUE if value >= target - 0.005 else SKY for value in values]
     axes.barh(range(len(layers)), values, color=colours, height=0.74)
     for row, (_, sparsity, weights) in enumerate(layers):
         axes.text(1.02, row, f"{sparsity:.1%} of {_count(weights)}", va="center", fontsize=6, color=INK)

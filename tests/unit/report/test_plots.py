@@ -113,7 +113,7 @@ def test_layers_are_marked_by_the_target_and_weighed_by_their_size(monkeypatch):
     from matplotlib.colors import to_hex
 
     colours = [to_hex(patch.get_facecolor()).upper() for patch in axes.patches]
-    assert colours == [plots.ORANGE, plots.BLUE]
+    assert colours == [plots.SKY, plots.BLUE]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0.conv", "1.conv"]
     assert figure.get_suptitle() == "56.2% of 400 weights are zero"
 
