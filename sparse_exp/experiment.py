@@ -158,15 +158,26 @@ def _run_stage(context: Context, stage: str, before: str) -> str:
         raise
     except Exception as error:
         _log.debug("Stage %s failed", stage, exc_info=True)
+        if _interrupted(error):
+            raise KeyboardInterrupt from error
         raise StageFailed(_failure(context, stage, error)) from error
     seconds = time.monotonic() - started
     outputs = context.run.digests(outcome.files)
     context.run.record(stage, StageRecord(mark, outputs, outcome.metrics, seconds, outcome.facts))
     result = write_json(context.run.path / "result.json", context.run.result())
     numbers = {name: float(v) for name, v in outcome.metrics.items() if isinstance(v, float | int)}
-    context.tracker.log(Metrics({**numbers, f"time/{stage}_s": seconds}))
+    # A tracker shows the value of the last step; that of the final model is to win over those of epochs.
+    last = round(100 * context.recipe.epochs)
+    context.tracker.log(Metrics({**numbers, f"time/{stage}_s": seconds}, step=last))
     _log.debug("%s written", result)
     return mark
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: torch.save, cut off while it writes, raises one of its own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _failure(context: Context, stage: str, error: Exception) -> str:

@@ -100,12 +100,75 @@ def tiny_run(train_tiny, recipe_text) -> TinyRun:
 
 
 @pytest.fixture(scope="session")
-def deployment(tiny_run, tmp_path_factory) -> Path:
-    """The exported files of `tiny_run`'s last checkpoint."""
+def lively_model(digits):
+    """A pruned yolov5n after some steps of QAT whose outputs depend on the image as a trained one's do.
+
+    Of a detector that was trained for a minute the scores are all the same, and an engine that
+    computes them wrongly would not be noticed: so batch norms get random weights and the statistics
+    of real images, and the head larger weights and no bias towards "nothing here".
+    """
+    from sparse_exp.config.schema import LossConfig
+    from sparse_exp.sparsity.prune import prune_by_magnitude
+    from sparse_exp.sparsity.recipe import Recipe, freeze_quantizers, pin_input_quantizer
+    from sparse_exp.yolov5 import DetectionLoss, YOLOv5
+
+    loader = make_loader(digits.splits["train"], CLASSES, imgsz=IMGSZ, batch_size=8, train=False)
+    batches = [(batch.images.float() / 255, batch.targets) for batch in loader] * 2
+    torch.manual_seed(0)
+    model = YOLOv5("n", CLASSES).train()
+    prune_by_magnitude(model.prunable_convolutions(), 0.75)
+    _enliven(model, [images for images, _ in batches])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    sparsifier = Recipe(HOLD_AND_QUANTIZE).attach(model, optimizer, len(batches))
+    sparsifier.before_step(0.0)
+    pin_input_quantizer(model, model.stem)
+    loss_of = DetectionLoss(model.anchors, CLASSES, LossConfig(), IMGSZ)
+    for images, targets in batches:
+        loss, _ = loss_of(model(images), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        sparsifier.step(0.0)
+    sparsifier.finish()
+    return freeze_quantizers(model).eval()
+
+
+HOLD_AND_QUANTIZE = """modifiers:
+  - !EpochRangeModifier
+    start_epoch: 0.0
+    end_epoch: 1.0
+  - !ConstantPruningModifier
+    start_epoch: 0.0
+    params: __ALL_PRUNABLE__
+  - !QuantizationModifier
+    start_epoch: 0.0
+    scheme:
+      input_activations: {num_bits: 8, symmetric: False}
+      weights: {num_bits: 8, symmetric: True}
+    ignore: [SiLU, BatchNorm2d, MaxPool2d, Upsample, Concat]
+"""
+
+
+@torch.no_grad()
+def _enliven(model, batches) -> None:
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.0)
+        torch.nn.init.uniform_(norm.bias, -0.3, 0.3)
+        norm.momentum = 0.5
+    for conv in model.head.m:
+        conv.weight.mul_(2)
+        conv.bias.zero_()
+    for images in batches * 2:
+        model(images)
+    for norm in norms:
+        norm.momentum = 0.03
+
+
+@pytest.fixture(scope="session")
+def deployment(lively_model, tmp_path_factory) -> Path:
+    """The exported files of `lively_model`."""
     from sparse_exp.export.deployment import export_deployment
-    from sparse_exp.training.checkpoints import restore
 
     folder = tmp_path_factory.mktemp("deployment")
-    model, _ = restore(tiny_run.weights / "last.pt")
-    export_deployment(model, folder, imgsz=IMGSZ, opset=13)
+    export_deployment(lively_model, folder, imgsz=IMGSZ, opset=13)
     return folder

@@ -165,7 +165,8 @@ def layer_sparsity(layers: Sequence[tuple[str, float, int]], path: Path, target:
             [], [], color=INK, linestyle="--", linewidth=1, label=f"prunable layers together: {target:.1%}"
         ),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    side_by_side = 3 if columns > 1 else 1
+    figure.legend(handles=handles, loc="outside lower center", ncols=side_by_side, frameon=False, fontsize=8)
     _save(figure, path)
 
 

@@ -34,21 +34,25 @@ def test_landing_shows_the_file_only_when_it_is_whole(tmp_path):
     assert names(target.parent) == {"model.onnx"}
 
 
+def fail_while_landing(target, error) -> None:
+    with landing(target) as temporary:
+        temporary.write_text("half")
+        raise error
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_landing_that_fails_leaves_nothing_of_it(tmp_path, error):
     target = tmp_path / "model.onnx"
-    with pytest.raises(error), landing(target) as temporary:
-        temporary.write_text("half")
-        raise error
+    with pytest.raises(error):
+        fail_while_landing(target, error)
     assert names(tmp_path) == set()
 
 
 def test_landing_that_fails_keeps_what_was_there(tmp_path):
     target = tmp_path / "model.onnx"
     target.write_text("old")
-    with pytest.raises(ValueError), landing(target) as temporary:
-        temporary.write_text("half")
-        raise ValueError
+    with pytest.raises(ValueError):
+        fail_while_landing(target, ValueError)
     assert target.read_text() == "old"
     assert names(tmp_path) == {"model.onnx"}
 

@@ -28,7 +28,7 @@ def lines(caplog):
     return lambda: [record.getMessage() for record in caplog.records]
 
 
-def test_a_plain_line_every_ten_seconds_and_one_at_the_end(clock, lines):
+def test_a_plain_line_every_ten_seconds_and_one_at_the_end(clock, lines, capsys):
     with progress("Training", 40, "steps") as bar:
         for _ in range(30):
             clock.now += 1
@@ -39,7 +39,7 @@ def test_a_plain_line_every_ten_seconds_and_one_at_the_end(clock, lines):
         "Training: 30/40 steps",
         "Training: 30/40 steps, 30.0 s",
     ]
-    assert sys.stderr.getvalue() == ""
+    assert capsys.readouterr().err == ""
 
 
 def test_what_is_over_at_once_needs_no_line(clock, lines):

@@ -36,13 +36,13 @@ def is_one_line(error: pytest.ExceptionInfo) -> bool:
 def test_phases_of_the_default_recipe(recipe_text):
     recipe = Recipe(recipe_text)
     assert recipe.phases() == [
-        Phase("pruned", 0.0, 17.0, quantized=False),
-        Phase("pruned_quant", 17.0, 20.0, quantized=True),
+        Phase("pruned", 0.0, 10.0, quantized=False),
+        Phase("pruned_quant", 10.0, 12.0, quantized=True),
     ]
     assert recipe.prunes
     assert recipe.holds_mask
     assert recipe.sets_learning_rate
-    assert recipe.quantization_start == 17.0
+    assert recipe.quantization_start == 10.0
     assert recipe.learning_rates(recipe.phases()[0]) == [(1e-5, 1e-3), (1e-3, 5e-5)]
     assert recipe.learning_rates(recipe.phases()[1]) == [(1e-4, 1e-6)]
 
@@ -50,7 +50,7 @@ def test_phases_of_the_default_recipe(recipe_text):
 @pytest.mark.parametrize(
     ("variables", "start", "epochs"),
     [
-        ({"num_epochs": 6}, 3.0, 6.0),
+        ({"num_epochs": 6}, 4.0, 6.0),
         ({"num_epochs": 6, "quantization_epochs": 0.5}, 5.5, 6.0),
         ({"num_epochs": 1.5, "quantization_epochs": 0.75, "warmup_epochs": 0.25}, 0.75, 1.5),
     ],
@@ -263,8 +263,7 @@ def test_without_the_pruning_modifier_the_contract_breaks(recipe_text, digit_ima
 
 @pytest.fixture(scope="module")
 def quantized() -> YOLOv5:
-    model = Recipe(ONLY_EPOCHS + QUANTIZE.format("0.0")).apply_structure(yolov5n())
-    return model
+    return Recipe(ONLY_EPOCHS + QUANTIZE.format("0.0")).apply_structure(yolov5n())
 
 
 @pytest.mark.parametrize("training", [True, False])

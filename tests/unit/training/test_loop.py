@@ -59,11 +59,33 @@ def test_each_phase_has_its_best_checkpoint_and_the_run_its_last(tiny_run):
 def test_the_start_zeros_are_in_every_checkpoint(tiny_run):
     for path in tiny_run.weights.iterdir():
         state = read_checkpoint(path).state_dict
-        weights = [v for k, v in state.items() if k.endswith("cv1.conv.weight") or "cv1.conv.module.weight" in k]
+        weights = [
+            v for k, v in state.items() if k.endswith("cv1.conv.weight") or "cv1.conv.module.weight" in k
+        ]
         weights = [w for w in weights if w.ndim == 4]
         assert len(weights) > 10
         for weight in weights:
             assert int((weight == 0).sum()) == math.ceil(0.75 * weight.numel())
+
+
+def test_the_stem_reads_pixels_as_they_are(tiny_run):
+    state = read_checkpoint(tiny_run.weights / "last.pt").state_dict
+    stem = "model.0.conv.quant.activation_post_process"
+    assert state[f"{stem}.scale"].item() == pytest.approx(1 / 255, rel=1e-7)
+    assert state["model.1.conv.quant.activation_post_process.scale"].item() != state[f"{stem}.scale"].item()
+
+
+def test_quantization_goes_on_from_the_averaged_weights(train_tiny, recipe_text):
+    standstill = {"quantization_init_lr": 0.0, "quantization_final_lr": 0.0}
+    run = train_tiny(
+        recipe_text, {"num_epochs": 2, "quantization_epochs": 1, "warmup_epochs": 0.5, **standstill}
+    )
+    averaged = read_checkpoint(run.best["pruned"]).state_dict
+    quantized = read_checkpoint(run.weights / "last.pt").state_dict
+    weights = [name for name in averaged if name.endswith("conv.weight")]
+    assert len(weights) > 50
+    for name in weights:
+        assert torch.equal(quantized[name.replace(".weight", ".module.weight")], averaged[name]), name
 
 
 DETERMINED = ("phase", "epoch", "loss/box", "loss/obj", "loss/cls", "lr", "val/map50", "val/map50_95")
@@ -85,9 +107,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(tiny_run, train_tiny, reci
         (0.0, [0.05 + 0.95 * (1 + math.cos(math.pi * share)) / 2 for share in (0.375, 0.875)]),
     ],
 )
-def test_without_a_rate_in_the_recipe_the_trainer_warms_up_and_follows_a_cosine(
-    train_tiny, warmup, factors
-):
+def test_without_a_rate_in_the_recipe_the_trainer_warms_up_and_follows_a_cosine(train_tiny, warmup, factors):
     run = train_tiny(ONLY_EPOCHS.format(2.0), sparsity=0.0, lr=0.002, warmup=warmup)
     assert [r["lr"] for r in run.history] == pytest.approx([0.002 * factor for factor in factors])
     assert [r["phase"] for r in run.history] == ["dense", "dense"]

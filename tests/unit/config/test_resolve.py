@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import pytest
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sparse_exp.config.resolve import as_dict, as_yaml, recipe_path, resolve
+from sparse_exp.config.schema import STAGES, Experiment, SourceConfig
+from sparse_exp.errors import ConfigError
+
+# The least that a run needs, without any file.
+LEAST = {
+    "name": "least",
+    "model": {"name": "yolov5n", "size": "n", "weights": "scratch"},
+    "dataset": {"name": "digits", "generator": "digits", "imgsz": 96},
+    "recipe": {"name": "dense", "file": "dense.md"},
+    "hardware": {"name": "cpu"},
+    "paths": {"run": "run", "mlflow": "mlflow"},
+}
+
+
+def config_of(**changes):
+    """The least configuration with values at dotted keys (``__`` for a dot)."""
+    config = OmegaConf.merge(OmegaConf.structured(Experiment), LEAST)
+    for key, value in changes.items():
+        OmegaConf.update(config, key.replace("__", "."), value)
+    return config
+
+
+def problems(**changes) -> list[str]:
+    with pytest.raises(ConfigError) as raised:
+        resolve(config_of(**changes))
+    assert all("\n" not in problem and problem.endswith(".") for problem in raised.value.problems)
+    return raised.value.problems
+
+
+def test_what_is_right_becomes_plain_dataclasses():
+    experiment = resolve(config_of(trainer__batch_size=4))
+    assert type(experiment) is Experiment
+    assert experiment.trainer.batch_size == 4
+    assert type(experiment.hardware.engines) is list
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("trainer__batch_size", 1),
+        ("trainer__batch_size", 1024),
+        ("trainer__lr", 1.0),
+        ("trainer__lr", 1e-12),
+        ("seed", 0),
+        ("seed", 2**31 - 1),
+        ("trainer__augment__scale", 0.9),
+        ("hardware__cores", None),
+        ("dataset__imgsz", 64),
+        ("dataset__imgsz", 2048),
+    ],
+)
+def test_bounds_belong_to_the_range(key, value):
+    resolve(config_of(**{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "range_"),
+    [
+        ("trainer__batch_size", 0, "at least 1 and at most 1024 images"),
+        ("trainer__batch_size", 1025, "at least 1 and at most 1024 images"),
+        ("trainer__lr", 0.0, "above 0.0 and at most 1.0"),
+        ("trainer__lr", float("nan"), "above 0.0 and at most 1.0"),
+        ("trainer__lr", float("inf"), "above 0.0 and at most 1.0"),
+        ("seed", -1, "at least 0 and at most 2147483647"),
+        ("trainer__augment__scale", 0.91, "at least 0.0 and at most 0.9"),
+        ("hardware__cores", 0, "at least 1 and at most 1024"),
+    ],
+)
+def test_beyond_the_bounds(key, value, range_):
+    name = key.replace("__", ".")
+    assert problems(**{key: value}) == [f"Expected {name} to be {range_}, but got {value!r}. Change {name}."]
+
+
+def test_choices():
+    assert problems(model__size="q") == [
+        "Expected model.size to be one of n, s, m, l, x, but got 'q'. Set model.size to one of them."
+    ]
+    (problem,) = problems(hardware__engines=["onnxruntime", "tensorrt"])
+    assert "deepsparse, onnxruntime, openvino, but got 'tensorrt'" in problem
+
+
+def test_all_problems_are_named_at_once():
+    found = problems(
+        seed=-1,
+        model__size="q",
+        dataset__imgsz=100,
+        stages=["export"],
+        hardware__batch_sizes=[0],
+        checkpoint="nowhere.pt",
+        recipe__file="nowhere.md",
+        recipe__variables={"num_epochs": float("nan")},
+        resume="nowhere",
+    )
+    keys = (
+        "seed",
+        "model.size",
+        "dataset.imgsz",
+        "hardware.batch_sizes",
+        "checkpoint",
+        "recipe.file",
+        "recipe.variables.num_epochs",
+        "resume",
+    )
+    for key in keys:
+        assert sum(problem.startswith(f"Expected {key} to be ") for problem in found) == 1, key
+    assert len(found) == len(keys)  # export has its checkpoint: that it is missing is said once
+
+
+@pytest.mark.parametrize(("imgsz", "nearest"), [(100, 96), (65, 64), (321, 320), (340, 352)])
+def test_imgsz_is_a_multiple_of_the_stride(imgsz, nearest):
+    (problem,) = problems(dataset__imgsz=imgsz)
+    assert f"dataset.imgsz={nearest}." in problem
+    assert nearest % 32 == 0
+
+
+def test_values_that_are_missing_are_named_and_nothing_else():
+    config = config_of()
+    config.model.name = "???"
+    config.model.sources = [SourceConfig(sha256="00")]
+    config.name = "${model.name}-run"
+    with pytest.raises(ConfigError) as raised:
+        resolve(config)
+    assert raised.value.problems == [
+        "model.name has no value. Set it with model.name=VALUE.",
+        "model.sources.0.uri has no value. Set it with model.sources.0.uri=VALUE.",
+    ]
+
+
+def test_keys_that_were_forced_in_are_refused():
+    config = config_of()
+    OmegaConf.set_struct(config, False)
+    plain = OmegaConf.merge(OmegaConf.to_container(config), {"foo": 1, "trainer": {"augment": {"bar": 2}}})
+    with pytest.raises(ConfigError) as raised:
+        resolve(plain)
+    assert raised.value.problems == [
+        "Unknown key trainer.augment.bar. Remove it; --help lists all keys.",
+        "Unknown key foo. Remove it; --help lists all keys.",
+    ]
+
+
+def test_recipe_variables_may_have_any_name():
+    variables = {"my_own": 1.5}
+    assert resolve(config_of(recipe__variables=variables)).recipe.variables == variables
+
+
+def test_wrong_types_never_get_this_far():
+    with pytest.raises(OmegaConfBaseException, match="could not be converted to Integer"):
+        config_of(trainer__batch_size="abc")
+
+
+def test_stages_come_in_the_order_of_the_plan():
+    experiment = resolve(config_of(stages=["train", "fetch", "plan"]))
+    assert experiment.stages == ["fetch", "plan", "train"]
+    assert resolve(config_of()).stages == list(STAGES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragments"),
+    [
+        ({"stages": []}, ["stages", "fetch, plan"]),
+        ({"stages": ["export"]}, ["export needs a trained checkpoint", "checkpoint=PATH"]),
+        ({"stages": ["evaluate", "fetch"]}, ["evaluate needs a trained checkpoint"]),
+        ({"stages": ["fetch", "plan", "train", "verify"]}, ["verify needs exported files", "resume=RUN"]),
+        ({"stages": ["benchmark"]}, ["benchmark needs exported files", "export"]),
+        ({"dataset__generator": None}, ["dataset.path has no value", "dataset.path=PATH"]),
+        ({"dataset__path": "/nowhere/data.yaml"}, ["dataset.path", "'/nowhere/data.yaml'", "Ultralytics"]),
+        ({"model__weights": "nowhere.pt"}, ["model.weights", "'nowhere.pt'"]),
+        ({"recipe__file": "nowhere.md"}, ["recipe.file", "transfer_quant.md"]),
+        ({"hardware__engines": []}, ["hardware.engines", "at least one"]),
+        ({"hardware__batch_sizes": []}, ["hardware.batch_sizes", "at least one"]),
+        ({"hardware__batch_sizes": [1, -4]}, ["hardware.batch_sizes", "-4"]),
+        ({"resume": "nowhere"}, ["resume", "manifest.json", "outputs/runs"]),
+    ],
+)
+def test_checks_across_keys(changes, fragments):
+    (problem,) = problems(**changes)
+    for fragment in fragments:
+        assert fragment in problem
+
+
+def test_a_checkpoint_is_for_runs_without_training(tmp_path):
+    path = tmp_path / "last.pt"
+    path.touch()
+    (problem,) = problems(checkpoint=str(path))
+    assert "model.weights=PATH" in problem
+    assert resolve(config_of(checkpoint=str(path), stages=["export", "benchmark"])).checkpoint == str(path)
+
+
+def test_a_recipe_is_found_by_path_or_beside_its_option(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert recipe_path("dense.md").parent.name == "recipe"
+    (tmp_path / "dense.md").touch()
+    assert recipe_path("dense.md").resolve() == (tmp_path / "dense.md").resolve()  # one's own wins
+
+
+def test_as_dict_and_as_yaml_hold_the_whole_configuration():
+    experiment = resolve(config_of(seed=7))
+    plain = as_dict(experiment)
+    assert plain["seed"] == 7
+    assert plain["trainer"]["augment"]["hue"] == 0.02
+    assert plain == OmegaConf.to_container(OmegaConf.create(as_yaml(experiment)))
