@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric, seed_everything
 from torch import Tensor, nn
+from torch.ao.quantization import FakeQuantizeBase
 from torch.optim.swa_utils import AveragedModel
 
 from sparse_exp.config.schema import TrainerConfig
@@ -251,6 +252,9 @@ def evaluate_model(
 ) -> Evaluation:
     """Measure mAP of a torch model on a loader's images; the model is in evaluation mode meanwhile."""
     was_training, device = model.training, next(model.parameters()).device
+    observing = [m for m in model.modules() if isinstance(m, FakeQuantizeBase) and m.observer_enabled[0]]
+    for quantizer in observing:  # images of the validation split must not move the ranges
+        quantizer.disable_observer()
     model.eval()
 
     @torch.no_grad()
@@ -270,6 +274,8 @@ def evaluate_model(
         )
     finally:
         model.train(was_training)
+        for quantizer in observing:
+            quantizer.enable_observer()
 
 
 def _optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.Optimizer:

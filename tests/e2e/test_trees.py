@@ -78,7 +78,7 @@ def test_where_the_weights_come_from(full):
 
 def test_the_data(full):
     _, manifest, _ = full
-    assert manifest["stages"]["fetch"]["facts"]["names"] == ["Tree"]
+    assert manifest["stages"]["fetch"]["facts"]["names"] == ["tree"]
     assert set(manifest["stages"]["fetch"]["facts"]["boxes"]) == {"train", "val", "test"}
 
 

@@ -155,7 +155,6 @@ def test_images_become_floats_in_0_to_1_and_the_batch_stays(memory_format):
     assert torch.equal(images, kept)
 
 
-@pytest.mark.xfail(strict=True, reason="evaluate_model leaves the observers on")
 def test_evaluation_changes_nothing_in_a_model_that_still_observes(tiny_run, recipe_text):
     """The validation images must not move the quantization ranges."""
     from sparse_exp.sparsity.recipe import Recipe
