@@ -93,7 +93,7 @@ def _pruning_step(experiment: Experiment, recipe: Recipe, start: Start) -> float
             f"The start checkpoint ({start.origin}) is quantized already, and {recipe.name} would quantize "
             "it again. Start from a checkpoint before QAT, such as a run's weights/best_pruned.pt."
         )
-    is_sparse = start.sparsity is not None and start.sparsity > SPARSE_FROM
+    is_sparse = start.sparsity is not None and start.sparsity >= SPARSE_FROM
     if is_sparse or not recipe.holds_mask:
         return None
     if not experiment.recipe.prune_dense_start:
