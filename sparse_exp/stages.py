@@ -184,7 +184,7 @@ def report(context: Context) -> Outcome:
     pictures = compose_report(context)
     show_summary(dict(context.run.result()), context.experiment.name, context.run.path)
     for folder in ("plots", "deployment"):
-        context.tracker.log(Artifact(context.run.path / folder, folder))
+        context.tracker.log(Artifact(context.run.path / folder))
     return Outcome([*pictures, context.run.path / "report.md"])
 
 
