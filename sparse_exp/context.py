@@ -93,6 +93,11 @@ class Context:
             raise ConfigError("No trained checkpoint. Give one with checkpoint=PATH, or add train to stages.")
         return self.run.path / str(record.facts["checkpoint"])
 
+    @property
+    def planned_sparsity(self) -> float:
+        """Share of zeros that the plan promised, 0..1; 0 where nothing was planned."""
+        return float(self.facts("plan").get("sparsity", 0.0))
+
     def deployed(self, engine: str) -> Path:
         """The exported file that suits an engine: QDQ where the engine cannot run integer graphs fast."""
         folder = self.run.path / "deployment"

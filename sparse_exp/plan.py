@@ -41,12 +41,14 @@ class Plan:
         prune_to: sparsity that a dense start is pruned to before training; None for no such step.
         phases: a row for each phase, as texts by column.
         facts: other lines, by label.
+        sparsity: share of zeros that the prunable convolutions keep from epoch 0 on, 0..1.
     """
 
     start: Start
     prune_to: float | None
     phases: list[dict[str, str]]
     facts: dict[str, str]
+    sparsity: float = 0.0
 
     @property
     def pruning(self) -> str:
@@ -84,7 +86,8 @@ def make_plan(experiment: Experiment, recipe: Recipe, start: Start, precision: P
         "engines": ", ".join(experiment.hardware.engines),
         "stages": " -> ".join(experiment.stages),
     }
-    return Plan(start, prune_to, [_row(p, recipe, sparsity, precision) for p in recipe.phases()], facts)
+    phases = [_row(phase, recipe, sparsity, precision) for phase in recipe.phases()]
+    return Plan(start, prune_to, phases, facts, sparsity=(kept or 0.0) if recipe.prunes else 0.0)
 
 
 def _pruning_step(experiment: Experiment, recipe: Recipe, start: Start) -> float | None:

@@ -51,13 +51,19 @@ def plan(context: Context) -> Outcome:
     context.recipe.check(model)
     laid_out = make_plan(context.experiment, context.recipe, examine(model, start), context.precision)
     show_plan(laid_out)
-    facts = {"prune_to": laid_out.prune_to, "pruning": laid_out.pruning, "phases": laid_out.phases}
+    facts = {
+        "prune_to": laid_out.prune_to,
+        "pruning": laid_out.pruning,
+        "phases": laid_out.phases,
+        "sparsity": laid_out.sparsity,
+    }
     transfer = f"{start.report.taken} of {start.report.total} tensors" if start.report else "none"
     return Outcome(facts={**facts, "transferred": transfer, "left": list(start.left)})
 
 
 def train(context: Context) -> Outcome:
     """Fine-tune under the recipe; the best checkpoint of the last phase goes on."""
+    from sparse_exp.sparsity.measure import layer_sparsity, require_sparsity
     from sparse_exp.training.loop import Trainer, TrainingData
     from sparse_exp.training.start import load_start, prune_start
 
@@ -65,6 +71,8 @@ def train(context: Context) -> Outcome:
     weights.mkdir(exist_ok=True)
     model, _ = load_start(experiment, context.dataset, context.cache)
     prune_start(model, context.facts("plan").get("prune_to"))
+    layers = layer_sparsity(model.prunable_convolutions())
+    require_sparsity(layers, context.planned_sparsity, "of the start weights")
     loaders = context.loader("train", train=True), context.loader("val")
     data = TrainingData(*loaders, context.dataset.names, experiment.dataset.imgsz)
     trainer = Trainer(
@@ -99,7 +107,7 @@ def _log_epoch(context: Context, record: dict[str, Any]) -> None:
 
 def evaluate(context: Context) -> Outcome:
     """Measure mAP of the final torch model on the validation split, and on the test split if there is one."""
-    from sparse_exp.sparsity.measure import layer_sparsity, overall, total_sparsity
+    from sparse_exp.sparsity.measure import layer_sparsity, overall, require_sparsity, total_sparsity
     from sparse_exp.training.checkpoints import restore
     from sparse_exp.training.loop import evaluate_model
 
@@ -109,6 +117,7 @@ def evaluate(context: Context) -> Outcome:
     model.to(memory_format=layout)
     result = evaluate_model(model, context.loader("val"), trainer, layout, description="Evaluating torch")
     layers = layer_sparsity(model.prunable_convolutions())
+    require_sparsity(layers, context.planned_sparsity, f"in {context.checkpoint.name}")
     metrics: dict[str, Any] = {
         "val/map50": result.map50,
         "val/map50_95": result.map50_95,

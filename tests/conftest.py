@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,3 +173,12 @@ def deployment(lively_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("deployment")
     export_deployment(lively_model, folder, imgsz=IMGSZ, opset=13)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _quiet_logger():
+    """Each test begins with the package's logger as an import leaves it, whatever ran before."""
+    logger = logging.getLogger("sparse_exp")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)

@@ -18,7 +18,14 @@ from sparse_exp.engines import IsolatedEngine
 from sparse_exp.errors import ExportError, expected
 from sparse_exp.export.deployment import DENSE, MODEL, QDQ
 from sparse_exp.hardware import usable_physical_cores
-from sparse_exp.sparsity.measure import LayerSparsity, gzip_bytes, layer_sparsity, onnx_facts, overall
+from sparse_exp.sparsity.measure import (
+    LayerSparsity,
+    gzip_bytes,
+    layer_sparsity,
+    onnx_facts,
+    overall,
+    require_sparsity,
+)
 from sparse_exp.sparsity.recipe import is_quantized
 from sparse_exp.training.checkpoints import restore
 from sparse_exp.training.evaluation import Evaluation, evaluate
@@ -44,8 +51,9 @@ def verify_deployment(context: Context) -> tuple[dict[str, float], dict[str, Any
     metrics: dict[str, float] = {}
     for name in (MODEL, QDQ):
         if (folder / name).is_file():
-            found = check_graph(folder / name, model)
-            metrics.setdefault("sparsity/onnx", found)
+            layers = check_graph(folder / name, model)
+            require_sparsity(layers, context.planned_sparsity, f"in {name}")
+            metrics.setdefault("sparsity/onnx", overall(layers))
     metrics["quantized/convolutions"] = float(onnx_facts(folder / MODEL).quantized)
     metrics["quantizable/convolutions"] = float(len(model.quantizable_convolutions()))
     images = sample_images(context, _COMPARED_IMAGES)
@@ -65,7 +73,7 @@ def verify_deployment(context: Context) -> tuple[dict[str, float], dict[str, Any
     return metrics, curves
 
 
-def check_graph(path: Path, model: YOLOv5) -> float:
+def check_graph(path: Path, model: YOLOv5) -> list[LayerSparsity]:
     """Check one exported file's structure against the model.
 
     Args:
@@ -73,8 +81,8 @@ def check_graph(path: Path, model: YOLOv5) -> float:
         model: what it was exported from.
 
     Returns:
-        Share of zeros in its prunable convolutions, 0..1. Rounding weights to 8 bits may add zeros to
-        those of the checkpoint, never take one.
+        Zeros of its prunable convolutions. Rounding weights to 8 bits may add some to those of the
+        checkpoint, never take one.
 
     Raises:
         ExportError: it is no valid ONNX, a convolution is missing or not quantized, or lost zeros.
@@ -96,7 +104,7 @@ def check_graph(path: Path, model: YOLOv5) -> float:
             expected(f"quantized convolutions of {path.name}", f"{quantized} of {len(wanted)}", found, do)
         )
     _check_zeros(path, layers, wanted)
-    return overall([layers[name] for name in model.prunable_convolutions()])
+    return [layers[name] for name in model.prunable_convolutions()]
 
 
 def layer_name(node: str) -> str:

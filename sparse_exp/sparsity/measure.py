@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from sparse_exp.errors import SparsityError
+from sparse_exp.errors import SparsityError, expected
 
 MEGABYTE = 1e6
 
@@ -49,6 +49,23 @@ def layer_sparsity(convolutions: Mapping[str, nn.Conv2d]) -> list[LayerSparsity]
 def overall(layers: list[LayerSparsity]) -> float:
     """Share of zeros in all given layers together, 0..1."""
     return sum(layer.zeros for layer in layers) / max(1, sum(layer.weights for layer in layers))
+
+
+def require_sparsity(layers: list[LayerSparsity], at_least: float, where: str) -> None:
+    """Refuse weights that are less sparse than was planned.
+
+    Args:
+        layers: the prunable convolutions.
+        at_least: planned share of zeros, 0..1; a tenth of a percent less is let pass.
+        where: completes the message, such as ``"in best_pruned.pt"``.
+
+    Raises:
+        SparsityError: there are fewer zeros.
+    """
+    found = overall(layers)
+    if found < at_least - 0.001:
+        do = "Look at the recipe and at model.sparsity; the model was not kept sparse."
+        raise SparsityError(expected(f"the sparsity {where}", f"at least {at_least:.2%}", f"{found:.2%}", do))
 
 
 def total_sparsity(model: nn.Module) -> float:

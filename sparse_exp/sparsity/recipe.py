@@ -92,10 +92,9 @@ class Recipe:
         try:
             self._manager = ScheduledModifierManager.from_yaml(body, recipe_variables=dict(variables or {}))
         except Exception as error:  # SparseML raises plain Exceptions of many kinds
+            reason = _first_line(error).rstrip(".")
             do = "Correct the file, or what recipe.variables sets (are the phases shorter than num_epochs?)."
-            raise RecipeError(
-                f"SparseML cannot read {name}: {_first_line(error).rstrip('.')}. {do}"
-            ) from error
+            raise RecipeError(f"SparseML cannot read {name}: {reason}. {do}") from error
 
     @classmethod
     def from_file(cls, path: Path, variables: Mapping[str, float] | None = None) -> Recipe:

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data.loader import Batch, DetectionLoader
+from sparse_exp.errors import RecipeError, expected
 from sparse_exp.progress import Bar, progress
 from sparse_exp.sparsity.measure import SparsityContract, layer_sparsity, overall
 from sparse_exp.sparsity.recipe import Phase, Recipe, pin_input_quantizer
@@ -104,12 +105,14 @@ class Trainer:
         """Train to the end of the recipe.
 
         Raises:
+            RecipeError: a phase is shorter than one step.
             SparsityError: a promised zero did not stay zero.
         """
         steps = len(self._data.train)
         sparsifier = self._recipe.attach(self._model, self._optimizer, steps)
         batches, history, done = self._batches(), [], 0
         total = max(1, round(self._recipe.epochs * steps))
+        self._check_phases(steps)
         with progress("Training", total, "steps") as bar:
             for phase, end in self._segments(steps, total):
                 self._enter(phase, sparsifier, done / steps)
@@ -120,6 +123,13 @@ class Trainer:
                 done = end
         sparsifier.finish()
         return TrainingResult(history, {name: path for name, (_, path) in self._best.items()})
+
+    def _check_phases(self, steps: int) -> None:
+        for phase in self._phases:
+            if round(phase.end * steps) <= round(phase.start * steps):
+                length = f"{phase.end - phase.start:g} epochs of {steps} steps"
+                do = "Give it more of num_epochs, or more images."
+                raise RecipeError(expected(f"the phase {phase.name}", "at least one step", length, do))
 
     def _segments(self, steps: int, total: int) -> Iterator[tuple[Phase, int]]:
         """Stretches of training that end with an evaluation: at each epoch, and where a phase ends."""

@@ -18,6 +18,7 @@ from sparse_exp.sparsity.measure import (
     layer_sparsity,
     onnx_facts,
     overall,
+    require_sparsity,
     total_sparsity,
 )
 
@@ -218,3 +219,11 @@ def test_gzip_size_is_that_of_the_file_gzip_writes_and_repeatable(tmp_path):
     assert math.isclose(size, len(gzip.compress(data)), rel_tol=0.02)
     assert size < len(data) / 3  # two bits of eight carry information
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_less_sparse_than_planned_is_refused_with_both_numbers():
+    layers = [LayerSparsity("a", 60, 100), LayerSparsity("b", 80, 100)]
+    require_sparsity(layers, 0.70, "in x.pt")
+    require_sparsity(layers, 0.7005, "in x.pt")  # a tenth of a percent is let pass
+    with pytest.raises(SparsityError, match=r"sparsity in x\.pt to be at least 75\.00%, but got '70\.00%'"):
+        require_sparsity(layers, 0.75, "in x.pt")

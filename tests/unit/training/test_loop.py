@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from sparse_exp.config.schema import TrainerConfig
-from sparse_exp.errors import SparsityError
+from sparse_exp.errors import RecipeError, SparsityError
 from sparse_exp.training.loop import _average, as_input, evaluate_model
 from sparse_exp.training.precision import Precision, choose_precision
 from sparse_exp.yolov5 import read_checkpoint
@@ -182,3 +182,9 @@ def test_precision_follows_the_configuration_and_the_host(precision, has_bf16, a
     assert ("bf16" in str(chosen)) is autocast
     assert ("channels_last" in str(chosen)) is last
     assert (chosen.memory_format is torch.channels_last) is last
+
+
+def test_a_phase_shorter_than_a_step_is_refused_before_training(train_tiny, recipe_text):
+    variables = {"num_epochs": 2, "quantization_epochs": 0.05, "warmup_epochs": 0.5}
+    with pytest.raises(RecipeError, match=r"phase pruned_quant to be at least one step"):
+        train_tiny(recipe_text, variables)
