@@ -170,7 +170,8 @@ def test_recipe_file_that_is_no_recipe(sx, cwd, tmp_path, text):
 def matching_nothing(folder: Path) -> Path:
     """A recipe that names a layer which the model does not have."""
     text = (
-        "---\nnum_epochs: 1.0\nwarmup_epochs: 1.0\nwarmup_lr: 0.1\ninit_lr: 0.1\nfinal_lr: 0.1\ntraining_modifiers:\n"
+        "---\nnum_epochs: 1.0\nwarmup_epochs: 1.0\nwarmup_lr: 0.1\ninit_lr: 0.1\nfinal_lr: 0.1\n"
+        "training_modifiers:\n"
         "  - !EpochRangeModifier\n    start_epoch: 0.0\n    end_epoch: eval(num_epochs)\n"
         "pruning_modifiers:\n  - !ConstantPruningModifier\n    start_epoch: 0.0\n"
         "    params: ['model.99.conv.weight']\n---\n"
