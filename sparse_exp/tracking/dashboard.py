@@ -22,9 +22,11 @@ def main() -> None:
     port = free_port()
     print(f"MLflow shows the runs on http://127.0.0.1:{port} in about half a minute; Ctrl-C ends it.")
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
+    # One worker starts in half the time, and one person looks.
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    environment = {"PYTHONWARNINGS": "ignore", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ}
     try:
-        command += ["--host", "127.0.0.1", "--port", str(port)]
-        sys.exit(subprocess.run(command, check=False).returncode)
+        sys.exit(subprocess.run(command, check=False, env=environment).returncode)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from sparse_exp.config.schema import TrackerConfig
+from sparse_exp.tracking import RunInfo, create_tracker
+
+PATIENCE_S = 180  # a server of many modules, on a machine that may be busy
+
+
+def test_the_dashboard_serves_the_store_at_the_address_it_prints(tmp_path):
+    tracker = create_tracker(TrackerConfig(system_metrics=False), tmp_path / "store")
+    tracker.start(RunInfo("a", "sparse_exp", {}, {}, tmp_path))
+    tracker.finish("FINISHED")
+    command = [sys.executable, "-u", "-m", "sparse_exp.tracking.dashboard", str(tmp_path / "store")]
+    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    server = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        [address] = re.findall(r"http://127\.0\.0\.1:\d+", server.stdout.readline())
+        assert "mlflow" in page(address).lower()
+    finally:
+        os.killpg(server.pid, 9)
+        server.wait()
+
+
+def page(address: str) -> str:
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(address, timeout=5) as answer:
+                return answer.read().decode()
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.5)
+    pytest.fail(f"nothing answered at {address}")
+
+
+def test_a_store_without_runs_is_refused_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "sparse_exp.tracking.dashboard", str(tmp_path)]
+    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr == f"Error: There are no runs in {tmp_path} yet. Make one with: make run\n"
