@@ -176,9 +176,13 @@ def deployment(lively_model, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _quiet_logger():
-    """Each test begins with the package's logger as an import leaves it, whatever ran before."""
-    logger = logging.getLogger("sparse_exp")
-    logger.handlers.clear()
-    logger.propagate = True
-    logger.setLevel(logging.NOTSET)
+def _quiet_loggers():
+    """Each test begins with the loggers as an import leaves them: Hydra sets up the root's."""
+    ours, root = logging.getLogger("sparse_exp"), logging.getLogger()
+    ours.handlers.clear()
+    ours.propagate = True
+    ours.setLevel(logging.NOTSET)
+    root.setLevel(logging.WARNING)
+    for handler in list(root.handlers):
+        if not type(handler).__module__.startswith("_pytest"):
+            root.removeHandler(handler)
