@@ -44,6 +44,7 @@ def short(full, tmp_path_factory):
         words = [
             "recipe.variables.num_epochs=2",
             "recipe.variables.quantization_epochs=1",
+            "recipe.variables.warmup_epochs=0.5",
             "model.sparsity=0.85",
         ]
         words += ["hardware.engines=[deepsparse]", "hardware.batch_sizes=[1,4]", "tracker=none"]
