@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
+from sparse_exp.artifacts import sha256_of
 from sparse_exp.config.schema import SourceConfig
 from sparse_exp.errors import SourceUnavailable, expected
 from sparse_exp.progress import progress
@@ -110,15 +111,6 @@ def fetch(source: SourceConfig, cache: Path) -> FetchedFile:
             f"Cannot keep {_public(source.uri)} in {cache}: {error.strerror or error}. "
             "Free or allow the space, or set paths.cache."
         ) from error
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's content, 64 hex digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _is_remote(uri: str) -> bool:
