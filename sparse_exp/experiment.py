@@ -27,6 +27,7 @@ _log = logging.getLogger(__name__)
 _DEPENDS_ON: dict[str, tuple[str, ...]] = {
     "fetch": ("model", "dataset"),
     "plan": ("recipe", "seed", "trainer"),
+    "baseline": ("recovery",),
     "train": (),
     "evaluate": ("checkpoint",),
     "export": ("export",),

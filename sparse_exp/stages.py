@@ -61,6 +61,11 @@ def plan(context: Context) -> Outcome:
     return Outcome(facts={**facts, "transferred": transfer, "left": list(start.left)})
 
 
+def baseline(context: Context) -> Outcome:
+    """Find or train the dense counterpart, where the configuration asks for it."""
+    return Outcome()
+
+
 def train(context: Context) -> Outcome:
     """Fine-tune under the recipe; the best checkpoint of the last phase goes on."""
     from sparse_exp.sparsity.measure import layer_sparsity, require_sparsity
@@ -199,7 +204,7 @@ def report(context: Context) -> Outcome:
 
 STAGES: dict[str, Callable[[Context], Outcome]] = {
     function.__name__: function
-    for function in (fetch, plan, train, evaluate, export, verify, benchmark, report)
+    for function in (fetch, plan, baseline, train, evaluate, export, verify, benchmark, report)
 }
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional
 
-STAGES = ("fetch", "plan", "train", "evaluate", "export", "verify", "benchmark", "report")
+STAGES = ("fetch", "plan", "baseline", "train", "evaluate", "export", "verify", "benchmark", "report")
 SIZES = ("n", "s", "m", "l", "x")
 ENGINES = ("deepsparse", "onnxruntime", "openvino")
 GENERATORS = ("trees", "digits")
+OPTIMIZERS = ("adamw", "sgd")
+PATTERNS = ("unstructured", "block4")
 MISSING: Any = "???"
 
 
@@ -79,10 +81,23 @@ class RecipeConfig:
 
     name: str = MISSING
     file: str = documented(MISSING, "recipe beside this option in conf/recipe, or any path")
-    variables: Dict[str, float] = documented({}, "root variables of the recipe to set")
+    variables: Dict[str, Optional[float]] = documented(
+        {}, "root variables of the recipe to set; null: as the recipe has or derives it"
+    )
+    num_epochs: Optional[float] = bounded(
+        None, above=0.0, high=10000.0, unit="epochs",
+        help="stretch or squeeze the whole schedule to this length, each phase keeping at least one epoch",
+    )  # fmt: skip
+    optimizer: str = one_of("adamw", OPTIMIZERS, "what the recipe's learning rates are made for")
     prune_dense_start: bool = documented(
         True, "prune a dense start checkpoint to model.sparsity before training"
     )
+    pattern: str = one_of("unstructured", PATTERNS, "of the zeros that pruning a dense start makes")
+    teacher: Optional[str] = documented(
+        None, "for recipes that distill: a checkpoint, a stub, 'self' (the start) or 'baseline'"
+    )
+    oneshot: bool = documented(False, "apply the recipe at once, with calibration, without training")
+    calibration_images: int = bounded(64, 1, 100000, unit="images", help="that a one-shot recipe looks at")
 
 
 @dataclass
@@ -126,6 +141,10 @@ class TrainerConfig:
     channels_last: str = one_of(
         "auto", ("auto", "on", "off"), "memory format of images and weights; auto: on"
     )
+    momentum: float = bounded(0.9, 0.0, 0.999, help="of SGD")
+    patience: Optional[int] = bounded(
+        None, 1, 10000, unit="epochs", help="end a phase early after so many without a better mAP50"
+    )
     val_batch_size: int = bounded(8, 1, 1024, unit="images")
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -142,6 +161,15 @@ class ExportConfig:
     box_atol: float = bounded(1.0, 0.0, 100.0, unit="px", help="mean absolute difference of boxes")
     score_atol: float = bounded(0.05, 0.0, 1.0, help="mean absolute difference of scores")
     map_atol: float = bounded(0.02, 0.0, 1.0, help="largest loss of mAP50 by the export")
+
+
+@dataclass
+class RecoveryConfig:
+    """How much of the dense counterpart's accuracy is kept."""
+
+    baseline: str = documented(
+        "none", "'auto': train the dense counterpart, or find it; 'none'; or a dense run's directory"
+    )
 
 
 @dataclass
@@ -196,5 +224,6 @@ class Experiment:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)

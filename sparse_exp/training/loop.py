@@ -96,7 +96,9 @@ class Trainer:
         self._ema = AveragedModel(model, multi_avg_fn=_average(config.ema_decay), use_buffers=True)
         self._optimizer = _optimizer(model, config)
         self._loss = DetectionLoss(model.anchors, model.num_classes, config.loss, data.imgsz)
-        self._contract = SparsityContract.of(model.prunable_convolutions())
+        # Weights of a dense checkpoint may be 0 by chance (float16 underflow): nobody promised those.
+        promised = model.prunable_convolutions() if recipe.prunes else {}
+        self._contract = SparsityContract.of(promised)
         self._phases = recipe.phases()
         self._best: dict[str, tuple[float, Path]] = {}
         self._quantizing = False
