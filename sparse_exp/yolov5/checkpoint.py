@@ -61,7 +61,8 @@ class TransferReport:
     Attributes:
         taken: how many.
         total: how many the model has, buffers included.
-        left: names of the model's tensors that kept their own values.
+        left: names of the model's tensors that kept own values: where the classes differ, those of the
+            head's convolutions, of which only the rows for boxes and objectness are taken.
     """
 
     taken: int
@@ -207,8 +208,9 @@ def _names(names: Any, num_classes: int) -> tuple[str, ...]:
 def transfer_weights(model: YOLOv5, checkpoint: Checkpoint) -> TransferReport:
     """Start a model from a checkpoint.
 
-    Everything is taken, anchors included, where the numbers of classes agree; everything but the
-    head's convolutions where they differ.
+    Everything is taken, anchors included, where the numbers of classes agree. Where they differ, the
+    head's convolutions take the rows of boxes and objectness, which mean the same for any classes, and
+    keep their own for the class scores: a training then finds boxes in its first epoch.
 
     Args:
         model: changed in place. For weights after quantization-aware training, the checkpoint's recipe
@@ -228,8 +230,21 @@ def transfer_weights(model: YOLOv5, checkpoint: Checkpoint) -> TransferReport:
     wanted = [name for name in own if same_head or not name.startswith(f"{_HEAD}m.")]
     for name in wanted:
         _check_fits(name, own[name], checkpoint.state_dict.get(name))
-    model.load_state_dict({name: checkpoint.state_dict[name] for name in wanted}, strict=False)
+    taken = {name: checkpoint.state_dict[name] for name in wanted}
+    for name in own.keys() - wanted:
+        taken[name] = _with_boxes_of(checkpoint.state_dict.get(name), checkpoint.num_classes, own[name])
+    model.load_state_dict(taken, strict=False)
     return TransferReport(len(wanted), len(own), tuple(sorted(own.keys() - wanted)))
+
+
+def _with_boxes_of(other: Tensor | None, num_classes: int, own: Tensor) -> Tensor:
+    """A head convolution's weight or bias with the rows of x, y, w, h and objectness of another head."""
+    anchors = 3
+    if other is None or other.shape != (anchors * (5 + num_classes), *own.shape[1:]):
+        return own
+    mixed = own.clone().view(anchors, -1, *own.shape[1:])
+    mixed[:, :5] = other.view(anchors, -1, *own.shape[1:])[:, :5]
+    return mixed.view_as(own)
 
 
 def _check_fits(name: str, own: Tensor, other: Tensor | None) -> None:

@@ -222,18 +222,44 @@ def test_everything_is_taken_when_the_classes_agree(model, tmp_path):
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in fresh.state_dict().items())
 
 
-def test_the_head_is_left_when_the_classes_differ(model, tmp_path):
+def test_the_class_scores_are_left_when_the_classes_differ(model, tmp_path):
     checkpoint = read_checkpoint(ours(tmp_path / "x.pt", model))
     fresh = YOLOv5("n", 5)
-    head = {k: v.clone() for k, v in fresh.state_dict().items() if k.startswith("model.24.m.")}
+    own = {k: v.clone() for k, v in fresh.state_dict().items() if k.startswith("model.24.m.")}
     report = transfer_weights(fresh, checkpoint)
     assert (report.taken, report.total) == (343, 349)
-    assert report.left == tuple(sorted(head))
+    assert report.left == tuple(sorted(own))
     assert torch.equal(fresh.anchors, model.anchors)  # not the default ones
     for name, tensor in fresh.state_dict().items():
-        assert torch.equal(tensor, head.get(name, model.state_dict()[name] if name not in head else None)), (
-            name
-        )
+        other = model.state_dict()[name]
+        if name not in own:
+            assert torch.equal(tensor, other), name
+            continue
+        for anchor in range(3):  # 10 outputs an anchor here, 7 there
+            assert torch.equal(tensor[10 * anchor : 10 * anchor + 5], other[7 * anchor : 7 * anchor + 5])
+            classes = slice(10 * anchor + 5, 10 * anchor + 10)
+            assert torch.equal(tensor[classes], own[name][classes])
+
+
+def test_boxes_are_found_at_once_with_other_classes(tmp_path):
+    """Boxes and objectness of the new detector are those of the old one."""
+    model = YOLOv5("n", 2)
+    checkpoint = read_checkpoint(ours(tmp_path / "x.pt", model))
+    fresh = YOLOv5("n", 1).eval()
+    transfer_weights(fresh, checkpoint)
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        found, wanted = fresh(images)[0], model.eval()(images)[0]
+    torch.testing.assert_close(found[..., :5], wanted[..., :5])
+
+
+def test_a_checkpoint_without_a_head_leaves_it(model, tmp_path):
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("model.24.m.")}
+    checkpoint = module.Checkpoint("ultralytics", "n", 2, ("a", "b"), state, "", None, -1, {}, None)
+    fresh = YOLOv5("n", 5)
+    head = fresh.state_dict()["model.24.m.0.weight"].clone()
+    assert len(transfer_weights(fresh, checkpoint).left) == 6
+    assert torch.equal(fresh.state_dict()["model.24.m.0.weight"], head)
 
 
 def test_another_size_is_refused(model, tmp_path):
