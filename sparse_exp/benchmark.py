@@ -24,7 +24,7 @@ import psutil
 from sparse_exp.config.schema import HardwareConfig
 from sparse_exp.engines.isolated import IsolatedEngine
 from sparse_exp.errors import EngineError, expected
-from sparse_exp.hardware import host_facts, usable_physical_cores
+from sparse_exp.hardware import host_facts
 from sparse_exp.progress import progress
 
 _log = logging.getLogger(__name__)
@@ -95,7 +95,12 @@ def default_lock_path() -> Path:
 
 
 def benchmark(
-    cells: Sequence[Cell], images: np.ndarray, *, hardware: HardwareConfig, lock_path: Path | None = None
+    cells: Sequence[Cell],
+    images: np.ndarray,
+    *,
+    hardware: HardwareConfig,
+    cores: int,
+    lock_path: Path | None = None,
 ) -> list[Measurement]:
     """Measure cells on this host, one inference after the other ("sync").
 
@@ -105,7 +110,8 @@ def benchmark(
     Args:
         cells: what to measure.
         images: real photos, uint8 (N, 3, H, W); batches are taken from them in turn.
-        hardware: cores (None: all usable physical ones), warmup_s, duration_s and repeats.
+        hardware: warmup_s, duration_s and repeats.
+        cores: that each engine runs on.
         lock_path: file of the host-wide lock; None: `default_lock_path`.
 
     Returns:
@@ -115,7 +121,6 @@ def benchmark(
         MissingDependency: an engine is not installed.
         EngineError: an engine cannot load or run its model, or died.
     """
-    cores = hardware.cores or usable_physical_cores()
     with measuring_alone(lock_path or default_lock_path()), ExitStack() as stack:
         conditions = {**_host_conditions(), **_settings(hardware, cores, images)}
         engines = [_loaded(cell, images, cores, stack) for cell in cells]

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -46,8 +47,10 @@ def main() -> None:
 
 
 def _register_schema() -> None:
-    store = ConfigStore.instance()
-    store.store(name="schema", node=Experiment)
+    store, schema = ConfigStore.instance(), OmegaConf.structured(Experiment)
+    # Which variables there are is for the recipe to know, whose file may be another than the option's.
+    OmegaConf.set_struct(schema.recipe.variables, False)
+    store.store(name="schema", node=schema)
     # Hydra deep-copies the whole store about a hundred times for --help. It is only read from here on,
     # and what is loaded from it is copied anyway.
     ConfigStore.__deepcopy__ = lambda self, _: self  # type: ignore[attr-defined]
@@ -59,6 +62,7 @@ def _compose_and_run(config: DictConfig) -> None:
     job = HydraConfig.get()
     if job.runtime.output_dir != str(Path.cwd()):  # a job of a sweep, or hydra.run.dir=... was given
         config.paths.run = job.runtime.output_dir
+    _leave_option_variables(config, job)
     try:
         experiment = resolve(config)
         from sparse_exp.experiment import run
@@ -72,6 +76,50 @@ def _compose_and_run(config: DictConfig) -> None:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _leave_option_variables(config: DictConfig, job: Any) -> None:
+    """Where ``recipe.file`` is another than that of the recipe's option, leave out the option's variables.
+
+    Those set on the command line stay, and of a preset or ``conf/local`` those with a value that the
+    option does not have: what is composed does not tell who set it.
+    """
+    option = _option_values(job, "recipe")
+    variables: Any = OmegaConf.to_container(config.recipe.variables)
+    own = option.get("variables") or {}
+    if not own or option.get("file") == config.recipe.file:
+        return
+    said = _variables_said(list(job.overrides.task))
+    left = [name for name in own if name not in said and name in variables and variables[name] == own[name]]
+    config.recipe.variables = {name: value for name, value in variables.items() if name not in left}
+    if left:
+        _log.info(
+            "recipe.file=%s is not the file of recipe=%s: its variables are left out (%s).",
+            config.recipe.file,
+            job.runtime.choices["recipe"],
+            ", ".join(left),
+        )
+
+
+def _option_values(job: Any, group: str) -> dict[str, Any]:
+    """The chosen option of a group as its file has it; empty where there is none."""
+    name = f"{group}/{job.runtime.choices.get(group)}.yaml"
+    folders = [Path(source.path) for source in job.runtime.config_sources if source.schema == "file"]
+    path = next((folder / name for folder in folders if (folder / name).is_file()), None)
+    values = OmegaConf.to_container(OmegaConf.load(path)) if path else {}
+    return values if isinstance(values, dict) else {}  # type: ignore[return-value]
+
+
+def _variables_said(words: list[str]) -> set[str]:
+    """The recipe variables that a command line sets."""
+    key, said = "recipe.variables", set()
+    for word in OverridesParser.create().parse_overrides(words):
+        value = word.value()
+        if word.key_or_group == key and isinstance(value, dict):
+            said |= {str(getattr(name, "text", name)) for name in value}
+        elif word.key_or_group.startswith(f"{key}."):
+            said.add(word.key_or_group.removeprefix(f"{key}."))
+    return said
 
 
 class _ConsoleHandler(logging.StreamHandler):  # type: ignore[type-arg]

@@ -51,6 +51,13 @@ class Context:
         return prepare(self.experiment.dataset, self.cache)
 
     @cached_property
+    def cores(self) -> int:
+        """Cores that engines run on: ``hardware.cores``, or all physical ones that are usable."""
+        from sparse_exp.hardware import usable_physical_cores
+
+        return self.experiment.hardware.cores or usable_physical_cores()
+
+    @cached_property
     def precision(self) -> Precision:
         """How floating-point phases compute on this host."""
         from sparse_exp.hardware import has_bf16

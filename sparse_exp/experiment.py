@@ -31,7 +31,7 @@ _DEPENDS_ON: dict[str, tuple[str, ...]] = {
     "train": (),
     "evaluate": ("checkpoint",),
     "export": ("export",),
-    "verify": (),
+    "verify": ("recovery",),
     "benchmark": ("hardware",),
     "report": ("name",),
 }
@@ -65,7 +65,8 @@ def run(
     """
     from sparse_exp.sparsity.recipe import Recipe
 
-    recipe = Recipe.from_file(recipe_path(experiment.recipe.file), experiment.recipe.variables)
+    chosen = experiment.recipe
+    recipe = Recipe.from_file(_recipe_file(experiment), chosen.variables, num_epochs=chosen.num_epochs)
     check_host(experiment)
     if experiment.dry_run:
         from sparse_exp.dry_run import show
@@ -78,6 +79,17 @@ def run(
         _write_conditions(context, hydra_files, overrides)
         _run_tracked(context)
     return directory.result()
+
+
+def _recipe_file(experiment: Experiment) -> Path:
+    """Where the recipe lies: shipped, one's own, or fetched by its stub."""
+    from sparse_exp.zoo.sources import cache_directory
+    from sparse_exp.zoo.stub import STUB_PREFIX, fetch_recipe
+
+    file = experiment.recipe.file
+    if file.startswith(STUB_PREFIX):
+        return fetch_recipe(file, cache_directory(experiment.paths.cache))
+    return recipe_path(file)
 
 
 def _open_directory(experiment: Experiment) -> RunDirectory:
@@ -100,7 +112,8 @@ def _run_tracked(context: Context) -> None:
             tracker.log(Artifact(context.run.path / name))
         mark = ""
         for stage in experiment.stages:
-            mark = _run_stage(context, stage, mark)
+            done = _run_stage(context, stage, mark)
+            mark = mark if stage == "baseline" and not _trains_on_baseline(context) else done
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt)
         reason = "interrupted" if killed else " ".join(str(error).split())
@@ -198,7 +211,14 @@ def _fingerprint(context: Context, stage: str, before: str) -> str:
     config = as_dict(context.experiment)
     parts = {key: config[key] for key in _DEPENDS_ON[stage]}
     recipe = context.recipe.text if stage == "plan" else ""
-    return fingerprint(stage, before, parts, recipe, __version__)
+    reads_baseline = stage == "verify" or (stage == "train" and _trains_on_baseline(context))
+    baseline = context.facts("baseline") if reads_baseline else {}
+    return fingerprint(stage, before, parts, recipe, baseline, __version__)
+
+
+def _trains_on_baseline(context: Context) -> bool:
+    """Whether the training depends on the dense counterpart, or only the result is held against it."""
+    return context.experiment.recipe.teacher == "baseline"
 
 
 def _write_conditions(context: Context, hydra_files: Mapping[str, str], overrides: list[str]) -> None:

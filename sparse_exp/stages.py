@@ -7,8 +7,9 @@ alone and a run can be resumed between any two of them. Libraries are imported w
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from sparse_exp.artifacts import sha256_of, write_json, write_text
@@ -43,86 +44,97 @@ def plan(context: Context) -> Outcome:
     """Say what will happen, and refuse what cannot end well."""
     if "train" not in context.experiment.stages:
         return Outcome()
-    from sparse_exp.plan import make_plan
     from sparse_exp.report.console import show_plan
-    from sparse_exp.training.start import examine, load_start
+    from sparse_exp.training.preflight import lay_out
 
-    model, start = load_start(context.experiment, context.dataset, context.cache)
-    context.recipe.check(model)
-    laid_out = make_plan(context.experiment, context.recipe, examine(model, start), context.precision)
+    laid_out, start = lay_out(
+        context.experiment, context.recipe, context.dataset, context.precision, context.cache
+    )
     show_plan(laid_out)
-    facts = {
-        "prune_to": laid_out.prune_to,
-        "pruning": laid_out.pruning,
-        "phases": laid_out.phases,
-        "sparsity": laid_out.sparsity,
-    }
     transfer = f"{start.report.taken} of {start.report.total} tensors" if start.report else "none"
-    return Outcome(facts={**facts, "transferred": transfer, "left": list(start.left)})
+    return Outcome(facts={**laid_out.as_facts(), "transferred": transfer})
 
 
 def baseline(context: Context) -> Outcome:
     """Find or train the dense counterpart, where the configuration asks for it."""
-    return Outcome()
+    from sparse_exp.recovery import TAG, find_or_train
+
+    facts = find_or_train(context)
+    if "dense_fingerprint" in facts:  # this run is one, and can be found by others
+        context.tracker.log(Tags({TAG: facts["dense_fingerprint"]}))
+    return Outcome(metrics={"baseline/map50": facts["map50"]} if "map50" in facts else {}, facts=facts)
 
 
 def train(context: Context) -> Outcome:
-    """Fine-tune under the recipe; the best checkpoint of the last phase goes on."""
-    from sparse_exp.sparsity.measure import layer_sparsity, require_sparsity
-    from sparse_exp.training.loop import Trainer, TrainingData
-    from sparse_exp.training.start import load_start, prune_start
+    """Fine-tune under the recipe, or apply it at once; the best checkpoint of the last phase goes on."""
+    from sparse_exp.training.run import run_training
 
-    experiment, weights = context.experiment, context.run.path / "weights"
+    weights = context.run.path / "weights"
     weights.mkdir(exist_ok=True)
-    model, _ = load_start(experiment, context.dataset, context.cache)
-    prune_start(model, context.facts("plan").get("prune_to"))
-    layers = layer_sparsity(model.prunable_convolutions())
-    require_sparsity(layers, context.planned_sparsity, "of the start weights")
-    loaders = context.loader("train", train=True), context.loader("val")
-    data = TrainingData(*loaders, context.dataset.names, experiment.dataset.imgsz)
-    trainer = Trainer(
-        model,
-        context.recipe,
-        data,
-        experiment.trainer,
-        context.precision,
-        weights=weights,
-        seed=experiment.seed,
-        on_epoch=lambda record: _log_epoch(context, record),
-    )
-    _log.info("Training with %s.", context.precision)
-    result = trainer.fit()
+    result, composed = run_training(context, lambda record: _log_epoch(context, record))
     history = write_json(context.run.path / "history.json", result.history)
-    final = result.best[context.recipe.phases()[-1].name]
-    facts = {"checkpoint": str(final.relative_to(context.run.path))}
-    return Outcome([history, *sorted(weights.glob("*.pt"))], facts=facts)
+    phase, best = list(result.phases.items())[-1]
+    table = _write_sparsity(context, best.path, best.promised)
+    context.tracker.log(Artifact(write_recipe(context, composed)))
+    facts = {
+        "checkpoint": str(best.path.relative_to(context.run.path)),
+        "phase": phase,
+        "epoch": best.epoch,
+        "promised": best.promised,
+        "recipe": composed,
+    }
+    return Outcome([history, table, *sorted(weights.glob("*.pt"))], facts=facts)
+
+
+def _write_sparsity(context: Context, checkpoint: Path, promised: Mapping[str, float]) -> Path:
+    """Zeros of each layer in a checkpoint's file, as ``sparsity.csv``."""
+    from sparse_exp.sparsity.measure import sparsity_table, state_sparsity
+    from sparse_exp.yolov5 import read_checkpoint
+
+    layers = state_sparsity(read_checkpoint(checkpoint).state_dict)
+    table = write_text(context.run.path / "sparsity.csv", sparsity_table(layers, promised))
+    context.tracker.log(Artifact(table))
+    return table
 
 
 def _log_epoch(context: Context, record: dict[str, Any]) -> None:
     numbers = {name: value for name, value in record.items() if isinstance(value, float)}
     context.tracker.log(Metrics(numbers, step=round(100 * record["epoch"])))
+    losses = "".join(
+        f"{name.removeprefix('loss/')} {value:.4f} "
+        for name, value in record.items()
+        if name.startswith("loss/")
+    )
+    speed = f"  {record['images_per_s']:.1f} images/s" if "images_per_s" in record else ""
     _log.info(
-        "epoch %-5g %-12s box %.4f obj %.4f cls %.4f  mAP50 %.3f  sparsity %.4f  %.1f images/s",
-        record["epoch"],
-        record["phase"],
-        *(record[f"loss/{part}"] for part in ("box", "obj", "cls")),
-        *(record[name] for name in ("val/map50", "sparsity/prunable", "images_per_s")),
+        "epoch %-5.4g %-12s %s mAP50 %.3f  sparsity %.4f%s",
+        *(record[name] for name in ("epoch", "phase")),
+        losses,
+        *(record[name] for name in ("val/map50", "sparsity/prunable")),
+        speed,
     )
 
 
 def evaluate(context: Context) -> Outcome:
     """Measure mAP of the final torch model on the validation split, and on the test split if there is one."""
-    from sparse_exp.sparsity.measure import layer_sparsity, overall, require_sparsity, total_sparsity
+    from sparse_exp.export.reference import as_deployed
+    from sparse_exp.sparsity.measure import (
+        layer_sparsity,
+        overall,
+        require_layer_sparsity,
+        require_sparsity,
+        total_sparsity,
+    )
     from sparse_exp.training.checkpoints import restore
-    from sparse_exp.training.loop import evaluate_model
+    from sparse_exp.training.evaluation import evaluate_model
 
     model, checkpoint = restore(context.checkpoint)
-    trainer = context.experiment.trainer
-    layout = context.precision.memory_format  # as in training: another order of sums rounds otherwise
-    model.to(memory_format=layout)
-    result = evaluate_model(model, context.loader("val"), trainer, layout, description="Evaluating torch")
-    layers = layer_sparsity(model.prunable_convolutions())
-    require_sparsity(layers, context.planned_sparsity, f"in {context.checkpoint.name}")
+    layers, where = layer_sparsity(model.prunable_convolutions()), f"in {context.checkpoint.name}"
+    require_sparsity(layers, context.planned_sparsity, where)
+    require_layer_sparsity(layers, context.facts("train").get("promised", {}), where)
+    trainer, layout = context.experiment.trainer, context.precision.memory_format
+    deployed = as_deployed(model).to(memory_format=layout)
+    result = evaluate_model(deployed, context.loader("val"), trainer, layout, description="Evaluating torch")
     metrics: dict[str, Any] = {
         "val/map50": result.map50,
         "val/map50_95": result.map50_95,
@@ -131,16 +143,18 @@ def evaluate(context: Context) -> Outcome:
         "size/checkpoint_mb": context.checkpoint.stat().st_size / 1e6,
     }
     if "test" in context.dataset.splits:
-        test = evaluate_model(model, context.loader("test"), trainer, layout, description="Evaluating test")
+        test = evaluate_model(
+            deployed, context.loader("test"), trainer, layout, description="Evaluating test"
+        )
         metrics.update({"test/map50": test.map50, "test/map50_95": test.map50_95})
-    curve = {"recall": list(result.recall), "precision": list(result.precision), "ap": result.map50}
     facts = {
         "phase": checkpoint.phase,
         "epoch": checkpoint.epoch,
-        "curve": curve,
+        "curve": {"recall": list(result.recall), "precision": list(result.precision), "ap": result.map50},
         "layers": [asdict(layer) for layer in layer_sparsity(model.quantizable_convolutions())],
     }
-    return Outcome(metrics=metrics, facts=facts)
+    trained = "train" in context.experiment.stages
+    return Outcome([] if trained else [_write_sparsity(context, context.checkpoint, {})], metrics, facts)
 
 
 def export(context: Context) -> Outcome:
@@ -159,8 +173,10 @@ def export(context: Context) -> Outcome:
 def verify(context: Context) -> Outcome:
     """Hold the exported files against the checkpoint they came from, in each engine."""
     from sparse_exp.export.verification import measure_sizes, verify_deployment
+    from sparse_exp.recovery import recovery_metrics
 
     metrics, curves = verify_deployment(context)
+    metrics |= recovery_metrics(context.facts("baseline"), metrics, context.experiment.hardware.engines)
     sizes = measure_sizes(context.run.path / "deployment")
     return Outcome(metrics={**metrics, **sizes}, facts={"curves": curves})
 
@@ -181,7 +197,7 @@ def benchmark(context: Context) -> Outcome:
     images = sample_images(context, max(32, *hardware.batch_sizes))
     context.tracker.log(Pause())
     try:
-        measurements = measure(cells, images, hardware=hardware)
+        measurements = measure(cells, images, hardware=hardware, cores=context.cores)
     finally:
         context.tracker.log(Resume())
     rows = [{**m.conditions, "items_per_s": m.items_per_s, "each": list(m.repeats)} for m in measurements]
@@ -208,6 +224,12 @@ STAGES: dict[str, Callable[[Context], Outcome]] = {
 }
 
 
-def write_recipe(context: Context) -> None:
-    """Keep the recipe as it runs beside the run's other files."""
-    write_text(context.run.path / "recipe.md", f"---\n{context.recipe.text.strip()}\n---\n")
+def write_recipe(context: Context, composed: str = "") -> Path:
+    """Keep the recipe as it runs beside the run's other files.
+
+    Args:
+        context: of the run.
+        composed: with the recipe of the start checkpoint before it, once that is known.
+    """
+    text = composed or str(context.facts("train").get("recipe", "")) or context.recipe.text
+    return write_text(context.run.path / "recipe.md", f"---\n{text.strip()}\n---\n")

@@ -45,9 +45,27 @@ MEANINGS = {
     "recipe.variables.warmup_epochs": "linear warm-up of the learning rate, epochs",
     "recipe.variables.warmup_lr": "learning rate at the start of the warm-up",
     "recipe.variables.init_lr": "learning rate after the warm-up",
-    "recipe.variables.final_lr": "learning rate at the end of the floating-point phase (cosine)",
+    "recipe.variables.final_lr": "learning rate at the end of the floating-point phases (cosine)",
     "recipe.variables.quantization_init_lr": "learning rate at the start of QAT",
     "recipe.variables.quantization_final_lr": "learning rate at the end of QAT (cosine)",
+    "recipe.variables.hardness": "share of the teacher in the loss, 0..1",
+    "recipe.variables.temperature": "softens the scores of the teacher, at least 1",
+    "recipe.variables.gain": "weight of the differences from the teacher's features",
+    "recipe.variables.init_sparsity": "share of zeros that gradual pruning begins with, 0..1",
+    "recipe.variables.final_sparsity": "share of zeros that gradual pruning ends with, 0..1",
+    "recipe.variables.sparsity_1": "share of zeros in blocks of 128 channels (at size l), 0..1",
+    "recipe.variables.sparsity_2": "share of zeros in blocks of 256 channels (at size l), 0..1",
+    "recipe.variables.sparsity_3": "share of zeros in blocks of 512 channels (at size l), 0..1",
+    "recipe.variables.sparsity_4": "share of zeros in blocks of 1024 channels (at size l), 0..1",
+    "recipe.variables.pruning_epochs": "the first epochs, in which the sparsity rises, epochs",
+    "recipe.variables.pruning_end_epoch": "epoch at which the sparsity has risen to its end",
+    "recipe.variables.pruning_update_frequency": "time between two rises of the sparsity, epochs",
+    "recipe.variables.weights_warmup_lr": "learning rate of all but biases at the start of the warm-up",
+    "recipe.variables.biases_warmup_lr": "learning rate of the biases at the start of the warm-up",
+    "recipe.variables.quantization_start_epoch": "epoch at which QAT begins",
+    "recipe.variables.quantization_lr": "learning rate of QAT (at its start, where there is a final one)",
+    "recipe.variables.final_quantization_lr": "learning rate at the end of QAT (cosine)",
+    "recipe.variables.freeze_bn_epoch": "epoch at which batch norm statistics freeze",
     "recipe.variables.observer_share": "share of QAT after which the activation ranges freeze, 0..1",
     "recipe.variables.batch_norm_share": "share of QAT after which batch norm statistics freeze, 0..1",
 }
@@ -122,10 +140,8 @@ def groups() -> dict[str, str | None]:
 
 def top_rows() -> list[Row]:
     """The keys that belong to no group."""
-    values, hints = _read(CONF / "config.yaml"), get_type_hints(Experiment)
-    return [
-        _row(item, hints[item.name], values, "") for item in fields(Experiment) if item.name not in groups()
-    ]
+    values = _read(CONF / "config.yaml")
+    return [row for row in _rows(Experiment, values, "") if row.key.split(".")[0] not in groups()]
 
 
 def group_rows(group: str) -> list[Row]:
@@ -136,30 +152,44 @@ def group_rows(group: str) -> list[Row]:
     return list(_rows(cls, _option(group, groups()[group]), f"{group}."))
 
 
+def options_of(group: str) -> list[str]:
+    """The options of a group, those in folders below it too (published/NAME)."""
+    paths = [] if group in OWN else (CONF / group).rglob("*.yaml")
+    names = [path.relative_to(CONF / group).with_suffix("").as_posix() for path in paths]
+    return sorted(names, key=lambda name: ("/" in name, name))
+
+
 def variable_rows(option: str) -> list[Row]:
-    """The root variables of a recipe option that can be set; what is derived from them is left out."""
-    values = _option("recipe", option)
-    text = (CONF / "recipe" / values["file"]).read_text(encoding="utf-8")
-    front_matter = text.split("---")[1] if text.startswith("---") else text
+    """The root variables that a recipe option names; one without a value is derived by the recipe."""
     rows = []
-    for name, number, comment in re.findall(r"^(\w+): ([-+.\de]+)[ \t]*(?:# (.*))?$", front_matter, re.M):
+    for name, value in _option("recipe", option).get("variables", {}).items():
         key = f"recipe.variables.{name}"
-        value = values.get("variables", {}).get(name, yaml.safe_load(number))
-        rows.append(Row(key, "float", "", "", _shown(value), comment or MEANINGS.get(key, "")))
+        rows.append(Row(key, "float", "", "", "derived" if value is None else _shown(value), MEANINGS[key]))
     return rows
+
+
+def _variables(options: list[str]) -> str:
+    """One line for each variable: what it means, and its default in each option that has it."""
+    lines = ["| key | meaning | default: options |", "|---|---|---|"]
+    rows = [(row, option) for option in options for row in variable_rows(option)]
+    for key, meaning in {row.key: row.meaning for row, _ in rows}.items():
+        having = [(row.default, option) for row, option in rows if row.key == key]
+        defaults = {value: [o for v, o in having if v == value] for value, _ in having}
+        cell = "; ".join(f"{value}: {', '.join(names)}" for value, names in defaults.items())
+        lines.append(f"| `{key}` | {meaning} | {cell} |")
+    return "\n".join(lines)
 
 
 def _group(name: str, default: str | None) -> str:
     cls = get_type_hints(Experiment).get(name)
-    options = [] if name in OWN else sorted(path.stem for path in (CONF / name).glob("*.yaml"))
+    options = options_of(name)
     parts = [f"## {name}", _first_line(cls) if cls else "", NOTES.get(name, "")]
     if len(options) > 1 or not cls:
         parts.append("\n".join(_describe(name, option, default) for option in options))
     if cls:
         parts.append(_keys(group_rows(name)))
     if name == "recipe":
-        tables = {option: variable_rows(option) for option in options}
-        parts += [f"Variables of `recipe={o}`:\n\n{_keys(rows)}" for o, rows in tables.items() if rows]
+        parts.append(f"Root variables of the recipes, all of them numbers:\n\n{_variables(options)}")
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -168,7 +198,8 @@ def _describe(group: str, option: str, default: str | None) -> str:
     lines = re.match(r"(?:#.*\n)*", text)[0].splitlines()  # type: ignore[index]
     comment = " ".join(line.lstrip("# ") for line in lines if "@package" not in line)
     mark = " (default)" if option == default else ""
-    settings = ", ".join(f"`{key}={value}`" for key, value in _settings(_option(group, option)))
+    pairs = _settings(_option(group, option))
+    settings = ", ".join(f"`{key}={value}`" for key, value in pairs if not key.startswith("variables."))
     return f"- `{group}={option}`{mark}: {comment} Sets {settings}.".replace(":  Sets", ": sets")
 
 

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from sparse_exp.artifacts import MANIFEST
 from sparse_exp.config.schema import STAGES, Experiment
 from sparse_exp.errors import ConfigError, expected
+from sparse_exp.zoo.stub import STUB_PREFIX, parse_stub
 
 CONF_DIRECTORY = next(
     folder
@@ -50,6 +51,8 @@ def resolve(config: DictConfig) -> Experiment:
     if problems:
         raise ConfigError(problems)
     experiment.stages = [stage for stage in STAGES if stage in experiment.stages]
+    given = {name: value for name, value in experiment.recipe.variables.items() if value is not None}
+    experiment.recipe.variables = dict(given)  # the others are as the recipe has or derives them
     return experiment
 
 
@@ -126,6 +129,7 @@ def _range(low: float | None, high: float | None, above: float | None, unit: str
 def _cross_checks(experiment: Experiment) -> Iterator[str]:
     yield from _check_dataset(experiment)
     yield from _check_files(experiment)
+    yield from _check_recipe(experiment)
     yield from _check_stages(experiment)
     for batch in experiment.hardware.batch_sizes:
         if batch < 1:
@@ -159,13 +163,55 @@ def _check_files(experiment: Experiment) -> Iterator[str]:
     if experiment.resume and not (Path(experiment.resume) / MANIFEST).is_file():
         do = "Give a directory below outputs/runs."
         yield expected("resume", f"the directory of a run with its {MANIFEST}", experiment.resume, do)
-    for name, value in experiment.recipe.variables.items():
-        if not math.isfinite(value):
+
+
+def _check_recipe(experiment: Experiment) -> Iterator[str]:
+    recipe = experiment.recipe
+    for name, value in recipe.variables.items():
+        if value is not None and not math.isfinite(value):
             yield expected(f"recipe.variables.{name}", "a finite number", value, f"Change {name}.")
-    if not recipe_path(experiment.recipe.file).is_file():
-        names = sorted(path.name for path in (CONF_DIRECTORY / "recipe").glob("*.md"))
-        do = f"Give a path, or one of those shipped: {', '.join(names)}."
-        yield expected("recipe.file", "an existing file", experiment.recipe.file, do)
+    if recipe.file.startswith(STUB_PREFIX):
+        yield from _stub_problem(recipe.file)
+    elif not recipe_path(recipe.file).is_file():
+        shipped = CONF_DIRECTORY / "recipe"
+        names = sorted(str(path.relative_to(shipped)) for path in shipped.rglob("*.md"))
+        do = f"Give a path, a SparseZoo stub, or one of those shipped: {', '.join(names)}."
+        yield expected("recipe.file", "an existing file", recipe.file, do)
+    shares = experiment.model.layer_sparsity
+    if len(shares) != 4 or not all(0 <= share <= 0.99 for share in shares):
+        do = "Change model.layer_sparsity, for example to [0.4,0.5,0.65,0.75]."
+        yield expected("model.layer_sparsity", "four shares of at least 0 and at most 0.99", shares, do)
+    yield from _check_teacher(experiment)
+    if recipe.oneshot and recipe.num_epochs is not None:
+        yield "recipe.oneshot=true trains nothing. Leave out recipe.num_epochs, or set recipe.oneshot=false."
+
+
+def _check_teacher(experiment: Experiment) -> Iterator[str]:
+    teacher, baseline = experiment.recipe.teacher, experiment.recovery.baseline
+    if teacher and experiment.recipe.oneshot:
+        yield "recipe.oneshot=true trains nothing. Leave out recipe.teacher, or set recipe.oneshot=false."
+    if teacher == "baseline" and baseline == "none":
+        do = "Add recovery.baseline=auto, or give a checkpoint with recipe.teacher=PATH."
+        yield f"recipe.teacher=baseline needs the dense counterpart, but recovery.baseline is 'none'. {do}"
+    elif teacher and teacher.startswith(STUB_PREFIX):
+        yield from _stub_problem(teacher)
+    elif teacher not in (None, "self", "baseline") and not _is_file_or_fetched(teacher):
+        do = "Give a checkpoint's path, a SparseZoo stub, 'self' or 'baseline'."
+        yield expected("recipe.teacher", "an existing file", teacher, do)
+    if baseline not in ("none", "auto") and not (Path(baseline).expanduser() / MANIFEST).is_file():
+        do = "Set recovery.baseline to auto or none, or give the directory of a dense run."
+        yield expected("recovery.baseline", f"the directory of a run with its {MANIFEST}", baseline, do)
+
+
+def _is_file_or_fetched(uri: str) -> bool:
+    return uri.startswith(("index:", "https://", "http://")) or Path(uri).expanduser().is_file()
+
+
+def _stub_problem(stub: str) -> Iterator[str]:
+    try:
+        parse_stub(stub)
+    except ConfigError as error:
+        yield from error.problems
 
 
 def _check_stages(experiment: Experiment) -> Iterator[str]:

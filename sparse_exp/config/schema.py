@@ -61,6 +61,10 @@ class ModelConfig:
     sources: List[SourceConfig] = documented([], "places of the start checkpoint, first wins")
     weights: Optional[str] = documented(None, "path of a checkpoint, or 'scratch'; overrides sources")
     sparsity: float = bounded(0.75, 0.0, 0.99, help="share of zeros that a dense start is pruned to")
+    layer_sparsity: List[float] = documented(
+        [0.40, 0.50, 0.65, 0.75],
+        "zeros, 0..0.99, that `recipe=prune` aims at in blocks of 128, 256, 512, 1024 channels (at size l)",
+    )
 
 
 @dataclass
@@ -131,12 +135,12 @@ class LossConfig:
 class TrainerConfig:
     """The training loop."""
 
-    batch_size: int = bounded(8, 1, 1024, unit="images")
+    batch_size: int = bounded(4, 1, 1024, unit="images")
     lr: float = bounded(1e-3, above=0.0, high=1.0, help="peak rate where the recipe sets none")
     warmup: float = bounded(0.5, 0.0, 10.0, unit="epochs", help="linear warm-up of the rate")
     weight_decay: float = bounded(5e-4, 0.0, 1.0, help="of AdamW, on convolution weights")
     max_grad_norm: float = bounded(10.0, above=0.0, high=1e6)
-    ema_decay: float = bounded(0.99, 0.0, 0.99999, help="of the averaged weights that are evaluated")
+    ema_decay: float = bounded(0.98, 0.0, 0.99999, help="of the averaged weights that are evaluated")
     precision: str = one_of("auto", ("auto", "fp32", "bf16"), "auto: bf16 where the CPU has it in hardware")
     channels_last: str = one_of(
         "auto", ("auto", "on", "off"), "memory format of images and weights; auto: on"
@@ -160,7 +164,7 @@ class ExportConfig:
     opset: int = bounded(13, 13, 15, help="ONNX operator set")
     box_atol: float = bounded(1.0, 0.0, 100.0, unit="px", help="mean absolute difference of boxes")
     score_atol: float = bounded(0.05, 0.0, 1.0, help="mean absolute difference of scores")
-    map_atol: float = bounded(0.02, 0.0, 1.0, help="largest loss of mAP50 by the export")
+    map_atol: float = bounded(0.005, 0.0, 1.0, help="largest loss of mAP50 by the export")
 
 
 @dataclass

@@ -98,7 +98,26 @@ def unsign_activations(path: Path) -> None:
             shifted = (arrays[zero].astype(np.int16) + 128).astype(np.uint8)
             model.graph.initializer.append(numpy_helper.from_array(shifted, moved[zero]))
         quantize.input[2] = consumers[quantize.output[0]].input[2] = moved[zero]
+    _make_scalar(model)
     onnx.save(model, str(path))
+
+
+def _make_scalar(model: ModelProto) -> None:
+    """Store scales and zero points of whole tensors as scalars instead of lists of one, in place.
+
+    ONNX Runtime (run: 1.26.0) fuses residual adds of the graphs that older recipes make, and its fused
+    operator takes scalars only.
+    """
+    stored = {item.name: item for item in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            stored[node.output[0]] = node.attribute[0].t
+        elif node.op_type == "Identity" and node.input[0] in stored:
+            stored[node.output[0]] = stored[node.input[0]]
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            for tensor in [stored[name] for name in node.input[1:] if list(stored[name].dims) == [1]]:
+                del tensor.dims[:]
 
 
 def _arrays(model: ModelProto) -> dict[str, NDArray[Any]]:

@@ -14,9 +14,11 @@ import torch
 
 from sparse_exp.context import Context
 from sparse_exp.engines import IsolatedEngine
-from sparse_exp.hardware import host_facts, usable_physical_cores
+from sparse_exp.hardware import host_facts
+from sparse_exp.recovery import recovery_engine
 from sparse_exp.report import plots
 from sparse_exp.report.markdown import ReportData, write_report
+from sparse_exp.report.results import recovery
 
 _ULTRALYTICS = "Start weights: Ultralytics YOLOv5 (GPL-3.0), fetched at run time, not part of this project."
 _ATTRIBUTIONS = {
@@ -47,10 +49,11 @@ def compose_report(context: Context) -> list[Path]:
 
 
 def _curves(context: Context, folder: Path) -> dict[str, Path]:
-    history = context.run.path / "history.json"
-    if not history.is_file():
+    file = context.run.path / "history.json"
+    history = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    if not history or not history[-1]["epoch"]:  # of a recipe that was applied at once there is no curve
         return {}
-    plots.training_curves(json.loads(history.read_text(encoding="utf-8")), folder / "training.png")
+    plots.training_curves(history, folder / "training.png")
     return {"Training": folder / "training.png"}
 
 
@@ -111,8 +114,7 @@ def _sheet(context: Context, folder: Path) -> dict[str, Path]:
         return {}
     batch = _sheet_batch(context)
     with closing(IsolatedEngine(engine_name)) as engine:
-        cores = context.experiment.hardware.cores or usable_physical_cores()
-        engine.load(context.deployed(engine_name), batch_size=len(batch.images), cores=cores)
+        engine.load(context.deployed(engine_name), batch_size=len(batch.images), cores=context.cores)
         predictions = torch.from_numpy(engine.run(batch.images.numpy())[0])
     found = non_max_suppression(predictions, 0.05, trainer.iou, trainer.max_det)
     size = batch.images.shape[-1]
@@ -154,6 +156,8 @@ def _report_data(context: Context, pictures: dict[str, Path]) -> ReportData:
         origin=f"{fetched['origin']}.{transferred}" if "origin" in fetched else "",
         pruning=start.get("pruning", ""),
         phases=start.get("phases", ()),
+        recovery=_recovery(context),
+        layers=context.run.path / "sparsity.csv",
         conditions=_conditions(context.facts("benchmark").get("rows", [])),
         warnings=_warnings(context),
         pictures=pictures,
@@ -162,9 +166,20 @@ def _report_data(context: Context, pictures: dict[str, Path]) -> ReportData:
     )
 
 
+def _recovery(context: Context) -> str:
+    """What is kept of the dense accuracy, and whose accuracy that is."""
+    baseline = context.facts("baseline")
+    if "origin" not in baseline:
+        return ""
+    result, engine = context.run.result(), recovery_engine(context.experiment.hardware.engines)
+    run = f"run {baseline['directory']}, " if baseline["directory"] else ""
+    where = f"deployed in {engine}; " if "recovery/map50" in result else ""
+    return f"{recovery(result).rstrip('.')} ({where}baseline: {run}{baseline['origin']})."
+
+
 def _summary(context: Context) -> dict[str, str]:
     experiment, evaluated = context.experiment, context.facts("evaluate")
-    exported = f"{context.checkpoint.name}, phase {evaluated['phase']}" if evaluated else ""
+    exported = f"{_shown(context)}, phase {evaluated['phase']}" if evaluated else ""
     boxes = context.facts("fetch").get("boxes", {})
     return {
         "model": f"{experiment.model.name}, {experiment.dataset.imgsz} px",
@@ -172,6 +187,12 @@ def _summary(context: Context) -> dict[str, str]:
         "recipe": experiment.recipe.name,
         **({"exported checkpoint": f"{exported}, epoch {evaluated['epoch']:g}"} if exported else {}),
     }
+
+
+def _shown(context: Context) -> str:
+    """The exported checkpoint as the report names it: relative to the run where it lies there."""
+    path = context.checkpoint.resolve()
+    return str(path.relative_to(context.run.path) if path.is_relative_to(context.run.path) else path)
 
 
 def _conditions(rows: list[dict[str, Any]]) -> dict[str, str]:

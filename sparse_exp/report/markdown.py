@@ -9,8 +9,24 @@ from pathlib import Path
 from urllib.parse import quote
 
 from sparse_exp.artifacts import write_text
-from sparse_exp.report.results import SIZES, SPARSITIES, Result, accuracies, number, throughputs
+from sparse_exp.report.results import (
+    SIZES,
+    SPARSITIES,
+    Result,
+    accuracies,
+    number,
+    throughputs,
+    verifications,
+)
 from sparse_exp.report.summary import decimal, percent
+
+_HOW_VERIFIED = (
+    "Against torch on the whole validation split. Scores and boxes: absolute differences of the predictions "
+    "to which either gives an objectness of 0.1 or more. Matched: share of the detections with a confidence "
+    "of 0.25 or more that the other side has too (same class, IoU of 0.9 or more, confidence within 0.1). "
+    "mAP50 difference: on a small split the mean over several passes, each a grey level brighter or darker, "
+    "and its standard error; rounding to 8 bits alone moves one pass by some thousandths."
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +41,8 @@ class ReportData:
         origin: sentence on where the start weights came from.
         pruning: sentence on the pruning step; empty when there was none.
         phases: a row for each phase of the training, all with the same columns.
+        recovery: sentence on what is kept of the dense accuracy; empty without a baseline.
+        layers: file with the zeros of each layer, referred to; None for none.
         conditions: of the benchmark: label and value (engine versions, cores, image size, ISA ...).
         warnings: sentences.
         pictures: caption and file of each, in order; those that do not exist are left out.
@@ -39,6 +57,8 @@ class ReportData:
     origin: str = ""
     pruning: str = ""
     phases: Sequence[Mapping[str, object]] = ()
+    recovery: str = ""
+    layers: Path | None = None
     conditions: Mapping[str, str] = field(default_factory=dict)
     warnings: Sequence[str] = ()
     pictures: Mapping[str, Path] = field(default_factory=dict)
@@ -63,8 +83,9 @@ def write_report(path: Path, report: ReportData) -> None:
         _section("How to reproduce", _code(report.command)),
         _section("Start weights", "\n\n".join(filter(None, (report.origin, report.pruning)))),
         _section("Phases", _phases(report.phases)),
-        _section("Accuracy", _accuracy(report.result)),
-        _section("Sparsity", _sparsity(report.result)),
+        _section("Accuracy", _accuracy(report.result), _line(report.recovery)),
+        _section("Verification", *_verification(report.result)),
+        _section("Sparsity", _sparsity(report.result), _layers(report.layers, path.parent)),
         _section("Sizes", _sizes(report.result)),
         _section("Benchmark", _benchmark(report.result), _facts(report.conditions)),
         _section("Pictures", _pictures(report.pictures, path.parent)),
@@ -85,6 +106,32 @@ def _accuracy(result: Result) -> str:
         for where, map50, map50_95, difference in accuracies(result)
     ]
     return _table(("run in", "mAP50", "mAP50-95", "mAP50 against torch"), rows)
+
+
+def _verification(result: Result) -> tuple[str, str]:
+    """The table of differences, and what it counts."""
+    rows = []
+    for row in verifications(result):
+        scores = f"{decimal(row.score_mean, 4)} / {decimal(row.score_max, 3)}"
+        boxes = f"{decimal(row.box_mean_px, 2)} / {decimal(row.box_max_px, 1)}"
+        matched = f"{percent(row.matched_of_torch)} / {percent(row.matched_of_engine)}"
+        gain = "-" if row.map50_difference is None else f"{row.map50_difference:+.4f}"
+        error = f" ± {row.map50_difference_error:.4f}" if row.map50_difference_error else ""
+        rows.append((row.engine, scores, boxes, matched, gain + error))
+    columns = (
+        "exported file in",
+        "scores, mean / max",
+        "boxes px, mean / max",
+        "matched, torch's / engine's",
+        "mAP50 difference",
+    )
+    return _table(columns, rows), _HOW_VERIFIED if rows else ""
+
+
+def _layers(table: Path | None, start: Path) -> str:
+    if table is None or not table.is_file():
+        return ""
+    return f"Zeros of each layer: [{table.name}]({quote(Path(os.path.relpath(table, start)).as_posix())})."
 
 
 def _sparsity(result: Result) -> str:

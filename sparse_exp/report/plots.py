@@ -32,7 +32,11 @@ YELLOW, GREY, INK = "#F0E442", "#B5B5B5", "#333333"
 _CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY)
 _CURVES = ((GREY, "-", 6.0), (BLUE, "-", 2.4), (RED, "--", 2.0), (GREEN, ":", 2.2), (ORANGE, "-.", 1.8))
 _PHASE_TINTS = ("#E8F1F8", "#FBEFD9", "#E6F4EF", "#F7E9F1")
-_PHASE_NAMES = {"dense": "dense", "pruned": "pruned", "pruned_quant": "pruned + quantized"}
+_PHASE_NAMES = {
+    "dense_quant": "dense + quantized",
+    "pruning_quant": "pruning + quantized",
+    "pruned_quant": "pruned + quantized",
+}
 _PANELS: tuple[tuple[str, dict[str, str]], ...] = (
     ("Training loss", {"loss/box": "box", "loss/obj": "objectness", "loss/cls": "class"}),
     ("Accuracy on the validation split", {"val/map50": "mAP50", "val/map50_95": "mAP50-95"}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 Result = Mapping[str, float | str]
 SIZES = {
@@ -21,6 +21,7 @@ SPARSITIES = {
 }
 _BENCHMARK = re.compile(r"benchmark/(?P<engine>.+)/(?P<variant>[^/]+)/b(?P<batch>\d+)/items_per_s")
 _DEPLOYED = re.compile(r"deployed/(?P<engine>.+)/map50")
+_VERIFIED = re.compile(r"verify/(?P<engine>.+)/score_mean")
 
 
 @dataclass(frozen=True)
@@ -94,3 +95,44 @@ def accuracies(result: Result) -> list[tuple[str, float | None, float | None, st
         difference = "-" if map50 is None or reference is None else f"{map50 - reference:+.4f}"
         rows.append((engine, map50, number(result, f"{prefix}_95"), difference))
     return rows
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far an engine is from torch on the validation split; None where the result does not tell.
+
+    Args:
+        engine: name of the runtime.
+        score_mean, score_max: absolute difference of confident predictions' scores, 0..1.
+        box_mean_px, box_max_px: of their boxes, in pixels.
+        matched_of_torch, matched_of_engine: share of the one's detections that the other has too, 0..1.
+        map50_difference: mAP50 in the engine minus torch's, mean over the views of the split.
+        map50_difference_error: its standard error.
+    """
+
+    engine: str
+    score_mean: float | None
+    score_max: float | None
+    box_mean_px: float | None
+    box_max_px: float | None
+    matched_of_torch: float | None
+    matched_of_engine: float | None
+    map50_difference: float | None
+    map50_difference_error: float | None
+
+
+def verifications(result: Result) -> list[Verification]:
+    """The verified engines, by name."""
+    engines = sorted(match["engine"] for key in result if (match := _VERIFIED.fullmatch(key)))
+    names = [item.name for item in fields(Verification)][1:]
+    return [Verification(e, *(number(result, f"verify/{e}/{name}") for name in names)) for e in engines]
+
+
+def recovery(result: Result) -> str:
+    """What is kept of the dense accuracy, as a sentence; empty where no baseline was measured."""
+    share, dense = number(result, "recovery/map50"), number(result, "baseline/map50")
+    if dense is None:
+        return ""
+    if share is None:
+        return f"The dense baseline has mAP50 {dense:.3f}."
+    return f"Keeps {share:.1%} of the dense mAP50 {dense:.3f}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
-from sparse_exp.report.results import SIZES, SPARSITIES, Result, accuracies, number, throughputs
+from sparse_exp.report.results import SIZES, SPARSITIES, Result, accuracies, number, recovery, throughputs
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,9 +24,10 @@ def summary_table(result: Result, title: str = "Result") -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    parts = [_accuracy(result), _files(result), _benchmark(result)]
-    tables = [table for table in parts if table.row_count]
-    return Group(Text(title, style="bold"), *tables)
+    accuracy, *others = (_accuracy(result), _files(result), _benchmark(result))
+    kept = [Text(recovery(result) + "\n")] if recovery(result) else []
+    tables = [table for table in others if table.row_count]
+    return Group(Text(title, style="bold"), *([accuracy] if accuracy.row_count else []), *kept, *tables)
 
 
 def summary_text(result: Result, title: str = "Result", width: int = 80) -> str:

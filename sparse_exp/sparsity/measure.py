@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
-from collections.abc import Mapping
-from dataclasses import dataclass
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +48,29 @@ def layer_sparsity(convolutions: Mapping[str, nn.Conv2d]) -> list[LayerSparsity]
     ]
 
 
-def overall(layers: list[LayerSparsity]) -> float:
+def state_sparsity(state: Mapping[str, torch.Tensor]) -> list[LayerSparsity]:
+    """Zeros of each convolution in a state dict, by published names also where QAT has wrapped it.
+
+    Args:
+        state: of a detector; convolution weights are its only ``.weight`` tensors with four axes.
+    """
+    return [
+        LayerSparsity(_layer_of(name), int((tensor == 0).sum()), tensor.numel())
+        for name, tensor in state.items()
+        if name.endswith(".weight") and tensor.ndim == 4
+    ]
+
+
+def _layer_of(weight: str) -> str:
+    return weight.removesuffix(".weight").removesuffix(".module")
+
+
+def overall(layers: Sequence[LayerSparsity]) -> float:
     """Share of zeros in all given layers together, 0..1."""
     return sum(layer.zeros for layer in layers) / max(1, sum(layer.weights for layer in layers))
 
 
-def require_sparsity(layers: list[LayerSparsity], at_least: float, where: str) -> None:
+def require_sparsity(layers: Sequence[LayerSparsity], at_least: float, where: str) -> None:
     """Refuse weights that are less sparse than was planned.
 
     Args:
@@ -68,36 +87,108 @@ def require_sparsity(layers: list[LayerSparsity], at_least: float, where: str) -
         raise SparsityError(expected(f"the sparsity {where}", f"at least {at_least:.2%}", f"{found:.2%}", do))
 
 
+def require_layer_sparsity(
+    layers: Sequence[LayerSparsity], promised: Mapping[str, float], where: str
+) -> None:
+    """Refuse weights of which any layer is less sparse than was promised.
+
+    Args:
+        layers: what was found, under the names of ``promised``.
+        promised: least share of zeros of each layer, 0..1; one weight less is let pass.
+        where: completes the message, such as ``"after epoch 3"``.
+
+    Raises:
+        SparsityError: a layer has fewer zeros or is missing; the first are named with both shares.
+    """
+    found = {layer.name: layer for layer in layers}
+    short = [name for name, share in promised.items() if share > 0 and not _reaches(found.get(name), share)]
+    if short:
+        texts = [_shortage(name, found.get(name), promised[name]) for name in short]
+        raise SparsityError(
+            f"Expected each layer to have its promised share of zeros {where}, but got less in "
+            f"{listed(texts)}. The model was not kept sparse; look at the recipe's pruning modifiers."
+        )
+
+
+def _reaches(layer: LayerSparsity | None, share: float) -> bool:
+    return layer is not None and layer.zeros >= share * layer.weights - 1
+
+
+def _shortage(name: str, layer: LayerSparsity | None, share: float) -> str:
+    return f"{name} ({f'{layer.sparsity:.2%}' if layer else 'missing'} of {share:.2%})"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for a message: the first three, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def sparsity_table(layers: Sequence[LayerSparsity], promised: Mapping[str, float]) -> str:
+    """Zeros per layer as CSV: ``layer,weights,zeros,sparsity,promised``.
+
+    Args:
+        layers: a row each.
+        promised: least share of zeros of each layer, 0..1; 0 for those it does not name.
+    """
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(("layer", "weights", "zeros", "sparsity", "promised"))
+    for layer in layers:
+        shares = (f"{layer.sparsity:.6f}", f"{promised.get(layer.name, 0.0):.6f}")
+        table.writerow((layer.name, layer.weights, layer.zeros, *shares))
+    return text.getvalue()
+
+
 def total_sparsity(model: nn.Module) -> float:
     """Share of zeros in all weights of all convolutions, stem and head included, 0..1."""
     convolutions = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     return overall(layer_sparsity(convolutions))
 
 
-@dataclass(frozen=True)
+@dataclass
 class SparsityContract:
-    """The zeros that must stay zero.
+    """The zeros that must stay zero, and the number that there must be.
 
     Attributes:
         masks: for each convolution a bool tensor, True where the weight is promised to be 0.
     """
 
-    masks: Mapping[str, torch.Tensor]
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, convolutions: Mapping[str, nn.Conv2d]) -> SparsityContract:
         """Promise that every weight that is 0 now stays 0."""
-        return cls({name: conv.weight.detach() == 0 for name, conv in convolutions.items()})
+        return cls({name: _zeros(conv) for name, conv in convolutions.items()})
 
-    def check(self, convolutions: Mapping[str, nn.Conv2d], when: str) -> None:
+    def extend(self, convolutions: Mapping[str, nn.Conv2d], expected: Mapping[str, float]) -> None:
+        """Promise the zeros that a recipe has made by now.
+
+        A layer's zeros are the recipe's where there are as many as it expects, to one weight. Where
+        there are more, some are zero by chance (such as float16 underflow in a published checkpoint),
+        and nobody knows which: then what was promised before goes on.
+
+        Args:
+            convolutions: the layers.
+            expected: least share of zeros of each layer, 0..1.
+        """
+        for name, conv in convolutions.items():
+            wanted, zeros = expected.get(name, 0.0) * conv.weight.numel(), _zeros(conv)
+            if wanted >= 1 and abs(int(zeros.sum()) - wanted) <= 1:
+                self.masks[name] = zeros
+
+    def check(
+        self, convolutions: Mapping[str, nn.Conv2d], when: str, expected: Mapping[str, float] | None = None
+    ) -> None:
         """Compare a model with what was promised.
 
         Args:
             convolutions: the layers, under the names they had before.
             when: completes the message, such as ``"after epoch 3"``.
+            expected: least share of zeros of each layer by now, 0..1.
 
         Raises:
-            SparsityError: a promised zero is none; the layers are named.
+            SparsityError: a promised zero is none, or there are too few; the layers are named.
         """
         drifted = [
             name
@@ -105,11 +196,20 @@ class SparsityContract:
             if name not in convolutions or bool((convolutions[name].weight.detach()[mask] != 0).any())
         ]
         if drifted:
-            names = ", ".join(drifted[:3]) + (f" and {len(drifted) - 3} more" if len(drifted) > 3 else "")
             raise SparsityError(
-                f"Expected every pruned weight to be 0 {when}, but got others in {names}. The recipe does "
-                "not hold the mask; add a ConstantPruningModifier that covers the whole training."
+                f"Expected every pruned weight to be 0 {when}, but got others in {listed(drifted)}. The "
+                "recipe does not hold the mask; add a ConstantPruningModifier that covers the whole training."
             )
+        require_layer_sparsity(layer_sparsity(convolutions), expected or {}, when)
+
+    def promised(self, expected: Mapping[str, float]) -> dict[str, float]:
+        """Least share of zeros of each layer: what is held already, or what is expected if that is more."""
+        held = {name: float(mask.double().mean()) for name, mask in self.masks.items()}
+        return {name: max(held.get(name, 0.0), share) for name, share in {**held, **expected}.items()}
+
+
+def _zeros(conv: nn.Conv2d) -> torch.Tensor:
+    return conv.weight.detach() == 0
 
 
 @dataclass(frozen=True)

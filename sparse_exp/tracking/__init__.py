@@ -6,6 +6,7 @@ that fails warns and lets the run go on.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal, Protocol
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import ConfigError, expected
 
+_log = logging.getLogger(__name__)
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
@@ -126,6 +128,44 @@ class NoTracker:
 
     def finish(self, status: Status, reason: str = "") -> None:
         """Do nothing."""
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """A run that the backend knows.
+
+    Args:
+        run_id: the backend's name of it.
+        tags: its tags.
+        metrics: the last value of each of its metrics.
+    """
+
+    run_id: str
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+
+def find_runs(config: TrackerConfig, store: Path, tag: str, value: str) -> list[FoundRun]:
+    """Finished runs of the backend that carry a tag, newest first.
+
+    Args:
+        config: the ``tracker`` group of the configuration.
+        store: see `create_tracker`.
+        tag: name of the tag.
+        value: what it must be.
+
+    Returns:
+        Nothing without a backend, or (with a warning) when it cannot be asked.
+    """
+    if config.backend != "mlflow":
+        return []
+    from sparse_exp.tracking.mlflow import search
+
+    try:
+        return search(config, store, tag, value)
+    except Exception as error:
+        _log.warning("MLflow cannot be searched: %s", " ".join(str(error).split()))
+        return []
 
 
 def create_tracker(config: TrackerConfig, store: Path) -> Tracker:

@@ -22,7 +22,18 @@ from typing import Any
 
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import MissingDependency, SparseExpError, expected
-from sparse_exp.tracking import Artifact, Dataset, Event, Metrics, Pause, Resume, RunInfo, Status, Tags
+from sparse_exp.tracking import (
+    Artifact,
+    Dataset,
+    Event,
+    FoundRun,
+    Metrics,
+    Pause,
+    Resume,
+    RunInfo,
+    Status,
+    Tags,
+)
 from sparse_exp.tracking.outbox import Outbox, one_line, without_password
 from sparse_exp.tracking.params import flatten, sanitize, shorten
 from sparse_exp.tracking.source import source_tags
@@ -204,6 +215,23 @@ def tracking_uri(config: TrackerConfig, store: Path) -> tuple[str, str]:
     if config.uri:
         return config.uri, "tracker.uri"
     return f"sqlite:///{store.absolute() / 'mlflow.db'}", "paths.mlflow"
+
+
+def search(config: TrackerConfig, store: Path, tag: str, value: str) -> list[FoundRun]:
+    """Finished runs of all experiments that carry a tag, newest first; see `sparse_exp.tracking.find_runs`.
+
+    Raises:
+        MissingDependency: MLflow is not installed.
+        Exception: the store does not answer.
+    """
+    client_class, (uri, _) = _import_client(), tracking_uri(config, store)
+    with _ready_database(uri):
+        client = client_class(uri)
+        experiments = [found.experiment_id for found in client.search_experiments()]
+    wanted = f"tags.`{tag}` = '{value}' and attributes.status = 'FINISHED'"
+    order = ["attributes.start_time DESC"]
+    runs = client.search_runs(experiments, wanted, max_results=_PER_BATCH, order_by=order)
+    return [FoundRun(run.info.run_id, run.data.tags, run.data.metrics) for run in runs]
 
 
 def _import_client() -> Callable[[str], Any]:

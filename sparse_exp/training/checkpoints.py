@@ -1,12 +1,66 @@
-"""From a checkpoint file back to the model that wrote it."""
+"""The checkpoints of a training: written and checked, and back to the model that wrote them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sparse_exp.errors import CheckpointError
+from sparse_exp.sparsity.measure import require_layer_sparsity, state_sparsity
 from sparse_exp.sparsity.recipe import Recipe, freeze_quantizers, is_quantized
-from sparse_exp.yolov5 import Checkpoint, YOLOv5, read_checkpoint
+from sparse_exp.yolov5 import Checkpoint, YOLOv5, read_checkpoint, save_checkpoint
+
+
+@dataclass(frozen=True)
+class CheckpointWriter:
+    """Writes the checkpoints of one training.
+
+    Attributes:
+        folder: an existing directory.
+        names: of the classes.
+        imgsz: side of the training images in pixels.
+        recipe: what the weights went through, that of the start checkpoint included.
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+    imgsz: int
+    recipe: str
+
+    def save(
+        self, name: str, model: YOLOv5, phase: str, record: Mapping[str, Any], promised: Mapping[str, float]
+    ) -> Path:
+        """Write a checkpoint, and read it again to see that what was promised is in the file.
+
+        Args:
+            name: of the file.
+            model: its weights are written.
+            phase: name of the phase.
+            record: of the history; its numbers are kept as metrics.
+            promised: least share of zeros of each layer, 0..1.
+
+        Raises:
+            SparsityError: a layer in the file has fewer zeros.
+        """
+        path = self.folder / name
+        save_checkpoint(
+            path,
+            model_state=model.state_dict(),
+            size=model.size,
+            num_classes=model.num_classes,
+            names=self.names,
+            imgsz=self.imgsz,
+            recipe=self.recipe,
+            phase=phase,
+            epoch=record["epoch"],
+            metrics={name: value for name, value in record.items() if isinstance(value, float)},
+        )
+        if promised:
+            layers = state_sparsity(read_checkpoint(path).state_dict)
+            require_layer_sparsity(layers, promised, f"in {name}")
+        return path
 
 
 def restore(path: Path) -> tuple[YOLOv5, Checkpoint]:

@@ -12,9 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.ao.quantization import FakeQuantizeBase
 
-from sparse_exp.data.loader import Batch
+from sparse_exp.config.schema import TrainerConfig
+from sparse_exp.data.loader import Batch, DetectionLoader
 from sparse_exp.progress import progress
+from sparse_exp.yolov5 import YOLOv5, non_max_suppression
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,6 @@ def evaluate(
     Raises:
         ValueError: predictions are of another shape.
     """
-    from sparse_exp.yolov5 import non_max_suppression
-
     started = time.monotonic()
     metric, kept, images = _new_metric(max_det), [], 0
     total = len(loader) if isinstance(loader, Sized) else None
@@ -80,6 +81,46 @@ def evaluate(
             bar.advance()
     map50, map50_95, recall, precision = _summarize(metric)
     return Evaluation(map50, map50_95, recall, precision, images, time.monotonic() - started, kept)
+
+
+def as_input(images: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """uint8 images (N, 3, H, W) as the detector's input: float32 in 0..1."""
+    return images.to(memory_format=memory_format).float().div_(255)
+
+
+def evaluate_model(
+    model: YOLOv5,
+    loader: DetectionLoader,
+    config: TrainerConfig,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    **options: Any,
+) -> Evaluation:
+    """Measure mAP of a torch model on a loader's images; the model is in evaluation mode meanwhile."""
+    was_training, device = model.training, model.anchors.device  # one for deployment has no parameters
+    observing = [m for m in model.modules() if isinstance(m, FakeQuantizeBase) and m.observer_enabled[0]]
+    for quantizer in observing:  # images of the validation split must not move the ranges
+        quantizer.disable_observer()
+    model.eval()
+
+    @torch.no_grad()
+    def predict(images: Tensor) -> Tensor:
+        output: tuple[Tensor, Any] = model(as_input(images.to(device), memory_format))
+        return output[0].cpu()
+
+    try:
+        return evaluate(
+            predict,
+            loader,
+            num_classes=model.num_classes,
+            conf=config.conf,
+            iou=config.iou,
+            max_det=config.max_det,
+            **options,
+        )
+    finally:
+        model.train(was_training)
+        for quantizer in observing:
+            quantizer.enable_observer()
 
 
 def _checked(predictions: Tensor, images: int, num_classes: int) -> Tensor:

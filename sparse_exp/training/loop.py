@@ -5,26 +5,33 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric, seed_everything
-from torch import Tensor, nn
-from torch.ao.quantization import FakeQuantizeBase
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data.loader import Batch, DetectionLoader
-from sparse_exp.errors import RecipeError, expected
 from sparse_exp.progress import Bar, progress
 from sparse_exp.sparsity.measure import SparsityContract, layer_sparsity, overall
 from sparse_exp.sparsity.recipe import Phase, Recipe, pin_input_quantizer
-from sparse_exp.training.evaluation import Evaluation, evaluate
+from sparse_exp.sparsity.sparsifier import Sparsifier
+from sparse_exp.training.averaging import exponential, zero_where_zero
+from sparse_exp.training.batches import Buffers, split_batch
+from sparse_exp.training.checkpoints import CheckpointWriter
+from sparse_exp.training.evaluation import as_input, evaluate_model
+from sparse_exp.training.memory import is_out_of_memory
+from sparse_exp.training.optimizer import BIASES, WEIGHTS, make_optimizer
+from sparse_exp.training.phases import Best, check_phases, is_pruning, stretches
 from sparse_exp.training.precision import Precision
-from sparse_exp.yolov5 import DetectionLoss, YOLOv5, save_checkpoint
+from sparse_exp.yolov5 import DetectionLoss, YOLOv5, read_checkpoint
 
 _log = logging.getLogger(__name__)
 
@@ -54,11 +61,16 @@ class TrainingResult:
 
     Attributes:
         history: one record per epoch (and per phase that ends within one).
-        best: for each phase its best checkpoint.
+        phases: for each phase its best checkpoint, in order; that of the last one goes on.
     """
 
     history: list[Record]
-    best: dict[str, Path]
+    phases: dict[str, Best]
+
+    @property
+    def best(self) -> dict[str, Path]:
+        """The best checkpoint of each phase."""
+        return {name: best.path for name, best in self.phases.items()}
 
 
 class Trainer:
@@ -73,6 +85,12 @@ class Trainer:
         weights: directory for checkpoints.
         seed: of everything random.
         on_epoch: called with each record of the history.
+        optimizer: see `make_optimizer`.
+        teacher: for a recipe that distills; as many classes as the model.
+        qat_split: parts that a batch is cut into in quantized phases. Gradients add up to one step, so
+            the effective batch stays; batch norm sees the parts. It doubles when memory runs out.
+        composed: the recipe that checkpoints are to carry, that of the start checkpoint included; "":
+            ``recipe`` alone.
     """
 
     def __init__(
@@ -86,64 +104,53 @@ class Trainer:
         weights: Path,
         seed: int,
         on_epoch: Callable[[Record], None] = lambda _: None,
+        optimizer: str = "adamw",
+        teacher: YOLOv5 | None = None,
+        qat_split: int = 1,
+        composed: str = "",
     ) -> None:
         seed_everything(seed, verbose=False)
         self._fabric = Fabric(devices=1)
         self.model, self._recipe, self._data = model, recipe, data
-        self._config, self._precision = config, precision
-        self._weights, self._on_epoch = weights, on_epoch
-        self._model = model.to(self._fabric.device).to(memory_format=precision.memory_format)
-        self._ema = AveragedModel(model, multi_avg_fn=_average(config.ema_decay), use_buffers=True)
-        self._optimizer = _optimizer(model, config)
+        self._config, self._precision, self._on_epoch = config, precision, on_epoch
+        self._writer = CheckpointWriter(weights, data.names, data.imgsz, composed or recipe.text)
+        self._model, self._teacher = self._placed(model), teacher and self._placed(teacher).eval()
+        self._ema = AveragedModel(model, multi_avg_fn=exponential(config.ema_decay), use_buffers=True)
+        self._optimizer = make_optimizer(model, config, optimizer)
         self._loss = DetectionLoss(model.anchors, model.num_classes, config.loss, data.imgsz)
-        # Weights of a dense checkpoint may be 0 by chance (float16 underflow): nobody promised those.
-        promised = model.prunable_convolutions() if recipe.prunes else {}
-        self._contract = SparsityContract.of(promised)
-        self._phases = recipe.phases()
-        self._best: dict[str, tuple[float, Path]] = {}
+        self._start = {layer.name: layer.sparsity for layer in layer_sparsity(model.prunable_convolutions())}
+        self._contract = SparsityContract()
+        self._best: dict[str, Best] = {}
+        self._split = qat_split
         self._quantizing = False
 
     def fit(self) -> TrainingResult:
         """Train to the end of the recipe.
 
         Raises:
-            RecipeError: a phase is shorter than one step.
-            SparsityError: a promised zero did not stay zero.
+            RecipeError: a phase is shorter than one step, or a distilling recipe has no teacher.
+            SparsityError: a promised zero did not stay zero, or a layer has fewer than expected.
         """
-        steps = len(self._data.train)
-        sparsifier = self._recipe.attach(self._model, self._optimizer, steps)
-        batches, history, done = self._batches(), [], 0
-        total = max(1, round(self._recipe.epochs * steps))
-        self._check_phases(steps)
-        with progress("Training", total, "steps") as bar:
-            for phase, end in self._segments(steps, total):
-                self._enter(phase, sparsifier, done / steps)
-                record = self._run(phase, range(done, end), steps, batches, sparsifier, bar)
-                history.append({**record, **self._validate(phase, end / steps)})
-                self._on_epoch(history[-1])
-                bar.advance(0, note=_note(history[-1]))
-                done = end
+        steps, phases = len(self._data.train), self._recipe.phases()
+        check_phases(phases, steps)
+        sparsifier = self._recipe.attach(self._model, self._optimizer, steps, teacher=self._teacher)
+        self._contract.extend(self._model.prunable_convolutions(), self._expected(0.0))
+        batches, history = self._batches(), []
+        with progress("Training", round(phases[-1].end * steps), "steps") as bar:
+            run = partial(self._run, steps_per_epoch=steps, batches=batches, sparsifier=sparsifier, bar=bar)
+            for phase in phases:
+                self._enter(phase, sparsifier, round(phase.start * steps) / steps)
+                for record in self._phase(phase, steps, run):
+                    history.append(record)
+                    self._on_epoch(record)
+                    bar.advance(0, note=_note(record))
+                bar.goto(round(phase.end * steps))  # where it would be had the phase not ended early
         sparsifier.finish()
-        return TrainingResult(history, {name: path for name, (_, path) in self._best.items()})
+        return TrainingResult(history, dict(self._best))
 
-    def _check_phases(self, steps: int) -> None:
-        for phase in self._phases:
-            if round(phase.end * steps) <= round(phase.start * steps):
-                length = f"{phase.end - phase.start:g} epochs of {steps} steps"
-                do = "Give it more of num_epochs, or more images."
-                raise RecipeError(expected(f"the phase {phase.name}", "at least one step", length, do))
-
-    def _segments(self, steps: int, total: int) -> Iterator[tuple[Phase, int]]:
-        """Stretches of training that end with an evaluation: at each epoch, and where a phase ends."""
-        ends = {min(total, epoch * steps) for epoch in range(1, math.ceil(total / steps) + 1)}
-        for phase in self._phases:
-            first, last = round(phase.start * steps), min(total, round(phase.end * steps))
-            for end in sorted({end for end in ends if first < end < last} | {last}):
-                if end > first:
-                    yield phase, end
-
-    def _enter(self, phase: Phase, sparsifier: Any, epoch: float) -> None:
+    def _enter(self, phase: Phase, sparsifier: Sparsifier, epoch: float) -> None:
         """Go on from the averaged weights when QAT begins: their average cannot follow its new modules."""
+        self._best.pop(phase.name, None)
         if not phase.quantized or self._quantizing:
             return
         self._quantizing = True
@@ -152,54 +159,120 @@ class Trainer:
         sparsifier.before_step(epoch)
         pin_input_quantizer(self._model, self._model.stem)
 
+    def _phase(self, phase: Phase, steps: int, run: Callable[[Phase, range], Record]) -> Iterator[Record]:
+        """Train a phase, to its end or until it stops getting better; yields each stretch's record."""
+        spans = stretches(phase, steps)
+        for span in spans:
+            record, ends = run(phase, span), span is spans[-1]
+            record.update(self._validate(phase, span.stop / steps, ends=ends))
+            if not ends and self._stagnates(phase, record["epoch"]):
+                self._go_back(phase, record)
+                yield record
+                return
+            yield record
+
+    def _stagnates(self, phase: Phase, epoch: float) -> bool:
+        patience = self._config.patience
+        if patience is None or is_pruning(phase):
+            return False
+        return epoch - self._best[phase.name].epoch >= patience
+
+    def _go_back(self, phase: Phase, record: Record) -> None:
+        """Leave a phase early; what follows goes on from its best weights."""
+        best = self._best[phase.name]
+        record["stopped early"] = True
+        _log.info(
+            "The phase %s ends early, after epoch %g of %g: no better mAP50 than %.3f since epoch %g.",
+            *(phase.name, record["epoch"], phase.end, best.map50, best.epoch),
+        )
+        state = read_checkpoint(best.path).state_dict
+        self._model.load_state_dict(state)
+        if not phase.quantized:
+            self._ema.module.load_state_dict(state)
+
     def _run(
         self,
         phase: Phase,
         steps: range,
         steps_per_epoch: int,
         batches: Iterator[Batch],
-        sparsifier: Any,
+        sparsifier: Sparsifier,
         bar: Bar,
     ) -> Record:
         self._model.train()
-        started, images, sums = time.perf_counter(), 0, dict.fromkeys(("box", "obj", "cls"), 0.0)
+        started, images, sums = time.perf_counter(), 0, defaultdict[str, float](float)
         for step in steps:
             batch, epoch = next(batches), step / steps_per_epoch
             if not self._recipe.sets_learning_rate:
                 self._set_learning_rate(epoch)
             sparsifier.before_step(epoch)
-            parts = self._step(batch, sparsifier, epoch, quantized=phase.quantized)
+            for name, value in self._step(batch, sparsifier, epoch, quantized=phase.quantized).items():
+                sums[name] += value
             images += len(batch.images)
-            sums = {name: total + float(parts[name]) for name, total in sums.items()}
             bar.advance()
         seconds = time.perf_counter() - started
         return {
             "phase": phase.name,
             **{f"loss/{name}": total / len(steps) for name, total in sums.items()},
-            "lr": self._optimizer.param_groups[0]["lr"],
+            **self._rates(),
             "images_per_s": images / seconds,
             "seconds": seconds,
         }
 
-    def _step(self, batch: Batch, sparsifier: Any, epoch: float, *, quantized: bool) -> Mapping[str, Tensor]:
-        images = self._floats(batch.images)
-        autocast = self._precision.autocast and not quantized
-        with torch.autocast(self._fabric.device.type, dtype=torch.bfloat16, enabled=autocast):
-            raw = self._model(images)
-        loss, parts = self._loss(raw, batch.targets)
-        self._optimizer.zero_grad()
-        self._fabric.backward(loss)
+    def _step(
+        self, batch: Batch, sparsifier: Sparsifier, epoch: float, *, quantized: bool
+    ) -> dict[str, float]:
+        step = self._split_step if quantized else self._accumulate
+        losses = step(batch, sparsifier, epoch)
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_grad_norm)
         sparsifier.step(epoch)
         if not quantized:
             self._ema.update_parameters(self._model)
-        return parts
+        return losses
 
-    def _validate(self, phase: Phase, epoch: float) -> Record:
-        """Evaluate, hold the sparsity contract, and save."""
+    def _split_step(self, batch: Batch, sparsifier: Sparsifier, epoch: float) -> dict[str, float]:
+        """Gradients of a batch under QAT; where memory runs out, again in more parts."""
+        buffers, random = Buffers(self._model), torch.get_rng_state()
+        while True:
+            try:
+                return self._accumulate(batch, sparsifier, epoch, parts=self._split, autocast=False)
+            except (RuntimeError, MemoryError) as error:
+                if self._split >= len(batch.images) or not is_out_of_memory(error):
+                    raise
+            # Not within the except block: there the traceback keeps the activations alive.
+            self._split *= 2
+            buffers.restore()
+            torch.set_rng_state(random)
+            _log.warning(
+                "A quantized step ran out of memory; from here on each batch is computed in %d parts, which "
+                "add up to the same step.",
+                self._split,
+            )
+
+    def _accumulate(
+        self, batch: Batch, sparsifier: Sparsifier, epoch: float, *, parts: int = 1, autocast: bool = True
+    ) -> dict[str, float]:
+        """Gradients of a batch, part by part; returns the mean losses."""
+        autocast = self._precision.autocast and autocast
+        device, sums = self._fabric.device.type, defaultdict[str, float](float)
+        self._optimizer.zero_grad()
+        for part in split_batch(batch, parts):
+            images = self._floats(part.images)
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
+                raw = self._model(images)
+            task, losses = self._loss(raw, part.targets)
+            loss = sparsifier.loss(task, images, raw, epoch)
+            self._fabric.backward(loss)
+            if self._recipe.distills:  # what it adds; less than 0 where the task counts for less
+                losses["distill"] = (loss - task).detach() / len(images)
+            for name, value in losses.items():
+                sums[name] += float(value) * len(images) / len(batch.images)
+        return sums
+
+    def _validate(self, phase: Phase, epoch: float, *, ends: bool) -> Record:
+        """Hold the sparsity contract, evaluate, and save."""
         model: YOLOv5 = self._model if phase.quantized else self._ema.module  # type: ignore[assignment]
-        for candidate in (self._model, model):
-            self._contract.check(candidate.prunable_convolutions(), f"after epoch {epoch:g}")
+        promised = self._hold(phase, model, epoch)
         result = evaluate_model(model, self._data.val, self._config, self._precision.memory_format)
         record = {
             "epoch": epoch,
@@ -207,26 +280,25 @@ class Trainer:
             "val/map50_95": result.map50_95,
             "sparsity/prunable": overall(layer_sparsity(model.prunable_convolutions())),
         }
-        self._save(self._weights / "last.pt", model, phase, record)
-        if phase.name not in self._best or result.map50 > self._best[phase.name][0]:
-            path = self._weights / f"best_{phase.name}.pt"
-            self._save(path, model, phase, record)
-            self._best[phase.name] = (result.map50, path)
+        self._writer.save("last.pt", model, phase.name, record, promised)
+        best = self._best.get(phase.name)
+        if ends if is_pruning(phase) else best is None or result.map50 > best.map50:
+            path = self._writer.save(f"best_{phase.name}.pt", model, phase.name, record, promised)
+            self._best[phase.name] = Best(path, epoch, result.map50, promised)
         return record
 
-    def _save(self, path: Path, model: nn.Module, phase: Phase, record: Record) -> None:
-        save_checkpoint(
-            path,
-            model_state=model.state_dict(),
-            size=self.model.size,
-            num_classes=self.model.num_classes,
-            names=self._data.names,
-            imgsz=self._data.imgsz,
-            recipe=self._recipe.text,
-            phase=phase.name,
-            epoch=record["epoch"],
-            metrics={name: value for name, value in record.items() if isinstance(value, float)},
-        )
+    def _hold(self, phase: Phase, evaluated: YOLOv5, epoch: float) -> dict[str, float]:
+        """Hold the trained and the evaluated weights to the contract; returns each layer's share of zeros."""
+        expected = self._expected(epoch)
+        if not phase.name.startswith("dense"):
+            zero_where_zero(evaluated, self._model)
+        for model in (self._model, evaluated):
+            self._contract.check(model.prunable_convolutions(), f"after epoch {epoch:g}", expected)
+        self._contract.extend(self._model.prunable_convolutions(), expected)
+        return self._contract.promised(expected)
+
+    def _expected(self, epoch: float) -> dict[str, float]:
+        return self._recipe.expected_sparsity(self._model, epoch, self._start)
 
     def _batches(self) -> Iterator[Batch]:
         epoch = 0
@@ -234,6 +306,9 @@ class Trainer:
             self._data.train.set_epoch(epoch)
             yield from self._data.train
             epoch += 1
+
+    def _placed(self, model: YOLOv5) -> YOLOv5:
+        return model.to(self._fabric.device).to(memory_format=self._precision.memory_format)
 
     def _floats(self, images: Tensor) -> Tensor:
         return as_input(images.to(self._fabric.device), self._precision.memory_format)
@@ -249,70 +324,10 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = self._config.lr * factor
 
-
-def as_input(images: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """uint8 images (N, 3, H, W) as the detector's input: float32 in 0..1."""
-    return images.to(memory_format=memory_format).float().div_(255)
-
-
-def evaluate_model(
-    model: YOLOv5,
-    loader: DetectionLoader,
-    config: TrainerConfig,
-    memory_format: torch.memory_format = torch.contiguous_format,
-    **options: Any,
-) -> Evaluation:
-    """Measure mAP of a torch model on a loader's images; the model is in evaluation mode meanwhile."""
-    was_training, device = model.training, next(model.parameters()).device
-    observing = [m for m in model.modules() if isinstance(m, FakeQuantizeBase) and m.observer_enabled[0]]
-    for quantizer in observing:  # images of the validation split must not move the ranges
-        quantizer.disable_observer()
-    model.eval()
-
-    @torch.no_grad()
-    def predict(images: Tensor) -> Tensor:
-        output: tuple[Tensor, Any] = model(as_input(images.to(device), memory_format))
-        return output[0].cpu()
-
-    try:
-        return evaluate(
-            predict,
-            loader,
-            num_classes=model.num_classes,
-            conf=config.conf,
-            iou=config.iou,
-            max_det=config.max_det,
-            **options,
-        )
-    finally:
-        model.train(was_training)
-        for quantizer in observing:
-            quantizer.enable_observer()
-
-
-def _optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.Optimizer:
-    """AdamW with weight decay on convolution weights only, not on biases and batch norms."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
-
-
-def _average(decay: float) -> Callable[[Any, Any, Any], None]:
-    """Exponential averaging that starts short, so that it means something on small data sets too."""
-
-    @torch.no_grad()
-    def average(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        now = min(decay, (1.0 + float(count)) / (10.0 + float(count)))
-        if averaged[0].is_floating_point():
-            torch._foreach_lerp_(averaged, current, 1.0 - now)
-        else:
-            torch._foreach_copy_(averaged, current)
-
-    return average
+    def _rates(self) -> dict[str, float]:
+        """The learning rate of the weights, and that of the biases where a recipe sets another."""
+        weights, biases = (float(self._optimizer.param_groups[g]["lr"]) for g in (WEIGHTS, BIASES))
+        return {"lr": weights} if biases == weights else {"lr": weights, "lr/biases": biases}
 
 
 def _note(record: Record) -> str:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from sparse_exp.config.schema import Experiment
+from sparse_exp.config.schema import Experiment, SourceConfig
 from sparse_exp.data import DetectionDataset
+from sparse_exp.errors import CheckpointError, ConfigError, expected
 from sparse_exp.plan import Start
-from sparse_exp.sparsity.measure import layer_sparsity, overall
-from sparse_exp.sparsity.prune import prune_layer_adaptively
+from sparse_exp.sparsity.measure import layer_sparsity, listed, overall
+from sparse_exp.sparsity.prune import BLOCK, prune_layer_adaptively
 from sparse_exp.sparsity.recipe import is_quantized
+from sparse_exp.training.checkpoints import restore
 from sparse_exp.yolov5 import Checkpoint, TransferReport, YOLOv5, read_checkpoint, transfer_weights
+from sparse_exp.zoo.sources import fetch
 from sparse_exp.zoo.start import SCRATCH, fetch_start
 
 _log = logging.getLogger(__name__)
@@ -71,11 +75,74 @@ def examine(model: YOLOv5, loaded: Loaded) -> Start:
     return Start(loaded.origin, overall(layer_sparsity(model.prunable_convolutions())), quantized)
 
 
-def prune_start(model: YOLOv5, sparsity: float | None) -> None:
-    """The pruning step that the plan inserted, if it did."""
+def prune_start(model: YOLOv5, sparsity: float | None, pattern: str = "unstructured") -> None:
+    """The pruning step that the plan inserted, if it did.
+
+    Args:
+        model: pruned in place.
+        sparsity: share of zeros in its prunable convolutions, 0..1; None for no such step.
+        pattern: ``unstructured``, or ``block4``: zeros in groups of four input channels.
+    """
     if sparsity is not None:
-        prune_layer_adaptively(model.prunable_convolutions(), sparsity)
+        block = BLOCK if pattern == "block4" else 1
+        prune_layer_adaptively(model.prunable_convolutions(), sparsity, block=block)
         _log.info(
-            "Pruned the dense start to %.2f %% zeros.",
+            "Pruned the dense start to %.2f %% zeros (%s).",
             100 * overall(layer_sparsity(model.prunable_convolutions())),
+            pattern,
         )
+
+
+def load_teacher(
+    teacher: str, model: YOLOv5, loaded: Loaded, *, baseline: Path | None, cache: Path
+) -> YOLOv5:
+    """The detector that a distilling recipe learns from; its size may be another.
+
+    Args:
+        teacher: ``self`` (the start, as it is now), ``baseline``, or where a checkpoint can be had: a
+            path, a URI of `sparse_exp.zoo.sources`, or a SparseZoo stub.
+        model: the start, before it is pruned.
+        loaded: where its weights came from.
+        baseline: the dense counterpart's checkpoint, where one was trained or found.
+        cache: directory for downloads.
+
+    Raises:
+        ConfigError: there is no baseline, or ``self`` knows nothing of these classes yet.
+        SourceUnavailable: the checkpoint cannot be had.
+        CheckpointError: it cannot be read, or tells other classes apart.
+    """
+    if teacher == "self":
+        _require_taken(loaded)
+        return copy.deepcopy(model)
+    if teacher == "baseline" and baseline is None:
+        do = "Set recovery.baseline=auto, which trains it, or give a checkpoint: recipe.teacher=PATH."
+        raise ConfigError(f"recipe.teacher=baseline needs the dense counterpart of this run. {do}")
+    path = baseline if teacher == "baseline" and baseline else fetch(SourceConfig(uri=teacher), cache).path
+    found = _load_detector(path)
+    if found.num_classes != model.num_classes:
+        should_be, do = f"{model.num_classes} as in the data set", "Give one trained on these classes."
+        raise CheckpointError(
+            expected(f"the classes of the teacher {path}", should_be, found.num_classes, do)
+        )
+    return found
+
+
+def _require_taken(loaded: Loaded) -> None:
+    if loaded.checkpoint is None or loaded.left:
+        random = (
+            f"{listed(loaded.left)} of the start ({loaded.origin}) are" if loaded.left else "the start is"
+        )
+        raise ConfigError(
+            f"recipe.teacher=self would teach noise: {random} random, not trained on these classes. Use "
+            "recipe.teacher=baseline with recovery.baseline=auto, or give a checkpoint: recipe.teacher=PATH."
+        )
+
+
+def _load_detector(path: Path) -> YOLOv5:
+    """A detector from a published checkpoint, or from one of ours, quantized or not."""
+    checkpoint = read_checkpoint(path)
+    if checkpoint.format == "sparse_exp":
+        return restore(path)[0]
+    model = YOLOv5(checkpoint.size, checkpoint.num_classes)
+    transfer_weights(model, checkpoint)
+    return model

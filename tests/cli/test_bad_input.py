@@ -106,7 +106,7 @@ def failed(ended: Ended, cwd: Path, *fragments: str, stage: str) -> Path:
         (["model=null"], ["model", "--help"]),
         (["model.dept=1"], ["Unknown key model.dept", "size", "sparsity"]),
         (["+model.dept=1"], ["Unknown key model.dept"]),
-        (["recipe.variables.num_epoch=3"], ["recipe.variables.num_epoch", "num_epochs"]),
+        (["recipe.variables.num_epoch=3"], ["no variable 'num_epoch'", "num_epochs", "transfer_quant.md"]),
         (["+recipe.variables.num_epoch=3"], ["no variable 'num_epoch'", "num_epochs", "transfer_quant.md"]),
         (["trainer.batch_size=abc"], ["trainer.batch_size", "'abc'", "Integer"]),
         (["recipe.variables.num_epochs=abc"], ["recipe.variables.num_epochs", "Float"]),
@@ -121,6 +121,11 @@ def failed(ended: Ended, cwd: Path, *fragments: str, stage: str) -> Path:
         (["dataset=custom", "dataset.path=/nowhere.yaml"], ["dataset.path", "'/nowhere.yaml'"]),
         (["model.weights=/nowhere.pt"], ["model.weights", "'/nowhere.pt'"]),
         (["recipe.file=nowhere.md"], ["recipe.file", "transfer_quant.md"]),
+        (["recipe=custom"], ["recipe.file=VALUE"]),
+        (["recipe.file=zoo:nowhere"], ["the SparseZoo stub", "'zoo:nowhere'"]),
+        (["recipe.teacher=nowhere.pt"], ["recipe.teacher", "'nowhere.pt'"]),
+        (["recipe.teacher=baseline"], ["recovery.baseline=auto"]),
+        (["recovery.baseline=nowhere"], ["recovery.baseline", "manifest.json"]),
         (["stages=[export]"], ["checkpoint=PATH"]),
         (["stages=[export]", "checkpoint=nowhere.pt"], ["checkpoint", "'nowhere.pt'"]),
         (["resume=nowhere"], ["resume", "manifest.json"]),
@@ -186,6 +191,44 @@ def test_recipe_that_matches_no_layer(sx, cwd, tmp_path):
     named = ("nothing.md", "'model.99.conv.weight'", "nearest")
     refused(sx(*words, "dry_run=true"), cwd, *named)
     failed(sx(*words), cwd, *named, stage="plan")
+
+
+EPOCHS = "modifiers:\n  - !EpochRangeModifier\n    start_epoch: 0.0\n    end_epoch: {0}\n"
+HOLD = "  - !ConstantPruningModifier\n    start_epoch: 0.0\n    params: __ALL_PRUNABLE__\n"
+PRUNE = (
+    "  - !GMPruningModifier\n    start_epoch: 4.0\n    end_epoch: 8.0\n    update_frequency: 0.5\n"
+    "    init_sparsity: 0.05\n    final_sparsity: 0.8\n    params: __ALL_PRUNABLE__\n"
+)
+DISTILL = "  - !DistillationModifier\n    start_epoch: 0.0\n    hardness: 0.5\n    temperature: 2.0\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "fragments"),
+    [
+        (EPOCHS.format(2) + PRUNE, [], ["ends before it prunes", "below 2", "got 4.0"]),
+        (EPOCHS.format(2) + DISTILL, [], ["no teacher", "recipe.teacher=PATH", "recipe.teacher=self"]),
+        (EPOCHS.format(2), ["recipe.oneshot=true"], ["neither prunes nor quantizes", "recipe.oneshot=false"]),
+        (
+            EPOCHS.format(2) + HOLD.replace("__ALL_PRUNABLE__", "[model.24.conv.weight]"),
+            [],
+            ["'model.24.conv.weight'", "matches no layer", "nearest", "model.21.conv.weight"],
+        ),
+        (EPOCHS.format(0), [], ["more than 0 epochs"]),
+    ],
+)
+def test_recipe_that_cannot_do_what_it_says(sx, cwd, tmp_path, text, words, fragments):
+    (tmp_path / "mine.yaml").write_text(text)
+    mine = [*TINY, "dataset=digits", "recipe=custom", f"recipe.file={tmp_path}/mine.yaml", "dry_run=true"]
+    refused(sx(*mine, *words), cwd, *fragments)
+
+
+def test_recipe_that_warns(sx, cwd, tmp_path):
+    """What is allowed and probably not meant is said in the plan."""
+    (tmp_path / "mine.yaml").write_text(EPOCHS.format(2) + HOLD)
+    mine = ["recipe=custom", f"recipe.file={tmp_path}/mine.yaml", "recipe.teacher=self", "dry_run=true"]
+    ended = sx(*TINY, "dataset=digits", *mine)
+    assert ended.code == 0
+    assert "Warning: recipe.teacher=self is not used: mine.yaml does not distill." in ended.console
 
 
 def test_existing_run_directory(sx, cwd, tmp_path):
@@ -351,6 +394,20 @@ def test_transfer_that_would_stay_dense(sx, cwd, tmp_path, start):
     words = ["model=yolov5n", f"model.weights={weights}", "tracker=none", "dataset=digits"]
     ended = sx(*words, "recipe.prune_dense_start=false")
     failed(ended, cwd, "is dense", "recipe.prune_dense_start=true", "model.weights=PATH", stage="plan")
+
+
+def test_one_shot_without_training_before(sx, cwd):
+    """The refusal comes before the calibration, and a dry run knows it too once the data are there."""
+    ended = sx(*TINY, "dataset=digits", "recipe=oneshot")
+    failed(ended, cwd, "the start is random", "model.weights=PATH", stage="plan")
+    again = sx(*TINY, "dataset=digits", "recipe=oneshot", "dry_run=true")
+    check_message(again, "the start is random", "model.weights=PATH")
+
+
+def test_teacher_that_knows_nothing(sx, cwd, tmp_path):
+    (tmp_path / "mine.yaml").write_text(EPOCHS.format(2) + DISTILL)
+    mine = ["recipe=custom", f"recipe.file={tmp_path}/mine.yaml", "recipe.teacher=self"]
+    failed(sx(*TINY, "dataset=digits", *mine), cwd, "recipe.teacher=self would teach noise", stage="plan")
 
 
 def test_wrong_sha256(sx, cwd, tmp_path):

@@ -96,8 +96,8 @@ TWO = [Cell("openvino", "dense", Path("a.onnx"), 1), Cell("deepsparse", "sparse"
 
 
 def test_cells_are_all_loaded_then_measured_in_turns_then_closed(log, tmp_path):
-    hardware = HardwareConfig(name="cpu", cores=1, repeats=2, warmup_s=0.5, duration_s=2.0)
-    first, second = benchmark(TWO, IMAGES, hardware=hardware, lock_path=tmp_path / "lock")
+    hardware = HardwareConfig(name="cpu", repeats=2, warmup_s=0.5, duration_s=2.0)
+    first, second = benchmark(TWO, IMAGES, hardware=hardware, cores=1, lock_path=tmp_path / "lock")
     turn = [("measure", "openvino", 2.0, 0.5), ("measure", "deepsparse", 2.0, 0.5)]
     loads = [(what, cell.engine) for cell in TWO for what in ("load", "run")]
     assert log == [*loads, *turn, *turn, ("close", "deepsparse"), ("close", "openvino")]
@@ -108,8 +108,8 @@ def test_cells_are_all_loaded_then_measured_in_turns_then_closed(log, tmp_path):
 
 
 def test_a_number_carries_its_conditions(log, tmp_path):
-    hardware = HardwareConfig(name="cpu", cores=1, repeats=1, warmup_s=0.5, duration_s=2.0)
-    measured = benchmark(TWO, IMAGES, hardware=hardware, lock_path=tmp_path / "lock")[1]
+    hardware = HardwareConfig(name="cpu", repeats=1, warmup_s=0.5, duration_s=2.0)
+    measured = benchmark(TWO, IMAGES, hardware=hardware, cores=1, lock_path=tmp_path / "lock")[1]
     facts = {key: measured.conditions.pop(key) for key in ("cpu", "isa", "load_average", "busy_cores")}
     assert measured.conditions == {
         "engine": "deepsparse", "variant": "sparse", "version": "1.2.3", "cores": 1, "batch": 2, "imgsz": 32,
@@ -121,7 +121,7 @@ def test_a_number_carries_its_conditions(log, tmp_path):
 def test_an_engine_that_fails_stops_before_anything_is_timed_and_all_are_closed(log, tmp_path):
     cells = [TWO[0], Cell("onnxruntime", "dense", Path("broken.onnx"), 1)]
     with pytest.raises(EngineError, match=r"broken\.onnx"):
-        benchmark(cells, IMAGES, hardware=HardwareConfig(name="cpu"), lock_path=tmp_path / "lock")
+        benchmark(cells, IMAGES, hardware=HardwareConfig(name="cpu"), cores=1, lock_path=tmp_path / "lock")
     assert ("load", "openvino") in log
     assert not [call for call in log if call[0] == "measure"]
     assert log[-2:] == [("close", "onnxruntime"), ("close", "openvino")]
@@ -129,7 +129,9 @@ def test_an_engine_that_fails_stops_before_anything_is_timed_and_all_are_closed(
 
 def test_warns_when_other_programs_are_busy(log, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(module, "_busy_cores", lambda: 1.04)
-    benchmark(TWO, IMAGES, hardware=HardwareConfig(name="cpu", repeats=1), lock_path=tmp_path / "lock")
+    benchmark(
+        TWO, IMAGES, hardware=HardwareConfig(name="cpu", repeats=1), cores=1, lock_path=tmp_path / "lock"
+    )
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert "1.0 cores busy" in warning.getMessage()
 
@@ -220,5 +222,5 @@ def test_the_lock_is_held_while_cells_are_measured(log, tmp_path, monkeypatch):
         return [time.monotonic() - started]
 
     monkeypatch.setattr(FakeEngine, "measure", measure)
-    benchmark(TWO, IMAGES, hardware=HardwareConfig(name="cpu", repeats=1), lock_path=lock)
+    benchmark(TWO, IMAGES, hardware=HardwareConfig(name="cpu", repeats=1), cores=1, lock_path=lock)
     assert held == [True, True]

@@ -1,24 +1,51 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from sparse_exp.config.resolve import recipe_path
 from sparse_exp.config.schema import Experiment, HardwareConfig, ModelConfig, RecipeConfig
 from sparse_exp.errors import ConfigError, RecipeError
-from sparse_exp.plan import SPARSE_FROM, Start, check_host, make_plan, render
+from sparse_exp.plan import SPARSE_FROM, Data, Start, check_host, duration, make_plan, render, with_trial
 from sparse_exp.report.console import show_plan
+from sparse_exp.sparsity.prune import prune_by_magnitude, prune_layer_adaptively
 from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.training.precision import Precision
+from sparse_exp.training.trial import Trial
+from sparse_exp.yolov5 import YOLOv5
 
 FP32 = Precision(autocast=False, channels_last=True)
 BF16 = Precision(autocast=True, channels_last=True)
+DENSE = Start("somewhere", 0.0)
+GRADUAL = """modifiers:
+  - !EpochRangeModifier
+    start_epoch: 0.0
+    end_epoch: 10.0
+  - !GMPruningModifier
+    start_epoch: 2.0
+    end_epoch: 6.0
+    update_frequency: 0.5
+    init_sparsity: 0.05
+    final_sparsity: 0.8
+    params: [model.7.conv.weight, model.23.cv3.conv.weight]
+"""
+DISTILLING = """modifiers:
+  - !EpochRangeModifier
+    start_epoch: 0.0
+    end_epoch: 2.0
+  - !DistillationModifier
+    start_epoch: 0.0
+    hardness: 0.5
+    temperature: 2.0
+"""
+NOTHING = "modifiers:\n  - !EpochRangeModifier\n    start_epoch: 0.0\n    end_epoch: 1.0\n"
 
 
-def experiment(*, prune_dense_start: bool = True) -> Experiment:
+def experiment(**recipe_options) -> Experiment:
     result = Experiment(
         name="x",
-        model=ModelConfig(name="yolov5l", size="l", sparsity=0.9),
-        recipe=RecipeConfig(name="r", file="r.md", prune_dense_start=prune_dense_start),
+        model=ModelConfig(name="yolov5n", size="n", sparsity=0.9),
+        recipe=RecipeConfig(name="r", file="r.md", **recipe_options),
     )
     result.dataset.name = "trees"
     return result
@@ -28,39 +55,76 @@ def recipe(name: str, **variables: float) -> Recipe:
     return Recipe.from_file(recipe_path(f"{name}.md"), variables)
 
 
-def plan(name: str = "transfer_quant", start: Start | None = None, precision: Precision = FP32, **options):
-    start = start or Start("somewhere", 0.0)
-    lengths = {"num_epochs": 10, **({"quantization_epochs": 3} if name == "transfer_quant" else {})}
-    return make_plan(experiment(**options), recipe(name, **lengths), start, precision)
+@pytest.fixture(scope="module")
+def dense() -> YOLOv5:
+    torch.manual_seed(0)
+    return YOLOv5("n", 1)
 
 
-def test_a_dense_start_is_pruned_to_the_models_sparsity():
+@pytest.fixture
+def sparse() -> YOLOv5:
+    """Three quarters of the weights of each layer are 0, one by one."""
+    torch.manual_seed(0)
+    model = YOLOv5("n", 1)
+    prune_by_magnitude(model.prunable_convolutions(), 0.75)
+    return model
+
+
+@pytest.fixture
+def plan(dense):
+    """Lays out a run of a shipped recipe, or of the given one, on the given start."""
+
+    def lay_out(name="transfer_quant", start=DENSE, precision=FP32, model=None, chosen=None, **options):
+        lengths = {"num_epochs": 10, **({"quantization_epochs": 3} if name == "transfer_quant" else {})}
+        used = chosen or recipe(name, **lengths)
+        return make_plan(experiment(**options), used, start, precision, model or dense)
+
+    return lay_out
+
+
+def test_a_dense_start_is_pruned_to_the_models_sparsity(plan):
     laid_out = plan()
     assert laid_out.prune_to == 0.9
     assert "dense" in laid_out.pruning
     assert "90%" in laid_out.pruning
     assert "before epoch 0" in laid_out.pruning
+    assert "blocks" not in laid_out.pruning
+    assert "in blocks of 4" in plan(pattern="block4").pruning
+    assert laid_out.sparsity == laid_out.final_sparsity == pytest.approx(0.9)
 
 
-def test_a_sparse_start_is_left_as_it_is():
-    laid_out = plan(start=Start("zoo", 0.65))
+def test_a_sparse_start_is_left_as_it_is(plan, sparse):
+    laid_out = plan(start=Start("zoo", 0.75), model=sparse)
     assert laid_out.prune_to is None
     assert laid_out.pruning == ""
-    assert [row["sparsity"] for row in laid_out.phases] == ["65.0%", "65.0%"]
+    assert [row["sparsity"] for row in laid_out.phases] == ["75.0%", "75.0%"]
+    assert laid_out.layers["model.1.conv"] == 0.75
+    assert laid_out.warnings == []
 
 
 @pytest.mark.parametrize(("share", "pruned"), [(SPARSE_FROM, False), (SPARSE_FROM - 0.001, True)])
-def test_from_where_a_start_counts_as_sparse(share, pruned):
+def test_from_where_a_start_counts_as_sparse(plan, share, pruned):
     assert (plan(start=Start("zoo", share)).prune_to is not None) is pruned
 
 
-def test_a_dense_recipe_prunes_nothing():
+def test_a_dense_recipe_prunes_nothing(plan):
     laid_out = plan("dense")
     assert laid_out.prune_to is None
     assert [(row["phase"], row["sparsity"]) for row in laid_out.phases] == [("dense", "0.0%")]
 
 
-def test_a_transfer_that_would_stay_dense_is_refused():
+def test_the_sparsity_of_gradual_pruning_is_that_at_each_phases_end(plan, dense):
+    laid_out = plan(chosen=Recipe(GRADUAL))
+    weights = {name: conv.weight.numel() for name, conv in dense.prunable_convolutions().items()}
+    share = 0.8 * (weights["model.7.conv"] + weights["model.23.cv3.conv"]) / sum(weights.values())
+    assert [row["phase"] for row in laid_out.phases] == ["dense", "pruning", "pruned"]
+    assert [row["sparsity"] for row in laid_out.phases] == ["0.0%", f"{share:.1%}", f"{share:.1%}"]
+    assert laid_out.prune_to is None
+    assert laid_out.sparsity == 0.0
+    assert laid_out.final_sparsity == pytest.approx(share, abs=1e-3)
+
+
+def test_a_transfer_that_would_stay_dense_is_refused(plan, sparse):
     with pytest.raises(RecipeError) as raised:
         plan("transfer", prune_dense_start=False)
     message = str(raised.value)
@@ -68,33 +132,78 @@ def test_a_transfer_that_would_stay_dense_is_refused():
     assert "model.weights=PATH" in message
     assert "recipe.prune_dense_start=true" in message
     assert "\n" not in message
-    assert plan("transfer", Start("zoo", 0.75), prune_dense_start=False).prune_to is None
+    assert plan("transfer", Start("zoo", 0.75), model=sparse, prune_dense_start=False).prune_to is None
 
 
-def test_an_unknown_start_is_not_called_dense():
-    laid_out = plan(start=Start("somewhere (to be fetched)", None))
+def test_an_unknown_start_is_not_called_dense(plan):
+    unknown = Start("somewhere (to be fetched)", None)
+    laid_out = plan(start=unknown)
     assert laid_out.prune_to == 0.9
     assert laid_out.pruning.startswith("Should it be dense")
-    without = plan(start=Start("somewhere (to be fetched)", None), prune_dense_start=False)
+    assert [row["sparsity"] for row in laid_out.phases] == ["90.0%", "90.0%"]
+    without = plan(start=unknown, prune_dense_start=False)
     assert without.prune_to is None
     assert {row["sparsity"] for row in without.phases} == {"that of the start"}
 
 
-def test_a_second_quantization_is_refused():
-    start = Start("best_pruned_quant.pt", 0.75, quantized=True)
-    with pytest.raises(RecipeError, match="quantized already") as raised:
-        plan("transfer_quant", start)
+@pytest.mark.parametrize(
+    ("name", "why"), [("transfer_quant", "would quantize it again"), ("dense", "in floating point")]
+)
+def test_a_quantized_start_is_refused(plan, name, why):
+    with pytest.raises(RecipeError, match=f"quantized already.*{why}") as raised:
+        plan(name, Start("best_pruned_quant.pt", 0.75, quantized=True))
     assert "best_pruned.pt" in str(raised.value)
 
 
-def test_the_phases_with_what_holds_in_each():
+def test_distillation_needs_a_teacher(plan):
+    with pytest.raises(RecipeError, match="no teacher") as raised:
+        plan(chosen=Recipe(DISTILLING))
+    for way in ("recipe.teacher=PATH", "recipe.teacher=self", "recipe.teacher=baseline"):
+        assert way in str(raised.value)
+    assert plan(chosen=Recipe(DISTILLING), teacher="self").facts["teacher"] == "self"
+
+
+def test_one_shot_needs_something_to_apply(plan):
+    with pytest.raises(RecipeError, match=r"neither prunes nor quantizes.*recipe\.oneshot=false"):
+        plan("dense", oneshot=True)
+
+
+def test_one_shot_is_one_row_without_a_schedule(plan, sparse):
+    chosen, start = recipe("oneshot"), Start("mine.pt", 0.75)
+    laid_out = plan(chosen=chosen, start=start, model=sparse, oneshot=True, calibration_images=40)
+    (row,) = laid_out.phases
+    assert (row["phase"], row["epochs"], row["calibration"]) == ("pruned_quant", "none", "40 images")
+    assert "without training" in laid_out.facts["recipe"]
+    assert "learning rate" not in laid_out.facts
+
+
+def test_what_is_probably_not_meant_is_warned_of(plan, sparse):
+    start = Start("zoo", 0.75)
+    (lost,) = plan("dense", start, model=sparse).warnings
+    assert "75.0% zeros" in lost
+    assert "does not hold them" in lost
+    (scattered,) = plan("transfer", start, model=sparse, pattern="block4").warnings
+    assert "not in blocks of 4" in scattered
+    (unused,) = plan("transfer", start, model=sparse, teacher="self").warnings
+    assert unused == "recipe.teacher=self is not used: transfer.md does not distill."
+
+
+def test_zeros_in_blocks_are_seen_as_such(plan, dense):
+    model = YOLOv5("n", 1)
+    model.load_state_dict(dense.state_dict())
+    prune_layer_adaptively(model.prunable_convolutions(), 0.75, block=4)
+    assert plan("transfer", Start("zoo", 0.75), model=model, pattern="block4").warnings == []
+
+
+def test_the_phases_with_what_holds_in_each(plan):
     first, second = plan(precision=BF16).phases
     assert first == {
         "phase": "pruned",
         "epochs": "0 to 7",  # of 10 epochs the last 3 are QAT
         "learning rate": first["learning rate"],
         "EMA": "on",
-        "precision": "bf16 autocast, channels_last",
+        "precision": "bf16 autocast",
+        "batch": "8",
         "sparsity": "90.0%",
     }
     assert second["epochs"] == "7 to 10"
@@ -105,25 +214,70 @@ def test_the_phases_with_what_holds_in_each():
     assert "bf16" not in second["precision"]
 
 
-def test_the_facts_name_origin_data_and_engines():
-    facts = plan(start=Start("https://x/y.pt", 0.0)).facts
-    assert facts["model"] == "yolov5l from https://x/y.pt"
+def test_the_facts_name_origin_data_layers_and_engines(plan):
+    facts = plan(start=Start("https://x/y.pt", 0.0, left=("model.24.m.0.bias", "b", "c", "d"))).facts
+    assert facts["model"] == "yolov5n from https://x/y.pt"
+    assert facts["left"] == "4 tensors keep initial values: model.24.m.0.bias, b, ... d"
     assert "trees" in facts["data"]
-    assert facts["recipe"] == "transfer_quant.md, 10 epochs of batch 8"
+    assert facts["recipe"] == "transfer_quant.md, 10 epochs of batch 8, adamw"
+    assert facts["ConstantPruningModifier"].startswith("60 layers: model.0.conv, model.1.conv, ... ")
+    assert facts["QuantizationModifier"].startswith("60 layers: ")
     assert facts["engines"] == "deepsparse, onnxruntime, openvino"
-    assert facts["stages"].startswith("fetch -> plan -> train")
+    assert facts["stages"].startswith("fetch -> plan -> baseline -> train")
+    assert "baseline" not in facts
+    assert "left" not in plan().facts
 
 
-def test_what_is_printed_holds_everything(caplog):
-    laid_out = plan()
+def test_whose_learning_rate_holds_is_stated(plan):
+    ours = plan().facts["learning rate"]
+    assert "set by the recipe (LearningRateFunctionModifier)" in ours
+    assert "trainer.lr=0.001, trainer.warmup=0.5) is not used" in ours
+    theirs = plan(chosen=Recipe(NOTHING))
+    assert theirs.facts["learning rate"].startswith("the trainer's warm-up and cosine (trainer.lr=0.001")
+    assert theirs.phases[0]["learning rate"] == "trainer's"
+
+
+def test_time_and_batch_come_from_the_trial(plan):
+    trial = Trial({"float": 2.0, "quantized": 3.0}, {"float": 0.1, "quantized": 0.2}, {"float": 1500.0}, 3)
+    used = recipe("transfer_quant", num_epochs=10, quantization_epochs=2.5)
+    timed = with_trial(plan(chosen=used), trial, used, Data(train=32, val=10), experiment().trainer)
+    # 4 steps an epoch: 30 of 2 s, with 8 evaluations (after epochs 1..7, and at 7.5) of 10 images in 0.1 s;
+    # then 10 of 3 s, with 3 evaluations (8, 9, 10) in 0.2 s an image
+    assert timed.seconds == pytest.approx(30 * 2 + 8 * 1 + 10 * 3 + 3 * 2)
+    assert [row["time"] for row in timed.phases] == ["1 min 8 s", "36 s"]
+    assert [row["batch"] for row in timed.phases] == ["8", "3 x 3"]
+    assert timed.facts["time"].startswith("about 1 min 44 s of training")
+    assert timed.facts["memory"] == "at most 1.5 GB (float steps)"
+    facts = timed.as_facts()
+    assert (facts["qat_split"], facts["estimated_s"]) == (3, timed.seconds)
+    assert facts["seconds_per_step"] == {"float": 2.0, "quantized": 3.0}
+
+
+def test_durations_as_words():
+    assert [duration(s) for s in (0.4, 59.4, 59.6, 200, 3600, 7500)] == [
+        "0 s", "59 s", "1 min 0 s", "3 min 20 s", "1 h 0 min", "2 h 5 min"
+    ]  # fmt: skip
+
+
+def test_what_is_printed_holds_everything(plan, sparse, caplog, monkeypatch):
+    monkeypatch.setattr("sparse_exp.report.console._width", lambda: 100)
+    used = recipe("transfer_quant", num_epochs=12)
+    laid_out = plan(chosen=used, start=Start("zoo", 0.75), model=sparse, teacher="self")
+    trial = Trial({"float": 1.0, "quantized": 2.0}, {"float": 0.1, "quantized": 0.1}, {}, 2)
+    laid_out = with_trial(laid_out, trial, used, Data(10000, 500), experiment().trainer)
     with caplog.at_level("INFO", logger="sparse_exp"):
         show_plan(laid_out)
     (text,) = [record.getMessage() for record in caplog.records]
-    assert len(render(laid_out)) == len(laid_out.facts) + 2  # the pruning sentence and the table
+    assert len(render(laid_out)) == len(laid_out.facts) + 2  # the warning and the table
+    assert max(map(len, text.splitlines())) <= 100
     for row in laid_out.phases:
-        assert all(value in text for value in row.values())
+        assert all(part in text for value in row.values() for part in value.split(", "))
+    lines = " ".join(text.split())
     for label, value in laid_out.facts.items():
-        assert f"{label}: {value}" in " ".join(text.split())
+        assert f"{label}: {value}" in lines
+    assert f"Warning: {laid_out.warnings[0]}" in lines
+    cells = text.splitlines()[-1].split("  ")  # no cell of the table is broken in two
+    assert cells[0] == "pruned_quant"
 
 
 def test_host_is_checked_only_for_stages_that_use_engines(monkeypatch):

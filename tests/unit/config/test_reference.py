@@ -24,8 +24,8 @@ def rows(tool):
     listed = [*tool["top_rows"]()]
     for group in tool["groups"]():
         listed += tool["group_rows"](group)
-    for option in (ROOT / "conf" / "recipe").glob("*.yaml"):
-        listed += tool["variable_rows"](option.stem)
+    for option in tool["options_of"]("recipe"):
+        listed += tool["variable_rows"](option)
     return {row.key: row for row in listed}
 
 
@@ -74,7 +74,7 @@ def test_no_meaning_is_kept_for_a_key_that_is_gone_or_says_it_itself(tool, rows)
         ("dataset.imgsz", "unit", "px"),
         ("dataset.imgsz", "default", "`320`"),  # of dataset=trees; the schema's own is 640
         ("model.size", "bounds", "n, s, m, l, x"),
-        ("recipe.variables", "type", "float by name"),
+        ("recipe.variables", "type", "float or null by name"),
     ],
 )
 def test_a_row_says_what_schema_and_option_say(rows, key, column, expected):
@@ -84,6 +84,7 @@ def test_a_row_says_what_schema_and_option_say(rows, key, column, expected):
 def test_each_shipped_option_is_named(tool):
     page, groups = tool["page"](), tool["groups"]()
     for group in (ROOT / "conf").iterdir():
-        options = [path.stem for path in group.glob("*.yaml")] if group.is_dir() else []
+        paths = group.rglob("*.yaml") if group.is_dir() else []
+        options = [str(path.relative_to(group).with_suffix("")) for path in paths]
         if group.name in groups and len(options) > 1:
             assert [option for option in options if f"- `{group.name}={option}`" not in page] == []

@@ -150,6 +150,34 @@ def test_recipe_variables_may_have_any_name():
     assert resolve(config_of(recipe__variables=variables)).recipe.variables == variables
 
 
+def test_variables_without_a_value_are_left_to_the_recipe():
+    variables = {"num_epochs": 3.0, "warmup_epochs": None}
+    assert resolve(config_of(recipe__variables=variables)).recipe.variables == {"num_epochs": 3.0}
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        "self",
+        "baseline",
+        "https://x.org/t.pt",
+        "zoo:cv/detection/yolov5-s/pytorch/ultralytics/coco/base-none",
+    ],
+)
+def test_teachers_that_are_no_files(teacher):
+    experiment = resolve(config_of(recipe__teacher=teacher, recovery__baseline="auto"))
+    assert experiment.recipe.teacher == teacher
+
+
+def test_a_baseline_may_be_the_directory_of_a_run(tmp_path):
+    (tmp_path / "manifest.json").touch()
+    assert resolve(config_of(recovery__baseline=str(tmp_path), recipe__teacher="baseline"))
+
+
+def test_a_published_recipe_lies_in_its_folder():
+    assert recipe_path("published/transfer_pruned.md").is_file()
+
+
 def test_wrong_types_never_get_this_far():
     with pytest.raises(OmegaConfBaseException, match="could not be converted to Integer"):
         config_of(trainer__batch_size="abc")
@@ -173,6 +201,18 @@ def test_stages_come_in_the_order_of_the_plan():
         ({"dataset__path": "/nowhere/data.yaml"}, ["dataset.path", "'/nowhere/data.yaml'", "Ultralytics"]),
         ({"model__weights": "nowhere.pt"}, ["model.weights", "'nowhere.pt'"]),
         ({"recipe__file": "nowhere.md"}, ["recipe.file", "transfer_quant.md"]),
+        ({"recipe__file": "zoo:nowhere"}, ["the SparseZoo stub", "'zoo:nowhere'"]),
+        ({"recipe__teacher": "nowhere.pt"}, ["recipe.teacher", "'nowhere.pt'", "'self' or 'baseline'"]),
+        ({"recipe__teacher": "zoo:x"}, ["the SparseZoo stub", "'zoo:x'"]),
+        ({"recipe__teacher": "baseline"}, ["recovery.baseline is 'none'", "recovery.baseline=auto"]),
+        ({"recovery__baseline": "nowhere"}, ["recovery.baseline", "manifest.json", "auto or none"]),
+        ({"recipe__oneshot": True, "recipe__num_epochs": 2.0}, ["trains nothing", "recipe.num_epochs"]),
+        ({"recipe__oneshot": True, "recipe__teacher": "self"}, ["trains nothing", "recipe.teacher"]),
+        ({"recipe__num_epochs": 0.0}, ["recipe.num_epochs", "above 0.0"]),
+        ({"recipe__optimizer": "adam"}, ["recipe.optimizer", "adamw, sgd"]),
+        ({"recipe__pattern": "block8"}, ["recipe.pattern", "unstructured, block4"]),
+        ({"model__layer_sparsity": [0.5, 0.5, 0.5]}, ["model.layer_sparsity", "four shares"]),
+        ({"model__layer_sparsity": [0.5, 0.5, 0.5, 1.0]}, ["model.layer_sparsity", "at most 0.99"]),
         ({"hardware__engines": []}, ["hardware.engines", "at least one"]),
         ({"hardware__batch_sizes": []}, ["hardware.batch_sizes", "at least one"]),
         ({"hardware__batch_sizes": [1, -4]}, ["hardware.batch_sizes", "-4"]),

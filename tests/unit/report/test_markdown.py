@@ -10,6 +10,14 @@ RESULT = {
     "val/map50": 0.5481,
     "val/map50_95": 0.2031,
     "deployed/deepsparse/map50": 0.5453,
+    "verify/deepsparse/score_mean": 0.00213,
+    "verify/deepsparse/score_max": 0.0729,
+    "verify/deepsparse/box_mean_px": 0.371,
+    "verify/deepsparse/box_max_px": 5.39,
+    "verify/deepsparse/matched_of_torch": 0.971,
+    "verify/deepsparse/matched_of_engine": 0.968,
+    "verify/deepsparse/map50_difference": -0.0016,
+    "verify/deepsparse/map50_difference_error": 0.0019,
     "sparsity/onnx": 0.7502,
     "size/onnx_gzip_mb": 2.914,
     "benchmark/deepsparse/dense/b1/items_per_s": 16.0,
@@ -31,6 +39,8 @@ def report(tmp_path):
         origin="The official COCO weights.",
         pruning="Pruned to 75 % before training.",
         phases=[{"phase": "pruned", "epochs": "0-22"}, {"phase": "pruned_quant", "epochs": "22-25"}],
+        recovery="Keeps 98.1% of the dense mAP50 0.612 (run\nx).",
+        layers=tmp_path / "sparsity.csv",
         conditions={"cores": "2"},
         warnings=["The host\nis busy."],
         pictures={"Training": tmp_path / "plots" / "training curves ü.png", "Gone": tmp_path / "gone.png"},
@@ -53,6 +63,7 @@ def test_the_page_holds_the_given_facts(report, tmp_path):
     rows = rows_of(text)
     assert ["torch", "0.5481", "0.2031", ""] in rows
     assert ["deepsparse", "0.5453", "-", "-0.0028"] in rows
+    assert ["deepsparse", "0.0021 / 0.073", "0.37 / 5.4", "97.1% / 96.8%", "-0.0016 ± 0.0019"] in rows
     assert ["prunable weights, exported file", "75.02%"] in rows
     assert ["sparse ONNX, compressed", "2.91"] in rows
     assert ["deepsparse", "sparse", "1", "40.00", "25.13", "-", "-", "3.4%", "2.50"] in rows
@@ -60,8 +71,10 @@ def test_the_page_holds_the_given_facts(report, tmp_path):
     assert ["recipe", "transfer_quant \\| pruned"] in rows
     assert ["cores", "2"] in rows
     assert ["python", "3.11"] in rows
+    assert "sparsity.csv" not in text  # which is not there
     for line in ("```sh\npython -m sparse_exp seed=1\n```", "The official COCO weights.", "Pruned to 75 %",
-                 "- The host is busy.", "- Photos: NEON, MIT"):  # fmt: skip
+                 "Keeps 98.1% of the dense mAP50 0.612 (run x).", "- The host is busy.",
+                 "- Photos: NEON, MIT"):  # fmt: skip
         assert line in text
     assert text.startswith("# yolov5s on trees\n")
 
@@ -80,6 +93,12 @@ def test_every_picture_that_is_named_is_there(report, tmp_path, place):
     assert [caption for caption, _ in named] == ["Training"]
     assert all((path.parent / unquote(address)).is_file() for _, address in named)
     assert not any(Path(address).is_absolute() for _, address in named)
+
+
+def test_the_table_of_layers_is_linked(report, tmp_path):
+    (tmp_path / "sparsity.csv").write_text("layer,zeros")
+    write_report(tmp_path / "deeper" / "report.md", report)
+    assert "[sparsity.csv](../sparsity.csv)" in (tmp_path / "deeper" / "report.md").read_text()
 
 
 def test_parts_without_contents_are_left_out(tmp_path):

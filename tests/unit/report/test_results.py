@@ -1,6 +1,6 @@
 import pytest
 
-from sparse_exp.report.results import accuracies, number, throughputs
+from sparse_exp.report.results import accuracies, number, recovery, throughputs, verifications
 
 RESULT = {
     "val/map50": 0.548,
@@ -47,3 +47,26 @@ def test_accuracies():
 def test_a_text_is_no_number():
     assert number(RESULT, "weights/origin") is None
     assert number(RESULT, "nothing") is None
+
+
+def test_verifications():
+    result = {
+        "verify/openvino/score_mean": 0.004,
+        "verify/deepsparse/score_mean": 0.002,
+        "verify/deepsparse/map50_difference": -0.001,
+        "verify/deepsparse/matched_of_torch": 0.97,
+    }
+    first, second = verifications(result)
+    assert (first.engine, first.score_mean, first.matched_of_torch) == ("deepsparse", 0.002, 0.97)
+    assert (first.map50_difference, first.box_max_px) == (-0.001, None)
+    assert second.engine == "openvino"
+    assert verifications({"deployed/openvino/map50": 0.5}) == []
+
+
+def test_recovery():
+    assert (
+        recovery({"recovery/map50": 0.981, "baseline/map50": 0.612})
+        == "Keeps 98.1% of the dense mAP50 0.612."
+    )
+    assert recovery({"baseline/map50": 0.0}) == "The dense baseline has mAP50 0.000."
+    assert recovery({"val/map50": 0.6}) == ""

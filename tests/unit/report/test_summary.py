@@ -34,6 +34,15 @@ def test_every_number_stands_uncut_within_80_columns():
     assert ["sparse", "ONNX", "7.6", "MB"] in lines
 
 
+def test_what_is_kept_of_the_dense_accuracy_stands_below_it():
+    result = {**wide_result(), "recovery/map50": 0.981, "baseline/map50": 0.559}
+    lines = summary_text(result).splitlines()
+    at = next(i for i, line in enumerate(lines) if "Keeps 98.1% of the dense mAP50 0.559." in line)
+    assert any("openvino" in line for line in lines[:at])
+    assert any("Throughput" in line for line in lines[at:])
+    assert "dense mAP50" not in summary_text(wide_result())
+
+
 def test_without_a_terminal_there_are_no_escape_codes():
     console = Console(file=io.StringIO(), width=80)
     console.print(summary_table(wide_result()))

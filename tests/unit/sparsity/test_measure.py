@@ -16,9 +16,13 @@ from sparse_exp.sparsity.measure import (
     SparsityContract,
     gzip_bytes,
     layer_sparsity,
+    listed,
     onnx_facts,
     overall,
+    require_layer_sparsity,
     require_sparsity,
+    sparsity_table,
+    state_sparsity,
     total_sparsity,
 )
 
@@ -101,6 +105,85 @@ def test_many_broken_layers_are_counted_instead_of_listed():
         conv.weight.data += 1
     with pytest.raises(SparsityError, match="a, b, c and 2 more"):
         contract.check(convs, "after epoch 1")
+
+
+def expecting(**shares: float) -> dict[str, float]:
+    return shares
+
+
+def test_new_zeros_are_promised_where_a_recipe_expects_as_many():
+    convs = some_convs("expected", "chance", "dense", zeros=4)  # of 16
+    contract = SparsityContract()
+    contract.extend(convs, expecting(expected=0.25, chance=0.125, dense=0.0))
+    for conv in convs.values():
+        conv.weight.data[conv.weight.data == 0] = 1.0
+    with pytest.raises(SparsityError, match=r"others in expected\. The"):
+        contract.check(convs, "after epoch 1")
+
+
+@pytest.mark.parametrize(("zeros", "promised"), [(3, True), (4, True), (5, True), (2, False), (6, False)])
+def test_zeros_are_taken_for_the_recipes_to_one_weight(zeros, promised):
+    contract = SparsityContract()
+    contract.extend(some_convs("a", zeros=zeros), expecting(a=4 / 16))
+    assert ("a" in contract.masks) is promised
+
+
+def test_growing_zeros_are_promised_as_they_come():
+    contract = SparsityContract()
+    for zeros in (2, 8):
+        contract.extend(some_convs("a", zeros=zeros), expecting(a=zeros / 16))
+        assert contract.promised(expecting(a=0.0)) == {"a": zeros / 16}
+    contract.extend(some_convs("a", zeros=10), expecting(a=0.25))  # a surplus: who knows which
+    assert contract.promised(expecting(a=0.25, b=0.75)) == {"a": 0.5, "b": 0.75}
+
+
+def test_a_layer_must_have_the_expected_share_to_one_weight():
+    contract, convs = SparsityContract(), some_convs("a", "b", zeros=4)
+    contract.check(convs, "after epoch 1", expecting(a=5 / 16, b=0.25))
+    with pytest.raises(
+        SparsityError, match=r"zeros after epoch 1, but got less in b \(25\.00% of 37\.50%\)\. "
+    ):
+        contract.check(convs, "after epoch 1", expecting(a=5 / 16, b=6 / 16))
+
+
+def test_layers_that_fall_short_are_named_up_to_three_and_counted():
+    layers = [LayerSparsity(name, 10, 100) for name in "abcde"]
+    require_layer_sparsity(layers, {"a": 0.1, "b": 0.11}, "in x.pt")
+    with pytest.raises(SparsityError, match=r"in x\.pt, .* d \(10\.00% of 90\.00%\) and 2 more\. ") as error:
+        require_layer_sparsity(layers, dict.fromkeys(["b", "c", "d", "e", "gone"], 0.9), "in x.pt")
+    assert " a (" not in str(error.value)
+    assert "\n" not in str(error.value)
+    with pytest.raises(SparsityError, match=r"gone \(missing of 50\.00%\)"):
+        require_layer_sparsity(layers, {"gone": 0.5}, "in x.pt")
+    require_layer_sparsity(layers, {"gone": 0.0}, "in x.pt")  # nothing was promised
+
+
+def test_a_state_dict_is_counted_by_published_names():
+    state = {
+        "model.0.conv.weight": torch.tensor([0.0, 1.0, -0.0, 2.0]).view(2, 2, 1, 1),
+        "model.1.conv.module.weight": torch.zeros(1, 3, 1, 1),
+        "model.1.bn.weight": torch.zeros(4),
+        "model.1.conv.module.bias": torch.zeros(4),
+        "model.24.anchors": torch.zeros(3, 3, 2),
+        "model.24.m.0.weight": torch.ones(1, 2, 1, 1),
+    }
+    found = [(layer.name, layer.zeros, layer.weights) for layer in state_sparsity(state)]
+    assert found == [("model.0.conv", 2, 4), ("model.1.conv", 3, 3), ("model.24.m.0", 0, 2)]
+
+
+def test_the_table_has_a_row_per_layer():
+    table = sparsity_table([LayerSparsity("a", 1, 3), LayerSparsity("b", 0, 4)], {"a": 0.25})
+    assert table == (
+        "layer,weights,zeros,sparsity,promised\na,3,1,0.333333,0.250000\nb,4,0,0.000000,0.000000\n"
+    )
+
+
+def test_long_lists_are_cut():
+    assert [listed(names) for names in (["a"], list("abc"), list("abcde"))] == [
+        "a",
+        "a, b, c",
+        "a, b, c and 2 more",
+    ]
 
 
 INTEGERS = np.array([[0, 3, -5, 0], [0, 0, 0, 127]], np.int8).reshape(2, 4, 1, 1)  # 5 of 8 are 0

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_exp.sparsity.prune import prune_by_magnitude, prune_layer_adaptively
+from sparse_exp.sparsity.prune import blocks, prune_by_magnitude, prune_layer_adaptively
+from sparse_exp.yolov5 import YOLOv5
 
 
 def layers(memory_format=torch.contiguous_format) -> dict[str, nn.Conv2d]:
@@ -88,3 +89,79 @@ def test_adaptive_does_not_mind_the_scale_of_a_layer():
     prune_layer_adaptively(scaled, 0.5)
     for name in plain:
         assert torch.equal(plain[name].weight == 0, scaled[name].weight == 0)
+
+
+BOTH = pytest.mark.parametrize("prune", [prune_by_magnitude, prune_layer_adaptively])
+
+
+def block_layers(memory_format=torch.contiguous_format) -> dict[str, nn.Conv2d]:
+    torch.manual_seed(0)
+    made = {"a": nn.Conv2d(8, 7, 3), "b": nn.Conv2d(12, 10, 1), "odd": nn.Conv2d(3, 4, 3)}
+    return {name: conv.to(memory_format=memory_format) for name, conv in made.items()}
+
+
+def block_norms(weight: np.ndarray) -> np.ndarray:
+    """Squared norms (O, I / 4, height, width) of four consecutive input channels at one position."""
+    return np.stack([(weight[:, first : first + 4] ** 2).sum(1) for first in range(0, weight.shape[1], 4)], 1)
+
+
+@BOTH
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_every_block_of_every_pruned_layer_is_whole_or_zero(prune, memory_format):
+    convs = block_layers(memory_format)
+    before = weights(convs)
+    prune(convs, 0.6, block=4)
+    after = weights(convs)
+    for name in ("a", "b"):
+        whole = block_norms(before[name].astype(np.float64))
+        zero = np.stack(
+            [(after[name][:, k : k + 4] == 0).sum(1) for k in range(0, after[name].shape[1], 4)], 1
+        )
+        assert set(np.unique(zero)) == {0, 4}
+        assert whole[zero == 4].max() < whole[zero == 0].min()  # within a layer the weakest blocks went
+    assert (after["odd"] == 0).any()  # three input channels: single weights
+    for name, weight in after.items():
+        np.testing.assert_array_equal(weight[weight != 0], before[name][weight != 0])
+
+
+def test_adaptive_blocks_reach_the_share_of_all_layers_together():
+    convs = block_layers()
+    total = sum(conv.weight.numel() for conv in convs.values())
+    for sparsity in (0.0, 0.3, 0.5, 0.77):
+        convs = block_layers()
+        prune_layer_adaptively(convs, sparsity, block=4)
+        zeros = sum(int((conv.weight == 0).sum()) for conv in convs.values())
+        assert math.ceil(sparsity * total) <= zeros < math.ceil(sparsity * total) + 4
+
+
+def test_adaptive_blocks_go_by_the_score_of_their_squared_norm():
+    convs = {name: conv for name, conv in block_layers().items() if name != "odd"}
+    before = weights(convs)
+    norms = {name: block_norms(w.astype(np.float64)) for name, w in before.items()}
+    scores = {name: lamp_reference({name: np.sqrt(norm)})[name] for name, norm in norms.items()}
+    prune_layer_adaptively(convs, 0.5, block=4)
+    every = np.sort(np.concatenate(list(scores.values())))
+    limit = every[math.ceil(0.5 * len(every))]
+    for name, weight in weights(convs).items():
+        zero = block_norms(weight.astype(np.float64)) == 0
+        np.testing.assert_array_equal(zero.ravel(), scores[name] < limit)
+
+
+def test_blocks_are_those_of_sparseml():
+    from sparseml.pytorch.sparsification.pruning.mask_creator import FourBlockMaskCreator
+
+    torch.manual_seed(1)
+    weight = torch.randn(6, 12, 3, 3).abs()
+    (mask,) = FourBlockMaskCreator().create_sparsity_masks([weight], 0.5)
+    whole = mask.flatten()[blocks(weight, 4)].sum(1)
+    assert set(whole.tolist()) == {0.0, 4.0}
+
+
+def test_a_detector_pruned_in_blocks_has_no_partial_block():
+    model = YOLOv5("n", 1)
+    convolutions = model.prunable_convolutions()
+    prune_layer_adaptively(convolutions, 0.75, block=4)
+    for name, conv in convolutions.items():
+        zeros = (conv.weight.flatten()[blocks(conv.weight, 4)] == 0).sum(1)
+        assert blocks(conv.weight, 4).shape[1] == 4, name
+        assert set(zeros.tolist()) <= {0, 4}, name

@@ -50,8 +50,8 @@ def test_phases_of_the_default_recipe(recipe_text):
 @pytest.mark.parametrize(
     ("variables", "start", "epochs"),
     [
-        ({"num_epochs": 6}, 4.0, 6.0),
-        ({"num_epochs": 6, "quantization_epochs": 0.5}, 5.5, 6.0),
+        ({"num_epochs": 6, "quantization_epochs": 2}, 4.0, 6.0),
+        ({"num_epochs": 6, "quantization_epochs": 0.5, "warmup_epochs": None}, 5.5, 6.0),
         ({"num_epochs": 1.5, "quantization_epochs": 0.75, "warmup_epochs": 0.25}, 0.75, 1.5),
     ],
 )

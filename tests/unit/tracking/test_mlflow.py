@@ -12,7 +12,7 @@ import pytest
 
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import MissingDependency, SparseExpError
-from sparse_exp.tracking import Artifact, Dataset, Metrics, Pause, Resume, RunInfo, Tags
+from sparse_exp.tracking import Artifact, Dataset, Metrics, Pause, Resume, RunInfo, Tags, find_runs
 from sparse_exp.tracking.mlflow import UNSENT, MlflowTracker, tracking_uri
 
 DIGEST = "0123456789abcdef" * 4
@@ -90,6 +90,35 @@ def test_contents_are_read_back(store, tmp_path):
     assert listed == ["plots/ü.png", "report/report.md"]
     assert len(list(store.glob("artifacts/*/artifacts/report/report.md"))) == 1
     assert not (tmp_path / "mlruns").exists()
+
+
+def test_finished_runs_are_found_by_a_tag_in_every_experiment_newest_first(store, tmp_path):
+    ids = []
+    for experiment, mark, status in (
+        ("one", "abc", "FINISHED"),
+        ("two", "abc", "FINISHED"),
+        ("two", "abc", "FAILED"),
+        ("two", "abcd", "FINISHED"),
+    ):
+        tracker = started(store, RunInfo("a run", experiment, {}, {}, tmp_path / "run"))
+        tracker.log(Tags({"fingerprint.dense": mark, "run.directory": str(tmp_path)}))
+        tracker.log(Metrics({"val/map50": 0.25}, 1))
+        tracker.log(Metrics({"val/map50": 0.5 + len(ids)}, 2))
+        tracker.finish(status)
+        ids.append(tracker.run_id)
+    found = find_runs(QUIET, store, "fingerprint.dense", "abc")
+    assert [run.run_id for run in found] == [ids[1], ids[0]]
+    assert [run.metrics["val/map50"] for run in found] == [1.5, 0.5]
+    assert found[0].tags["run.directory"] == str(tmp_path)
+    assert find_runs(QUIET, store, "fingerprint.dense", "none has it") == []
+
+
+def test_a_store_that_cannot_be_searched_is_warned_of(tmp_path, caplog):
+    (tmp_path / "mlflow.db").write_text("no database")
+    assert find_runs(QUIET, tmp_path, "fingerprint.dense", "abc") == []
+    (warning,) = caplog.records
+    assert "cannot be searched" in warning.getMessage()
+    assert find_runs(TrackerConfig(backend="none"), tmp_path, "fingerprint.dense", "abc") == []
 
 
 @pytest.mark.parametrize("status", ["FAILED", "KILLED"])

@@ -1,0 +1,194 @@
+"""Zeros in blocks of four input channels against zeros anywhere, at equal sparsity, in DeepSparse.
+
+For each sparsity the same detector is pruned in both patterns, layer-adaptively (as a run prunes its start)
+and with the same share in every layer, quantized by calibration and exported; then all files are measured in
+turns. A pair of files can be given instead. The weights are the real start weights where they are in the
+cache, else random: the speed of a pattern hardly depends on them.
+
+    python benchmarks/blocks.py --size s --sparsity 0.75 0.85 --batches 1 32
+    python benchmarks/blocks.py --files unstructured.onnx block4.onnx
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from torch import nn
+
+from sparse_exp.benchmark import Cell, Measurement, benchmark
+from sparse_exp.config.resolve import CONF_DIRECTORY
+from sparse_exp.config.schema import HardwareConfig, ModelConfig, SourceConfig
+from sparse_exp.data import digits, load_dataset
+from sparse_exp.data.loader import make_loader
+from sparse_exp.export.onnx import export_quantized
+from sparse_exp.hardware import usable_physical_cores
+from sparse_exp.sparsity.measure import onnx_facts, overall
+from sparse_exp.sparsity.prune import BLOCK, prune_by_magnitude, prune_layer_adaptively
+from sparse_exp.sparsity.recipe import Recipe
+from sparse_exp.yolov5 import YOLOv5, read_checkpoint, transfer_weights
+from sparse_exp.zoo.sources import cache_directory
+from sparse_exp.zoo.start import cached_start
+
+_COCO_CLASSES = 80
+_OPSET = 13
+_SEED = 0
+_HARDWARE = HardwareConfig(name="blocks")
+_PATTERNS = {"unstructured": 1, "block4": BLOCK}
+
+Prune = Callable[[Mapping[str, nn.Conv2d], float, int], None]
+SHARES: dict[str, Prune] = {"layer-adaptive": prune_layer_adaptively, "uniform": prune_by_magnitude}
+
+
+class Pair(NamedTuple):
+    """Two files that differ only in where the zeros are.
+
+    Attributes:
+        name: what both have in common.
+        unstructured: ONNX file with zeros anywhere.
+        block4: ONNX file with zeros in blocks.
+    """
+
+    name: str
+    unstructured: Path
+    block4: Path
+
+
+def main() -> None:
+    """Build, measure and print a table."""
+    options = _options()
+    with tempfile.TemporaryDirectory() as scratch:
+        images = _images(Path(scratch), options.imgsz)
+        given = [Pair("given", *options.files)] if options.files else None
+        pairs = given or _build(options, images, Path(scratch))
+        rows, conditions = _measure(pairs, images, options)
+    print(_table(rows))
+    print("\n" + ", ".join(f"{name} {value}" for name, value in conditions.items()))
+    if "vnni" not in conditions["isa"]:
+        print("This CPU has no VNNI instructions, for which DeepSparse has its block kernels.")
+    if options.json:
+        options.json.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=2) + "\n")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="s", choices=list("nsmlx"), help="of YOLOv5")
+    parser.add_argument("--imgsz", type=int, default=640, help="side of the images, px, a multiple of 32")
+    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.75, 0.85], help="shares of zeros")
+    parser.add_argument("--shares", nargs="+", default=list(SHARES), choices=list(SHARES))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32], help="batch sizes")
+    parser.add_argument("--files", nargs=2, type=Path, metavar=("UNSTRUCTURED", "BLOCK4"), help="ONNX files")
+    parser.add_argument("--repeats", type=int, default=_HARDWARE.repeats, help="of each, in turns")
+    parser.add_argument("--seconds", type=float, default=_HARDWARE.duration_s, help="of one measurement")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the measurements here")
+    return parser.parse_args()
+
+
+def _images(scratch: Path, imgsz: int) -> NDArray[np.uint8]:
+    """uint8 (8, 3, imgsz, imgsz)."""
+    dataset = load_dataset(
+        digits.materialize(scratch / "digits", imgsz=imgsz, train=1, val=8, test=1), "digits"
+    )
+    loader = make_loader(dataset.splits["val"], len(dataset.names), imgsz=imgsz, batch_size=8, train=False)
+    images: NDArray[np.uint8] = next(iter(loader)).images.numpy()
+    return images
+
+
+def _build(options: argparse.Namespace, images: NDArray[np.uint8], folder: Path) -> list[Pair]:
+    dense, pairs = _dense(options.size), []
+    for sparsity in options.sparsity:
+        for share in options.shares:
+            name = f"{share}, {100 * sparsity:g} %"
+            files = [folder / f"{share}-{sparsity}-{pattern}.onnx" for pattern in _PATTERNS]
+            for path, block in zip(files, _PATTERNS.values(), strict=True):
+                model = copy.deepcopy(dense)
+                SHARES[share](model.prunable_convolutions(), sparsity, block)
+                _deploy(model, images, path)
+            pairs.append(Pair(name, *files))
+    return pairs
+
+
+def _dense(size: str) -> YOLOv5:
+    """The detector with its start weights if they are on this machine, else with random ones."""
+    torch.manual_seed(_SEED)
+    model = YOLOv5(size, _COCO_CLASSES)
+    values = yaml.safe_load((CONF_DIRECTORY / "model" / f"yolov5{size}.yaml").read_text(encoding="utf-8"))
+    sources = [SourceConfig(**source) for source in values["sources"]]
+    file = cached_start(ModelConfig(name=values["name"], size=size, sources=sources), cache_directory(None))
+    if file:
+        transfer_weights(model, read_checkpoint(file.path))
+    print(f"YOLOv5{size}, {file.origin if file else 'random weights'}", flush=True)
+    return model
+
+
+def _deploy(model: YOLOv5, images: NDArray[np.uint8], path: Path) -> None:
+    """Quantize by calibration and export."""
+    batches = [torch.from_numpy(images).float() / 255]
+    Recipe.from_file(CONF_DIRECTORY / "recipe" / "quant.md").apply_at_once(model, batches)
+    export_quantized(model, path, path.with_suffix(".qdq.onnx"), imgsz=images.shape[-1], opset=_OPSET)
+
+
+def _measure(
+    pairs: Sequence[Pair], images: NDArray[np.uint8], options: argparse.Namespace
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """A row for each pair and batch size, and the conditions that all share.
+
+    Pair by pair: each loaded model is a process of its own, and many at once fill the memory.
+    """
+    hardware = HardwareConfig(name="blocks", repeats=options.repeats, duration_s=options.seconds)
+    rows = []
+    for pair in pairs:
+        cells = [
+            Cell("deepsparse", pattern, getattr(pair, pattern), batch)
+            for batch in options.batches
+            for pattern in _PATTERNS
+        ]
+        measured = benchmark(cells, images, hardware=hardware, cores=usable_physical_cores())
+        zeros = [overall(onnx_facts(getattr(pair, pattern)).layers) for pattern in _PATTERNS]
+        rows += [_row(pair.name, zeros, *measured[i : i + 2]) for i in range(0, len(measured), 2)]
+    own = ("variant", "batch")
+    return rows, {name: value for name, value in measured[0].conditions.items() if name not in own}
+
+
+def _row(name: str, zeros: Sequence[float], unstructured: Measurement, block4: Measurement) -> dict[str, Any]:
+    return {
+        "model": name,
+        "batch": block4.cell.batch_size,
+        "zeros": list(zeros),
+        "unstructured": list(unstructured.repeats),
+        "block4": list(block4.repeats),
+        "ratio": block4.items_per_s / unstructured.items_per_s,
+    }
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Items per second as the median with the smallest and the largest of the repeats."""
+    lines = [
+        "",
+        "| pruned | zeros in the files, % | batch | unstructured items/s | block4 items/s | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        zeros = " and ".join(f"{100 * share:.1f}" for share in row["zeros"])
+        speeds = (_spread(row[pattern]) for pattern in _PATTERNS)
+        lines.append(
+            f"| {row['model']} | {zeros} | {row['batch']} | {' | '.join(speeds)} | {row['ratio']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _spread(rates: Sequence[float]) -> str:
+    return f"{np.median(rates):.1f} ({min(rates):.1f} to {max(rates):.1f})"
+
+
+if __name__ == "__main__":
+    main()

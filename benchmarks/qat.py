@@ -1,0 +1,181 @@
+"""What a step of quantization-aware training (QAT) costs over a step of dense training.
+
+The dense step is the one that a run takes on this CPU: bfloat16 autocast where the CPU multiplies it in
+hardware, else fp32, which the table says. QAT computes in fp32, with torch's modules as SparseML puts them
+and with `sparse_exp.sparsity.fast_qat`. A step is forward pass, loss, backward pass, clipping and AdamW on
+one fixed batch, channels_last; masks, averaged weights and the making of batches are left out. All are
+measured in turns, so that a drift of the machine hits them alike.
+
+    python benchmarks/qat.py --size s --imgsz 320 --batch 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch.ao.nn.intrinsic.qat import freeze_bn_stats, update_bn_stats
+from torch.ao.quantization import disable_observer, enable_observer
+
+from sparse_exp.benchmark import default_lock_path, measuring_alone
+from sparse_exp.config.resolve import CONF_DIRECTORY
+from sparse_exp.config.schema import TrainerConfig
+from sparse_exp.hardware import has_bf16, host_facts
+from sparse_exp.progress import progress
+from sparse_exp.sparsity.fast_qat import accelerate
+from sparse_exp.sparsity.recipe import Recipe
+from sparse_exp.training.precision import Precision, choose_precision
+from sparse_exp.yolov5 import DetectionLoss, YOLOv5
+
+_CLASSES, _BOXES = 10, 8  # per image
+_SEED = 0
+
+Step = Callable[[], None]
+
+
+def main() -> None:
+    """Measure and print a table."""
+    options = _options()
+    precision = choose_precision(TrainerConfig(channels_last=options.channels_last), has_bf16=has_bf16())
+    conditions = _conditions(options, precision)
+    print("\n".join(f"{name}: {value}" for name, value in conditions.items()), flush=True)
+    seconds = measure(_steps(options, precision), options.repeats)
+    rows = summarize(seconds)
+    print(_table(rows))
+    if options.json:
+        options.json.write_text(json.dumps({"conditions": conditions, "steps": rows}, indent=2) + "\n")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="s", choices=list("nsmlx"), help="of YOLOv5")
+    parser.add_argument("--imgsz", type=int, default=320, help="side of the images, px, a multiple of 32")
+    parser.add_argument("--batch", type=int, default=8, help="images of a step")
+    parser.add_argument("--repeats", type=int, default=7, help="measured steps of each kind, in turns")
+    parser.add_argument("--channels-last", default="auto", choices=["auto", "off"], help="memory layout")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the measurements here")
+    return parser.parse_args()
+
+
+def _steps(options: argparse.Namespace, precision: Precision) -> dict[str, Step]:
+    """One step of each kind; the first is what the others are compared with."""
+    plain = Precision(autocast=False, channels_last=precision.channels_last)
+    steps = {f"dense, {precision}": _step(_model(options), options, precision)}
+    if precision.autocast:
+        steps[f"dense, {plain}"] = _step(_model(options), options, plain)
+    for frozen in (False, True):
+        for fast in (False, True):
+            model = _quantized(options, plain, frozen=frozen)
+            if fast:
+                accelerate(model)
+            name = f"QAT{', frozen' if frozen else ''}, {'accelerated' if fast else 'torch as it is'}"
+            steps[name] = _step(model, options, plain)
+    return steps
+
+
+def _model(options: argparse.Namespace) -> YOLOv5:
+    torch.manual_seed(_SEED)
+    return YOLOv5(options.size, _CLASSES).train()
+
+
+def _quantized(options: argparse.Namespace, precision: Precision, *, frozen: bool) -> YOLOv5:
+    """A model in QAT: its ranges and batch norms moving, or frozen as in the later part of the phase."""
+    model = _model(options)
+    Recipe.from_file(CONF_DIRECTORY / "recipe" / "quant.md").apply_structure(model)
+    model.apply(enable_observer).apply(update_bn_stats).train()
+    if frozen:
+        with torch.no_grad():
+            model(_batch(options, precision)[0])  # observers must have seen something
+        model.apply(disable_observer).apply(freeze_bn_stats)
+    return model
+
+
+def _step(model: YOLOv5, options: argparse.Namespace, precision: Precision) -> Step:
+    model.to(memory_format=precision.memory_format)
+    config = TrainerConfig()
+    loss_of = DetectionLoss(model.anchors, model.num_classes, config.loss, options.imgsz)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    images, targets = _batch(options, precision)
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision.autocast):
+            raw = model(images)
+        loss, _parts = loss_of(raw, targets)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+
+    return step
+
+
+def _batch(options: argparse.Namespace, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float images (N, 3, H, W) in 0..1, and targets (M, 6): image, class, xywh in 0..1."""
+    random = torch.Generator().manual_seed(_SEED)
+    images = torch.rand(options.batch, 3, options.imgsz, options.imgsz, generator=random)
+    owners = torch.arange(options.batch).repeat_interleave(_BOXES)
+    classes = torch.randint(_CLASSES, (len(owners),), generator=random)
+    boxes = 0.1 + 0.4 * torch.rand(len(owners), 4, generator=random)
+    targets = torch.cat([owners[:, None].float(), classes[:, None].float(), boxes], 1)
+    return images.to(memory_format=precision.memory_format), targets
+
+
+def measure(steps: Mapping[str, Step], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each step of each kind, taken in turns after two warm-up steps each."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    with (
+        measuring_alone(default_lock_path()),
+        progress("QAT", (2 + repeats) * len(steps), "steps") as bar,
+    ):
+        for turn in range(-2, repeats):
+            for name, step in steps.items():
+                started = time.perf_counter()
+                step()
+                if turn >= 0:
+                    seconds[name].append(time.perf_counter() - started)
+                bar.advance()
+    return seconds
+
+
+def summarize(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
+    """Median seconds of each kind, and how many times that of the first kind it is."""
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    first = next(iter(medians.values()))
+    return {
+        name: {"median_s": medians[name], "over_dense": medians[name] / first, "seconds": list(values)}
+        for name, values in seconds.items()
+    }
+
+
+def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = ["", "| step | s/step (smallest to largest) | times dense |", "|---|---|---|"]
+    for name, row in rows.items():
+        low, high = min(row["seconds"]), max(row["seconds"])
+        lines.append(
+            f"| {name} | {row['median_s']:.3f} ({low:.3f} to {high:.3f}) | {row['over_dense']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _conditions(options: argparse.Namespace, precision: Precision) -> dict[str, Any]:
+    host = host_facts()
+    bf16 = "multiplied in hardware" if has_bf16() else "not in this CPU: the dense step is fp32"
+    return {
+        "model": f"YOLOv5{options.size}, {options.imgsz} px, batch {options.batch}",
+        "repeats": options.repeats,
+        "cpu": f"{host.cpu}, {torch.get_num_threads()} threads, {' '.join(host.isa) or 'no AVX2'}",
+        "bf16": bf16 if precision.autocast or not has_bf16() else f"{bf16}, but switched off",
+        "torch": f"{torch.__version__}, Python {host.python}",
+        "busy with other work before": f"{psutil.cpu_percent(1.0):.0f} %",
+    }
+
+
+if __name__ == "__main__":
+    main()

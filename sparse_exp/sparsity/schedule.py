@@ -1,0 +1,237 @@
+"""A recipe as YAML: reading it, its root variables, and stretching its schedule to another length."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import yaml
+
+from sparse_exp.errors import RecipeError
+
+_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
+_MOMENTS = ("start_epoch", "end_epoch", "freeze_bn_stats_epoch", "disable_quantization_observer_epoch")
+_SPANS = ("update_frequency", "cycle_epochs", "step_size")
+
+
+class Tagged(dict[str, Any]):
+    """A modifier as plain data: its arguments, and in ``kind`` the name of its class."""
+
+    def __init__(self, kind: str, arguments: Mapping[str, Any]) -> None:
+        super().__init__(arguments)
+        self.kind = kind
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads the tags of modifiers (``!EpochRangeModifier``) as plain data."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes them again."""
+
+
+def _construct(loader: _Loader, kind: str, node: yaml.Node) -> Tagged:
+    if not isinstance(node, yaml.MappingNode):
+        return Tagged(kind, {})
+    return Tagged(kind, {str(key): value for key, value in loader.construct_mapping(node, deep=True).items()})
+
+
+_Loader.add_multi_constructor("!", _construct)
+_Dumper.add_representer(Tagged, lambda dumper, data: dumper.represent_mapping(f"!{data.kind}", dict(data)))
+
+
+def body_of(text: str) -> str:
+    """The YAML of a recipe file: the front matter of a Markdown file, or all of it."""
+    text = text.lstrip("\ufeff\r\n")
+    match = _FRONT_MATTER.match(text)
+    return match.group(1) if match else text
+
+
+def read_body(body: str, name: str) -> dict[str, Any]:
+    """Read a recipe as plain data, its expressions not evaluated.
+
+    Args:
+        body: see `body_of`.
+        name: what to call the recipe in messages.
+
+    Raises:
+        RecipeError: it is no YAML, or holds no list of modifiers.
+    """
+    try:
+        roots = yaml.load(body, Loader=_Loader)
+    except yaml.YAMLError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RecipeError(f"{name} is not valid YAML: {reason}. Correct the file.") from error
+    if not isinstance(roots, dict) or "modifiers:" not in body:
+        raise RecipeError(f"{name} holds no recipe: a mapping with lists of modifiers is expected.")
+    return roots
+
+
+def modifiers_of(roots: Any) -> Iterator[Tagged]:
+    """All modifiers of a recipe, also those inside stages."""
+    if isinstance(roots, Tagged):
+        yield roots
+    elif isinstance(roots, dict | list):
+        for value in roots.values() if isinstance(roots, dict) else roots:
+            yield from modifiers_of(value)
+
+
+def written(roots: Mapping[str, Any]) -> str:
+    """The YAML of a recipe as plain data, which SparseML reads."""
+    return yaml.dump(dict(roots), Dumper=_Dumper, sort_keys=False)
+
+
+def check_variables(roots: Mapping[str, Any], variables: Iterable[str], name: str) -> None:
+    """Refuse variables that the recipe does not have, at its root or at that of a stage.
+
+    Raises:
+        RecipeError: names the first unknown one, and those that there are.
+    """
+    stages = [value for value in roots.values() if isinstance(value, dict)]
+    known = [key for level in (roots, *stages) for key, value in level.items() if _is_scalar(value)]
+    for variable in variables:
+        if variable not in known:
+            raise RecipeError(
+                f"The recipe {name} has no variable {variable!r}. Its variables: {', '.join(known)}."
+            )
+
+
+def _is_scalar(value: Any) -> bool:
+    return not isinstance(value, list | dict)
+
+
+@dataclass(frozen=True)
+class TimeMap:
+    """A piecewise-linear, strictly rising map from epochs of one schedule to those of another.
+
+    Attributes:
+        old: where the pieces begin and end, rising from 0.
+        new: what these become.
+    """
+
+    old: tuple[float, ...]
+    new: tuple[float, ...]
+
+    def __call__(self, epoch: float) -> float:
+        """Where an epoch comes to lie; beyond the end the last piece goes on. -1 means "open" and stays."""
+        if epoch < 0:
+            return epoch
+        piece = max(0, sum(knot <= epoch for knot in self.old[:-1]) - 1)
+        first, last = self.old[piece : piece + 2]
+        start, end = self.new[piece : piece + 2]
+        if epoch == last:
+            return end  # not the sum of rounded parts
+        return start + (epoch - first) * (end - start) / (last - first)
+
+    def stretch(self, start: float, end: float) -> float:
+        """By what lengths between two epochs grow on average; an open end is that of the schedule."""
+        start, end = max(0.0, start), end if end > max(0.0, start) else self.old[-1]
+        return (self(end) - self(start)) / (end - start) if end > start else 1.0
+
+
+def time_map(boundaries: Sequence[float], num_epochs: float) -> TimeMap:
+    """Stretch or squeeze a schedule: its phases keep their proportions, but none falls below one epoch.
+
+    Where there are fewer epochs than phases, each phase gets the same share.
+
+    Args:
+        boundaries: epochs at which phases begin and end, strictly rising from 0.
+        num_epochs: new length, more than 0.
+    """
+    lengths = [end - start for start, end in pairwise(boundaries)]
+    if num_epochs == boundaries[-1]:
+        return TimeMap(tuple(boundaries), tuple(boundaries))
+    new = [0.0]
+    for length in _share_out(lengths, num_epochs):
+        new.append(new[-1] + length)
+    return TimeMap(tuple(boundaries), (*new[:-1], num_epochs))
+
+
+def _share_out(lengths: Sequence[float], total: float) -> list[float]:
+    if total <= len(lengths):
+        return [total / len(lengths)] * len(lengths)
+    short: set[int] = set()
+    while True:
+        rest = total - len(short)
+        whole = sum(length for index, length in enumerate(lengths) if index not in short)
+        scaled = [1.0 if i in short else length * rest / whole for i, length in enumerate(lengths)]
+        below = {index for index, length in enumerate(scaled) if length < 1.0}
+        if not below:
+            return scaled
+        short |= below
+
+
+def stages_of(text: str) -> list[str]:
+    """Names of a recipe's stages; none if its modifiers stand at the root."""
+    roots = yaml.load(text, Loader=_Loader)
+    return [key for key, value in roots.items() if isinstance(value, dict) and any(modifiers_of(value))]
+
+
+def renamed_stages(text: str, taken: Sequence[str]) -> str:
+    """A staged recipe whose stages have none of the names that are taken."""
+    roots, stages = yaml.load(text, Loader=_Loader), {}
+    for key, value in roots.items():
+        count = len(taken)
+        while isinstance(value, dict) and (key in taken or key in stages):
+            count += 1
+            key = f"stage_{count}"
+        stages[key] = value
+    return written(stages)
+
+
+def without(text: str, kind: str) -> str:
+    """A recipe without its modifiers of a kind; empty if it has no others."""
+    roots = _drop(yaml.load(text, Loader=_Loader), kind)
+    return written(roots) if any(modifiers_of(roots)) else ""
+
+
+def _drop(value: Any, kind: str) -> Any:
+    if isinstance(value, list):
+        return [_drop(item, kind) for item in value if not (isinstance(item, Tagged) and item.kind == kind)]
+    if isinstance(value, dict) and not isinstance(value, Tagged):
+        changed = {key: _drop(item, kind) for key, item in value.items()}
+        emptied = [key for key in changed if changed[key] in ([], {}) and value[key]]
+        return {key: item for key, item in changed.items() if key not in emptied}
+    return value
+
+
+def rescaled(text: str, time: TimeMap) -> str:
+    """A recipe with every epoch number of every modifier mapped.
+
+    Moments are mapped; spans such as ``update_frequency`` grow by as much as the modifier's own range
+    does; a decay per epoch keeps its value at the end.
+
+    Args:
+        text: YAML without expressions.
+        time: the map.
+
+    Returns:
+        YAML again.
+    """
+    roots = yaml.load(text, Loader=_Loader)
+    for modifier in modifiers_of(roots):
+        stretch = time.stretch(modifier.get("start_epoch", -1.0), modifier.get("end_epoch", -1.0))
+        _rescale(modifier, time, stretch)
+        if isinstance(modifier.get("lr_kwargs"), dict):
+            _rescale(modifier["lr_kwargs"], time, stretch)
+            if modifier.get("lr_class") == "ExponentialLR":
+                modifier["lr_kwargs"]["gamma"] **= 1.0 / stretch
+    return written(roots)
+
+
+def _rescale(arguments: dict[str, Any], time: TimeMap, stretch: float) -> None:
+    for key in _MOMENTS:
+        _change(arguments, key, time)
+    for key in _SPANS:
+        _change(arguments, key, lambda span: span * stretch if span > 0 else span)
+    for key in ("milestones", "update_epochs"):
+        if isinstance(arguments.get(key), list):
+            arguments[key] = [time(epoch) for epoch in arguments[key]]
+
+
+def _change(arguments: dict[str, Any], key: str, change: Callable[[float], float]) -> None:
+    if isinstance(arguments.get(key), int | float):
+        arguments[key] = change(float(arguments[key]))

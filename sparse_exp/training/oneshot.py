@@ -1,0 +1,105 @@
+"""A recipe applied at once: pruned, and quantized with calibration; nothing is trained."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+from sparse_exp.config.schema import TrainerConfig
+from sparse_exp.data import DetectionDataset
+from sparse_exp.data.loader import DetectionLoader, make_loader
+from sparse_exp.errors import RecipeError
+from sparse_exp.sparsity.measure import SparsityContract, layer_sparsity, listed, overall
+from sparse_exp.sparsity.recipe import Recipe
+from sparse_exp.training.checkpoints import CheckpointWriter
+from sparse_exp.training.evaluation import as_input, evaluate_model
+from sparse_exp.training.loop import TrainingData, TrainingResult
+from sparse_exp.training.phases import Best
+from sparse_exp.training.precision import Precision
+from sparse_exp.training.start import Loaded
+from sparse_exp.yolov5 import YOLOv5
+
+
+def refuse_untrained_start(loaded: Loaded) -> None:
+    """Refuse a start of which a part is random: nothing would train it.
+
+    Raises:
+        RecipeError: it is random altogether, or its head is, having been made for other classes.
+    """
+    if loaded.checkpoint is None or loaded.left:
+        untrained = (
+            f"{listed(loaded.left)} of the start ({loaded.origin}) are" if loaded.left else "the start is"
+        )
+        raise RecipeError(
+            "A one-shot recipe trains nothing, so its start must know the data set's classes already, but "
+            f"{untrained} random. Give a checkpoint that was trained on these classes with "
+            "model.weights=PATH, such as a dense run's weights/best_dense.pt."
+        )
+
+
+def calibration_loader(
+    dataset: DetectionDataset, images: int, *, imgsz: int, batch_size: int, seed: int
+) -> DetectionLoader:
+    """Images of the training split as they are deployed: drawn by the seed, not augmented.
+
+    Args:
+        dataset: has a training split.
+        images: how many; all there are if that is less.
+        imgsz: side of the images in pixels.
+        batch_size: images of a batch.
+        seed: of the choice.
+    """
+    samples = dataset.splits["train"]
+    drawn = random.Random(seed).sample(range(len(samples)), min(images, len(samples)))
+    picked = [samples[index] for index in drawn]
+    return make_loader(picked, len(dataset.names), imgsz=imgsz, batch_size=batch_size, train=False)
+
+
+def apply_at_once(
+    model: YOLOv5,
+    recipe: Recipe,
+    data: TrainingData,
+    config: TrainerConfig,
+    precision: Precision,
+    *,
+    weights: Path,
+    composed: str = "",
+) -> TrainingResult:
+    """Apply a recipe to a trained detector, evaluate it, and save it under the recipe's last phase.
+
+    Args:
+        model: changed in place.
+        recipe: its zeros are made at their final sparsity.
+        data: ``train`` are the images that quantization ranges are taken from.
+        config: how mAP is measured.
+        precision: gives the memory layout.
+        weights: directory for the checkpoint.
+        composed: the recipe that it is to carry; "": ``recipe`` alone.
+
+    Returns:
+        A history of one record, at epoch 0, and the checkpoint.
+
+    Raises:
+        SparsityError: the zeros of the start are gone, or a layer has fewer than the recipe promises.
+    """
+    layout, phase, started = precision.memory_format, recipe.phases()[-1].name, time.perf_counter()
+    convolutions = model.to(memory_format=layout).prunable_convolutions()
+    start = {layer.name: layer.sparsity for layer in layer_sparsity(convolutions)}
+    contract = SparsityContract.of(convolutions if recipe.prunes else {})
+    recipe.apply_at_once(model, (as_input(batch.images, layout) for batch in data.train))
+    expected = recipe.expected_sparsity(model, recipe.epochs, start)
+    contract.check(model.prunable_convolutions(), "after the recipe was applied", expected)
+    result = evaluate_model(model, data.val, config, layout)
+    record = {
+        "phase": phase,
+        "epoch": 0.0,
+        "val/map50": result.map50,
+        "val/map50_95": result.map50_95,
+        "sparsity/prunable": overall(layer_sparsity(model.prunable_convolutions())),
+        "seconds": time.perf_counter() - started,
+    }
+    promised = contract.promised(expected)
+    writer = CheckpointWriter(weights, data.names, data.imgsz, composed or recipe.text)
+    path = writer.save(f"best_{phase}.pt", model, phase, record, promised)
+    return TrainingResult([record], {phase: Best(path, 0.0, result.map50, promised)})

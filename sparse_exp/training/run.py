@@ -1,0 +1,120 @@
+"""The training of a run: everything that it needs, brought together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from sparse_exp.context import Context
+from sparse_exp.data.loader import DetectionLoader
+from sparse_exp.plan import SPARSE_FROM
+from sparse_exp.sparsity.measure import layer_sparsity, overall, require_layer_sparsity, require_sparsity
+from sparse_exp.training.loop import Record, Trainer, TrainingData, TrainingResult
+from sparse_exp.training.oneshot import apply_at_once, calibration_loader, refuse_untrained_start
+from sparse_exp.training.start import Loaded, load_start, load_teacher, prune_start
+from sparse_exp.yolov5 import YOLOv5
+
+_log = logging.getLogger(__name__)
+
+
+def run_training(context: Context, on_epoch: Callable[[Record], None]) -> tuple[TrainingResult, str]:
+    """Train under the run's recipe, or apply it at once; checkpoints go to ``weights/``.
+
+    Args:
+        context: of the run; its plan is held to where there is one.
+        on_epoch: called with each record of the history.
+
+    Returns:
+        What the training left, and the recipe that its checkpoints carry: that of the start checkpoint
+        and the run's own.
+
+    Raises:
+        SparseExpError: the start is not what was planned, a promise about zeros was broken, or the
+            teacher cannot be had.
+    """
+    model, loaded = load_start(context.experiment, context.dataset, context.cache)
+    composed = context.recipe.after(loaded.checkpoint.recipe if loaded.checkpoint else "")
+    if context.experiment.recipe.oneshot:
+        refuse_untrained_start(loaded)
+    teacher = _teacher(context, model, loaded)
+    _prepare(context, model)
+    loaders = _train_loader(context), context.loader("val")
+    data = TrainingData(*loaders, context.dataset.names, context.experiment.dataset.imgsz)
+    if context.experiment.recipe.oneshot:
+        return _at_once(context, model, data, composed, on_epoch), composed
+    return _trainer(context, model, data, teacher, composed, on_epoch).fit(), composed
+
+
+def _teacher(context: Context, model: YOLOv5, loaded: Loaded) -> YOLOv5 | None:
+    teacher = context.experiment.recipe.teacher
+    if teacher is None or not context.recipe.distills:
+        return None
+    checkpoint = context.facts("baseline").get("checkpoint")
+    baseline = context.run.path / checkpoint if checkpoint else None
+    return load_teacher(teacher, model, loaded, baseline=baseline, cache=context.cache)
+
+
+def _prepare(context: Context, model: YOLOv5) -> None:
+    """Prune a dense start where the plan says so, and hold the start to the plan."""
+    planned = context.facts("plan")
+    prune_start(model, planned.get("prune_to"), context.experiment.recipe.pattern)
+    layers = layer_sparsity(model.prunable_convolutions())
+    require_sparsity(layers, context.planned_sparsity, "of the start weights")
+    require_layer_sparsity(layers, planned.get("layers", {}), "in the start weights")
+    if overall(layers) >= SPARSE_FROM and not context.recipe.prunes:
+        _log.warning(
+            "The start has %.0f %% zeros, and %s does not hold them: they will not stay.",
+            100 * overall(layers),
+            context.recipe.name,
+        )
+
+
+def _train_loader(context: Context) -> DetectionLoader:
+    """Augmented batches; for a recipe applied at once the images to calibrate with."""
+    experiment = context.experiment
+    if not experiment.recipe.oneshot:
+        return context.loader("train", train=True)
+    return calibration_loader(
+        context.dataset,
+        experiment.recipe.calibration_images,
+        imgsz=experiment.dataset.imgsz,
+        batch_size=experiment.trainer.val_batch_size,
+        seed=experiment.seed,
+    )
+
+
+def _at_once(
+    context: Context, model: YOLOv5, data: TrainingData, composed: str, on_epoch: Callable[[Record], None]
+) -> TrainingResult:
+    weights, trainer = context.run.path / "weights", context.experiment.trainer
+    result = apply_at_once(
+        model, context.recipe, data, trainer, context.precision, weights=weights, composed=composed
+    )
+    on_epoch(result.history[0])
+    return result
+
+
+def _trainer(
+    context: Context,
+    model: YOLOv5,
+    data: TrainingData,
+    teacher: YOLOv5 | None,
+    composed: str,
+    on_epoch: Callable[[Record], None],
+) -> Trainer:
+    experiment = context.experiment
+    _log.info("Training with %s.", context.precision)
+    return Trainer(
+        model,
+        context.recipe,
+        data,
+        experiment.trainer,
+        context.precision,
+        weights=context.run.path / "weights",
+        seed=experiment.seed,
+        on_epoch=on_epoch,
+        optimizer=experiment.recipe.optimizer,
+        teacher=teacher,
+        qat_split=context.facts("plan").get("qat_split", 1),
+        composed=composed,
+    )

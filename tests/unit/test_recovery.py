@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from sparse_exp import experiment as experiments
+from sparse_exp import recovery, stages
+from sparse_exp.artifacts import MANIFEST
+from sparse_exp.config.schema import (
+    DatasetConfig,
+    Experiment,
+    HardwareConfig,
+    ModelConfig,
+    PathsConfig,
+    RecipeConfig,
+    RecoveryConfig,
+    TrackerConfig,
+)
+from sparse_exp.context import Outcome
+from sparse_exp.errors import ConfigError, StageFailed
+from sparse_exp.recovery import TAG, dense_experiment, read_baseline, recovery_metrics
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("recovery")
+
+
+@pytest.fixture(autouse=True)
+def _here(place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def sparse(run: str, tracker: str = "none", **changes) -> Experiment:
+    """An experiment that wants a baseline."""
+    values = {
+        "name": "tiny",
+        "stages": ["fetch", "plan", "baseline", "train"],
+        "model": ModelConfig(name="yolov5n", size="n", weights="scratch", sparsity=0.4),
+        "dataset": DatasetConfig(name="digits", generator="digits", imgsz=64),
+        "recipe": RecipeConfig(name="transfer", file="transfer.md", variables={"num_epochs": 1}),
+        "recovery": RecoveryConfig("auto"),
+        "hardware": HardwareConfig(name="cpu", engines=["onnxruntime"], cores=1),
+        "tracker": TrackerConfig(backend=tracker, system_metrics=False),
+        "paths": PathsConfig(output="out", run=run, mlflow="mlflow", cache="cache"),
+    }
+    return Experiment(**{**values, **changes})
+
+
+def baseline_of(experiment: Experiment) -> dict:
+    """Runs the experiment up to its own training; the facts of its baseline stage."""
+    with suppress(StopHereError):
+        experiments.run(experiment, {}, ["experiment=tiny", "recipe=transfer"])
+    return manifest(experiment.paths.run)["stages"]["baseline"]["facts"]
+
+
+class StopHereError(KeyboardInterrupt):
+    """Ends a run like Ctrl-C where its own training would begin."""
+
+
+def only_dense_runs_train(patch: pytest.MonkeyPatch) -> list[str]:
+    """Replaces the stages that take long; the names of the recipes that were trained."""
+    names, real = [], stages.STAGES["train"]
+
+    def train(context):
+        if context.experiment.recipe.name != "dense":
+            raise StopHereError
+        names.append(context.experiment.recipe.name)
+        return real(context)
+
+    patch.setitem(stages.STAGES, "train", train)
+    patch.setitem(stages.STAGES, "plan", lambda _: Outcome())  # it times trial steps
+    return names
+
+
+@pytest.fixture(autouse=True)
+def trained(monkeypatch) -> list[str]:
+    return only_dense_runs_train(monkeypatch)
+
+
+def manifest(run: str | Path) -> dict:
+    return json.loads((Path(run) / MANIFEST).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def first(place) -> dict:
+    """The facts of the first run, which finds nothing and trains its counterpart, tracked in MLflow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        only_dense_runs_train(patch)
+        return baseline_of(sparse("first", "mlflow"))
+
+
+def test_the_counterpart_is_a_run_of_its_own_beside(first, place):
+    assert first["origin"] == "trained"
+    assert first["directory"] == str(place / "first-dense")
+    assert first["checkpoint"] == str(place / "first-dense" / "weights" / "best_dense.pt")
+    dense = manifest("first-dense")
+    assert dense["status"] == "FINISHED"
+    assert list(dense["stages"]) == ["fetch", "plan", "baseline", "train", "evaluate"]
+    assert dense["stages"]["evaluate"]["metrics"]["val/map50"] == first["map50"]
+    assert dense["stages"]["evaluate"]["metrics"]["sparsity/prunable"] < 0.01
+    assert dense["stages"]["evaluate"]["facts"]["epoch"] == 1  # as many images as the sparse run sees
+    assert "recipe=dense" in dense["overrides"]
+    assert "recipe=transfer" not in dense["overrides"]
+
+
+def test_both_are_tracked_and_the_counterpart_carries_its_fingerprint(first, place):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{place}/mlflow/mlflow.db")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    by_name = {run.info.run_name: run for run in runs}
+    assert by_name["tiny-dense"].info.status == "FINISHED"
+    assert by_name["tiny"].info.status == "KILLED"  # by this test, where its own training would begin
+    mark = manifest("first-dense")["stages"]["baseline"]["facts"]["dense_fingerprint"]
+    assert by_name["tiny-dense"].data.tags[TAG] == mark
+    assert TAG not in by_name["tiny"].data.tags
+    assert by_name["tiny"].data.metrics["baseline/map50"] == first["map50"]
+
+
+def test_the_log_of_the_run_goes_on_after_that_of_its_counterpart(first):
+    log = Path("first/sparse_exp.log").read_text(encoding="utf-8")
+    assert "Going on with the run itself." in log
+    assert log.index("epoch 1 ") < log.index("Going on") < log.rindex("== train")
+    assert "Going on" not in Path("first-dense/sparse_exp.log").read_text(encoding="utf-8")
+    assert not [h for h in logging.getLogger("sparse_exp").handlers if isinstance(h, logging.FileHandler)]
+
+
+@pytest.mark.parametrize(("tracker", "origin"), [("mlflow", "found in MLflow"), ("none", "found on disk")])
+def test_a_second_run_finds_it_and_trains_none(first, trained, tracker, origin):
+    facts = baseline_of(sparse(f"second-{tracker}", tracker))
+    assert facts == {**first, "origin": origin}
+    assert trained == []
+    assert not Path(f"second-{tracker}-dense").exists()
+
+
+def test_where_the_files_are_gone_mlflow_still_knows_the_result(first, trained):
+    Path("moved").mkdir()
+    shutil.move("first-dense", "moved/first-dense")
+    try:
+        facts = baseline_of(sparse("third", "mlflow"))
+    finally:
+        shutil.move("moved/first-dense", "first-dense")
+    assert facts == {
+        "map50": pytest.approx(first["map50"]),
+        "directory": "",
+        "checkpoint": None,
+        "origin": "found in MLflow",
+    }
+    assert trained == []
+
+
+class Wanted(Exception):
+    """Instead of a training that takes seconds."""
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def refuse(context, dense):
+        raise Wanted(dense)
+
+    monkeypatch.setattr(recovery, "_train", refuse)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"dataset": DatasetConfig(name="digits", generator="digits", imgsz=96)},
+        {"recipe": RecipeConfig(name="transfer", file="transfer.md", variables={"num_epochs": 2})},
+        {"model": ModelConfig(name="yolov5s", size="s", weights="scratch")},
+    ],
+)
+def test_another_seed_data_length_or_model_has_another_counterpart(first, no_training, changes):
+    with pytest.raises(StageFailed, match="Wanted"):
+        baseline_of(sparse(f"other-{next(iter(changes))}", **changes))
+
+
+def test_an_unfinished_counterpart_does_not_count(first, no_training, place):
+    path = place / "first-dense" / MANIFEST
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace('"FINISHED"', '"KILLED"'), encoding="utf-8")
+    try:
+        with pytest.raises(StageFailed, match="Wanted"):
+            baseline_of(sparse("unfinished"))
+    finally:
+        path.write_text(text, encoding="utf-8")
+
+
+def test_a_dense_run_is_found_by_the_others_and_wants_none_itself(first, caplog):
+    dense = sparse("dense", recipe=RecipeConfig(name="dense", file="dense.md", variables={"num_epochs": 1}))
+    with caplog.at_level(logging.INFO):
+        facts = baseline_of(dense)
+    mark = manifest("first-dense")["stages"]["baseline"]["facts"]["dense_fingerprint"]
+    assert facts == {"dense_fingerprint": mark}
+    assert "this run is a baseline itself" in caplog.text
+
+
+def test_an_unfinished_run_is_gone_on_with(place):
+    (place / "cut-dense").mkdir()
+    (place / "cut-dense" / MANIFEST).write_text('{"stages": {}}')
+    cut = dense_experiment(sparse("cut"), 3, place / "cut")
+    assert (cut.resume, cut.paths.run) == (str(place / "cut-dense"), str(place / "cut-dense"))
+    fresh = dense_experiment(sparse("new", overwrite=True, resume="new"), 3, place / "new")
+    assert (fresh.resume, fresh.overwrite) == (None, False)
+
+
+def test_the_counterpart_differs_in_its_recipe_alone(place):
+    ours = sparse("run", seed=7)
+    dense = dense_experiment(ours, 12.5, place / "run")
+    assert dense.recipe == RecipeConfig(name="dense", file="dense.md", variables={"num_epochs": 12.5})
+    assert dense.recovery.baseline == "none"
+    for part in ("model", "dataset", "trainer", "seed", "hardware", "tracker"):
+        assert getattr(dense, part) == getattr(ours, part)
+    assert ours.recipe.name == "transfer"
+    assert ours.paths.run == "run"
+
+
+def test_a_directory_can_be_given(first):
+    facts = baseline_of(sparse("given", recovery=RecoveryConfig("first-dense")))
+    assert facts == {**first, "origin": "given"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda stages: stages.pop("evaluate"), "to be a run with a result"),
+        (lambda stages: stages["evaluate"]["facts"].update(phase="pruned"), "a dense run, but got 'pruned'"),
+        (lambda stages: stages["fetch"]["facts"].update(dataset="0123"), "data of the .* but got '0123'"),
+    ],
+)
+def test_a_directory_that_is_no_baseline_is_refused(first, place, change, message):
+    content = manifest("first-dense")
+    change(content["stages"])
+    folder = place / f"bad-{abs(hash(message))}"
+    folder.mkdir()
+    (folder / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=message) as error:
+        baseline_of(sparse(f"{folder.name}-run", recovery=RecoveryConfig(str(folder))))
+    assert "recovery.baseline" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_no_manifest_is_no_baseline(place):
+    assert read_baseline(place / "nowhere", "given") is None
+    (place / "broken").mkdir()
+    (place / "broken" / MANIFEST).write_text("{")
+    assert read_baseline(place / "broken", "given") is None
+
+
+RESULT = {"deployed/onnxruntime/map50": 0.45, "deployed/deepsparse/map50": 0.54}
+
+
+def test_recovery_is_deployed_over_dense():
+    both = recovery_metrics({"map50": 0.6}, RESULT, ["onnxruntime", "deepsparse"])
+    assert both == {
+        "recovery/map50": pytest.approx(0.9),  # DeepSparse's, where it is there
+        "recovery/onnxruntime/map50": pytest.approx(0.75),
+        "recovery/deepsparse/map50": pytest.approx(0.9),
+    }
+    assert recovery_metrics({"map50": 0.6}, RESULT, ["onnxruntime"])["recovery/map50"] == pytest.approx(0.75)
+    assert recovery_metrics({}, RESULT, ["onnxruntime"]) == {}
+    assert recovery_metrics({"dense_fingerprint": "0"}, RESULT, ["onnxruntime"]) == {}
+
+
+def test_a_baseline_that_finds_nothing_is_warned_of_once(caplog):
+    assert recovery_metrics({"map50": 0.0}, RESULT, ["onnxruntime", "deepsparse"]) == {}
+    (warning,) = caplog.records
+    assert "mAP50 0" in warning.getMessage()

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from sparse_exp.errors import RecipeError
+from sparse_exp.sparsity.recipe import Phase
+from sparse_exp.training.phases import check_phases, is_pruning, stretches
+
+
+def phase(start: float, end: float, name: str = "pruned") -> Phase:
+    return Phase(name, start, end, quantized="quant" in name)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "steps", "marks"),
+    [
+        (0.0, 2.0, 4, [0, 4, 8]),
+        (0.0, 1.5, 4, [0, 4, 6]),
+        (1.5, 3.0, 4, [6, 8, 12]),
+        (1.25, 1.5, 4, [5, 6]),
+        (0.0, 2.0, 1, [0, 1, 2]),
+        (0.3, 2.2, 7, [2, 7, 14, 15]),  # 0.3 x 7 = 2.1, 2.2 x 7 = 15.4
+    ],
+)
+def test_a_phase_is_evaluated_at_each_epoch_and_at_its_end(start, end, steps, marks):
+    spans = stretches(phase(start, end), steps)
+    assert [(span.start, span.stop) for span in spans] == list(pairwise(marks))
+
+
+def test_a_phase_without_a_step_is_refused():
+    check_phases([phase(0.0, 0.25), phase(0.25, 1.0)], 4)
+    with pytest.raises(
+        RecipeError, match=r"phase pruned_quant to be at least one step, but got '0\.1 epochs"
+    ):
+        check_phases([phase(0.0, 0.9), phase(0.9, 1.0, "pruned_quant")], 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "pruning"),
+    [("dense", False), ("pruning", True), ("pruned", False), ("pruning_quant", True), ("dense_quant", False)],
+)
+def test_zeros_are_still_made_in_phases_called_pruning(name, pruning):
+    assert is_pruning(phase(0, 1, name)) is pruning
