@@ -6,6 +6,9 @@ RUNTIME := $(VENV)/.installed
 TOOLS := $(VENV)/.installed-dev
 PIP := $(ENV)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
+# Tests run in so many processes, each on one thread: threads of several processes slow each other down.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(ENV)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 
@@ -35,11 +38,11 @@ run: $(RUNTIME) ## Run the main job; overrides go into ARGS, as in make run ARGS
 
 .PHONY: test
 test: setup ## Run the tests (minutes)
-	@$(ENV)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 .PHONY: test-slow
 test-slow: setup ## Run all tests, the long ones too (real weights, real photos)
-	@$(ENV)/python -m pytest -m "slow or not slow" $(ARGS)
+	@$(PYTEST) -m "slow or not slow" $(ARGS)
 
 .PHONY: lint
 lint: setup ## Check style and the laws of the house

@@ -58,7 +58,7 @@ def main() -> None:
         for recipe in options.recipes
         for seed in options.seeds
     ]
-    for jobs in (dense, sparse):  # the sparse ones are compared with the dense ones
+    for jobs in (dense, sparse) if not options.tables else ():  # the sparse ones are compared with the dense
         _run_all([job for job in jobs if job.result is None], options, overrides)
     text = tables(options.recipes, dense, sparse, overrides)
     if options.write:
@@ -72,6 +72,7 @@ def _options() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--recipes", nargs="+", default=["transfer_quant", "transfer_quant_vnni"])
+    parser.add_argument("--tables", action="store_true", help="run nothing: the tables of what is finished")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores")
     parser.add_argument("--out", type=Path, default=Path("outputs/recovery"), help="folder of the runs")
     parser.add_argument("--write", type=Path, help=f"page with {START} and {END} to put the tables into")
@@ -129,8 +130,8 @@ def tables(
     ]
     baseline = {job.seed: job.result or {} for job in dense}
     for recipe in recipes:
-        runs = [(job.seed, job.result or {}) for job in sparse if job.recipe == recipe]
-        lines += [f"### {recipe}", "", *_table(runs, baseline), ""]
+        runs = [(job.seed, job.result) for job in sparse if job.recipe == recipe and job.result]
+        lines += [f"### {recipe}", "", *(_table(runs, baseline) if runs else ["Not measured."]), ""]
     return "\n".join(lines)
 
 

@@ -173,7 +173,7 @@ def with_trial(plan: Plan, trial: Trial, recipe: Recipe, data: Data, trainer: Tr
     rows, total = [], 0.0
     for row, phase in zip(plan.phases, recipe.phases(), strict=True):
         kind = "quantized" if phase.quantized else "float"
-        count = round(phase.end * steps) - round(phase.start * steps)
+        count = round((phase.end - phase.start) * steps)
         seconds = count * trial.seconds[kind] + _evaluations(phase) * data.val * trial.evaluation[kind]
         total += seconds
         split = trial.qat_split if phase.quantized else 1
@@ -334,7 +334,7 @@ def _facts(
     trained = f"{recipe.epochs:g} epochs of batch {batch}, {config.optimizer}"
     facts = {
         "model": f"{experiment.model.name} from {start.origin}",
-        "left": f"{len(start.left)} tensors keep initial values: {_shortened(start.left)}",
+        "left": f"{len(start.left)} tensors keep initial class scores: {_shortened(start.left)}",
         "data": f"{experiment.dataset.name}, {experiment.dataset.imgsz} px",
         "engines": ", ".join(experiment.hardware.engines),
         "stages": " -> ".join(experiment.stages),

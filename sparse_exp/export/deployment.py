@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from sparse_exp.export.onnx import export_float, export_quantized
+from sparse_exp.export.reference import with_whole_biases
 from sparse_exp.progress import progress
 from sparse_exp.sparsity.recipe import is_quantized
 from sparse_exp.yolov5 import YOLOv5
@@ -36,7 +37,8 @@ def export_deployment(model: YOLOv5, folder: Path, *, imgsz: int, opset: int) ->
         export_float(baseline, folder / DENSE, imgsz=imgsz, opset=opset)
         bar.advance()
         if quantized:
-            export_quantized(model, folder / MODEL, folder / QDQ, imgsz=imgsz, opset=opset)
+            whole = with_whole_biases(model)
+            export_quantized(whole, folder / MODEL, folder / QDQ, imgsz=imgsz, opset=opset)
         else:
             export_float(model, folder / MODEL, imgsz=imgsz, opset=opset)
         bar.advance(1 + quantized)

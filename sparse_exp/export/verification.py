@@ -1,6 +1,6 @@
 """Exported files held against the checkpoint they came from: structure, zeros, outputs, accuracy.
 
-Of a quantized network two right computations differ (docs/architecture.md, "Rounding"): on a small
+Of a quantized network two right computations differ (see `sparse_exp.export.reference`): on a small
 validation split mAP50 by some thousandths up or down, whichever engine it is. So the loss of mAP50 is the
 mean over several `views` of the split, and comes with its standard error.
 """

@@ -38,7 +38,10 @@ _PHASE_NAMES = {
     "pruned_quant": "pruned + quantized",
 }
 _PANELS: tuple[tuple[str, dict[str, str]], ...] = (
-    ("Training loss", {"loss/box": "box", "loss/obj": "objectness", "loss/cls": "class"}),
+    (
+        "Training loss",
+        {"loss/box": "box", "loss/obj": "objectness", "loss/cls": "class", "loss/distill": "distillation"},
+    ),
     ("Accuracy on the validation split", {"val/map50": "mAP50", "val/map50_95": "mAP50-95"}),
     ("Zeros in prunable weights", {"sparsity/prunable": "sparsity"}),
     ("Learning rate", {"lr": "learning rate"}),
@@ -50,7 +53,7 @@ def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     Args:
         history: one row an epoch with ``epoch`` (its end), ``phase``, and as far as known
-            ``loss/box|obj|cls``, ``val/map50``, ``val/map50_95``, ``sparsity/prunable`` (all 0..1 but
+            ``loss/box|obj|cls|distill``, ``val/map50``, ``val/map50_95``, ``sparsity/prunable`` (all 0..1 but
             the losses) and ``lr``; at least one row.
         path: PNG to write.
     """

@@ -236,7 +236,7 @@ class Distiller:
         if name not in self._projections:
             projection = nn.Conv2d(given.shape[1], wanted.shape[1], 1, bias=False).to(given.device)
             self._projections[name] = projection
-            rate = self._optimizer.param_groups[-1]["lr"]  # not that of the biases, which come first
+            rate = self._optimizer.param_groups[0]["lr"]  # not that of the biases, which come last
             group = {"params": list(projection.parameters()), "weight_decay": 0.0, "lr": rate}
             self._optimizer.add_param_group(group)
         fitted: Tensor = self._projections[name](given)

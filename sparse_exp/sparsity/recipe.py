@@ -49,6 +49,7 @@ from sparse_exp.sparsity.schedule import (
     rescaled,
     stages_of,
     time_map,
+    with_anchors,
     without,
 )
 from sparse_exp.sparsity.sparsifier import ManagedSparsifier, Sparsifier
@@ -138,7 +139,7 @@ class Recipe:
         check_variables(roots, variables or {}, name)
         _check_kinds([modifier.kind for modifier in modifiers_of(roots)], name)
         given = {key: value for key, value in (variables or {}).items() if value is not None}
-        self._manager = _load(body, name, given)
+        self._manager = _load(with_anchors(body, given), name, given)
         if num_epochs is not None and self.epochs > 0:
             boundaries = [0.0, *(phase.end for phase in self.phases())]
             self._manager = _load(rescaled(self.text, time_map(boundaries, num_epochs)), name)

@@ -12,7 +12,8 @@ import yaml
 
 from sparse_exp.errors import RecipeError
 
-_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
+# Neural Magic's files begin with their licence as a comment.
+_FRONT_MATTER = re.compile(r"\A\s*(?:<!--.*?-->\s*)*---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
 _MOMENTS = ("start_epoch", "end_epoch", "freeze_bn_stats_epoch", "disable_quantization_observer_epoch")
 _SPANS = ("update_frequency", "cycle_epochs", "step_size")
 
@@ -68,6 +69,17 @@ def read_body(body: str, name: str) -> dict[str, Any]:
     if not isinstance(roots, dict) or "modifiers:" not in body:
         raise RecipeError(f"{name} holds no recipe: a mapping with lists of modifiers is expected.")
     return roots
+
+
+def with_anchors(body: str, variables: Mapping[str, float]) -> str:
+    """A recipe with new values behind the YAML anchors of variables (``num_epochs: &num_epochs 52``).
+
+    SparseML sets variables after aliases have been read, so that these would keep the old value.
+    """
+    for name, value in variables.items():
+        anchored = re.compile(rf"^({re.escape(name)}\s*:\s*&[\w-]+[ \t]+)[^\s#]+", re.MULTILINE)
+        body = anchored.sub(lambda match, value=value: f"{match[1]}{value}", body)  # type: ignore[misc]
+    return body
 
 
 def modifiers_of(roots: Any) -> Iterator[Tagged]:

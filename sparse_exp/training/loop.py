@@ -29,7 +29,7 @@ from sparse_exp.training.checkpoints import CheckpointWriter
 from sparse_exp.training.evaluation import as_input, evaluate_model
 from sparse_exp.training.memory import is_out_of_memory
 from sparse_exp.training.optimizer import BIASES, WEIGHTS, make_optimizer
-from sparse_exp.training.phases import Best, check_phases, is_pruning, stretches
+from sparse_exp.training.phases import Best, check_phases, first_step, is_pruning, stretches
 from sparse_exp.training.precision import Precision
 from sparse_exp.yolov5 import DetectionLoss, YOLOv5, read_checkpoint
 
@@ -136,15 +136,15 @@ class Trainer:
         sparsifier = self._recipe.attach(self._model, self._optimizer, steps, teacher=self._teacher)
         self._contract.extend(self._model.prunable_convolutions(), self._expected(0.0))
         batches, history = self._batches(), []
-        with progress("Training", round(phases[-1].end * steps), "steps") as bar:
+        with progress("Training", first_step(phases[-1].end, steps), "steps") as bar:
             run = partial(self._run, steps_per_epoch=steps, batches=batches, sparsifier=sparsifier, bar=bar)
             for phase in phases:
-                self._enter(phase, sparsifier, round(phase.start * steps) / steps)
+                self._enter(phase, sparsifier, first_step(phase.start, steps) / steps)
                 for record in self._phase(phase, steps, run):
                     history.append(record)
                     self._on_epoch(record)
                     bar.advance(0, note=_note(record))
-                bar.goto(round(phase.end * steps))  # where it would be had the phase not ended early
+                bar.goto(first_step(phase.end, steps))  # where it would be had the phase not ended early
         sparsifier.finish()
         return TrainingResult(history, dict(self._best))
 

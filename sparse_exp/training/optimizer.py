@@ -7,15 +7,14 @@ from torch import nn
 
 from sparse_exp.config.schema import TrainerConfig
 
-BIASES, WEIGHTS, NORMS = range(3)
+NORMS, WEIGHTS, BIASES = range(3)
 
 
 def make_optimizer(model: nn.Module, trainer: TrainerConfig, kind: str) -> torch.optim.Optimizer:
     """Build the optimizer of a training.
 
-    Its three groups stand in the order of YOLOv5 from v6.2 on, which recipes with ``param_groups``
-    count by: 0 biases (those of batch norms too), 1 convolution weights, 2 batch norm weights. Only
-    group 1 decays. (YOLOv5 v5 to v6.1 had norms, weights, biases.)
+    Its three groups stand in the order that SparseML's YOLOv5 recipes count by with ``param_groups``: 0
+    batch norm weights, 1 convolution weights, 2 biases (those of batch norms too). Only group 1 decays.
 
     Args:
         model: its parameters are optimized.

@@ -34,6 +34,11 @@ def is_pruning(phase: Phase) -> bool:
     return phase.name.startswith("pruning")
 
 
+def first_step(epoch: float, steps_per_epoch: int) -> int:
+    """The first step at or after an epoch: a modifier that starts there has begun when it is taken."""
+    return math.ceil(epoch * steps_per_epoch - 1e-6)  # less what rounding adds to a whole number
+
+
 def check_phases(phases: Sequence[Phase], steps_per_epoch: int) -> None:
     """Refuse a phase in which nothing would be trained.
 
@@ -41,7 +46,7 @@ def check_phases(phases: Sequence[Phase], steps_per_epoch: int) -> None:
         RecipeError: a phase is shorter than one step.
     """
     for phase in phases:
-        if round(phase.end * steps_per_epoch) <= round(phase.start * steps_per_epoch):
+        if first_step(phase.end, steps_per_epoch) <= first_step(phase.start, steps_per_epoch):
             length = f"{phase.end - phase.start:g} epochs of {steps_per_epoch} steps"
             do = "Give it more of num_epochs, or more images."
             raise RecipeError(expected(f"the phase {phase.name}", "at least one step", length, do))
@@ -57,7 +62,7 @@ def stretches(phase: Phase, steps_per_epoch: int) -> list[range]:
     Returns:
         Ranges of steps, counted from the start of the training, one after the other.
     """
-    first, last = round(phase.start * steps_per_epoch), round(phase.end * steps_per_epoch)
+    first, last = (first_step(epoch, steps_per_epoch) for epoch in (phase.start, phase.end))
     epochs = range(math.floor(phase.start), math.ceil(phase.end) + 1)
     inside = sorted(e * steps_per_epoch for e in epochs if first < e * steps_per_epoch < last)
     marks = [first, *inside, last]

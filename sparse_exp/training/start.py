@@ -70,7 +70,7 @@ def examine(model: YOLOv5, loaded: Loaded) -> Start:
             loaded.report.taken,
             loaded.report.total,
             loaded.origin,
-            f"; {len(loaded.left)} left (the head: the number of classes differs)" if loaded.left else "",
+            f"; {len(loaded.left)} in part (of the head not the classes)" if loaded.left else "",
         )
     return Start(loaded.origin, overall(layer_sparsity(model.prunable_convolutions())), quantized)
 

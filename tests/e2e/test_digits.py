@@ -25,12 +25,12 @@ SMOKE = ["experiment=smoke", f"tracker.experiment={EXPERIMENT}"]
 FILES = {
     "sparse_exp.log", "config.yaml", "recipe.md", "manifest.json", "result.json", "environment.txt",
     "report.md", "history.json", "benchmark.json", ".hydra/config.yaml", ".hydra/hydra.yaml",
-    ".hydra/overrides.yaml",
+    ".hydra/overrides.yaml", "sparsity.csv",
     "weights/last.pt", "weights/best_pruned.pt", "weights/best_pruned_quant.pt",
     "deployment/model.onnx", "deployment/model.qdq.onnx", "deployment/dense.onnx",
 }  # fmt: skip
 PICTURES = {"training", "precision_recall", "layer_sparsity", "sizes", "throughput", "detections"}
-STAGES = ["fetch", "plan", "train", "evaluate", "export", "verify", "benchmark", "report"]
+STAGES = ["fetch", "plan", "baseline", "train", "evaluate", "export", "verify", "benchmark", "report"]
 ENGINES = ["deepsparse", "onnxruntime", "openvino"]
 
 

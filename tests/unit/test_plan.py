@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_exp.config.resolve import recipe_path
-from sparse_exp.config.schema import Experiment, HardwareConfig, ModelConfig, RecipeConfig
+from sparse_exp.config.schema import Experiment, HardwareConfig, ModelConfig, RecipeConfig, TrainerConfig
 from sparse_exp.errors import ConfigError, RecipeError
 from sparse_exp.plan import SPARSE_FROM, Data, Start, check_host, duration, make_plan, render, with_trial
 from sparse_exp.report.console import show_plan
@@ -46,6 +46,7 @@ def experiment(**recipe_options) -> Experiment:
         name="x",
         model=ModelConfig(name="yolov5n", size="n", sparsity=0.9),
         recipe=RecipeConfig(name="r", file="r.md", **recipe_options),
+        trainer=TrainerConfig(batch_size=8, lr=1e-3, warmup=0.5),
     )
     result.dataset.name = "trees"
     return result
@@ -217,7 +218,7 @@ def test_the_phases_with_what_holds_in_each(plan):
 def test_the_facts_name_origin_data_layers_and_engines(plan):
     facts = plan(start=Start("https://x/y.pt", 0.0, left=("model.24.m.0.bias", "b", "c", "d"))).facts
     assert facts["model"] == "yolov5n from https://x/y.pt"
-    assert facts["left"] == "4 tensors keep initial values: model.24.m.0.bias, b, ... d"
+    assert facts["left"] == "4 tensors keep initial class scores: model.24.m.0.bias, b, ... d"
     assert "trees" in facts["data"]
     assert facts["recipe"] == "transfer_quant.md, 10 epochs of batch 8, adamw"
     assert facts["ConstantPruningModifier"].startswith("60 layers: model.0.conv, model.1.conv, ... ")

@@ -204,6 +204,14 @@ def test_a_dense_run_is_found_by_the_others_and_wants_none_itself(first, caplog)
     assert "this run is a baseline itself" in caplog.text
 
 
+def test_of_a_recipe_that_trains_nothing_the_start_is_the_baseline(trained):
+    recipe = RecipeConfig(name="oneshot", file="oneshot.md", oneshot=True)
+    facts = baseline_of(sparse("oneshot", recipe=recipe))
+    assert facts == {"map50": facts["map50"], "directory": "", "checkpoint": None, "origin": "the start"}
+    assert 0 <= facts["map50"] < 0.2  # random weights
+    assert trained == []
+
+
 def test_an_unfinished_run_is_gone_on_with(place):
     (place / "cut-dense").mkdir()
     (place / "cut-dense" / MANIFEST).write_text('{"stages": {}}')

@@ -18,11 +18,12 @@ def test_differences_are_those_of_confident_predictions_over_all_batches():
         predictions((11, 10, 4, 6, 0.3, 0.8), (90, 90, 1, 1, 0.02, 0.7)),
     )
     differences.update(predictions((20, 20, 4, 4, 0.05, 0.5)), predictions((20, 25, 4, 4, 0.1, 0.5)))
+    differences.update(predictions((5, 5, 4, 4, 0.2, 0.5)), predictions((5, 5, 4, 4, 0.05, 0.5)))
     found = differences.result()
-    # Two are confident on one side at least: |1|, 0, 0, |2| and 0, |5|, 0, 0; 0.2, 0.1 and 0.05, 0.
-    assert found["box_mean_px"] == pytest.approx(8 / 8)
+    # Three are confident on one side at least: 1, 0, 0, 2 then 0, 5, 0, 0 then 0s; 0.2, 0.1 then 0.05, 0 ...
+    assert found["box_mean_px"] == pytest.approx(8 / 12)
     assert found["box_max_px"] == 5
-    assert found["score_mean"] == pytest.approx((0.2 + 0.1 + 0.05) / 4)
+    assert found["score_mean"] == pytest.approx((0.2 + 0.1 + 0.05 + 0.15) / 6)
     assert found["score_max"] == pytest.approx(0.2)
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_exp.errors import RecipeError
+from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.sparsity.schedule import (
     body_of,
     check_variables,
@@ -206,3 +207,29 @@ def test_rescaled_text_is_yaml_that_pyyaml_reads_with_the_tags_kept():
     assert "!GMPruningModifier" in rescaled(MANY, time_map([0.0, 100.0], 10.0))
     with pytest.raises(yaml.constructor.ConstructorError):
         yaml.safe_load(rescaled(MANY, time_map([0.0, 100.0], 10.0)))
+
+
+PUBLISHED = """num_epochs: &num_epochs 52
+init_lr: &rate 0.0032 # of SGD
+
+training_modifiers:
+  - !EpochRangeModifier
+    start_epoch: 0.0
+    end_epoch: *num_epochs
+
+  - !SetLearningRateModifier
+    start_epoch: 0.0
+    learning_rate: *rate
+"""
+
+
+@pytest.mark.parametrize("prefix", ["", "<!--\nlicence\n-->\n\n", "\ufeff<!-- a --> <!-- b -->\r\n"])
+def test_a_licence_may_stand_before_the_front_matter(prefix):
+    assert body_of(f"{prefix}---\n{PUBLISHED}\n---\n\n# Title\n").strip() == PUBLISHED.strip()
+
+
+def test_variables_behind_anchors_reach_their_aliases():
+    recipe = Recipe(PUBLISHED, {"num_epochs": 3.0, "init_lr": 0.5})
+    assert recipe.epochs == 3.0
+    assert recipe.learning_rates(recipe.phases()[0]) == [(0.5, 0.5)]
+    assert Recipe(PUBLISHED).epochs == 52.0

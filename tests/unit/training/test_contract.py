@@ -282,7 +282,7 @@ def test_a_rate_of_its_own_for_the_biases_is_recorded(tiny_trainer, scripted):
     final_lr: {}
     param_groups: {}
 """
-    text = EPOCHS.format(1.0) + rates.format(0.05, 0.01, "[0]") + rates.format(0.0, 0.01, "[1, 2]")
+    text = EPOCHS.format(1.0) + rates.format(0.05, 0.01, "[2]") + rates.format(0.0, 0.01, "[0, 1]")
     record = tiny_trainer(text, sparsity=0.0).fit().history[0]
     # the last of two steps, half of the way
     assert record["lr/biases"] == pytest.approx(0.05 - 0.04 * 0.5)

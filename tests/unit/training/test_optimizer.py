@@ -18,14 +18,14 @@ def small() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1, bias=False))
 
 
-def test_groups_are_biases_then_weights_then_norms_and_hold_each_parameter_once():
+def test_groups_are_norms_then_weights_then_biases_and_hold_each_parameter_once():
     model = YOLOv5("n", 3)
     groups = make_optimizer(model, CONFIG, "sgd").param_groups
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     biases = [m.bias for m in [*norms, *convolutions] if m.bias is not None]
     wanted = {BIASES: biases, WEIGHTS: [m.weight for m in convolutions], NORMS: [m.weight for m in norms]}
-    assert (BIASES, WEIGHTS, NORMS) == (0, 1, 2)  # what recipes count by
+    assert (NORMS, WEIGHTS, BIASES) == (0, 1, 2)  # what recipes count by
     for index, parameters in wanted.items():
         assert {id(p) for p in groups[index]["params"]} == {id(p) for p in parameters}
         assert len(groups[index]["params"]) == len(parameters)

@@ -6,7 +6,7 @@ import pytest
 
 from sparse_exp.errors import RecipeError
 from sparse_exp.sparsity.recipe import Phase
-from sparse_exp.training.phases import check_phases, is_pruning, stretches
+from sparse_exp.training.phases import check_phases, first_step, is_pruning, stretches
 
 
 def phase(start: float, end: float, name: str = "pruned") -> Phase:
@@ -21,7 +21,7 @@ def phase(start: float, end: float, name: str = "pruned") -> Phase:
         (1.5, 3.0, 4, [6, 8, 12]),
         (1.25, 1.5, 4, [5, 6]),
         (0.0, 2.0, 1, [0, 1, 2]),
-        (0.3, 2.2, 7, [2, 7, 14, 15]),  # 0.3 x 7 = 2.1, 2.2 x 7 = 15.4
+        (0.3, 2.2, 7, [3, 7, 14, 16]),  # 0.3 x 7 = 2.1, 2.2 x 7 = 15.4
     ],
 )
 def test_a_phase_is_evaluated_at_each_epoch_and_at_its_end(start, end, steps, marks):
@@ -43,3 +43,11 @@ def test_a_phase_without_a_step_is_refused():
 )
 def test_zeros_are_still_made_in_phases_called_pruning(name, pruning):
     assert is_pruning(phase(0, 1, name)) is pruning
+
+
+@pytest.mark.parametrize(
+    ("epoch", "steps", "wanted"), [(4 / 3, 4, 6), (6.25, 13, 82), (2.0, 7, 14), (0.1 * 3, 10, 3)]
+)
+def test_a_phase_is_entered_when_its_modifiers_have_begun(epoch, steps, wanted):
+    """By hand: 4/3 of 4 is 5.33; 6.25 times 13 is 81.25; 0.1 * 3 is a little more than 0.3."""
+    assert first_step(epoch, steps) == wanted
