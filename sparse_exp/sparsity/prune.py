@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 BLOCK = 4
 """Weights in a block of the pattern ``block4``, which DeepSparse skips fastest with VNNI instructions."""
+_NEARLY_ZERO = 1e-8  # below what float16 holds: published checkpoints are stored in it
 
 
 @torch.no_grad()
@@ -24,7 +25,9 @@ def prune_by_magnitude(convolutions: Mapping[str, nn.Conv2d], sparsity: float, b
     for conv in convolutions.values():
         groups = blocks(conv.weight, block)
         order = _energies(conv.weight, groups).argsort(stable=True)
-        _zero(conv, groups[order[: math.ceil(sparsity * len(groups))]])
+        doomed = torch.zeros(len(groups), dtype=torch.bool)
+        doomed[order[: math.ceil(sparsity * len(groups))]] = True
+        _zero(conv, groups, doomed)
 
 
 @torch.no_grad()
@@ -51,7 +54,7 @@ def prune_layer_adaptively(convolutions: Mapping[str, nn.Conv2d], sparsity: floa
     doomed[order[: int((sizes.cumsum(0) - sizes < count).sum())]] = True
     first = 0
     for name, of in groups.items():
-        _zero(convolutions[name], of[doomed[first : first + len(of)]])
+        _zero(convolutions[name], of, doomed[first : first + len(of)])
         first += len(of)
 
 
@@ -89,7 +92,15 @@ def _lamp_scores(energies: Tensor) -> Tensor:
     return scores
 
 
-def _zero(conv: nn.Conv2d, indices: Tensor) -> None:
+def _zero(conv: nn.Conv2d, groups: Tensor, doomed: Tensor) -> None:
+    """Set whole blocks to 0, and only whole ones.
+
+    A weight that is 0 by chance in a block that stays would be held there by the recipe's mask; it gets a
+    value from which it can train.
+    """
     flat = conv.weight.flatten().clone()  # of some layouts flatten is a view
-    flat[indices.flatten()] = 0.0
+    kept = groups[~doomed].flatten()
+    if groups.shape[1] > 1:
+        flat[kept[flat[kept] == 0]] = _NEARLY_ZERO
+    flat[groups[doomed].flatten()] = 0.0
     conv.weight.copy_(flat.view(conv.weight.shape))

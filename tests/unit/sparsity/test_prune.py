@@ -165,3 +165,15 @@ def test_a_detector_pruned_in_blocks_has_no_partial_block():
         zeros = (conv.weight.flatten()[blocks(conv.weight, 4)] == 0).sum(1)
         assert blocks(conv.weight, 4).shape[1] == 4, name
         assert set(zeros.tolist()) <= {0, 4}, name
+
+
+@pytest.mark.parametrize("prune", [prune_by_magnitude, prune_layer_adaptively])
+def test_a_weight_that_is_zero_by_chance_in_a_kept_block_is_not_held(prune):
+    conv = nn.Conv2d(8, 2, 1, bias=False)
+    with torch.no_grad():
+        conv.weight.copy_(torch.tensor([[5.0] * 4 + [1.0] * 4, [5.0] * 4 + [1.0] * 4])[:, :, None, None])
+        conv.weight[0, 1] = 0.0
+    prune({"conv": conv}, 0.5, 4)
+    assert conv.weight[:, :4].ne(0).all()
+    assert conv.weight[:, 4:].eq(0).all()
+    assert abs(float(conv.weight[0, 1])) < 6e-8  # float16 would not tell it from 0
