@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -24,8 +23,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparse_exp.hardware import host_facts, usable_physical_cores
+from sparse_exp.report.markdown import between_marks
 
-START, END = "<!-- recovery -->", "<!-- /recovery -->"
+MARK = "recovery"
 ENGINES = ("deepsparse", "onnxruntime", "openvino")
 _TRAINED = ("fetch", "plan", "baseline", "train", "evaluate")
 _DEPLOYED = (*_TRAINED, "export", "verify")
@@ -63,7 +63,7 @@ def main() -> None:
     text = tables(options.recipes, dense, sparse, overrides)
     if options.write:
         page = options.write.read_text(encoding="utf-8")
-        options.write.write_text(insert(page, text), encoding="utf-8")
+        options.write.write_text(between_marks(page, MARK, text), encoding="utf-8")
     else:
         sys.stdout.write(text)
 
@@ -75,7 +75,7 @@ def _options() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--tables", action="store_true", help="run nothing: the tables of what is finished")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores")
     parser.add_argument("--out", type=Path, default=Path("outputs/recovery"), help="folder of the runs")
-    parser.add_argument("--write", type=Path, help=f"page with {START} and {END} to put the tables into")
+    parser.add_argument("--write", type=Path, help=f"page to put the tables into, between its marks {MARK!r}")
     return parser.parse_known_args()
 
 
@@ -166,18 +166,6 @@ def _row(label: str, numbers: Sequence[float], result: dict[str, Any]) -> str:
     cells = [f"{value:.4f}" for value in numbers]
     cells += [f"{kept:.1%}", f"{result['sparsity/onnx']:.2%}", f"{result['size/onnx_gzip_mb']:.2f} MB"]
     return f"| {label} | {' | '.join(cells)} |"
-
-
-def insert(page: str, text: str) -> str:
-    """Replace what stands between the marks of a page.
-
-    Raises:
-        ValueError: the page has no marks.
-    """
-    marked = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
-    if not marked.search(page):
-        raise ValueError(f"The page has no {START} and {END}.")
-    return marked.sub(lambda _: f"{START}\n{text.strip()}\n{END}", page)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,11 @@ class StageFailed(SparseExpError):
     """A stage stopped for a reason that is not the user's; its traceback is in the run's log."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message; the name of its kind where there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def expected(what: str, should_be: str, got: object, do: str) -> str:
     """The house's error sentence: ``Expected WHAT to be RANGE, but got VALUE. WHAT TO DO.``"""
     return f"Expected {what} to be {should_be}, but got {got!r}. {do}"

@@ -285,12 +285,14 @@ def _warnings(experiment: Experiment, recipe: Recipe, start: Start, model: YOLOv
 
 def _in_blocks(model: YOLOv5) -> bool:
     """Whether zeros come in groups of four input channels (of layers whose number of them allows it)."""
+    from sparse_exp.sparsity.prune import BLOCK, blocks
+
     zeros, whole = 0, 0
     for conv in model.prunable_convolutions().values():
-        if conv.in_channels % 4 == 0:
-            groups = (conv.weight == 0).reshape(conv.out_channels, conv.in_channels // 4, 4, -1)
+        groups = (conv.weight == 0).flatten()[blocks(conv.weight, BLOCK)]
+        if groups.shape[1] == BLOCK:
             zeros += int(groups.sum())
-            whole += 4 * int(groups.all(dim=2).sum())
+            whole += BLOCK * int(groups.all(dim=1).sum())
     return whole >= _IN_BLOCKS_FROM * zeros
 
 

@@ -15,10 +15,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparse_exp.report.markdown import between_marks
 from sparse_exp.report.results import SIZES, SPARSITIES, accuracies, number, throughputs
 from sparse_exp.report.summary import decimal, percent
 
-START, END = "<!-- numbers -->", "<!-- /numbers -->"
+MARK = "numbers"
 # Where files of this run lie is of no interest to a reader.
 _LOCAL = ("paths.", "resume=", "overwrite=", "hydra.", "tracker")
 
@@ -29,7 +30,9 @@ def main() -> None:
     try:
         text = numbers(arguments.run)
         if arguments.insert:
-            arguments.insert.write_text(insert(arguments.insert.read_text(encoding="utf-8"), text), "utf-8")
+            arguments.insert.write_text(
+                between_marks(arguments.insert.read_text("utf-8"), MARK, text), "utf-8"
+            )
         else:
             sys.stdout.write(text)
     except (OSError, ValueError, KeyError) as error:
@@ -62,19 +65,6 @@ def numbers(run: Path) -> str:
         _times(result),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def insert(page: str, text: str) -> str:
-    """``page`` with ``text`` between the two markers.
-
-    Raises:
-        ValueError: the markers are not there, once each and in order.
-    """
-    before, start, rest = page.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end or START in rest or END in after:
-        raise ValueError(f"The page must hold {START} and {END} once each, in this order")
-    return f"{before}{START}\n\n{text.strip()}\n\n{END}{after}"
 
 
 def _introduction(manifest: dict[str, Any], result: dict[str, Any], facts: dict[str, Any]) -> str:

@@ -204,7 +204,9 @@ def _check_teacher(experiment: Experiment) -> Iterator[str]:
 
 
 def _is_file_or_fetched(uri: str) -> bool:
-    return uri.startswith(("index:", "https://", "http://")) or Path(uri).expanduser().is_file()
+    from sparse_exp.zoo.sources import is_remote
+
+    return is_remote(uri) or Path(uri).expanduser().is_file()
 
 
 def _stub_problem(stub: str) -> Iterator[str]:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from sparse_exp.errors import DataError, expected
+from sparse_exp.errors import DataError, expected, first_line
 from sparse_exp.progress import progress
 
 SPLITS = ("train", "val", "test")
@@ -119,7 +119,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
             upright = ImageOps.exif_transpose(image)
             return np.asarray(upright.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise DataError(f"Cannot read the image {path}: {reason}. Replace or remove it.") from error
 
 

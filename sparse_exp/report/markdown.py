@@ -29,6 +29,20 @@ _HOW_VERIFIED = (
 )
 
 
+def between_marks(page: str, mark: str, text: str) -> str:
+    """A page with ``text`` between ``<!-- MARK -->`` and ``<!-- /MARK -->``.
+
+    Raises:
+        ValueError: the marks are not there, once each and in order.
+    """
+    first, last = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    before, start, rest = page.partition(first)
+    _, end, after = rest.partition(last)
+    if not start or not end or first in rest or last in after:
+        raise ValueError(f"The page must hold {first} and {last} once each, in this order")
+    return f"{before}{first}\n\n{text.strip()}\n\n{last}{after}"
+
+
 @dataclass(frozen=True)
 class ReportData:
     """What a report is made of; parts that are empty are left out.

@@ -19,7 +19,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from sparse_exp.errors import RecipeError, expected
+from sparse_exp.errors import RecipeError, expected, first_line
 from sparse_exp.sparsity.distillation import Distiller, LayerTerm, OutputTerm
 from sparse_exp.sparsity.modifiers import (
     Phase,
@@ -359,7 +359,7 @@ class Recipe:
             types = "SiLU, BatchNorm2d, MaxPool2d, Upsample, Concat"
             raise RecipeError(
                 f"QuantizationModifier of {self.name} cannot be applied to this model "
-                f"({_first_line(error)}). Let it leave out what is no convolution: ignore: [{types}]."
+                f"({first_line(error)}). Let it leave out what is no convolution: ignore: [{types}]."
             ) from error
         found, stem = quantized_layers(trial), getattr(model, "stem", None)
         if not found:
@@ -459,7 +459,7 @@ class Recipe:
             modifier.apply(model, epoch=float("inf"), loggers=_silent())
         except Exception as error:  # SparseML raises plain Exceptions of many kinds
             raise RecipeError(
-                f"{type(modifier).__name__} of {self.name} cannot prune at once ({_first_line(error)}). "
+                f"{type(modifier).__name__} of {self.name} cannot prune at once ({first_line(error)}). "
                 "Use MagnitudePruningModifier, or train with recipe.oneshot=false."
             ) from error
 
@@ -499,7 +499,7 @@ def _load(body: str, name: str, variables: Mapping[str, float] | None = None) ->
     try:
         manager = ScheduledModifierManager.from_yaml(f"{body}\n", recipe_variables=dict(variables or {}))
     except Exception as error:  # SparseML raises plain Exceptions of many kinds
-        reason = _first_line(error).rstrip(".")
+        reason = first_line(error).rstrip(".")
         do = "Correct the file, or what recipe.variables sets (are the phases shorter than num_epochs?)."
         raise RecipeError(f"SparseML cannot read {name}: {reason}. {do}") from error
     for modifier in manager.iter_modifiers():
@@ -571,7 +571,3 @@ def _silent() -> LoggerManager:
     """A logger that keeps quiet: the default one writes sparse_logs/ into the current directory."""
     nobody = LambdaLogger(lambda *_: True, enabled=False)  # an empty manager would count as none given
     return LoggerManager([nobody], log_frequency=None, log_python=False)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

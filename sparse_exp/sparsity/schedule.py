@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from sparse_exp.errors import RecipeError
+from sparse_exp.errors import RecipeError, first_line
 
 # Neural Magic's files begin with their licence as a comment.
 _FRONT_MATTER = re.compile(r"\A\s*(?:<!--.*?-->\s*)*---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
@@ -64,8 +64,7 @@ def read_body(body: str, name: str) -> dict[str, Any]:
     try:
         roots = yaml.load(body, Loader=_Loader)
     except yaml.YAMLError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RecipeError(f"{name} is not valid YAML: {reason}. Correct the file.") from error
+        raise RecipeError(f"{name} is not valid YAML: {first_line(error)}. Correct the file.") from error
     if not isinstance(roots, dict) or "modifiers:" not in body:
         raise RecipeError(f"{name} holds no recipe: a mapping with lists of modifiers is expected.")
     return roots

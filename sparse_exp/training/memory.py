@@ -10,7 +10,6 @@ from pathlib import Path
 import psutil
 import torch
 
-MEGABYTE = 1e6
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # Of a cgroup: its limit, what it uses, and what of that is a cache of files that can be dropped.

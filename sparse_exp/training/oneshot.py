@@ -10,7 +10,7 @@ from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data import DetectionDataset
 from sparse_exp.data.loader import DetectionLoader, make_loader
 from sparse_exp.errors import RecipeError
-from sparse_exp.sparsity.measure import SparsityContract, layer_sparsity, listed, overall
+from sparse_exp.sparsity.measure import SparsityContract, layer_sparsity, overall
 from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.training.checkpoints import CheckpointWriter
 from sparse_exp.training.evaluation import as_input, evaluate_model
@@ -27,13 +27,10 @@ def refuse_untrained_start(loaded: Loaded) -> None:
     Raises:
         RecipeError: it is random altogether, or its head is, having been made for other classes.
     """
-    if loaded.checkpoint is None or loaded.left:
-        untrained = (
-            f"{listed(loaded.left)} of the start ({loaded.origin}) are" if loaded.left else "the start is"
-        )
+    if loaded.untrained:
         raise RecipeError(
             "A one-shot recipe trains nothing, so its start must know the data set's classes already, but "
-            f"{untrained} random. Give a checkpoint that was trained on these classes with "
+            f"{loaded.untrained} random. Give a checkpoint that was trained on these classes with "
             "model.weights=PATH, such as a dense run's weights/best_dense.pt."
         )
 

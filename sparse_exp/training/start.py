@@ -43,6 +43,13 @@ class Loaded:
         """Names of the tensors that kept their initial values."""
         return self.report.left if self.report else ()
 
+    @property
+    def untrained(self) -> str:
+        """What is random in these weights, as the beginning of a sentence; empty where nothing is."""
+        if self.left:
+            return f"{listed(self.left)} of the start ({self.origin}) are"
+        return "" if self.checkpoint else "the start is"
+
 
 def load_start(experiment: Experiment, dataset: DetectionDataset, cache: Path) -> tuple[YOLOv5, Loaded]:
     """Build the detector for the data set's classes and give it the start weights.
@@ -128,13 +135,11 @@ def load_teacher(
 
 
 def _require_taken(loaded: Loaded) -> None:
-    if loaded.checkpoint is None or loaded.left:
-        random = (
-            f"{listed(loaded.left)} of the start ({loaded.origin}) are" if loaded.left else "the start is"
-        )
+    if loaded.untrained:
         raise ConfigError(
-            f"recipe.teacher=self would teach noise: {random} random, not trained on these classes. Use "
-            "recipe.teacher=baseline with recovery.baseline=auto, or give a checkpoint: recipe.teacher=PATH."
+            f"recipe.teacher=self would teach noise: {loaded.untrained} random, not trained on these "
+            "classes. Use recipe.teacher=baseline with recovery.baseline=auto, or give a checkpoint: "
+            "recipe.teacher=PATH."
         )
 
 

@@ -82,7 +82,7 @@ def cached(source: SourceConfig, cache: Path) -> FetchedFile | None:
     Returns:
         The file, or None if it would have to be fetched.
     """
-    if not _is_remote(source.uri):
+    if not is_remote(source.uri):
         return _local_file(source) if Path(source.uri).expanduser().is_file() else None
     return _read_entry(_entry(source, cache))
 
@@ -103,7 +103,7 @@ def fetch(source: SourceConfig, cache: Path) -> FetchedFile:
     found = cached(source, cache)
     if found:
         return found
-    if not _is_remote(source.uri):
+    if not is_remote(source.uri):
         raise SourceUnavailable(expected("the source", "an existing file", source.uri, "Correct the path."))
     try:
         return _fetch_locked(source, cache)
@@ -114,7 +114,8 @@ def fetch(source: SourceConfig, cache: Path) -> FetchedFile:
         ) from error
 
 
-def _is_remote(uri: str) -> bool:
+def is_remote(uri: str) -> bool:
+    """Whether a URI names something to be fetched, and not a path on this machine."""
     return uri.startswith(("index:", "https://", "http://", STUB_PREFIX))
 
 

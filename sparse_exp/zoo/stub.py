@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_exp.errors import ConfigError, SourceUnavailable, expected
+from sparse_exp.errors import ConfigError, SourceUnavailable, expected, first_line
 
 STUB_PREFIX = "zoo:"
 PARAMETERS = ("recipe", "recipe_type", "checkpoint", "deployment")
@@ -147,7 +147,7 @@ def download_stub(text: str, file: Path, folder: Path) -> None:
         with _short_timeouts():
             shutil.copyfile(_served(stub, folder / "sparsezoo"), file)
     except Exception as error:  # the client lets those of requests, JSON and its own through
-        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         if not 0 < len(reason) < 100:  # a failed connection is told at length
             reason = type(error).__name__
         raise SourceUnavailable(
