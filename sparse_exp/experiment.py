@@ -34,6 +34,7 @@ _DEPENDS_ON: dict[str, tuple[str, ...]] = {
     "verify": ("recovery",),
     "benchmark": ("hardware",),
     "report": ("name",),
+    "publish": ("publish",),
 }
 
 _KEPT_AT_THE_END = (
