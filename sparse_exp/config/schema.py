@@ -23,7 +23,7 @@ STAGES = (
 )
 SIZES = ("n", "s", "m", "l", "x")
 ENGINES = ("deepsparse", "onnxruntime", "openvino")
-GENERATORS = ("trees", "digits")
+GENERATORS = ("trees", "digits", "coco128", "voc")
 OPTIMIZERS = ("adamw", "sgd")
 PATTERNS = ("unstructured", "block4")
 MISSING: Any = "???"
@@ -92,10 +92,14 @@ class DatasetConfig:
 
     name: str = MISSING
     path: Optional[str] = documented(None, "data yaml in Ultralytics format; null: use the generator")
-    generator: Optional[str] = one_of(None, GENERATORS, "embedded data set to build")
-    source: Optional[SourceConfig] = documented(None, "package that the generator reads")
+    generator: Optional[str] = one_of(None, GENERATORS, "data set to build or to convert")
+    sources: List[SourceConfig] = documented([], "files that the generator reads, all of them")
     imgsz: int = bounded(640, 64, 2048, unit="px", help="square image size, a multiple of 32")
-    workers: int = bounded(0, 0, 64, help="processes that decode and augment; 0: the main one")
+    workers: Optional[int] = bounded(
+        None, 0, 64,
+        help="processes that decode and augment; 0: the main one; null: some, where a split does not fit "
+        "into memory once it is decoded",
+    )  # fmt: skip
     on_corrupt: str = one_of(
         "fail", ("fail", "skip"), "images and labels that cannot be used: stop, or go on without them"
     )

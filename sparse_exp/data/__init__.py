@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparse_exp.config.schema import DatasetConfig
-from sparse_exp.data.detection import DetectionDataset, Sample, check_dataset, load_dataset, read_image
+from sparse_exp.data.detection import DetectionDataset, Sample, check_dataset, load_dataset
+from sparse_exp.data.images import read_image
 from sparse_exp.errors import DataError
 
 __all__ = [
@@ -24,20 +25,15 @@ def prepare(dataset: DatasetConfig, cache: Path) -> DetectionDataset:
 
     Args:
         dataset: ``path`` is read where it lies; else ``generator`` builds it in the cache.
-        cache: see `sparse_exp.zoo.sources.cache_directory`.
+        cache: see `sparse_exp.zoo.sources.cache_directory`. It also keeps what was found out about
+            images and labels, so that the next start only looks at what has changed.
 
     Raises:
         DataError: there is no such data set, or it cannot be used.
-        SourceUnavailable: the package that the generator reads cannot be had.
+        SourceUnavailable: what the generator reads cannot be had.
     """
-    if dataset.path:
-        return load_dataset(Path(dataset.path).expanduser(), dataset.name)
-    place = _place(dataset, cache)
-    if dataset.generator == "digits":
-        from sparse_exp.data import digits
-
-        return load_dataset(digits.materialize(place), dataset.name)
-    return load_dataset(_prepare_trees(dataset, cache, place), dataset.name)
+    yaml_path = Path(dataset.path).expanduser() if dataset.path else _materialize(dataset, cache)
+    return load_dataset(yaml_path, dataset.name, cache=cache, on_corrupt=dataset.on_corrupt)
 
 
 def is_prepared(dataset: DatasetConfig, cache: Path) -> bool:
@@ -50,23 +46,37 @@ def is_prepared(dataset: DatasetConfig, cache: Path) -> bool:
 
 
 def _place(dataset: DatasetConfig, cache: Path) -> Path:
-    from sparse_exp.data import digits, trees
+    from sparse_exp.data import digits, public, trees
 
-    versions = {"digits": digits.VERSION, "trees": trees.VERSION}
+    versions = {
+        "digits": digits.VERSION, "trees": trees.VERSION, "coco128": public.VERSION, "voc": public.VERSION,
+    }  # fmt: skip
     if dataset.generator not in versions:
-        do = "Set dataset.path=YAML, or dataset.generator to one of trees, digits."
+        do = f"Set dataset.path=YAML, or dataset.generator to one of {', '.join(versions)}."
         raise DataError(f"The data set {dataset.name!r} has neither a path nor a known generator. {do}")
     return cache / "datasets" / f"{dataset.generator}-{versions[dataset.generator]}"
 
 
-def _prepare_trees(dataset: DatasetConfig, cache: Path, place: Path) -> Path:
-    from sparse_exp.data import trees
+def _materialize(dataset: DatasetConfig, cache: Path) -> Path:
+    from sparse_exp.data import digits, public, trees
     from sparse_exp.data.writing import is_written
-    from sparse_exp.zoo.sources import fetch
 
+    place = _place(dataset, cache)
     if is_written(place):
         return place / "data.yaml"
-    if dataset.source is None:
-        do = "Set dataset.source.uri to the package that holds the photos."
-        raise DataError(f"The data set {dataset.name!r} has no source. {do}")
-    return trees.materialize(fetch(dataset.source, cache).path, place)
+    if dataset.generator == "digits":
+        return digits.materialize(place)
+    archives = _fetch_sources(dataset, cache)
+    if dataset.generator == "trees":
+        return trees.materialize(archives[0], place)
+    build = public.materialize_voc if dataset.generator == "voc" else public.materialize_coco128
+    return build(archives, place)
+
+
+def _fetch_sources(dataset: DatasetConfig, cache: Path) -> list[Path]:
+    from sparse_exp.zoo.sources import fetch
+
+    if not dataset.sources:
+        do = "Set dataset.sources to the files that it is made from."
+        raise DataError(f"The data set {dataset.name!r} has no sources. {do}")
+    return [fetch(source, cache).path for source in dataset.sources]

@@ -18,7 +18,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as v2
 
 from sparse_exp.config.schema import AugmentConfig
-from sparse_exp.data.detection import PADDING
+from sparse_exp.data.letterbox import PADDING
 
 _MIN_SIDE = 2.0  # px; smaller boxes cannot be learnt from
 _MIN_VISIBLE = 0.15  # share of a box's area that must still be inside
@@ -163,7 +163,7 @@ def jitter_colours(
     colour = saturation * torch.eye(3) + (1 - saturation) * grey.expand(3, 3)
     matrix = brightness * contrast * (_turn(hue) @ colour)
     bias = (1 - contrast) * mean_grey + 0.5  # half a step, because the cast to uint8 cuts off
-    return torch.add(matrix @ pixels, bias).clamp_(0, 255).to(torch.uint8).view_as(image)
+    return (matrix @ pixels).add_(bias).clamp_(0, 255).to(torch.uint8).view_as(image)
 
 
 def _turn(share: float) -> Tensor:

@@ -5,42 +5,56 @@ A data set is a yaml file with the keys ``path`` (root; the yaml's own folder wh
 those) and ``names`` (a list, or a map from class id to name). The label file of
 ``.../images/x.jpg`` is ``.../labels/x.txt``: one line ``class x y w h`` per box, centre and size as
 shares of the image's width and height. A polygon ``class x1 y1 x2 y2 ...`` becomes the box around
-it. An empty or missing label file is an image of background.
+it. An empty or missing label file is an image of background. Other keys, such as ``download``, are
+ignored: nothing in a data yaml is ever run.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
-from sparse_exp.errors import DataError, expected, first_line
-from sparse_exp.progress import progress
+from sparse_exp.data.images import IMAGE_SUFFIXES
+from sparse_exp.data.labels import read_boxes
+from sparse_exp.data.scan import Scan, scan_files
+from sparse_exp.errors import DataError, expected
 
+_log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-PADDING = 114  # the grey that YOLOv5 checkpoints have learnt to ignore
-_TOLERANCE = 1e-3  # rounding in label files
+_NAMED = 3  # files that a warning lists before it only counts
 
 
 class Sample(NamedTuple):
-    """One image and its label file, which need not exist."""
+    """One image and its label file, which need not exist.
+
+    Attributes:
+        image: path of the image.
+        label: path of the label file.
+        boxes: what is in it, float32 ``(M, 5)`` as bytes, where that is known; see `labels_of`.
+    """
 
     image: Path
     label: Path
+    boxes: bytes | None = None
+
+    def labels_of(self, num_classes: int) -> NDArray[np.float32]:
+        """Class id and x, y, w, h of each box; see `sparse_exp.data.labels.read_boxes`."""
+        if self.boxes is None:
+            return read_boxes(self.label, num_classes)
+        return np.frombuffer(self.boxes, np.float32).reshape(-1, 5)
 
 
 @dataclass(frozen=True)
 class DetectionDataset:
-    """A detection data set on disk.
+    """A detection data set on disk, all of whose files can be used.
 
     Attributes:
         name: for people.
@@ -48,6 +62,7 @@ class DetectionDataset:
         names: class names; the class id is the position.
         splits: samples of ``train``, ``val`` and, where there is one, ``test``, sorted by path.
         digest: SHA-256 over class names, splits, relative paths and file contents, 64 hex digits.
+        skipped: images that were left out because they or their labels cannot be used.
     """
 
     name: str
@@ -55,14 +70,73 @@ class DetectionDataset:
     names: tuple[str, ...]
     splits: dict[str, tuple[Sample, ...]]
     digest: str
+    skipped: int = 0
 
 
-def load_dataset(yaml_path: Path, name: str | None = None) -> DetectionDataset:
-    """Read a data yaml and list its samples; images and labels are not checked yet.
+@dataclass(frozen=True)
+class Listing:
+    """What a data yaml says, before any image or label is looked at.
+
+    Attributes:
+        path: of the data yaml.
+        root: see `DetectionDataset`.
+        names: see `DetectionDataset`.
+        splits: samples by split; some may not exist.
+        missing: for images that do not exist, the list and line that name them.
+    """
+
+    path: Path
+    root: Path
+    names: tuple[str, ...]
+    splits: dict[str, tuple[Sample, ...]]
+    missing: dict[Path, str]
+
+
+def load_dataset(
+    yaml_path: Path, name: str | None = None, *, cache: Path | None = None, on_corrupt: str = "fail"
+) -> DetectionDataset:
+    """Read a data yaml, and check every image and label.
 
     Args:
         yaml_path: the data yaml.
         name: name of the data set; the yaml's stem when None.
+        cache: cache directory, which keeps what was found for the next time; None: nothing is kept.
+        on_corrupt: ``fail``, or ``skip``: leave out images that cannot be used or whose labels
+            cannot. What is left out is a function of the files alone, and so is the digest.
+
+    Raises:
+        DataError: the yaml is missing or wrong, a split leads nowhere, ``train`` or ``val`` holds no
+            image, or, unless they are skipped, files cannot be used: names the first, and how many.
+    """
+    listing = list_dataset(yaml_path)
+    scans = scan_listing(listing, cache)
+    corrupt = [image for image in scans if image not in listing.missing and scans[image].problems]
+    corrupt = [*listing.missing, *corrupt]
+    if corrupt:
+        _refuse_or_warn(listing, scans, corrupt, on_corrupt)
+    gone = set(corrupt)
+    splits = {
+        split: tuple(s._replace(boxes=scans[s.image].boxes) for s in samples if s.image not in gone)
+        for split, samples in listing.splits.items()
+    }
+    _require_images(splits, yaml_path)
+    digest = _digest(listing.root, listing.names, splits, scans)
+    return DetectionDataset(
+        name or yaml_path.stem, listing.root, listing.names, splits, digest, skipped=len(corrupt)
+    )
+
+
+def check_dataset(dataset: DetectionDataset) -> dict[str, int]:
+    """Number of boxes of each split; the files themselves were checked by `load_dataset`."""
+    classes = len(dataset.names)
+    return {
+        split: sum(len(sample.labels_of(classes)) for sample in samples)
+        for split, samples in dataset.splits.items()
+    }
+
+
+def list_dataset(yaml_path: Path) -> Listing:
+    """Read a data yaml and list its samples; images and labels are not looked at.
 
     Raises:
         DataError: the yaml is missing or wrong, a split leads nowhere, or ``train`` or ``val``
@@ -70,181 +144,66 @@ def load_dataset(yaml_path: Path, name: str | None = None) -> DetectionDataset:
     """
     spec = _read_yaml(yaml_path)
     names = _read_names(spec, yaml_path)
-    root = (yaml_path.absolute().parent / Path(str(spec.get("path") or ".")).expanduser()).resolve()
-    splits = {split: _samples(spec[split], root, split, yaml_path) for split in SPLITS if spec.get(split)}
+    root, tried = _root(spec, yaml_path)
+    missing: dict[Path, str] = {}
+    splits = {
+        split: _samples(spec[split], (root, tried), f"the split {split!r} of {yaml_path}", missing)
+        for split in SPLITS
+        if spec.get(split)
+    }
+    _require_images(splits, yaml_path)
+    return Listing(yaml_path, root, names, splits, missing)
+
+
+def scan_listing(listing: Listing, cache: Path | None = None) -> dict[Path, Scan]:
+    """Look at every file of a data set, each image once; see `sparse_exp.data.scan.scan_files`."""
+    key = hashlib.sha256(str(listing.path.resolve()).encode()).hexdigest()[:20]
+    place = cache / "scans" / f"{key}.json" if cache else None
+    pairs = ((image, label) for samples in listing.splits.values() for image, label, _ in samples)
+    return scan_files(pairs, len(listing.names), place)
+
+
+def problems_of(image: Path, listing: Listing, scans: Mapping[Path, Scan]) -> list[tuple[str, str]]:
+    """What keeps an image from being used: file and line, and a sentence or two that name them."""
+    if image in listing.missing:
+        where, do = listing.missing[image], "Correct or remove the line."
+        return [(where, expected(f"the image of {where}", "an existing file", str(image), do))]
+    return list(scans[image].problems)
+
+
+def _refuse_or_warn(
+    listing: Listing, scans: Mapping[Path, Scan], corrupt: list[Path], on_corrupt: str
+) -> None:
+    advice = f"python -m sparse_exp.data check {_quoted(listing.path)} lists all that is wrong."
+    if on_corrupt != "skip":
+        _, first = problems_of(corrupt[0], listing, scans)[0]
+        others = f" {len(corrupt)} of {len(scans)} images cannot be used." if len(corrupt) > 1 else ""
+        raise DataError(f"{first}{others} Or go on without: dataset.on_corrupt=skip. {advice}")
+    named = ", ".join(str(path) for path in corrupt[:_NAMED])
+    named += ", ..." if len(corrupt) > _NAMED else ""
+    _log.warning(
+        "Left out %d of %d images that cannot be used: %s. %s", len(corrupt), len(scans), named, advice
+    )
+
+
+def _quoted(path: Path) -> str:
+    import shlex
+
+    return shlex.quote(str(path))
+
+
+def _require_images(splits: Mapping[str, tuple[Sample, ...]], yaml_path: Path) -> None:
     for split in ("train", "val"):
         if not splits.get(split):
             do = f"Put images where the key {split!r} points."
             raise DataError(expected(f"the split {split!r} of {yaml_path}", "at least one image", 0, do))
-    return DetectionDataset(name or yaml_path.stem, root, names, splits, _digest(root, names, splits))
-
-
-def check_dataset(dataset: DetectionDataset) -> dict[str, int]:
-    """Decode every image and parse every label.
-
-    Returns:
-        Number of boxes of each split.
-
-    Raises:
-        DataError: names the first file that cannot be used and, in a label file, the line.
-    """
-    total = sum(len(samples) for samples in dataset.splits.values())
-    classes = len(dataset.names)
-
-    def check(sample: Sample) -> int:
-        read_image(sample.image)
-        return len(read_boxes(sample.label, classes))
-
-    boxes = {}
-    with progress("Checking images", total=total, unit="images") as bar, ThreadPoolExecutor() as pool:
-        for split, samples in dataset.splits.items():
-            boxes[split] = 0
-            for count in pool.map(check, samples):
-                boxes[split] += count
-                bar.advance()
-    return boxes
-
-
-def read_image(path: Path) -> NDArray[np.uint8]:
-    """Decode an image as it is meant to be seen (the EXIF orientation is applied).
-
-    Returns:
-        RGB, uint8 ``(H, W, 3)``; grey and palette images are expanded, transparency is dropped.
-
-    Raises:
-        DataError: the file is missing, no image, or damaged.
-    """
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            return np.asarray(upright.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = first_line(error)
-        raise DataError(f"Cannot read the image {path}: {reason}. Replace or remove it.") from error
-
-
-def read_boxes(path: Path, num_classes: int) -> NDArray[np.float32]:
-    """Parse a label file.
-
-    Args:
-        path: the label file; missing means background.
-        num_classes: class ids must be below it.
-
-    Returns:
-        float32 ``(M, 5)``: class id and x, y, w, h (centre and size, 0..1 of the image); boxes are
-        clipped to the image.
-
-    Raises:
-        DataError: names file and line.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return np.zeros((0, 5), np.float32)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Cannot read the label file {path}: {error}. Replace or remove it.") from error
-    rows = [
-        _parse_line(line.split(), num_classes, f"{path}:{number}")
-        for number, line in enumerate(text.splitlines(), start=1)
-        if line.strip()
-    ]
-    return np.array(rows, np.float32).reshape(-1, 5)
-
-
-def _parse_line(words: list[str], num_classes: int, where: str) -> tuple[float, ...]:
-    try:
-        class_id, *values = [float(word) for word in words]
-    except ValueError:
-        raise _label_error(where, "only numbers", " ".join(words)) from None
-    is_box, is_polygon = len(values) == 4, len(values) >= 6 and len(values) % 2 == 0
-    if not (is_box or is_polygon):
-        raise _label_error(where, "class x y w h, or class and the x y of 3 or more corners", " ".join(words))
-    if not (class_id.is_integer() and 0 <= class_id < num_classes):
-        raise _label_error(where, f"a class id of 0..{num_classes - 1} (see names)", words[0])
-    if not all(-_TOLERANCE <= value <= 1 + _TOLERANCE for value in values):
-        raise _label_error(where, "coordinates in 0..1 of the image", " ".join(words[1:]))
-    box = np.array(values, np.float64)
-    left, top, right, bottom = _corners(box) if is_box else _around(box)
-    w, h = right - left, bottom - top
-    if w <= 0 or h <= 0:
-        raise _label_error(where, "a box wider and higher than 0", " ".join(words[1:]))
-    return class_id, left + w / 2, top + h / 2, w, h
-
-
-def _corners(xywh: NDArray[np.float64]) -> NDArray[np.float64]:
-    x, y, w, h = xywh
-    return np.array([x - w / 2, y - h / 2, x + w / 2, y + h / 2]).clip(0, 1)
-
-
-def _around(polygon: NDArray[np.float64]) -> NDArray[np.float64]:
-    corners = polygon.reshape(-1, 2).clip(0, 1)
-    return np.concatenate([corners.min(0), corners.max(0)])
-
-
-def _label_error(where: str, should_be: str, got: str) -> DataError:
-    return DataError(expected(f"the label {where}", should_be, got, "Correct or remove the line."))
-
-
-@dataclass(frozen=True)
-class Letterbox:
-    """How an image was scaled and centred in a square.
-
-    Attributes:
-        scale_x: width of the scaled image by its own width; `scale_y` likewise. They differ only
-            because both are whole pixels.
-        left: grey columns left of the image, px; `top` likewise.
-        size: width and height of the original image, px.
-    """
-
-    scale_x: float
-    scale_y: float
-    left: int
-    top: int
-    size: tuple[int, int]
-
-    def boxes(self, boxes: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Boxes of the original image in the square; ``(M, 4)`` x1, y1, x2, y2 in pixels both ways."""
-        return boxes * self._scale() + self._shift()
-
-    def boxes_back(self, boxes: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Boxes of the square in the original image, clipped to it; the inverse of `boxes`."""
-        back = (boxes - self._shift()) / self._scale()
-        limits = np.array([*self.size, *self.size], np.float32)
-        return np.clip(back, 0, limits)
-
-    def _scale(self) -> NDArray[np.float32]:
-        return np.array([self.scale_x, self.scale_y] * 2, np.float32)
-
-    def _shift(self) -> NDArray[np.float32]:
-        return np.array([self.left, self.top] * 2, np.float32)
-
-
-def letterbox(image: NDArray[np.uint8], imgsz: int) -> tuple[NDArray[np.uint8], Letterbox]:
-    """Scale an image to fit a square, centred on grey, as YOLOv5 v6/v7 does.
-
-    Args:
-        image: uint8 ``(H, W, 3)``.
-        imgsz: side of the square, px.
-
-    Returns:
-        uint8 ``(imgsz, imgsz, 3)`` and the mapping of boxes.
-    """
-    height, width = image.shape[:2]
-    scale = min(imgsz / height, imgsz / width)
-    w, h = max(1, round(width * scale)), max(1, round(height * scale))
-    if (w, h) != (width, height):
-        image = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))
-    left, top = (imgsz - w) // 2, (imgsz - h) // 2
-    square = np.full((imgsz, imgsz, 3), PADDING, np.uint8)
-    square[top : top + h, left : left + w] = image
-    return square, Letterbox(w / width, h / height, left, top, (width, height))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        spec = yaml.safe_load(path.read_text(encoding="utf-8"))
+        spec = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         do = "Correct dataset.path."
         raise DataError(expected("the data yaml", "an existing file", str(path), do)) from None
@@ -259,8 +218,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _read_names(spec: dict[str, Any], path: Path) -> tuple[str, ...]:
     names = spec.get("names")
-    if isinstance(names, dict) and set(names) == set(range(len(names))):
-        names = [names[class_id] for class_id in range(len(names))]
+    if isinstance(names, dict):
+        ids = {str(class_id): name for class_id, name in names.items()}
+        if set(ids) == {str(number) for number in range(len(names))}:
+            names = [ids[str(number)] for number in range(len(names))]
     if not isinstance(names, list) or not names:
         do = "List the class names, or map them from ids 0, 1, 2, ..."
         raise DataError(expected(f"names of {path}", "a list of class names", names, do))
@@ -270,53 +231,98 @@ def _read_names(spec: dict[str, Any], path: Path) -> tuple[str, ...]:
     return tuple(str(name) for name in names)
 
 
-def _samples(entry: Any, root: Path, split: str, yaml_path: Path) -> tuple[Sample, ...]:
+def _root(spec: dict[str, Any], yaml_path: Path) -> tuple[Path, str]:
+    """The root of a data set, and where it was looked for where it is not there."""
+    given = Path(str(spec.get("path") or ".")).expanduser()
+    here = (yaml_path.absolute().parent / given).resolve()
+    from_cwd = Path.cwd() / given
+    if here.is_dir() or given.is_absolute():
+        return here, ""
+    if from_cwd.is_dir():  # as the file was written for a trainer that is started there
+        return from_cwd.resolve(), ""
+    return here, f" (its path {str(given)!r} is neither in the yaml's folder nor in {Path.cwd()})"
+
+
+def _samples(
+    entry: Any, root: tuple[Path, str], what: str, missing: dict[Path, str]
+) -> tuple[Sample, ...]:  # fmt: skip
     images: set[Path] = set()
     for item in entry if isinstance(entry, list) else [entry]:
-        place = root / Path(str(item)).expanduser()
+        place = _place(str(item), root[0])
         if place.is_dir():
-            images.update(path for path in place.rglob("*") if _is_image(path))
+            images.update(_images_below(place))
+        elif _is_image(place.name) and place.is_file():
+            images.add(place)
         elif place.is_file():
-            images.update(_listed_images(place, root))
+            images.update(_listed_images(place, root[0], missing))
         else:
-            should_be = "an existing folder or list of images"
-            what = f"the split {split!r} of {yaml_path}"
-            raise DataError(expected(what, should_be, str(place), "Correct the path."))
-    return tuple(Sample(image, _label_of(image)) for image in sorted(images))
+            got = f"{root[0] / Path(str(item)).expanduser()}{root[1]}"
+            raise DataError(expected(what, "an existing folder or list of images", got, "Correct the path."))
+    # In the order of paths, whose parts are compared one by one; with 10 000 of them, texts are faster.
+    ordered = sorted(images, key=lambda image: str(image).replace(os.sep, "\0"))
+    return tuple(Sample(image, _label_of(image)) for image in ordered)
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+def _place(item: str, root: Path) -> Path:
+    place = root / Path(item).expanduser()
+    # As upstream: exports of labelling services write ../train/images for train/images.
+    inside = root / item.removeprefix("../")
+    return inside if item.startswith("../") and not place.exists() and inside.exists() else place
 
 
-def _listed_images(listing: Path, root: Path) -> Iterator[Path]:
-    if _is_image(listing):
-        yield listing
-        return
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
+def _is_image(name: str) -> bool:
+    # Names with a dot in front are litter of operating systems, such as ._photo.jpg of macOS.
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")  # noqa: PTH122
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    """Images in a folder and all folders in it, linked ones too, but none of them twice."""
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place, name) for name in files if _is_image(name))
+
+
+def _listed_images(listing: Path, root: Path, missing: dict[Path, str]) -> Iterator[Path]:
+    try:
+        lines = listing.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"Cannot read the list of images {listing}: {error}. Correct it.") from error
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if not line:
             continue
         # As upstream: ./x starts at the list's own folder, x at the root of the data set.
-        image = (listing.parent if line.startswith("./") else root) / line.strip()
-        if not image.is_file():
-            where = f"the image of {listing}:{number}"
-            raise DataError(expected(where, "an existing file", line.strip(), "Correct or remove the line."))
+        starts = (listing.parent, root) if line.startswith("./") else (root, listing.parent)
+        spellings = dict.fromkeys((line, line.replace("\\", "/")))  # lists may come from Windows
+        places = [start / spelling for spelling in spellings for start in starts]
+        image = next((place for place in places if place.is_file()), None)
+        if image is None:
+            image = places[0]
+            missing[image] = f"{listing}:{number}"
         yield image
 
 
 def _label_of(image: Path) -> Path:
-    parts = list(image.parts)
-    for position in range(len(parts) - 2, 0, -1):
-        if parts[position] == "images":
-            parts[position] = "labels"
-            break
-    return Path(*parts).with_suffix(".txt")
+    before, _, after = str(image).rpartition(f"{os.sep}images{os.sep}")
+    place = f"{before}{os.sep}labels{os.sep}{after}" if before else after
+    return Path(f"{os.path.splitext(place)[0]}.txt")  # noqa: PTH122 - see _samples
 
 
-def _digest(root: Path, names: tuple[str, ...], splits: dict[str, tuple[Sample, ...]]) -> str:
+def _digest(
+    root: Path, names: tuple[str, ...], splits: Mapping[str, Iterable[Sample]], scans: Mapping[Path, Scan]
+) -> str:
     digest = hashlib.sha256(repr(names).encode())
+    inside = f"{root}{os.sep}"
     for split, samples in sorted(splits.items()):
-        for path in (path for sample in samples for path in sample):
-            digest.update(f"\0{split}\0{Path(os.path.relpath(path, root)).as_posix()}\0".encode())
-            digest.update(hashlib.sha256(path.read_bytes() if path.is_file() else b"").digest())
+        for image, label, _ in samples:
+            scan = scans[image]
+            for path, sha256 in ((str(image), scan.image_sha256), (str(label), scan.label_sha256)):
+                plain = path.startswith(inside) and ".." not in path
+                relative = path[len(inside) :] if plain else os.path.relpath(path, root)
+                digest.update(f"\0{split}\0{relative.replace(os.sep, '/')}\0".encode())
+                digest.update(bytes.fromhex(sha256))
     return digest.hexdigest()

@@ -1,16 +1,19 @@
-"""Write generated data sets in Ultralytics' format: whole or not at all, and only once."""
+"""Write data sets in Ultralytics' format: whole or not at all, and generated ones only once."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from sparse_exp.artifacts import sha256_of, write_text
 
 _STAMP = "stamp.json"
 
@@ -18,7 +21,8 @@ _STAMP = "stamp.json"
 def write_once(destination: Path, version: str, build: Callable[[Path], None]) -> Path:
     """Build a directory unless it is there already, unchanged.
 
-    It is built beside its place and lands by one rename. Two processes build it once.
+    It is built beside its place and lands by one rename. Two processes build it once. Its files are
+    hashed again only when one of them looks changed (size, time of the last write).
 
     Args:
         destination: the directory.
@@ -41,37 +45,91 @@ def is_written(destination: Path, version: str | None = None) -> bool:
     """Whether `write_once` has built this (or any) version there and no file has changed since."""
     try:
         stamp = json.loads((destination / _STAMP).read_text(encoding="utf-8"))
-        right_version = version is None or stamp["version"] == version
-        return right_version and bool(stamp["sha256"] == _digest(destination))
+        if version is not None and stamp["version"] != version:
+            return False
+        seen, look = _marker(destination), f"{stamp['sha256']} {_look(destination)}"
+        if seen.is_file() and seen.read_text(encoding="utf-8") == look:
+            return True
+        if stamp["sha256"] != _digest(destination):
+            return False
     except (OSError, ValueError, KeyError, TypeError):
         return False
+    with suppress(OSError):  # a cache on a disk that cannot be written is hashed every time
+        write_text(seen, look)
+    return True
+
+
+def _marker(destination: Path) -> Path:
+    """Remembers, beside the data set, how its files looked when they were last hashed."""
+    return destination.with_name(f".{destination.name}.seen")
+
+
+def _look(folder: Path) -> str:
+    """A digest of names, sizes and times of all files; changes whenever a file may have changed."""
+    digest = hashlib.sha256()
+    for path in _files(folder):
+        stat = path.stat()
+        line = f"{path.relative_to(folder).as_posix()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n"
+        digest.update(line.encode())
+    return digest.hexdigest()
 
 
 def _build(destination: Path, version: str, build: Callable[[Path], None]) -> None:
+    def build_and_stamp(folder: Path) -> None:
+        build(folder)
+        stamp = {"version": version, "sha256": _digest(folder)}
+        (folder / _STAMP).write_text(json.dumps(stamp) + "\n", encoding="utf-8")
+
+    write_whole(destination, build_and_stamp)
+
+
+def write_whole(destination: Path, build: Callable[[Path], None]) -> None:
+    """Build a directory beside its place and put it there, instead of what is there.
+
+    When ``build`` raises, or the process is killed, what was there before is there still.
+
+    Args:
+        destination: the directory.
+        build: fills an empty directory.
+    """
     partial = destination.with_name(f".{destination.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    old = destination.with_name(f".{destination.name}.old")
+    if old.exists() and not destination.exists():  # killed between the two renames below
+        old.replace(destination)
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
-        partial.mkdir()
+        partial.mkdir(parents=True)
         build(partial)
-        stamp = {"version": version, "sha256": _digest(partial)}
-        (partial / _STAMP).write_text(json.dumps(stamp) + "\n", encoding="utf-8")
-        shutil.rmtree(destination, ignore_errors=True)
+        if destination.exists():
+            destination.replace(old)
         partial.replace(destination)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _STAMP)
 
 
 def _digest(folder: Path) -> str:
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _STAMP):
-        content = hashlib.sha256(path.read_bytes()).hexdigest()
-        digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+    for path in _files(folder):
+        digest.update(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n".encode())
     return digest.hexdigest()
 
 
-def write_yaml(folder: Path, names: Sequence[str], splits: Sequence[str]) -> None:
-    """Write ``data.yaml`` for images in ``images/<split>``; paths stay relative to the folder."""
-    lines = [f"{split}: images/{split}" for split in splits]
+def write_yaml(folder: Path, names: Sequence[str], splits: Sequence[str] | Mapping[str, str]) -> None:
+    """Write ``data.yaml``; its paths stay relative to the folder.
+
+    Args:
+        folder: root of the data set.
+        names: class names.
+        splits: folder of images by split; a plain sequence: those in ``images/<split>``.
+    """
+    places = splits if isinstance(splits, Mapping) else {split: f"images/{split}" for split in splits}
+    lines = [f"{split}: {place}" for split, place in places.items()]
     lines += ["names:", *(f"  {class_id}: {json.dumps(name)}" for class_id, name in enumerate(names))]
     (folder / "data.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

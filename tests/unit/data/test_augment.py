@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as v2
 
 from sparse_exp.config.schema import AugmentConfig
 from sparse_exp.data.augment import Example, augment_example, crop_window, jitter_colours
-from sparse_exp.data.detection import PADDING
+from sparse_exp.data.letterbox import PADDING
 
 SIZE = 64
 OFF = {"mosaic": 0, "scale": 0, "translate": 0, "fliplr": 0, "flipud": 0, "transpose": 0, "jitter": 0}

@@ -4,18 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
-from sparse_exp.data.detection import (
-    PADDING,
-    check_dataset,
-    letterbox,
-    load_dataset,
-    read_boxes,
-    read_image,
-)
+from sparse_exp.data.detection import check_dataset, load_dataset
+from sparse_exp.data.images import read_image
+from sparse_exp.data.labels import read_boxes
 from sparse_exp.errors import DataError
 
 
@@ -137,22 +130,74 @@ def test_wrong_label_names_file_and_line(tmp_path: Path, line: str, message: str
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
 def test_damaged_image_is_named(tmp_path: Path, damage: str) -> None:
-    dataset = load_dataset(make_dataset(tmp_path))
-    path = tmp_path / "images/train/a.png"
+    yaml, path = make_dataset(tmp_path), tmp_path / "images/train/a.png"
     noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)
     Image.fromarray(noise).save(path)
     content = path.read_bytes()
     path.write_bytes({"truncated": content[:2000], "empty": b"", "text": b"no image"}[damage])
     with pytest.raises(DataError, match=r"Cannot read the image .*images/train/a\.png") as caught:
-        check_dataset(dataset)
+        load_dataset(yaml)
     assert "\n" not in str(caught.value)
 
 
-def test_check_dataset_names_bad_label(tmp_path: Path) -> None:
-    dataset = load_dataset(make_dataset(tmp_path))
+def test_bad_label_is_named(tmp_path: Path) -> None:
+    yaml = make_dataset(tmp_path)
     (tmp_path / "labels/val/a.txt").write_text("7 0.5 0.5 0.5 0.5")
     with pytest.raises(DataError, match=r"labels/val/a\.txt:1"):
-        check_dataset(dataset)
+        load_dataset(yaml)
+
+
+def make_many(root: Path, count: int = 30) -> Path:
+    """Ten-pixel images, three of which cannot be used: one damaged, one with a class too high, one gone."""
+    (root / "images").mkdir(parents=True)
+    (root / "labels").mkdir()
+    for index in range(count):
+        Image.new("RGB", (10, 10), (index, 0, 0)).save(root / f"images/{index:02}.png")
+        (root / f"labels/{index:02}.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    (root / "images/03.png").write_bytes((root / "images/03.png").read_bytes()[:40])
+    (root / "labels/07.txt").write_text("0 0.5 0.5 0.2 0.2\n1 0.5 0.5 0.2 0.2\n")
+    (root / "images/09.png").unlink()
+    listed = "".join(f"./images/{index:02}.png\n" for index in range(count - 5))
+    (root / "train.txt").write_text(listed)
+    (root / "val.txt").write_text("".join(f"./images/{index:02}.png\n" for index in range(count - 5, count)))
+    (root / "data.yaml").write_text("train: train.txt\nval: val.txt\nnames: [a]\n")
+    return root / "data.yaml"
+
+
+def test_corrupt_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    yaml = make_many(tmp_path / "mein Satz")
+    with pytest.raises(DataError) as caught:
+        load_dataset(yaml)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "train.txt:10" in message  # the one that is not there
+    assert "3 of 30 images cannot be used" in message
+    assert "dataset.on_corrupt=skip" in message
+    assert f"python -m sparse_exp.data check '{yaml}'" in message
+
+
+def test_corrupt_files_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = load_dataset(make_many(tmp_path / "set"), cache=tmp_path / "cache", on_corrupt="skip")
+    stems = [sample.image.stem for sample in dataset.splits["train"]]
+    assert stems == [f"{index:02}" for index in range(25) if index not in (3, 7, 9)]
+    assert (dataset.skipped, check_dataset(dataset)) == (3, {"train": 22, "val": 5})
+    (record,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert "3 of 30" in record.message
+    assert all(name in record.message for name in ("03.png", "07.png", "09.png"))
+    # A pure function of the files: from the cache, without it, and of what is left alone.
+    again = load_dataset(tmp_path / "set/data.yaml", cache=tmp_path / "cache", on_corrupt="skip")
+    assert again == dataset == load_dataset(tmp_path / "set/data.yaml", on_corrupt="skip")
+    for stem in ("03", "07", "09"):
+        listing = tmp_path / "set/train.txt"
+        listing.write_text(listing.read_text().replace(f"./images/{stem}.png\n", ""))
+    assert load_dataset(tmp_path / "set/data.yaml").digest == dataset.digest
+
+
+def test_a_split_that_is_corrupt_throughout_is_refused(tmp_path: Path) -> None:
+    yaml = make_dataset(tmp_path)
+    (tmp_path / "images/val/a.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"'val' .*at least one image"):
+        load_dataset(yaml, on_corrupt="skip")
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "LA", "1"])
@@ -162,6 +207,102 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     image = read_image(path)
     assert (image.dtype, image.shape) == (np.uint8, (3, 5, 3))
     assert (image == 255).all()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "JPEG", "png", "bmp", "webp", "tif", "tiff"])
+def test_every_format_is_listed_and_read(tmp_path: Path, suffix: str) -> None:
+    yaml, path = make_dataset(tmp_path), tmp_path / f"images/train/deep/er/b.c.{suffix}"
+    path.parent.mkdir(parents=True)
+    Image.new("RGB", (16, 8), (200, 30, 90)).save(path)
+    label = tmp_path / "labels/train/deep/er/b.c.txt"
+    label.parent.mkdir(parents=True)
+    label.write_text("0 0.5 0.5 0.5 0.5")
+    samples = load_dataset(yaml).splits["train"]
+    assert [sample[:2] for sample in samples][1] == (path, label)
+    np.testing.assert_allclose(read_image(path).reshape(-1, 3).mean(0), (200, 30, 90), atol=3)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_keep_their_upper_eight(tmp_path: Path, suffix: str) -> None:
+    deep = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(deep).save(tmp_path / f"deep.{suffix}")
+    wanted = np.repeat((deep // 256).astype(np.uint8)[..., None], 3, 2)
+    assert np.array_equal(read_image(tmp_path / f"deep.{suffix}"), wanted)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+def test_cmyk_becomes_rgb(tmp_path: Path, suffix: str) -> None:
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / f"ink.{suffix}")  # magenta and yellow: red
+    red, green, blue = read_image(tmp_path / f"ink.{suffix}").reshape(-1, 3).mean(0)
+    assert red > 230
+    assert max(green, blue) < 25
+
+
+def test_images_of_floats_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(DataError, match=r"float\.tif.*8 or 16 bits"):
+        read_image(tmp_path / "float.tif")
+
+
+def test_labels_of_windows(tmp_path: Path) -> None:
+    path = tmp_path / "label.txt"
+    path.write_bytes(b"\xef\xbb\xbf0 0.5 0.5 0.2 0.4\r\n\r\n1 0.5 0.5 0.25 0.5\r\n")
+    np.testing.assert_allclose(read_boxes(path, 2), [[0, 0.5, 0.5, 0.2, 0.4], [1, 0.5, 0.5, 0.25, 0.5]])
+
+
+def test_yaml_and_lists_of_windows(tmp_path: Path) -> None:
+    make_dataset(tmp_path)
+    yaml = "names: {'1': dog, '0': cat}\r\ntrain: liste.txt\r\nval: images/val\r\n"
+    (tmp_path / "data.yaml").write_bytes(b"\xef\xbb\xbf" + yaml.encode())
+    (tmp_path / "liste.txt").write_bytes(b"\xef\xbb\xbfimages\\train\\a.png\r\n")
+    dataset = load_dataset(tmp_path / "data.yaml")
+    assert dataset.names == ("cat", "dog")
+    assert dataset.splits["train"][0].image == tmp_path / "images/train/a.png"
+
+
+def test_nothing_in_a_yaml_is_run(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    code = f"train: images/train\nval: images/val\nnames: [a, b]\ndownload: |\n  open({str(trace)!r}, 'w')\n"
+    load_dataset(make_dataset(tmp_path / "one", code))
+    hostile = f"names: !!python/object/apply:os.mkdir [{str(trace)!r}]\n"
+    with pytest.raises(DataError, match="Cannot read the data yaml"):
+        load_dataset(make_dataset(tmp_path / "two", hostile))
+    assert not trace.exists()
+
+
+def test_path_from_the_yaml_or_from_where_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_dataset(tmp_path / "work/sets/mine")
+    (tmp_path / "configs").mkdir()
+    yaml = tmp_path / "configs/data.yaml"
+    yaml.write_text("path: sets/mine\ntrain: images/train\nval: images/val\nnames: [a, b]\n")
+    with pytest.raises(DataError, match=r"'sets/mine' is neither in the yaml's folder nor in "):
+        load_dataset(yaml)
+    monkeypatch.chdir(tmp_path / "work")
+    assert load_dataset(yaml).root == tmp_path / "work/sets/mine"
+    make_dataset(tmp_path / "configs/sets/mine")
+    assert load_dataset(yaml).root == tmp_path / "configs/sets/mine"  # the yaml's own folder first
+
+
+def test_splits_as_labelling_services_export_them(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    yaml = make_dataset(tmp_path / "set", "train: ../images/train\nval: ../images/val\nnames: [a, b]\n")
+    assert load_dataset(yaml).splits["val"][0].image == tmp_path / "set/images/val/a.png"
+
+
+def test_only_the_last_images_becomes_labels(tmp_path: Path) -> None:
+    dataset = load_dataset(make_dataset(tmp_path / "images/images/x"))
+    assert dataset.splits["val"][0].label == tmp_path / "images/images/x/labels/val/a.txt"
+
+
+def test_litter_and_linked_folders(tmp_path: Path) -> None:
+    yaml = make_dataset(tmp_path / "set")
+    (tmp_path / "set/images/train/._a.png").write_bytes(b"of another system")
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "elsewhere/b.png")
+    (tmp_path / "set/images/train/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/round").symlink_to(tmp_path / "set/images/train")  # must not go on for ever
+    names = [sample.image.name for sample in load_dataset(yaml).splits["train"]]
+    assert names == ["a.png", "b.png"]
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
@@ -174,38 +315,3 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     assert image.shape == (64, 32, 3)
     assert image[:28].min() > 200
     assert image[36:].max() < 50
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    width=st.integers(1, 500),
-    height=st.integers(1, 500),
-    imgsz=st.sampled_from([64, 96, 320]),
-    shares=st.tuples(*[st.floats(0, 1)] * 4),
-)
-def test_letterbox_maps_boxes_there_and_back(
-    width: int, height: int, imgsz: int, shares: tuple[float, float, float, float]
-) -> None:
-    square, mapping = letterbox(np.full((height, width, 3), 200, np.uint8), imgsz)
-    whole = np.array([[0, 0, width, height]], np.float32)
-    # The picture is exactly where the mapping says that its border is, and all else is grey.
-    rows, columns = np.nonzero(square[..., 0] == 200)
-    pixels = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-    np.testing.assert_allclose(mapping.boxes(whole)[0], pixels, atol=1e-3)
-    assert (square[..., 0] == PADDING).sum() == imgsz**2 - len(rows)
-    left, top, right, bottom = pixels
-    assert max(right - left, bottom - top) == imgsz
-    assert abs(left - (imgsz - right)) <= 1
-    assert abs(top - (imgsz - bottom)) <= 1
-    x1, x2 = sorted(shares[:2])
-    y1, y2 = sorted(shares[2:])
-    boxes = np.array([[x1, y1, x2, y2]], np.float32) * np.array([width, height] * 2, np.float32)
-    np.testing.assert_allclose(mapping.boxes_back(mapping.boxes(boxes)), boxes, atol=1e-2)
-
-
-def test_letterbox_as_upstream() -> None:
-    # 1280 x 720 at 640 px: halved to 640 x 360, (640 - 360) / 2 = 140 grey rows above.
-    _, mapping = letterbox(np.zeros((720, 1280, 3), np.uint8), 640)
-    assert (mapping.scale_x, mapping.scale_y, mapping.left, mapping.top) == (0.5, 0.5, 0, 140)
-    outside = np.array([[-10, 0, 700, 640]], np.float32)
-    assert mapping.boxes_back(outside).tolist() == [[0, 0, 1280, 720]]

@@ -10,7 +10,9 @@ from PIL import Image
 
 from sparse_exp.config.schema import DatasetConfig, SourceConfig
 from sparse_exp.data import digits, is_prepared, prepare, trees
-from sparse_exp.data.detection import DetectionDataset, check_dataset, load_dataset, read_boxes, read_image
+from sparse_exp.data.detection import DetectionDataset, check_dataset, load_dataset
+from sparse_exp.data.images import read_image
+from sparse_exp.data.labels import read_boxes
 from sparse_exp.errors import DataError
 
 WIDTH, HEIGHT = 1500, 700
@@ -59,7 +61,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def columns_and_boxes(dataset: DetectionDataset, split: str) -> tuple[set[tuple[str, int]], list]:
     columns, boxes = set(), []
-    for image_path, label_path in dataset.splits[split]:
+    for image_path, label_path, _ in dataset.splits[split]:
         image = read_image(image_path)
         x, y = place_of(image[0, 0])
         assert place_of(image[-1, -1]) == (x + image.shape[1] - 1, y + image.shape[0] - 1)
@@ -141,7 +143,7 @@ def test_digits_are_deterministic_and_do_not_overlap(tmp_path: Path) -> None:
         "train": 24, "val": 8, "test": 8,
     }  # fmt: skip
     assert dataset.names == tuple("0123456789")
-    for image_path, label_path in dataset.splits["train"]:
+    for image_path, label_path, _ in dataset.splits["train"]:
         image, count = read_image(image_path), np.zeros((96, 96), int)
         boxes = read_boxes(label_path, 10)
         assert 2 <= len(boxes) <= 5
@@ -165,7 +167,7 @@ def test_prepare_digits(tmp_path: Path) -> None:
 
 
 def test_prepare_trees_needs_its_source_once(archive: Path, tmp_path: Path) -> None:
-    config = DatasetConfig(name="trees", generator="trees", source=SourceConfig(uri=str(archive)))
+    config = DatasetConfig(name="trees", generator="trees", sources=[SourceConfig(uri=str(archive))])
     cache = tmp_path / "cache"
     dataset = prepare(config, cache)
     archive.unlink()
@@ -179,9 +181,21 @@ def test_prepare_path(tmp_path: Path) -> None:
     )
     assert is_prepared(config, tmp_path / "cache")
     assert list(prepare(config, tmp_path / "cache").splits) == ["train", "val"]
-    assert not (tmp_path / "cache").exists()
+    assert not list((tmp_path / "set").glob("**/*cache*"))  # what is remembered lies elsewhere
+    assert list((tmp_path / "cache").rglob("*.json"))
     config.path = str(tmp_path / "no.yaml")
     assert not is_prepared(config, tmp_path)
+
+
+def test_prepare_does_as_on_corrupt_says(tmp_path: Path) -> None:
+    yaml = digits.materialize(tmp_path / "set", train=3, val=1, test=0)
+    (yaml.parent / "images/train/001.png").write_bytes(b"no image")
+    config = DatasetConfig(name="mine", path=str(yaml))
+    with pytest.raises(DataError, match=r"001\.png: its content is no image.*on_corrupt=skip"):
+        prepare(config, tmp_path / "cache")
+    config.on_corrupt = "skip"
+    dataset = prepare(config, tmp_path / "cache")
+    assert [sample.image.stem for sample in dataset.splits["train"]] == ["000", "002"]
 
 
 def test_prepare_without_path_or_generator(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from PIL import Image
 
 from sparse_exp.config.schema import AugmentConfig
 from sparse_exp.data import DetectionDataset, digits, load_dataset
-from sparse_exp.data.detection import PADDING, Sample
-from sparse_exp.data.loader import Batch, DetectionImages, make_loader
+from sparse_exp.data.detection import Sample
+from sparse_exp.data.letterbox import PADDING
+from sparse_exp.data.loader import Batch, DetectionImages, choose_workers, make_loader
 from sparse_exp.errors import DataError
 
 
@@ -57,6 +58,36 @@ def test_workers_and_passes_change_nothing(dataset: DetectionDataset) -> None:
     for number in (0, 3):  # the workers stay alive between passes and must hear of the new epoch
         loader.set_epoch(number)
         assert same(list(loader), epoch(dataset, number))
+
+
+def test_workers_only_where_images_are_decoded_again(
+    dataset: DetectionDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparse_exp.data.loader.usable_physical_cores", lambda: 6)
+    assert choose_workers(None, 873, 640) == 0  # 873 x 3 x 640 x 640 bytes are just below 1 GiB
+    assert choose_workers(None, 874, 640) == 3
+    assert [choose_workers(given, images, 640) for given, images in ((0, 10**6), (5, 1))] == [0, 5]
+    for cores, workers in ((1, 1), (2, 1), (64, 8)):
+        monkeypatch.setattr("sparse_exp.data.loader.usable_physical_cores", lambda cores=cores: cores)
+        assert choose_workers(None, 10**6, 640) == workers
+    monkeypatch.setattr("sparse_exp.data.loader.usable_physical_cores", lambda: 2)
+    kept = epoch(dataset, 2)
+    monkeypatch.setattr("sparse_exp.data.loader._CACHE_BYTES", 0)
+    loader = make_loader(
+        dataset.splits["train"], 10, imgsz=64, batch_size=4, train=True, augment=AugmentConfig(transpose=0.5)
+    )
+    loader.set_epoch(2)
+    assert loader.num_workers == 1
+    assert same(list(loader), kept)
+
+
+def test_what_is_known_of_labels_is_used(dataset: DetectionDataset, tmp_path: Path) -> None:
+    sample = dataset.splits["val"][0]
+    (batch,) = make_loader(
+        [sample._replace(label=tmp_path / "gone.txt")], 10, imgsz=64, batch_size=1, train=False
+    )
+    rows = np.loadtxt(sample.label, ndmin=2)
+    np.testing.assert_allclose(batch.targets[:, 1:], rows, atol=1e-5)
 
 
 def test_an_epoch_is_every_image_once_in_another_order(dataset: DetectionDataset) -> None:

@@ -1,0 +1,264 @@
+"""Everything that is wrong, or odd, with a data set, found in one pass."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparse_exp.data.detection import Listing, Sample, list_dataset, problems_of, scan_listing
+from sparse_exp.data.images import IMAGE_SUFFIXES
+from sparse_exp.data.labels import parse_labels
+from sparse_exp.data.letterbox import fitted_size
+from sparse_exp.data.scan import EMPTY, Scan
+
+_SMALL, _MEDIUM = 32**2, 96**2  # px of area at imgsz, as COCO's metrics divide
+_TINY = 3.0  # px at imgsz; the finest stride of YOLOv5 is 8
+_LONG = 8.0  # ratio of sides of an image from which letterboxing leaves little of it
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was found.
+
+    Attributes:
+        level: ``error``: training or what is measured would suffer; ``warning``: worth a look.
+        kind: which sort of thing, the same words for all of its sort.
+        where: the file and, in a label, the line.
+        message: what it is and what to do.
+    """
+
+    level: str
+    kind: str
+    where: str
+    message: str
+
+
+@dataclass
+class SplitFacts:
+    """What a split holds.
+
+    Attributes:
+        images: all of them; `unusable` cannot be read or have damaged labels.
+        unusable: see `images`.
+        background: images without a box.
+        boxes: of the usable images.
+        classes: boxes of each class id.
+        small: share of boxes below 32 x 32 px at imgsz; `medium` below 96 x 96, `large` above.
+        medium: see `small`.
+        large: see `small`.
+        median_side: of boxes (the root of their area), px at imgsz; 0 without boxes.
+        widest: largest and smallest width of an image by its height.
+        narrowest: see `widest`.
+    """
+
+    images: int = 0
+    unusable: int = 0
+    background: int = 0
+    boxes: int = 0
+    classes: dict[int, int] = field(default_factory=dict)
+    small: float = 0.0
+    medium: float = 0.0
+    large: float = 0.0
+    median_side: float = 0.0
+    widest: float = 0.0
+    narrowest: float = 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `inspect` found.
+
+    Attributes:
+        path: of the data yaml.
+        imgsz: side that images are scaled to, px; what sizes refer to.
+        names: class names.
+        splits: facts by split.
+        findings: errors first.
+    """
+
+    path: str
+    imgsz: int
+    names: tuple[str, ...]
+    splits: dict[str, SplitFacts]
+    findings: list[Finding]
+
+    @property
+    def errors(self) -> int:
+        """Number of findings that training would suffer from."""
+        return sum(finding.level == "error" for finding in self.findings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for json."""
+        return {**asdict(self), "errors": self.errors, "warnings": len(self.findings) - self.errors}
+
+
+def inspect(yaml_path: Path, imgsz: int, cache: Path | None = None) -> Report:
+    """Look at every image and label of a data set.
+
+    Args:
+        yaml_path: the data yaml.
+        imgsz: side that images will be scaled to, px.
+        cache: see `sparse_exp.data.detection.load_dataset`.
+
+    Raises:
+        DataError: the yaml itself is wrong.
+    """
+    listing = list_dataset(yaml_path)
+    scans = scan_listing(listing, cache)
+    facts = {split: _facts(samples, listing, scans, imgsz) for split, samples in listing.splits.items()}
+    found = [
+        *_unusable(listing, scans),
+        *_leaks(listing, scans),
+        *_class_findings(listing.names, facts),
+        *_box_findings(listing, scans, imgsz),
+        *_label_findings(listing, scans, facts),
+        *_shape_findings(scans),
+    ]
+    found.sort(key=lambda finding: finding.level)  # stable: errors, then warnings
+    return Report(str(yaml_path), imgsz, listing.names, facts, found)
+
+
+def _boxes(scan: Scan) -> NDArray[np.float32]:
+    return np.frombuffer(scan.boxes, np.float32).reshape(-1, 5)
+
+
+def _sides(scan: Scan, imgsz: int) -> NDArray[np.float32]:
+    """Width and height of the boxes of an image once it is scaled, px (M, 2)."""
+    if not scan.width:
+        return np.zeros((0, 2), np.float32)
+    return _boxes(scan)[:, 3:] * np.array(fitted_size(scan.width, scan.height, imgsz), np.float32)
+
+
+def _facts(samples: Sequence[Sample], listing: Listing, scans: Mapping[Path, Scan], imgsz: int) -> SplitFacts:
+    usable = [
+        scans[s.image] for s in samples if s.image not in listing.missing and not scans[s.image].problems
+    ]
+    facts = SplitFacts(len(samples), len(samples) - len(usable), sum(not scan.boxes for scan in usable))
+    if not usable:
+        return facts
+    ids = np.concatenate([_boxes(scan)[:, 0] for scan in usable]).astype(int)
+    sides = np.concatenate([_sides(scan, imgsz) for scan in usable])
+    ratios = [scan.width / scan.height for scan in usable]
+    facts.widest, facts.narrowest = max(ratios), min(ratios)
+    facts.boxes, facts.classes = len(ids), dict(sorted(Counter(ids.tolist()).items()))
+    if len(ids):
+        areas = sides.prod(1)
+        facts.small, facts.large = float((areas < _SMALL).mean()), float((areas >= _MEDIUM).mean())
+        facts.medium = 1 - facts.small - facts.large
+        facts.median_side = float(np.median(np.sqrt(areas)))
+    return facts
+
+
+def _unusable(listing: Listing, scans: Mapping[Path, Scan]) -> Iterator[Finding]:
+    for image, scan in scans.items():
+        for where, problem in problems_of(image, listing, scans):
+            kind = (
+                "missing image" if scan.stamp[0] < 0 else "bad image" if where == str(image) else "bad label"
+            )
+            yield Finding("error", kind, where, problem)
+
+
+def _leaks(listing: Listing, scans: Mapping[Path, Scan]) -> Iterator[Finding]:
+    """Images that are in two splits, or in one of them twice."""
+    trained = {sample.image for sample in listing.splits["train"]}
+    first: dict[str, tuple[str, Path]] = {}
+    for split, samples in listing.splits.items():
+        if split != "train" and trained.issuperset(sample.image for sample in samples):
+            do = "What is measured there says nothing about images that the model has not seen."
+            yield Finding(
+                "warning", "no split of its own", str(listing.path), f"{split} is part of train. {do}"
+            )
+            continue
+        for sample in samples:
+            sha256 = scans[sample.image].image_sha256
+            seen_in, other = first.setdefault(sha256, (split, sample.image))
+            if sha256 == EMPTY:
+                continue
+            if seen_in != split:
+                text = f"In {split}, but the same image as {other} of {seen_in}. Keep it in one split."
+                yield Finding("error", "leak", str(sample.image), text)
+            elif other != sample.image:
+                text = f"The same image as {other}, also in {split}. Remove one of them."
+                yield Finding("warning", "duplicate image", str(sample.image), text)
+
+
+def _class_findings(names: Sequence[str], facts: Mapping[str, SplitFacts]) -> Iterator[Finding]:
+    trained = facts["train"].classes
+    for class_id, name in enumerate(names):
+        others = [split for split in facts if split != "train" and class_id in facts[split].classes]
+        if class_id in trained:
+            continue
+        if others:
+            text = f"Class {class_id} is in {', '.join(others)} only, so it cannot be learnt."
+            yield Finding("error", "class not in train", name, f"{text} Move images of it into train.")
+        else:
+            text = f"Class {class_id} has no box. Remove it from names if that is no mistake."
+            yield Finding("warning", "class never seen", name, text)
+
+
+def _box_findings(listing: Listing, scans: Mapping[Path, Scan], imgsz: int) -> Iterator[Finding]:
+    labels = {sample.image: sample.label for samples in listing.splits.values() for sample in samples}
+    for image, scan in scans.items():
+        boxes = _boxes(scan)
+        repeated = len(boxes) - len(np.unique(boxes, axis=0)) if len(boxes) > 1 else 0
+        sides = _sides(scan, imgsz)
+        tiny = [index for index, side in enumerate(sides.tolist()) if min(side) < _TINY]
+        if not repeated and not tiny:
+            continue
+        lines = parse_labels(labels[image].read_bytes(), len(listing.names), labels[image]).lines
+        seen: dict[bytes, int] = {}
+        for line, box in zip(lines, boxes, strict=True):
+            before = seen.setdefault(box.tobytes(), line)
+            if before != line:
+                text = f"The box of line {before} again. Remove one of them."
+                yield Finding("warning", "duplicate box", f"{labels[image]}:{line}", text)
+        for index in tiny:
+            w, h = sides[index]
+            text = f"{w:.1f} x {h:.1f} px at {imgsz} px: hardly to be learnt. Use a larger imgsz, or tiles."
+            yield Finding("warning", "tiny box", f"{labels[image]}:{lines[index]}", text)
+
+
+def _label_findings(
+    listing: Listing, scans: Mapping[Path, Scan], facts: Mapping[str, SplitFacts]
+) -> Iterator[Finding]:
+    for split, samples in listing.splits.items():
+        without = [sample for sample in samples if not scans[sample.image].has_label]
+        if not facts[split].boxes:
+            where = without[0].label if without else samples[0].label
+            text = f"No image of {split} has a box; labels are looked for at places such as {where}."
+            yield Finding("error", "no labels", str(listing.path), text)
+        elif without:
+            text = f"{len(without)} of {len(samples)} images have no label file and count as background"
+            yield Finding("warning", "no label file", str(without[0].image), f"{text}, this one first.")
+    yield from _stray_labels(listing)
+
+
+def _stray_labels(listing: Listing) -> Iterator[Finding]:
+    folders: dict[Path, set[Path]] = defaultdict(set)
+    for samples in listing.splits.values():
+        for sample in samples:
+            folders[sample.label.parent].add(sample.image.parent)
+    for labels, images in sorted(folders.items()):
+        if labels in images or not labels.is_dir():
+            continue  # other texts may lie beside images
+        stems = {
+            path.stem for folder in images if folder.is_dir() for path in folder.iterdir()
+            if path.suffix.lower() in IMAGE_SUFFIXES
+        }  # fmt: skip
+        for label in sorted(labels.glob("*.txt")):
+            if label.stem not in stems and label.name != "classes.txt":
+                text = f"There is no image of this name in {', '.join(map(str, sorted(images)))}."
+                yield Finding("warning", "label without image", str(label), text)
+
+
+def _shape_findings(scans: Mapping[Path, Scan]) -> Iterator[Finding]:
+    for image, scan in scans.items():
+        if scan.width and max(scan.width / scan.height, scan.height / scan.width) > _LONG:
+            text = f"{scan.width} x {scan.height} px: most of the square will be grey. Cut it into tiles."
+            yield Finding("warning", "long image", str(image), text)

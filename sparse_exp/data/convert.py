@@ -1,0 +1,421 @@
+"""From COCO json and Pascal VOC to Ultralytics' format."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import shutil
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image
+
+from sparse_exp.data.archives import Tree
+from sparse_exp.data.images import IMAGE_SUFFIXES
+from sparse_exp.data.writing import write_yaml
+from sparse_exp.errors import DataError, expected
+from sparse_exp.progress import progress
+
+Box = tuple[float, float, float, float]
+Row = tuple[int, float, float, float, float]
+_SMALLEST = 1e-5  # of the image's side; less would be written as 0
+_SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+@dataclass
+class Converted:
+    """What a data set in another format holds.
+
+    Attributes:
+        names: class names; the class id is the position.
+        splits: by split and name of an image in the tree: class id and x, y, w, h of each box,
+            centre and size as shares of the image.
+        dropped: how many things of each kind were left out.
+    """
+
+    names: tuple[str, ...]
+    splits: dict[str, dict[str, list[Row]]]
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return sum(map(len, self.splits.values()))
+
+    @property
+    def boxes(self) -> int:
+        """Number of boxes."""
+        return sum(len(rows) for images in self.splits.values() for rows in images.values())
+
+
+def write_converted(converted: Converted, tree: Tree, folder: Path, *, link: bool = False) -> None:
+    """Write a data set in Ultralytics' format.
+
+    Args:
+        converted: what to write.
+        tree: where its images come from.
+        folder: an empty directory.
+        link: make hard links to images, or symbolic ones on another disk, instead of copies; only
+            of a tree that is a folder.
+    """
+    with progress("Writing images", total=converted.images, unit="images") as bar:
+        for split, images in converted.splits.items():
+            taken: set[str] = set()
+            for kind in ("images", "labels"):
+                (folder / kind / split).mkdir(parents=True)
+            for name, rows in images.items():
+                stem, suffix = _free_stem(PurePosixPath(name), taken), PurePosixPath(name).suffix.lower()
+                _put(tree, name, folder / "images" / split / f"{stem}{suffix}", link=link)
+                lines = ("{} {:.6f} {:.6f} {:.6f} {:.6f}\n".format(*row) for row in rows)
+                (folder / "labels" / split / f"{stem}.txt").write_text("".join(lines), encoding="utf-8")
+                bar.advance()
+    write_yaml(folder, converted.names, list(converted.splits))
+
+
+def _free_stem(name: PurePosixPath, taken: set[str]) -> str:
+    """A stem that no image of the split has yet, not even one in other letters' case."""
+    stem, number = name.stem, 1
+    while stem.lower() in taken:
+        number += 1
+        stem = f"{name.stem}_{number}"
+    taken.add(stem.lower())
+    return stem
+
+
+def _put(tree: Tree, name: str, place: Path, *, link: bool) -> None:
+    if tree.folder is None:
+        place.write_bytes(tree.read(name))
+        return
+    source = (tree.folder / name).resolve()
+    if not link:
+        shutil.copyfile(source, place)
+        return
+    try:
+        os.link(source, place)
+    except OSError:  # another disk, or a file system without hard links
+        place.symlink_to(source)
+
+
+def split_off(converted: Converted, share: float) -> None:
+    """Move a share of the training images into ``val``, the same ones every time.
+
+    Args:
+        converted: changed in place; has no ``val`` yet.
+        share: above 0 and below 1; at least one image moves.
+
+    Raises:
+        DataError: there is a ``val``, or fewer than two images.
+    """
+    train = converted.splits.get("train", {})
+    if converted.splits.get("val") or len(train) < 2:
+        has = "a val split" if converted.splits.get("val") else f"{len(train)} training images"
+        raise DataError(f"--val-share cannot be used: the data set has {has}. Leave it out.")
+    count = min(max(1, round(len(train) * share)), len(train) - 1)
+    moved = set(random.Random(0).sample(sorted(train), count))
+    converted.splits = {
+        "train": {name: rows for name, rows in train.items() if name not in moved},
+        "val": {name: rows for name, rows in train.items() if name in moved},
+        **{split: images for split, images in converted.splits.items() if split != "train" and images},
+    }
+
+
+def _row(class_id: int, box: Box, size: tuple[float, float]) -> Row | None:
+    """A box in pixels (x1, y1, x2, y2) as a row of a label file; None where nothing is inside the image."""
+    width, height = size
+    x1, x2 = (min(max(edge / width, 0.0), 1.0) for edge in box[::2])
+    y1, y2 = (min(max(edge / height, 0.0), 1.0) for edge in box[1::2])
+    w, h = x2 - x1, y2 - y1
+    # "not above" instead of "below", for edges that are no numbers
+    return (class_id, x1 + w / 2, y1 + h / 2, w, h) if w > _SMALLEST and h > _SMALLEST else None
+
+
+def _split_of(path: PurePosixPath) -> str:
+    """The split that a path speaks of: train for ``instances_train2017.json``, val for ``valid/x.xml``."""
+    for part in reversed(path.parts):
+        for word in part.lower().replace("-", "_").replace(".", "_").split("_"):
+            split = _SPLIT_WORDS.get(word.rstrip("0123456789"))
+            if split:
+                return split
+    return "train"
+
+
+def _image_size(tree: Tree, name: str) -> tuple[int, int]:
+    try:
+        return Image.open(io.BytesIO(tree.read(name))).size
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"Cannot read the image {name} in {tree.place}: {error}. Remove it.") from error
+
+
+# COCO: https://cocodataset.org/#format-data
+
+
+def read_coco(tree: Tree, images: str | None = None) -> Converted:
+    """Read detection annotations in COCO's json format.
+
+    Files ``instances_*.json`` count, or else every json with images and annotations. The name of a
+    file or of its folder says the split. Boxes of crowds are left out, others clipped to their
+    image. Class ids count from 0 in the order of the category ids.
+
+    Args:
+        tree: holds the json files and the images.
+        images: folder in the tree that file names start from; None: they are looked for.
+
+    Raises:
+        DataError: there are no such annotations, or they are damaged.
+    """
+    files = sorted(name for name in tree.readers if name.endswith(".json"))
+    files = [name for name in files if PurePosixPath(name).name.startswith("instances_")] or files
+    parts = [(name, part) for name in files if (part := _load_coco(tree, name)) is not None]
+    if not parts:
+        raise DataError(
+            expected(tree.place, "COCO annotations (json with images, annotations)", files, "Correct it.")
+        )
+    categories = _categories(parts)
+    converted = Converted(tuple(categories.values()), {})
+    positions = {category: position for position, category in enumerate(categories)}
+    places = _Places(tree)
+    for name, part in parts:
+        path = PurePosixPath(name)
+        rows = converted.splits.setdefault(_split_of(path), {})
+        try:
+            _read_coco_part(tree, places, (path, images), part, positions, rows, converted.dropped)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise DataError(
+                f"Cannot read {name} in {tree.place} as COCO json: {reason}. Correct it."
+            ) from error
+    return converted
+
+
+def _load_coco(tree: Tree, name: str) -> dict[str, Any] | None:
+    try:
+        part = json.loads(tree.read(name))
+    except ValueError as error:
+        raise DataError(f"Cannot read {name} in {tree.place}: {error}. Correct it.") from error
+    wanted = {"images", "annotations", "categories"}
+    return part if isinstance(part, dict) and wanted <= set(part) else None
+
+
+def _categories(parts: Sequence[tuple[str, dict[str, Any]]]) -> dict[int, str]:
+    """Category names by their id, in the order of ids."""
+    names: dict[int, str] = {}
+    for file, part in parts:
+        for category in part["categories"]:
+            name = names.setdefault(int(category["id"]), str(category["name"]))
+            if name != str(category["name"]):
+                what = f"category {category['id']} of {file}"
+                raise DataError(expected(what, repr(name), category["name"], "Correct the categories."))
+    return dict(sorted(names.items()))
+
+
+class _Places:
+    """Where the images of a tree are."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._names = tree.readers
+        self._by_name: dict[str, list[str]] = {}
+        for name in sorted(tree.readers):
+            if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
+                self._by_name.setdefault(PurePosixPath(name).name, []).append(name)
+
+    def find(self, file_name: str, folders: Iterable[PurePosixPath]) -> str | None:
+        """The image in the first of the folders that has it, else the only one of that name."""
+        for folder in folders:
+            name = os.path.normpath(folder / file_name).replace("\\", "/")
+            if name in self._names:
+                return name if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES else None
+        same = [
+            n
+            for n in self._by_name.get(PurePosixPath(file_name).name, [])
+            if f"/{n}".endswith(f"/{file_name}")
+        ]
+        return same[0] if len(same) == 1 else None
+
+
+def _read_coco_part(
+    tree: Tree, places: _Places, where: tuple[PurePosixPath, str | None], part: Mapping[str, Any],
+    positions: Mapping[int, int], rows: dict[str, list[Row]], dropped: Counter[str],
+) -> None:  # fmt: skip
+    path, images = where
+    tag = path.stem.removeprefix("instances_")  # train2017
+    above = path.parent.parent
+    folders = (
+        [PurePosixPath(images)]
+        if images
+        else [path.parent, above / tag, above / "images" / tag, above / "images", above]
+    )
+    found: dict[Any, tuple[str, tuple[float, float]]] = {}
+    for image in part["images"]:
+        name = places.find(str(image["file_name"]), folders)
+        if name is None:
+            dropped["images not found"] += 1
+            continue
+        dropped["images listed twice"] += name in rows
+        rows.setdefault(name, [])
+        size = (float(image.get("width") or 0), float(image.get("height") or 0))
+        found[image["id"]] = (name, size if all(size) else _image_size(tree, name))
+    for annotation in part["annotations"]:
+        _add_coco_box(annotation, found, positions, rows, dropped)
+
+
+def _add_coco_box(
+    annotation: Mapping[str, Any], found: Mapping[Any, tuple[str, tuple[float, float]]],
+    positions: Mapping[int, int], rows: dict[str, list[Row]], dropped: Counter[str],
+) -> None:  # fmt: skip
+    if annotation.get("iscrowd"):
+        dropped["boxes of crowds"] += 1
+        return
+    if annotation["image_id"] not in found:
+        dropped["boxes without an image"] += 1
+        return
+    name, size = found[annotation["image_id"]]
+    x, y, w, h = map(float, annotation["bbox"])
+    row = _row(positions[int(annotation["category_id"])], (x, y, x + w, y + h), size)
+    if row is None:
+        dropped["empty boxes"] += 1
+    elif row in rows[name]:
+        dropped["boxes listed twice"] += 1
+    else:
+        rows[name].append(row)
+
+
+# Pascal VOC: http://host.robots.ox.ac.uk/pascal/VOC/voc2007/htmldoc/
+
+
+def read_voc(tree: Tree, sets: Mapping[str, Sequence[str]] | None = None) -> Converted:
+    """Read Pascal VOC annotations: ``Annotations/*.xml`` and ``JPEGImages``, or xml beside images.
+
+    Pixels count from 1 there and the last one is inside, so a box reaches from ``xmin - 1`` to
+    ``xmax``. Objects marked as difficult are left out, as YOLOv5 does. Classes are sorted by name.
+
+    Args:
+        tree: holds one or several such data sets.
+        sets: by split, the image sets that make it up, such as ``VOC2007/trainval``; None: the sets
+            called train (or else trainval, or else everything), val and test.
+
+    Raises:
+        DataError: there are no such annotations, they are damaged, or a set is missing.
+    """
+    xmls = {name for name in tree.readers if name.endswith(".xml")}
+    if not xmls:
+        raise DataError(
+            expected(tree.place, "a data set with Annotations/*.xml", "none", "Correct the path.")
+        )
+    chosen = {
+        split: [(name, _read_voc_xml(tree, name)) for name in names]
+        for split, names in _voc_splits(tree, xmls, sets).items()
+        if names
+    }
+    items = (item for parts in chosen.values() for _, part in parts for item in part.objects)
+    names = tuple(sorted({name for name, _, difficult in items if not difficult}))
+    converted, places = Converted(names, {}), _Places(tree)
+    for split, parts in chosen.items():
+        rows = converted.splits.setdefault(split, {})
+        for name, part in parts:
+            _add_voc_image(tree, places, PurePosixPath(name), part, rows, converted)
+    return converted
+
+
+@dataclass(frozen=True)
+class _VocImage:
+    """One annotation file: the image's name and size in pixels, and class, box, difficult of each object."""
+
+    file_name: str
+    size: tuple[float, float]
+    objects: list[tuple[str, Box, bool]]
+
+
+def _read_voc_xml(tree: Tree, name: str) -> _VocImage:
+    try:
+        root = ElementTree.fromstring(tree.read(name))
+        size = (float(root.findtext("size/width") or 0), float(root.findtext("size/height") or 0))
+        objects = [_voc_object(item) for item in root.iter("object")]
+    except (ElementTree.ParseError, ValueError) as error:
+        raise DataError(f"Cannot read {name} in {tree.place}: {error}. Correct or remove it.") from error
+    return _VocImage(root.findtext("filename") or "", size, objects)
+
+
+def _voc_object(item: ElementTree.Element) -> tuple[str, Box, bool]:
+    x1, y1, x2, y2 = (
+        float(item.findtext(f"bndbox/{edge}", "nan")) for edge in ("xmin", "ymin", "xmax", "ymax")
+    )
+    difficult = (item.findtext("difficult") or "0").strip() == "1"
+    return (item.findtext("name") or "").strip(), (x1 - 1, y1 - 1, x2, y2), difficult
+
+
+def _add_voc_image(
+    tree: Tree, places: _Places, path: PurePosixPath, part: _VocImage, rows: dict[str, list[Row]],
+    converted: Converted,
+) -> None:  # fmt: skip
+    folders = [path.parent.parent / "JPEGImages", path.parent, path.parent.parent / "images"]
+    files = [f"{path.stem}{suffix}" for suffix in (".jpg", *sorted(IMAGE_SUFFIXES))]
+    candidates = (places.find(file, folders) for file in [part.file_name, *files] if file)
+    name = next((found for found in candidates if found), None)
+    if name is None:
+        converted.dropped["images not found"] += 1
+        return
+    kept = rows.setdefault(name, [])
+    size = part.size if all(part.size) else _image_size(tree, name)
+    for label, box, difficult in part.objects:
+        row = None if difficult else _row(converted.names.index(label), box, size)
+        if row is None:
+            converted.dropped["difficult objects" if difficult else "empty boxes"] += 1
+        elif row in kept:
+            converted.dropped["boxes listed twice"] += 1
+        else:
+            kept.append(row)
+
+
+def _voc_splits(
+    tree: Tree, xmls: set[str], sets: Mapping[str, Sequence[str]] | None
+) -> dict[str, list[str]]:  # fmt: skip
+    """The annotation files of each split."""
+    if sets is not None:
+        return {
+            split: [xml for one in wanted for xml in _voc_set(tree, xmls, one)]
+            for split, wanted in sets.items()
+        }
+    listed = {"train": "train", "val": "val", "test": "test"}
+    by_list = {split: list(_sets_called(tree, xmls, name)) for split, name in listed.items()}
+    if not by_list["train"]:
+        by_list["train"] = [
+            xml for xml in _sets_called(tree, xmls, "trainval") if xml not in set(by_list["val"])
+        ]
+    if any(by_list.values()):
+        return by_list
+    by_folder: dict[str, list[str]] = {}
+    for xml in sorted(xmls):
+        by_folder.setdefault(_split_of(PurePosixPath(xml).parent), []).append(xml)
+    return by_folder
+
+
+def _sets_called(tree: Tree, xmls: set[str], name: str) -> Iterator[str]:
+    ending = f"ImageSets/Main/{name}.txt"
+    for listing in sorted(file for file in tree.readers if file.endswith(ending)):
+        yield from _annotations_in(tree, xmls, listing)
+
+
+def _voc_set(tree: Tree, xmls: set[str], wanted: str) -> Iterator[str]:
+    year, _, name = wanted.partition("/")
+    listing = next(
+        (file for file in tree.readers if file.endswith(f"{year}/ImageSets/Main/{name}.txt")), None
+    )
+    if listing is None:
+        do = "Give the archives that the configuration names."
+        raise DataError(f"{tree.place} has no image set {name} of {year}. {do}")
+    yield from _annotations_in(tree, xmls, listing)
+
+
+def _annotations_in(tree: Tree, xmls: set[str], listing: str) -> Iterator[str]:
+    root = PurePosixPath(listing).parents[2]
+    for line in tree.read(listing).decode("utf-8-sig").splitlines():
+        words = line.split()
+        xml = str(root / "Annotations" / f"{words[0]}.xml") if words else ""
+        if xml in xmls:
+            yield xml

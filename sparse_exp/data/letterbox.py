@@ -1,0 +1,81 @@
+"""Scale an image of any aspect ratio to a square, and map its boxes there and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+PADDING = 114  # the grey that YOLOv5 checkpoints have learnt to ignore
+
+
+@dataclass(frozen=True)
+class Letterbox:
+    """How an image was scaled and centred in a square.
+
+    Attributes:
+        scale_x: width of the scaled image by its own width; `scale_y` likewise. They differ only
+            because both are whole pixels.
+        left: grey columns left of the image, px; `top` likewise.
+        size: width and height of the original image, px.
+    """
+
+    scale_x: float
+    scale_y: float
+    left: int
+    top: int
+    size: tuple[int, int]
+
+    def boxes(self, boxes: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Boxes of the original image in the square; ``(M, 4)`` x1, y1, x2, y2 in pixels both ways."""
+        return boxes * self._scale() + self._shift()
+
+    def boxes_back(self, boxes: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Boxes of the square in the original image, clipped to it; the inverse of `boxes`."""
+        back = (boxes - self._shift()) / self._scale()
+        limits = np.array([*self.size, *self.size], np.float32)
+        return np.clip(back, 0, limits)
+
+    def _scale(self) -> NDArray[np.float32]:
+        return np.array([self.scale_x, self.scale_y] * 2, np.float32)
+
+    def _shift(self) -> NDArray[np.float32]:
+        return np.array([self.left, self.top] * 2, np.float32)
+
+
+def fitted_size(width: int, height: int, imgsz: int) -> tuple[int, int]:
+    """Width and height, px, at which an image fits a square of side ``imgsz``; at least 1 each."""
+    scale = min(imgsz / height, imgsz / width)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def letterbox(
+    image: NDArray[np.uint8] | Image.Image, imgsz: int, size: tuple[int, int] | None = None
+) -> tuple[NDArray[np.uint8], Letterbox]:
+    """Scale an image to fit a square, centred on grey, as YOLOv5 v6/v7 does.
+
+    Of an odd number of grey rows or columns the larger half comes after the image, as upstream.
+
+    Args:
+        image: uint8 ``(H, W, 3)``, or an RGB picture.
+        imgsz: side of the square, px.
+        size: width and height of the original, px, where ``image`` was scaled down while it was
+            decoded; what boxes refer to.
+
+    Returns:
+        uint8 ``(imgsz, imgsz, 3)`` and the mapping of boxes.
+    """
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    width, height = size or picture.size
+    w, h = fitted_size(width, height, imgsz)
+    if (w, h) != picture.size:
+        picture = picture.resize((w, h), Image.Resampling.BILINEAR)
+    left, top = (imgsz - w) // 2, (imgsz - h) // 2
+    if (w, h) == (imgsz, imgsz):
+        square = np.array(picture)
+    else:
+        square = np.full((imgsz, imgsz, 3), PADDING, np.uint8)
+        square[top : top + h, left : left + w] = picture
+    return square, Letterbox(w / width, h / height, left, top, (width, height))

@@ -1,0 +1,367 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sparse_exp.config.schema import DatasetConfig, SourceConfig
+from sparse_exp.data import load_dataset, prepare
+from sparse_exp.data.__main__ import main
+from sparse_exp.data.archives import open_tree
+from sparse_exp.data.public import COCO_NAMES
+from sparse_exp.errors import DataError, SourceUnavailable
+
+
+def image_bytes(width: int = 100, height: int = 50, shade: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), (shade, 0, 0)).save(buffer, "jpeg")
+    return buffer.getvalue()
+
+
+def put(root: Path, files: dict[str, bytes | str]) -> Path:
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return root
+
+
+def labels(yaml: Path, split: str) -> dict[str, list[list[float]]]:
+    dataset = load_dataset(yaml)
+    return {
+        sample.image.name: sample.labels_of(len(dataset.names)).round(4).tolist()
+        for sample in dataset.splits[split]
+    }
+
+
+def coco(split: str, **changes: list) -> str:
+    whole = {
+        "images": [
+            {"id": 7, "file_name": f"{split}1.jpg", "width": 100, "height": 50},
+            {"id": 8, "file_name": f"{split}2.jpg", "width": 100, "height": 50},
+        ],
+        "categories": [{"id": 9, "name": "dog"}, {"id": 3, "name": "cat"}],
+        "annotations": [
+            {"image_id": 7, "category_id": 9, "bbox": [10, 10, 20, 10], "iscrowd": 0},
+            {"image_id": 7, "category_id": 3, "bbox": [90, 40, 20, 20]},  # hangs out
+            {"image_id": 7, "category_id": 3, "bbox": [5, 5, 9, 9], "iscrowd": 1},
+            {"image_id": 7, "category_id": 3, "bbox": [5, 5, 0, 9]},
+            {"image_id": 7, "category_id": 3, "bbox": [120, 5, 9, 9]},
+        ],
+    }
+    return json.dumps({**whole, **changes})
+
+
+@pytest.fixture
+def coco_set(tmp_path: Path) -> Path:
+    pictures = {
+        f"{split}2017/{split}{n}.jpg": image_bytes(shade=n) for split in ("train", "val") for n in (1, 2)
+    }
+    notes = {f"annotations/instances_{split}2017.json": coco(split) for split in ("train", "val")}
+    notes["annotations/captions_train2017.json"] = json.dumps(
+        {"images": [], "annotations": [{"caption": "a"}]}
+    )
+    return put(tmp_path / "coco", {**pictures, **notes})
+
+
+def test_coco(coco_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "coco", str(coco_set), str(tmp_path / "out")]) == 0
+    yaml = tmp_path / "out/data.yaml"
+    assert load_dataset(yaml).names == ("cat", "dog")  # by id, 3 before 9
+    # 20 x 10 px at 10, 10 of 100 x 50; and 20 x 20 at 90, 40, of which 10 x 10 are inside.
+    wanted = [[1, 0.2, 0.3, 0.2, 0.2], [0, 0.95, 0.9, 0.1, 0.2]]
+    assert {name: np.round(rows, 4).tolist() for name, rows in labels(yaml, "val").items()} == {
+        "val1.jpg": [pytest.approx(row) for row in wanted], "val2.jpg": [],
+    }  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "train: 2 images, 2 boxes" in printed
+    assert "left out: 2 boxes of crowds" in printed
+    assert "left out: 4 empty boxes" in printed
+    assert (tmp_path / "out/images/train/train1.jpg").read_bytes() == image_bytes(shade=1)
+
+
+def test_coco_images_of_one_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["a/x.jpg", "b/x.jpg", "b/x.jpg", "c/X.png", "gone.jpg"]
+    images = [{"id": n, "file_name": name, "width": 0, "height": 0} for n, name in enumerate(names)]
+    boxes = [{"image_id": n, "category_id": 3, "bbox": [0, 0, 10 * (n + 1), 5]} for n in range(5)]
+    files = {name: image_bytes(shade=n) for n, name in enumerate(names[:4])}
+    note = coco("train", images=images, annotations=boxes)
+    source = put(tmp_path / "set", {"labels.json": note, **{f"pictures/{n}": c for n, c in files.items()}})
+    arguments = [
+        "convert",
+        "coco",
+        str(source),
+        str(tmp_path / "out"),
+        "--images",
+        "pictures",
+        "--val-share",
+        "0.4",
+    ]
+    assert main(arguments) == 0
+    found = [labels(tmp_path / "out/data.yaml", split) for split in ("train", "val")]
+    assert [len(images) for images in found] == [2, 1]
+    assert sorted(len(rows) for images in found for rows in images.values()) == [1, 1, 2]
+    printed = capsys.readouterr().out
+    assert "1 images not found" in printed
+    assert "1 images listed twice" in printed
+    assert "1 boxes without an image" in printed
+
+
+def voc_xml(
+    boxes: dict[str, tuple[int, int, int, int]], difficult: tuple[str, ...] = (), size: str = ""
+) -> str:
+    items = (
+        f"<object><name>{name}</name><difficult>{int(name in difficult)}</difficult><bndbox><xmin>{x1}</xmin>"
+        f"<ymin>{y1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+        for name, (x1, y1, x2, y2) in boxes.items()
+    )
+    return f"<annotation>{size}{''.join(items)}</annotation>"
+
+
+def voc_files(year: str, stems: dict[str, list[str]]) -> dict[str, bytes | str]:
+    files: dict[str, bytes | str] = {}
+    for image_set, names in stems.items():
+        files[f"VOCdevkit/{year}/ImageSets/Main/{image_set}.txt"] = "".join(f"{name}\n" for name in names)
+        for name in names:
+            note = voc_xml({"dog": (1, 1, 100, 50), "cat": (11, 11, 20, 20), "bird": (1, 1, 9, 9)}, ("bird",))
+            files[f"VOCdevkit/{year}/Annotations/{name}.xml"] = note
+            files[f"VOCdevkit/{year}/JPEGImages/{name}.jpg"] = image_bytes(shade=len(files))
+    return files
+
+
+def test_voc_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = put(
+        tmp_path / "Pascal Größe", voc_files("VOC2007", {"train": ["000001", "000002"], "val": ["000003"]})
+    )
+    assert main(["convert", "voc", str(source), str(tmp_path / "out")]) == 0
+    yaml = tmp_path / "out/data.yaml"
+    assert load_dataset(yaml).names == ("cat", "dog")
+    # Pixels 1..100 of 100 are the whole image; 11..20 are ten pixels from the tenth on.
+    assert labels(yaml, "val") == {
+        "000003.jpg": [pytest.approx(r) for r in ([1, 0.5, 0.5, 1, 1], [0, 0.15, 0.3, 0.1, 0.2])]
+    }
+    printed = capsys.readouterr().out
+    assert "train: 2 images, 4 boxes" in printed
+    assert "left out: 3 difficult objects" in printed
+
+
+def test_voc_beside_images(tmp_path: Path) -> None:
+    size = "<filename>b ä.jpg</filename><size><width>200</width><height>100</height></size>"
+    files = {
+        "train/a.xml": voc_xml({"cat": (1, 1, 50, 50)}), "train/a.jpg": image_bytes(),
+        "valid/1.xml": voc_xml({"cat": (1, 1, 50, 50)}, size=size), "valid/b ä.jpg": image_bytes(),
+    }  # fmt: skip
+    assert main(["convert", "voc", str(put(tmp_path / "set", files)), str(tmp_path / "out")]) == 0
+    assert labels(tmp_path / "out/data.yaml", "train") == {"a.jpg": [[0, 0.25, 0.5, 0.5, 1]]}
+    assert labels(tmp_path / "out/data.yaml", "val") == {"b ä.jpg": [[0, 0.125, 0.25, 0.25, 0.5]]}
+
+
+def test_links(coco_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main(["convert", "coco", str(coco_set), str(tmp_path / "hard"), "--link"])
+    image = tmp_path / "hard/images/train/train1.jpg"
+    assert image.samefile(coco_set / "train2017/train1.jpg")
+    assert not image.is_symlink()
+
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    main(["convert", "coco", str(coco_set), str(tmp_path / "soft"), "--link"])
+    image = tmp_path / "soft/images/train/train1.jpg"
+    assert image.is_symlink()
+    assert (
+        load_dataset(tmp_path / "soft/data.yaml").digest == load_dataset(tmp_path / "hard/data.yaml").digest
+    )
+
+
+def test_nothing_is_overwritten(coco_set: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    main(["convert", "coco", str(coco_set), str(out)])
+    (out / "mine").write_text("precious")
+    arguments = ["convert", "coco", str(coco_set), str(out)]
+    with pytest.raises(DataError, match=r"exists.*--force"):
+        main(arguments)
+    assert (out / "mine").exists()
+    main([*arguments, "--force"])
+    assert not (out / "mine").exists()
+    put(tmp_path / "photos", {"a.jpg": b"precious"})
+    for place in (tmp_path / "photos", tmp_path / "photos/a.jpg"):
+        with pytest.raises(DataError, match=r"no data\.yaml"):
+            main(["convert", "coco", str(coco_set), str(place), "--force"])
+    assert (tmp_path / "photos/a.jpg").read_bytes() == b"precious"
+
+
+def test_what_breaks_off_leaves_nothing(
+    coco_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(["convert", "coco", str(coco_set), str(tmp_path / "out")])
+    before = sorted(tmp_path.rglob("*"))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", full)
+    for arguments in ([str(tmp_path / "out"), "--force"], [str(tmp_path / "new")]):
+        with pytest.raises(DataError, match="No space left on device"):
+            main(["convert", "coco", str(coco_set), *arguments])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "message"),
+    [
+        ("coco", {"a.txt": ""}, "COCO annotations"),
+        ("coco", {"a.json": "{"}, "Cannot read a.json"),
+        ("coco", {"instances_train.json": coco("train", images=[{"id": 1}])}, "KeyError: 'file_name'"),
+        ("coco", {"instances_train.json": coco("train")}, "at least one image"),
+        ("voc", {"a.txt": ""}, "Annotations"),
+        ("voc", {"Annotations/a.xml": "<annotation>"}, "Cannot read Annotations/a.xml"),
+        ("voc", {"Annotations/a.xml": voc_xml({"cat": (1, 1, 9, 9)})}, "at least one image"),
+    ],
+)
+def test_wrong_sources_are_refused(tmp_path: Path, kind: str, files: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        main(["convert", kind, str(put(tmp_path / "set", files)), str(tmp_path / "out")])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def packed(path: Path, files: dict[str, bytes | str]) -> Path:
+    plain = {
+        name: content.encode() if isinstance(content, str) else content for name, content in files.items()
+    }
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in plain.items():
+                archive.writestr(name, content)
+        return path
+    with tarfile.open(path, "w") as archive:
+        for name, content in plain.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar"])
+@pytest.mark.parametrize("name", ["../evil.jpg", "/tmp/evil.jpg", "a/../../evil.jpg", "..\\evil.jpg"])
+def test_archives_that_lead_outside_are_refused(tmp_path: Path, suffix: str, name: str) -> None:
+    place = packed(tmp_path / f"set{suffix}", {"fine.jpg": b"1", name: b"2"})
+    with pytest.raises(DataError, match="Do not use it"), open_tree([place]):
+        pass
+
+
+def test_links_in_archives_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
+            member = tarfile.TarInfo(f"images/{kind!r}.jpg")
+            member.type, member.linkname = kind, str(tmp_path / "secret")
+            archive.addfile(member)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as zipped:
+        member = zipfile.ZipInfo("images/link.jpg")
+        member.external_attr = 0o120777 << 16
+        zipped.writestr(member, str(tmp_path / "secret"))
+    for name in ("a.tar", "a.zip"):
+        with open_tree([tmp_path / name]) as tree:
+            assert tree.readers == {}
+
+
+def test_archives_of_absurd_size_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(place, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.jpg", bytes(3 << 20))
+        archive.writestr("b.jpg", bytes(3 << 20))
+    assert place.stat().st_size < 1 << 14
+    for limit, size in (("_MAX_FILE", 2 << 20), ("_MAX_TOTAL", 5 << 20)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"sparse_exp.data.archives.{limit}", size)
+            with pytest.raises(DataError, match="Do not use it"), open_tree([place]):
+                pass
+    with open_tree([place]) as tree:
+        assert len(tree.read("a.jpg")) == 3 << 20
+
+
+@pytest.mark.parametrize("name", ["set.zip", "set.tar"])
+def test_damaged_archives_are_named(tmp_path: Path, name: str) -> None:
+    place = packed(tmp_path / name, {"images/a.jpg": image_bytes(300, 300) * 20})
+    place.write_bytes(place.read_bytes()[:3000])
+    with pytest.raises(DataError, match=name), open_tree([place]) as tree:
+        tree.read("images/a.jpg")
+
+
+def public(name: str, places: list[str]) -> DatasetConfig:
+    return DatasetConfig(name=name, generator=name, sources=[SourceConfig(uri=place) for place in places])
+
+
+def test_coco128(tmp_path: Path, server) -> None:
+    files = {f"coco128/images/train2017/{n:03}.jpg": image_bytes(shade=n) for n in range(3)}
+    files |= {f"coco128/labels/train2017/{n:03}.txt": f"{n} 0.5 0.5 0.2 0.2\n" for n in range(2)}
+    files["__MACOSX/coco128/images/train2017/._000.txt"] = "litter"
+    server.files["/coco128.zip"] = packed(tmp_path / "coco128.zip", files).read_bytes()
+    config = public("coco128", [f"{server.url}/coco128.zip"])
+    dataset = prepare(config, tmp_path / "cache")
+    assert (len(dataset.names), dataset.names[0], dataset.names[-1]) == (80, "person", "toothbrush")
+    assert dataset.splits["train"] == dataset.splits["val"]
+    assert [len(sample.labels_of(80)) for sample in dataset.splits["train"]] == [1, 1, 0]
+    asked = len(server.requests)
+    assert prepare(config, tmp_path / "cache") == dataset
+    assert len(server.requests) == asked
+
+
+def test_names_of_coco() -> None:
+    assert len(set(COCO_NAMES)) == 80
+    # ids that everyone who looks at detections knows
+    assert [COCO_NAMES[i] for i in (15, 16, 41, 60, 67)] == [
+        "cat",
+        "dog",
+        "cup",
+        "dining table",
+        "cell phone",
+    ]
+
+
+def voc_archives(tmp_path: Path) -> list[bytes]:
+    sets = [("VOC2007", {"trainval": ["000005", "000007"]}), ("VOC2007", {"test": ["000001"]}),
+            ("VOC2012", {"trainval": ["2007_000027"]})]  # fmt: skip
+    return [packed(tmp_path / f"{n}.tar", voc_files(*one)).read_bytes() for n, one in enumerate(sets)]
+
+
+def test_voc(tmp_path: Path, server) -> None:
+    for number, content in enumerate(voc_archives(tmp_path)):
+        server.files[f"/{number}.tar"] = content
+    dataset = prepare(public("voc", [f"{server.url}/{n}.tar" for n in range(3)]), tmp_path / "cache")
+    stems = {split: [sample.image.stem for sample in samples] for split, samples in dataset.splits.items()}
+    assert stems == {"train": ["000005", "000007", "2007_000027"], "val": ["000001"]}
+    assert dataset.names == ("cat", "dog")
+
+
+def test_voc_wants_all_archives_and_leaves_nothing(tmp_path: Path, server) -> None:
+    archives = voc_archives(tmp_path)
+    server.files["/0.tar"], server.files["/1.tar"] = archives[:2]
+    with pytest.raises(DataError, match="no image set trainval of VOC2012"):
+        prepare(public("voc", [f"{server.url}/{n}.tar" for n in range(2)]), tmp_path / "cache")
+    with pytest.raises(SourceUnavailable):
+        prepare(public("voc", [f"{server.url}/missing"]), tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache/datasets").iterdir() if not path.name.endswith(".lock")]
+
+
+def test_commands_need_no_torch(coco_set: Path, tmp_path: Path) -> None:
+    import subprocess
+
+    code = (
+        "import sys; from sparse_exp.data.__main__ import main\n"
+        f"main(['convert', 'coco', {str(coco_set)!r}, {str(tmp_path / 'out')!r}])\n"
+        f"main(['check', {str(tmp_path / 'out/data.yaml')!r}])\n"
+        "assert not {'torch', 'sparseml', 'mlflow'} & set(sys.modules), 'imported'"
+    )
+    environment = {**os.environ, "SPARSE_EXP_CACHE": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
