@@ -123,10 +123,11 @@ def _dense(size: str) -> YOLOv5:
     model = YOLOv5(size, _COCO_CLASSES)
     values = yaml.safe_load((CONF_DIRECTORY / "model" / f"yolov5{size}.yaml").read_text(encoding="utf-8"))
     sources = [SourceConfig(**source) for source in values["sources"]]
-    file = cached_start(ModelConfig(name=values["name"], size=size, sources=sources), cache_directory(None))
-    if file:
-        transfer_weights(model, read_checkpoint(file.path))
-    print(f"YOLOv5{size}, {file.origin if file else 'random weights'}", flush=True)
+    wanted, cache = ModelConfig(name=values["name"], size=size, sources=sources), cache_directory(None)
+    start = cached_start(wanted, cache, cache / "zoo")
+    if start:
+        transfer_weights(model, read_checkpoint(start.file.path))
+    print(f"YOLOv5{size}, {start.name if start else 'random weights'}", flush=True)
     return model
 
 

@@ -12,8 +12,9 @@ from sparse_exp.report.console import show_plan
 from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.training.precision import choose_precision
 from sparse_exp.yolov5 import YOLOv5
+from sparse_exp.zoo.local import zoo_directory
 from sparse_exp.zoo.sources import cache_directory
-from sparse_exp.zoo.start import SCRATCH, cached_start, sources_of
+from sparse_exp.zoo.start import SCRATCH, StartFile, cached_start
 
 
 def show(experiment: Experiment, recipe: Recipe) -> None:
@@ -33,23 +34,37 @@ def _plan(experiment: Experiment, recipe: Recipe) -> Plan:
 
     cache = cache_directory(experiment.paths.cache)
     precision = choose_precision(experiment.trainer, has_bf16=has_bf16())
-    if is_prepared(experiment.dataset, cache) and _has_start(experiment, cache):
+    start = _start(experiment, cache)
+    if is_prepared(experiment.dataset, cache) and (start or experiment.model.weights == SCRATCH):
         dataset = prepare(experiment.dataset, cache)
-        return lay_out(experiment, recipe, dataset, precision, cache, offline=True)[0]
+        plan = lay_out(experiment, recipe, dataset, precision, cache, offline=True)[0]
+        return _with_asked_first(plan, experiment) if start and start.grown else plan
     model = YOLOv5(experiment.model.size, num_classes=1)
     recipe.check(model)
-    plan = make_plan(experiment, recipe, _unread(experiment, cache), precision, model)
+    plan = make_plan(experiment, recipe, _unread(experiment, start), precision, model)
     later = "estimated once the data and the start checkpoint are on this machine"
     return plan if experiment.recipe.oneshot else replace(plan, facts={**plan.facts, "time": later})
 
 
-def _has_start(experiment: Experiment, cache: Path) -> bool:
-    return experiment.model.weights == SCRATCH or cached_start(experiment.model, cache) is not None
+def _start(experiment: Experiment, cache: Path) -> StartFile | None:
+    return cached_start(experiment.model, cache, zoo_directory(experiment.paths.zoo))
 
 
-def _unread(experiment: Experiment, cache: Path) -> Start:
+def _with_asked_first(plan: Plan, experiment: Experiment) -> Plan:
+    """The plan of a grown start; the run itself looks for one of the model's own size once more."""
+    if not experiment.model.sources:
+        return plan
+    uris = ", ".join(source.uri for source in experiment.model.sources)
+    first = f"not on this machine; the run asks for it first, and grows nothing where it serves: {uris}"
+    return replace(plan, facts={**plan.facts, experiment.model.name: first})
+
+
+def _unread(experiment: Experiment, start: StartFile | None) -> Start:
     """The start as far as it is known while it is not read."""
-    if experiment.model.weights == SCRATCH:
+    model = experiment.model
+    if model.weights == SCRATCH:
         return Start(SCRATCH, 0.0)
-    where = "cached" if _has_start(experiment, cache) else "to be fetched"
-    return Start(f"{sources_of(experiment.model)[0].uri} ({where})", None)
+    if start:
+        return Start(f"{start.name} (on this machine)", None)
+    uris = [model.weights, *(source.uri for source in (*model.sources, *model.grow_from))]
+    return Start(f"{next(filter(None, uris), 'nowhere')} (to be fetched)", None)

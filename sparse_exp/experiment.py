@@ -84,12 +84,14 @@ def run(
 
 def _recipe_file(experiment: Experiment) -> Path:
     """Where the recipe lies: shipped, one's own, or fetched by its stub."""
+    from sparse_exp.zoo.local import zoo_directory
     from sparse_exp.zoo.sources import cache_directory
     from sparse_exp.zoo.stub import STUB_PREFIX, fetch_recipe
 
     file = experiment.recipe.file
     if file.startswith(STUB_PREFIX):
-        return fetch_recipe(file, cache_directory(experiment.paths.cache))
+        zoo = zoo_directory(experiment.paths.zoo)
+        return fetch_recipe(file, cache_directory(experiment.paths.cache), zoo)
     return recipe_path(file)
 
 

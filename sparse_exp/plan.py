@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_exp.config.schema import Experiment, TrainerConfig
 from sparse_exp.errors import ConfigError, RecipeError
+from sparse_exp.zoo.start import SCRATCH
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,12 +34,14 @@ class Start:
         sparsity: share of zeros in its prunable convolutions; None when it is not on this machine yet.
         quantized: whether it went through QAT.
         left: names of the tensors that it does not fill.
+        grown_from: origin of the smaller checkpoint that it is grown from; "" where it is not.
     """
 
     origin: str
     sparsity: float | None
     quantized: bool = False
     left: tuple[str, ...] = ()
+    grown_from: str = ""
 
     @property
     def is_sparse(self) -> bool:
@@ -251,7 +254,8 @@ def _refuse(experiment: Experiment, recipe: Recipe, start: Start) -> None:
         )
         raise RecipeError(
             f"The start checkpoint ({start.origin}) is quantized already, and {recipe.name} {again}. "
-            "Start from a checkpoint before QAT, such as a run's weights/best_pruned.pt."
+            "Start from the checkpoint before QAT: ?checkpoint=preqat behind a stub, or a run's "
+            "weights/best_pruned.pt."
         )
     if recipe.distills and experiment.recipe.teacher is None:
         raise RecipeError(
@@ -268,6 +272,8 @@ def _refuse(experiment: Experiment, recipe: Recipe, start: Start) -> None:
 
 def _warnings(experiment: Experiment, recipe: Recipe, start: Start, model: YOLOv5) -> list[str]:
     config, found = experiment.recipe, []
+    if start.origin == SCRATCH:
+        found.append("The start is random (model.weights=scratch): the accuracies will mean little.")
     if start.is_sparse and not recipe.prunes:
         found.append(
             f"The start checkpoint has {start.sparsity:.1%} zeros and {recipe.name} does not hold them: "
@@ -336,6 +342,8 @@ def _facts(
     trained = f"{recipe.epochs:g} epochs of batch {batch}, {config.optimizer}"
     facts = {
         "model": f"{experiment.model.name} from {start.origin}",
+        "grown": f"from {start.grown_from}: no checkpoint of {experiment.model.name} can be had; this "
+        "smaller one is made larger so that it computes nearly the same",
         "left": f"{len(start.left)} tensors keep initial class scores: {_shortened(start.left)}",
         "data": f"{experiment.dataset.name}, {experiment.dataset.imgsz} px",
         "engines": ", ".join(experiment.hardware.engines),
@@ -353,6 +361,7 @@ def _facts(
         f"compressed {sizes.onnx_gzip_mb:.1f} MB (estimates)",
     }
     without = {
+        "grown": not start.grown_from,
         "left": not start.left,
         "teacher": not recipe.distills,
         "learning rate": config.oneshot,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_exp.artifacts import sha256_of, write_json, write_text
+from sparse_exp.config.resolve import as_dict
 from sparse_exp.context import Context, Outcome
 from sparse_exp.tracking import Artifact, Dataset, Metrics, Pause, Resume, Tags
 
@@ -22,7 +23,6 @@ _log = logging.getLogger(__name__)
 def fetch(context: Context) -> Outcome:
     """Bring the data set and the start checkpoint onto this machine, verified."""
     from sparse_exp.data import check_dataset
-    from sparse_exp.zoo.start import SCRATCH, fetch_start
 
     dataset = context.dataset
     boxes = check_dataset(dataset)
@@ -31,13 +31,27 @@ def fetch(context: Context) -> Outcome:
         _log.info("%s/%s: %d images, %d boxes", dataset.name, split, len(samples), boxes[split])
     facts: dict[str, Any] = {"dataset": dataset.digest, "boxes": boxes, "names": list(dataset.names)}
     if "train" in context.experiment.stages:
-        start = fetch_start(context.experiment.model, context.cache)
-        facts["origin"] = start.origin if start else SCRATCH
-        facts["sha256"] = start.sha256 if start else ""
-        context.tracker.log(Tags({"weights/origin": facts["origin"]}))
+        facts |= _fetch_start(context)
     context.tracker.log(Tags({"dataset.digest": dataset.digest}))
     origin = {"weights/origin": facts["origin"]} if "origin" in facts else {}
     return Outcome(metrics=origin, facts=facts)
+
+
+def _fetch_start(context: Context) -> dict[str, str]:
+    """Where the start comes from, the sha256 of its file, and the file's origin if it is grown from that."""
+    from sparse_exp.zoo.local import zoo_directory
+    from sparse_exp.zoo.start import SCRATCH, fetch_start
+
+    experiment = context.experiment
+    start = fetch_start(experiment.model, context.cache, zoo_directory(experiment.paths.zoo))
+    if start is None:
+        facts = {"origin": SCRATCH, "sha256": ""}
+    else:
+        facts = {"origin": start.name, "sha256": start.file.sha256}
+        facts |= {"grown_from": start.file.origin} if start.grown else {}
+        _log.info("Start weights: %s, sha256 %s", start.name, start.file.sha256)
+    context.tracker.log(Tags({f"weights/{name}": text for name, text in facts.items() if text}))
+    return facts
 
 
 def plan(context: Context) -> Outcome:
@@ -52,7 +66,10 @@ def plan(context: Context) -> Outcome:
     )
     show_plan(laid_out)
     transfer = f"{start.report.taken} of {start.report.total} tensors" if start.report else "none"
-    return Outcome(facts={**laid_out.as_facts(), "transferred": transfer})
+    found = {"sparsity": laid_out.start.sparsity, "quantized": laid_out.start.quantized}
+    tags = {"taken": transfer, **found} if start.checkpoint else {}
+    context.tracker.log(Tags({f"weights/{name}": str(value) for name, value in tags.items()}))
+    return Outcome(facts={**laid_out.as_facts(), "transferred": transfer, "start": found})
 
 
 def baseline(context: Context) -> Outcome:
@@ -220,7 +237,24 @@ def report(context: Context) -> Outcome:
 
 def publish(context: Context) -> Outcome:
     """Put the finished run into the local zoo, where the configuration asks for it."""
-    return Outcome()
+    from sparse_exp.zoo.local import zoo_directory
+    from sparse_exp.zoo.publish import AUTO, FinishedRun, publish_run
+
+    experiment, run = context.experiment, context.run
+    if experiment.publish is None:
+        return Outcome()
+    finished = FinishedRun(run.path, as_dict(experiment), run.records, run.state)
+    model = publish_run(
+        finished,
+        zoo_directory(experiment.paths.zoo),
+        stub=experiment.publish,
+        force=experiment.overwrite,
+        numbered=experiment.publish == AUTO,
+        dataset=context.dataset,
+    )
+    _log.info("Published as %s in %s", model.stub, model.directory)
+    context.tracker.log(Tags({"zoo/stub": model.stub}))
+    return Outcome(metrics={"zoo/stub": model.stub}, facts={"directory": str(model.directory)})
 
 
 STAGES: dict[str, Callable[[Context], Outcome]] = {

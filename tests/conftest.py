@@ -186,3 +186,25 @@ def _quiet_loggers():
     for handler in list(root.handlers):
         if not type(handler).__module__.startswith("_pytest"):
             root.removeHandler(handler)
+
+
+# Of the same wheel for each platform; hashes of the files, which do not differ between platforms.
+PHOTOS = {
+    "astronaut": "88431cd9653ccd539741b555fb0a46b61558b301d4110412b5bc28b5e3ea6cb5",
+    "chelsea": "596aa1e7cb875eb79f437e310381d26b338a81c2da23439704a73c4651e8c4bb",
+    "coffee": "cc02f8ca188b167c775a7101b5d767d1e71792cf762c33d6fa15a4599b5a8de7",
+}
+
+
+@pytest.fixture(scope="session")
+def photos() -> dict[str, Path]:
+    """scikit-image's photos of a person, a cat and a cup, by name; fetched (14 MB each) where not cached."""
+    from sparse_exp.config.schema import SourceConfig
+    from sparse_exp.zoo.sources import cache_directory, fetch
+
+    return {
+        name: fetch(
+            SourceConfig(f"index:scikit-image==0.25.2!skimage/data/{name}.png", sha256), cache_directory()
+        ).path
+        for name, sha256 in PHOTOS.items()
+    }

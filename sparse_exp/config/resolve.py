@@ -8,16 +8,19 @@ checked here, and all problems are reported at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from sparse_exp.artifacts import MANIFEST
 from sparse_exp.config.schema import STAGES, Experiment
-from sparse_exp.errors import ConfigError, expected
+from sparse_exp.errors import ConfigError, SparseExpError, expected, first_line
+from sparse_exp.zoo.sources import is_remote
+from sparse_exp.zoo.start import SCRATCH, require_place
 from sparse_exp.zoo.stub import STUB_PREFIX, parse_stub
 
 CONF_DIRECTORY = next(
@@ -50,7 +53,8 @@ def resolve(config: DictConfig) -> Experiment:
     problems = [*_out_of_bounds(experiment, ""), *_cross_checks(experiment)]
     if problems:
         raise ConfigError(problems)
-    experiment.stages = [stage for stage in STAGES if stage in experiment.stages]
+    leave_out = () if experiment.publish else ("publish",)  # it would do nothing
+    experiment.stages = [s for s in STAGES if s in experiment.stages and s not in leave_out]
     given = {name: value for name, value in experiment.recipe.variables.items() if value is not None}
     experiment.recipe.variables = dict(given)  # the others are as the recipe has or derives them
     return experiment
@@ -61,6 +65,23 @@ def as_dict(config: Any) -> dict[str, Any]:
     plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def from_dict(schema: type, plain: Mapping[str, Any]) -> Any:
+    """A dataclass configuration from what `as_dict` gave, perhaps with an earlier schema.
+
+    Args:
+        schema: the dataclass.
+        plain: its values; keys that it does not have are left out, missing ones keep their defaults.
+
+    Raises:
+        ConfigError: a value is of another type.
+    """
+    known = {key: value for key, value in plain.items() if key in get_type_hints(schema)}
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), known))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"An earlier configuration cannot be read: {first_line(error)}.") from error
 
 
 def as_yaml(config: Any) -> str:
@@ -131,6 +152,7 @@ def _cross_checks(experiment: Experiment) -> Iterator[str]:
     yield from _check_files(experiment)
     yield from _check_recipe(experiment)
     yield from _check_stages(experiment)
+    yield from _check_publish(experiment)
     for batch in experiment.hardware.batch_sizes:
         if batch < 1:
             yield expected("hardware.batch_sizes", "at least 1 each", batch, "Use positive batch sizes.")
@@ -154,9 +176,14 @@ def _check_dataset(experiment: Experiment) -> Iterator[str]:
 
 
 def _check_files(experiment: Experiment) -> Iterator[str]:
-    weights = experiment.model.weights
-    if weights not in (None, "scratch") and not Path(weights).expanduser().is_file():
-        yield expected("model.weights", "an existing file or 'scratch'", weights, "Check the path.")
+    model = experiment.model
+    if model.stub is not None:
+        yield from _problem(parse_stub, model.stub)
+    if model.weights not in (None, SCRATCH):
+        yield from _problem(require_place, "model.weights", model.weights, "'scratch'")
+    for source in (*model.sources, *model.grow_from):
+        if is_remote(source.uri):  # a file that is not there is no error: others may serve
+            yield from _problem(require_place, "model.sources", source.uri, "a path")
     if experiment.checkpoint and not Path(experiment.checkpoint).expanduser().is_file():
         do = "Give a checkpoint that a run wrote, such as outputs/runs/DATE/TIME-NAME/weights/last.pt."
         yield expected("checkpoint", "an existing file", experiment.checkpoint, do)
@@ -171,7 +198,7 @@ def _check_recipe(experiment: Experiment) -> Iterator[str]:
         if value is not None and not math.isfinite(value):
             yield expected(f"recipe.variables.{name}", "a finite number", value, f"Change {name}.")
     if recipe.file.startswith(STUB_PREFIX):
-        yield from _stub_problem(recipe.file)
+        yield from _problem(parse_stub, recipe.file)
     elif not recipe_path(recipe.file).is_file():
         shipped = CONF_DIRECTORY / "recipe"
         names = sorted(str(path.relative_to(shipped)) for path in shipped.rglob("*.md"))
@@ -193,27 +220,19 @@ def _check_teacher(experiment: Experiment) -> Iterator[str]:
     if teacher == "baseline" and baseline == "none":
         do = "Add recovery.baseline=auto, or give a checkpoint with recipe.teacher=PATH."
         yield f"recipe.teacher=baseline needs the dense counterpart, but recovery.baseline is 'none'. {do}"
-    elif teacher and teacher.startswith(STUB_PREFIX):
-        yield from _stub_problem(teacher)
-    elif teacher not in (None, "self", "baseline") and not _is_file_or_fetched(teacher):
-        do = "Give a checkpoint's path, a SparseZoo stub, 'self' or 'baseline'."
-        yield expected("recipe.teacher", "an existing file", teacher, do)
+    elif teacher not in (None, "self", "baseline"):
+        yield from _problem(require_place, "recipe.teacher", teacher, "'self' or 'baseline'")
     if baseline not in ("none", "auto") and not (Path(baseline).expanduser() / MANIFEST).is_file():
         do = "Set recovery.baseline to auto or none, or give the directory of a dense run."
         yield expected("recovery.baseline", f"the directory of a run with its {MANIFEST}", baseline, do)
 
 
-def _is_file_or_fetched(uri: str) -> bool:
-    from sparse_exp.zoo.sources import is_remote
-
-    return is_remote(uri) or Path(uri).expanduser().is_file()
-
-
-def _stub_problem(stub: str) -> Iterator[str]:
+def _problem(check: Callable[..., Any], *arguments: Any) -> Iterator[str]:
+    """What a check says against its arguments."""
     try:
-        parse_stub(stub)
-    except ConfigError as error:
-        yield from error.problems
+        check(*arguments)
+    except SparseExpError as error:
+        yield str(error)
 
 
 def _check_stages(experiment: Experiment) -> Iterator[str]:
@@ -237,3 +256,25 @@ def _check_stages(experiment: Experiment) -> Iterator[str]:
             "checkpoint=PATH is for runs without the train stage. Use model.weights=PATH to start a "
             "training from it, or leave train out of stages."
         )
+
+
+def _check_publish(experiment: Experiment) -> Iterator[str]:
+    if experiment.publish is None:
+        if experiment.stages == ["publish"]:
+            yield "stages=[publish] needs a stub to publish under. Set publish=auto, or publish=STUB."
+        return
+    from sparse_exp.zoo.landing import require_free, require_writable
+    from sparse_exp.zoo.local import zoo_directory
+
+    zoo, named = zoo_directory(experiment.paths.zoo), experiment.publish != "auto"
+    missing = [stage for stage in ("evaluate", "export", "publish") if stage not in experiment.stages]
+    if missing and not experiment.resume:
+        do = "Add it to stages, or set publish=null."
+        yield f"publish={experiment.publish} needs the stage {missing[0]}. {do}"
+    try:
+        require_writable(zoo)
+        # Of a run that is gone on with it may be published already: then by itself.
+        if named and not experiment.resume:
+            require_free(experiment.publish, zoo, force=experiment.overwrite)
+    except ConfigError as error:
+        yield from error.problems

@@ -153,7 +153,7 @@ def _report_data(context: Context, pictures: dict[str, Path]) -> ReportData:
         command="python -m sparse_exp " + " ".join(context.run.state.get("overrides", [])),
         result=context.run.result(),
         summary=_summary(context),
-        origin=f"{fetched['origin']}.{transferred}" if "origin" in fetched else "",
+        origin=f"{_origin(fetched)}.{transferred}" if "origin" in fetched else "",
         pruning=start.get("pruning", ""),
         phases=start.get("phases", ()),
         recovery=_recovery(context),
@@ -163,6 +163,16 @@ def _report_data(context: Context, pictures: dict[str, Path]) -> ReportData:
         pictures=pictures,
         attributions=_attributions(context),
         environment=environment(),
+    )
+
+
+def _origin(fetched: dict[str, Any]) -> str:
+    """Where the start weights came from; of a start that was grown also from which file."""
+    if "grown_from" not in fetched:
+        return str(fetched["origin"])
+    return (
+        f"{fetched['origin']}: no checkpoint of this size could be had, so a smaller one was grown, which "
+        f"computes nearly the same. Grown from {fetched['grown_from']}"
     )
 
 
@@ -233,7 +243,8 @@ def _spread(row: dict[str, Any]) -> float:
 
 
 def _attributions(context: Context) -> list[str]:
-    used = f"{context.facts('fetch').get('origin', '')} {context.experiment.dataset.generator} "
+    fetched = context.facts("fetch")
+    used = f"{_origin(fetched) if fetched else ''} {context.experiment.dataset.generator} "
     used += " ".join(context.experiment.hardware.engines)
     return list(dict.fromkeys(line for key, line in _ATTRIBUTIONS.items() if key in used))
 

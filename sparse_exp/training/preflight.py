@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from sparse_exp.config.schema import Experiment, SourceConfig
@@ -15,7 +14,8 @@ from sparse_exp.training.precision import Precision
 from sparse_exp.training.start import Loaded, examine, load_start, load_teacher, prune_start
 from sparse_exp.training.trial import try_steps
 from sparse_exp.yolov5 import YOLOv5
-from sparse_exp.zoo.sources import cached
+from sparse_exp.zoo.local import zoo_directory
+from sparse_exp.zoo.start import find_here
 
 
 def lay_out(
@@ -45,7 +45,7 @@ def lay_out(
     """
     model, loaded = load_start(experiment, dataset, cache)
     recipe.check(model)
-    start = replace(examine(model, loaded), left=loaded.left)
+    start = examine(model, loaded)
     prune_to = pruning_step(experiment, recipe, start)
     if experiment.recipe.oneshot:
         refuse_untrained_start(loaded)
@@ -75,9 +75,10 @@ def _teacher(
     teacher = experiment.recipe.teacher
     if not recipe.distills or teacher is None or teacher == "baseline":
         return None
-    if offline and teacher != "self" and cached(SourceConfig(uri=teacher), cache) is None:
+    zoo = zoo_directory(experiment.paths.zoo)
+    if offline and teacher != "self" and find_here(SourceConfig(uri=teacher), cache, zoo) is None:
         return None
-    return load_teacher(teacher, model, loaded, baseline=None, cache=cache)
+    return load_teacher(teacher, model, loaded, baseline=None, cache=cache, zoo=zoo)
 
 
 def _batch(experiment: Experiment, dataset: DetectionDataset) -> Batch:

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import torch
 
-from sparse_exp.config.schema import Experiment, SourceConfig
+from sparse_exp.config.schema import Experiment
 from sparse_exp.data import DetectionDataset
 from sparse_exp.errors import CheckpointError, ConfigError, expected
 from sparse_exp.plan import Start
-from sparse_exp.sparsity.measure import layer_sparsity, listed, overall
+from sparse_exp.sparsity.measure import layer_sparsity, listed, overall, state_sparsity
 from sparse_exp.sparsity.prune import BLOCK, prune_layer_adaptively
 from sparse_exp.sparsity.recipe import is_quantized
 from sparse_exp.training.checkpoints import restore
 from sparse_exp.yolov5 import Checkpoint, TransferReport, YOLOv5, read_checkpoint, transfer_weights
-from sparse_exp.zoo.sources import fetch
-from sparse_exp.zoo.start import SCRATCH, fetch_start
+from sparse_exp.zoo.local import zoo_directory
+from sparse_exp.zoo.start import SCRATCH, cached_start, fetch_start, locate
 
 _log = logging.getLogger(__name__)
 
@@ -29,14 +29,16 @@ class Loaded:
     """How start weights came into a model.
 
     Attributes:
-        origin: where the checkpoint came from, or ``scratch``.
-        checkpoint: what it held; None for ``scratch``.
+        origin: where the checkpoint came from, ``grown:...``, or ``scratch``.
+        checkpoint: what it held, as far as it was grown after that; None for ``scratch``.
         report: which tensors were taken; None for ``scratch``.
+        grown_from: where the smaller checkpoint came from that it was grown from; "" where it was not.
     """
 
     origin: str
     checkpoint: Checkpoint | None = None
     report: TransferReport | None = None
+    grown_from: str = ""
 
     @property
     def left(self) -> tuple[str, ...]:
@@ -54,23 +56,41 @@ class Loaded:
 def load_start(experiment: Experiment, dataset: DetectionDataset, cache: Path) -> tuple[YOLOv5, Loaded]:
     """Build the detector for the data set's classes and give it the start weights.
 
-    The initial weights of what is not taken are a function of the seed.
+    What the fetch stage brought is taken from this machine; other sources are not asked again. The initial
+    weights of what is not taken, and the noise of a start that is grown, are functions of the seed.
+
+    Raises:
+        SourceUnavailable: the start cannot be had.
+        CheckpointError: it cannot be read, or is of another architecture.
     """
     torch.manual_seed(experiment.seed)
     model = YOLOv5(experiment.model.size, len(dataset.names))
-    file = fetch_start(experiment.model, cache)
-    if file is None:
+    places = experiment.model, cache, zoo_directory(experiment.paths.zoo)
+    start = cached_start(*places) or fetch_start(*places)
+    if start is None:
         return model, Loaded(SCRATCH)
-    checkpoint = read_checkpoint(file.path)
-    if is_quantized(list(checkpoint.state_dict)):
-        return model, Loaded(file.origin, checkpoint)
-    loaded = Loaded(file.origin, checkpoint, transfer_weights(model, checkpoint))
-    return model, loaded
+    checkpoint = read_checkpoint(start.file.path)
+    if start.grown:
+        checkpoint = _grown(checkpoint, experiment)
+    grown_from = start.file.origin if start.grown else ""
+    report = None if is_quantized(list(checkpoint.state_dict)) else transfer_weights(model, checkpoint)
+    return model, Loaded(start.name, checkpoint, report, grown_from)
+
+
+def _grown(checkpoint: Checkpoint, experiment: Experiment) -> Checkpoint:
+    from sparse_exp.yolov5.grow import grow
+
+    return grow(checkpoint, experiment.model.size, seed=experiment.seed)
 
 
 def examine(model: YOLOv5, loaded: Loaded) -> Start:
     """What the plan needs to know of a loaded start."""
-    quantized = loaded.checkpoint is not None and is_quantized(list(loaded.checkpoint.state_dict))
+    state = loaded.checkpoint.state_dict if loaded.checkpoint else {}
+    quantized = is_quantized(list(state))
+    layers = layer_sparsity(model.prunable_convolutions())
+    if quantized:  # then its weights are not in the model, whose structure is another
+        prunable = model.prunable_convolutions()
+        layers = [layer for layer in state_sparsity(state) if layer.name in prunable]
     if loaded.report:
         _log.info(
             "%d of %d tensors taken from %s%s.",
@@ -79,7 +99,7 @@ def examine(model: YOLOv5, loaded: Loaded) -> Start:
             loaded.origin,
             f"; {len(loaded.left)} in part (of the head not the classes)" if loaded.left else "",
         )
-    return Start(loaded.origin, overall(layer_sparsity(model.prunable_convolutions())), quantized)
+    return Start(loaded.origin, overall(layers), quantized, loaded.left, loaded.grown_from)
 
 
 def prune_start(model: YOLOv5, sparsity: float | None, pattern: str = "unstructured") -> None:
@@ -101,17 +121,18 @@ def prune_start(model: YOLOv5, sparsity: float | None, pattern: str = "unstructu
 
 
 def load_teacher(
-    teacher: str, model: YOLOv5, loaded: Loaded, *, baseline: Path | None, cache: Path
+    teacher: str, model: YOLOv5, loaded: Loaded, *, baseline: Path | None, cache: Path, zoo: Path
 ) -> YOLOv5:
     """The detector that a distilling recipe learns from; its size may be another.
 
     Args:
-        teacher: ``self`` (the start, as it is now), ``baseline``, or where a checkpoint can be had: a
-            path, a URI of `sparse_exp.zoo.sources`, or a SparseZoo stub.
+        teacher: ``self`` (the start, as it is now), ``baseline``, or where a checkpoint can be had, as
+            `sparse_exp.zoo.start.locate` takes it.
         model: the start, before it is pruned.
         loaded: where its weights came from.
         baseline: the dense counterpart's checkpoint, where one was trained or found.
         cache: directory for downloads.
+        zoo: the local zoo.
 
     Raises:
         ConfigError: there is no baseline, or ``self`` knows nothing of these classes yet.
@@ -124,7 +145,7 @@ def load_teacher(
     if teacher == "baseline" and baseline is None:
         do = "Set recovery.baseline=auto, which trains it, or give a checkpoint: recipe.teacher=PATH."
         raise ConfigError(f"recipe.teacher=baseline needs the dense counterpart of this run. {do}")
-    path = baseline if teacher == "baseline" and baseline else fetch(SourceConfig(uri=teacher), cache).path
+    path = baseline if teacher == "baseline" and baseline else locate(teacher, cache, zoo).path
     found = _load_detector(path)
     if found.num_classes != model.num_classes:
         should_be, do = f"{model.num_classes} as in the data set", "Give one trained on these classes."
@@ -146,7 +167,7 @@ def _require_taken(loaded: Loaded) -> None:
 def _load_detector(path: Path) -> YOLOv5:
     """A detector from a published checkpoint, or from one of ours, quantized or not."""
     checkpoint = read_checkpoint(path)
-    if checkpoint.format == "sparse_exp":
+    if checkpoint.format == "sparse_exp" or is_quantized(list(checkpoint.state_dict)):
         return restore(path)[0]
     model = YOLOv5(checkpoint.size, checkpoint.num_classes)
     transfer_weights(model, checkpoint)

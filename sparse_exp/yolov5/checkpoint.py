@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -22,6 +23,15 @@ _HEAD = "model.24."
 _LEVELS = 3
 _OBSERVED = (".scale", ".zero_point", ".min_val", ".max_val")
 _MAX_MODULES = 10_000
+# What else has tensors of names that are told at once; names are those of Ultralytics and torchvision.
+_FOREIGN = {
+    "the Focus layer of YOLOv5 before v6.0": r"^model\.0\.conv\.conv\.",
+    "a segmentation model": r"^model\.\d+\.proto\.",
+    "an anchor-free head, as of YOLOv5u, YOLOv8 and later": r"^model\.\d+\.(dfl|one2one_cv2)\.",
+    "a P6 model, which has four output levels": r"^model\.33\.(anchors|m\.3\.)",
+    "a classification model": r"^model\.\d+\.linear\.weight$",
+    "a detector of torchvision": r"^(backbone\.(body|fpn|features|0)|roi_heads|rpn)\.",
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +39,9 @@ class Checkpoint:
     """What a checkpoint file holds.
 
     Attributes:
-        format: "ultralytics" (a published checkpoint, a pickled model or a state dict) or "sparse_exp".
+        format: "ultralytics" (official or of a user's training: a pickled model or a state dict),
+            "sparseml" (of Neural Magic's fork: a state dict with what it was made with), "safetensors" or
+            "sparse_exp".
         size: of the architecture: n, s, m, l or x.
         num_classes: classes of the head.
         names: of the classes, ``num_classes`` of them.
@@ -74,13 +86,16 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint without running anything that it asks for.
 
     Args:
-        path: a checkpoint of Ultralytics YOLOv5 v6.0 to v7.0 or of SparseML's fork (a pickled model, or
-            a state dict, bare or under "model" or "ema"), or one of `save_checkpoint`.
+        path: a checkpoint of Ultralytics YOLOv5 v6.0 to v7.0 or of Neural Magic's fork (a pickled model,
+            or a state dict, bare or under "model" or "ema"), ``.safetensors`` with the same names, or one of
+            `save_checkpoint`.
 
     Raises:
         CheckpointError: if the file is missing or damaged, asks to run code, or holds another
             architecture.
     """
+    if path.suffix == ".safetensors" and path.is_file():
+        return _read_safetensors(path)
     with open_restricted(path) as file:
         if isinstance(file.tree, dict) and isinstance(file.tree.get("format"), str):
             return _read_ours(path, file)
@@ -117,21 +132,71 @@ def _read_ultralytics(path: Path, file: RestrictedFile) -> Checkpoint:
     tree = file.tree if isinstance(file.tree, dict) else {}
     model = next((tree[key] for key in ("ema", "model") if tree.get(key) is not None), tree)
     records = _walk(path, model) if isinstance(model, Inert) else model
-    state = _tensors(path, file, records)
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    of_model = model.state if isinstance(model, Inert) else {}
+    names = (found.get("names") for found in (of_model, tree, _mapping(tree.get("yaml"))))
+    epoch, fitness = tree.get("epoch"), tree.get("best_fitness")
+    # the fork writes the text "None" where there is no recipe
+    recipes = [tree[key] for key in ("checkpoint_recipe", "recipe") if tree.get(key) not in (None, "None")]
+    return _published(
+        path,
+        _tensors(path, file, records),
+        format="sparseml" if "checkpoint_recipe" in tree else "ultralytics",
+        names=next(filter(None, names), None),
+        recipe=recipes[0] if recipes and isinstance(recipes[0], str) else "",
+        epoch=float(epoch) if isinstance(epoch, int | float) else -1.0,
+        metrics={"best_fitness": float(fitness)} if isinstance(fitness, int | float) else {},
+    )
+
+
+def _read_safetensors(path: Path) -> Checkpoint:
+    """Tensors by their published names; what is not numbers may stand in the header, as texts."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            state, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(damaged(path, f"{error}", "safetensors file")) from error
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    return _published(
+        path,
+        state,
+        format="safetensors",
+        names=_from_json(header.get("names")),
+        recipe=header.get("recipe") or header.get("checkpoint_recipe") or "",
+        epoch=-1.0,
+        metrics={},
+    )
+
+
+def _from_json(text: str | None) -> Any:
+    """Class names from a header, where numbers of classes are texts; None where there are none."""
+    try:
+        names = json.loads(text or "null")
+    except ValueError:
+        return None
+    return {int(k): v for k, v in names.items() if k.isdigit()} if isinstance(names, dict) else names
+
+
+def _published(
+    path: Path, state: dict[str, Tensor], *, names: Any, format: str, recipe: str, epoch: float,
+    metrics: dict[str, float],
+) -> Checkpoint:  # fmt: skip
+    """A checkpoint that does not say what it is: that is told by its tensors."""
+    first = "model.0.conv.weight"
+    wrapped = next((name.removesuffix(first) for name in state if name.endswith(f".{first}")), "module.")
+    state = {name.removeprefix(wrapped): tensor for name, tensor in state.items()}
     size, num_classes = _architecture(path, state)
-    names = model.state.get("names") if isinstance(model, Inert) else tree.get("names")
-    epoch, fitness, recipe = (tree.get(key) for key in ("epoch", "best_fitness", "recipe"))
     return Checkpoint(
-        format="ultralytics",
+        format=format,
         size=size,
         num_classes=num_classes,
         names=_names(names, num_classes),
         state_dict=state,
-        recipe=recipe if isinstance(recipe, str) else "",
+        recipe=recipe,
         phase=None,
-        epoch=float(epoch) if isinstance(epoch, int | float) else -1.0,
-        metrics={"best_fitness": float(fitness)} if isinstance(fitness, int | float) else {},
+        epoch=epoch,
+        metrics=metrics,
         imgsz=None,
     )
 
@@ -169,8 +234,9 @@ def _tensors(path: Path, file: RestrictedFile, records: Any) -> dict[str, Tensor
 def _architecture(path: Path, state: Mapping[str, Tensor]) -> tuple[str, int]:
     """Size and number of classes, from the shapes of the tensors."""
     anchors, stem, head = (_find(state, n) for n in ("model.24.anchors", "model.0.conv", "model.24.m.0"))
-    if "model.0.conv.conv.weight" in state:
-        raise _another(path, "the Focus layer of YOLOv5 before v6.0")
+    for found, pattern in _FOREIGN.items():
+        if any(re.search(pattern, name) for name in state):
+            raise _another(path, found)
     if anchors is None or stem is None or head is None:
         names = ", ".join(repr(name) for name in list(state)[:2])
         raise _another(path, f"{len(state)} tensors such as {names}")

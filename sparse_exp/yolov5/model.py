@@ -56,8 +56,8 @@ SCALES = {
 Output = list[Tensor] | tuple[Tensor, list[Tensor]] | Tensor
 
 # What a module of the Sequential reads besides the one before it: the four joints of the neck.
-_JOINED_WITH = {12: 6, 16: 4, 19: 14, 22: 10}
-_HEAD_INPUTS = (17, 20, 23)
+JOINED_WITH = {12: 6, 16: 4, 19: 14, 22: 10}
+HEAD_INPUTS = (17, 20, 23)
 
 
 class Conv(nn.Module):
@@ -367,9 +367,9 @@ class YOLOv5(nn.Module):
         kept: dict[int, Tensor] = {}
         layers = list(self.model)
         for index, layer in enumerate(layers[:-1]):
-            x = layer(x, kept[_JOINED_WITH[index]]) if index in _JOINED_WITH else layer(x)
+            x = layer(x, kept[JOINED_WITH[index]]) if index in JOINED_WITH else layer(x)
             kept[index] = x
-        return cast(Output, layers[-1]([kept[index] for index in _HEAD_INPUTS]))
+        return cast(Output, layers[-1]([kept[index] for index in HEAD_INPUTS]))
 
     @contextmanager
     def export_mode(self, imgsz: int) -> Iterator[YOLOv5]:

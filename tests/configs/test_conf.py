@@ -18,15 +18,15 @@ from sparse_exp.errors import ConfigError
 
 EXPECTED = {
     "dataset": {"custom", "digits", "trees"},
-    "experiment": {"smoke"},
+    "experiment": {"smoke", "sparsify"},
     "export": {"default"},
     "hardware": {"cpu"},
     "hydra": {"default"},
     "model": {f"yolov5{size}" for size in SIZES},
     "paths": {"default"},
     "recipe": {
-        "custom", "dense", "distill", "distill_layers", "oneshot", "prune", "prune_quant", "quant",
-        "transfer", "transfer_quant", "transfer_quant_vnni", "published/prune_quant",
+        "custom", "dense", "distill", "distill_layers", "oneshot", "prune", "prune_distill", "prune_quant",
+        "quant", "transfer", "transfer_quant", "transfer_quant_vnni", "published/prune_quant",
         "published/transfer_pruned", "published/transfer_pruned_quant",
         "published/transfer_pruned_quant_v1_1",
     },
@@ -127,7 +127,7 @@ def test_model_options(composed, size):
 
 
 def test_what_is_fetched_from_an_index_is_pinned(composed):
-    sources = [*resolve(composed()).model.sources, resolve(composed()).dataset.source]
+    sources = [*resolve(composed()).model.sources, *resolve(composed()).dataset.sources]
     indexed = [source for source in sources if source.uri.startswith("index:")]
     assert len(indexed) == 2
     for source in indexed:

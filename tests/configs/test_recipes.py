@@ -106,6 +106,7 @@ SCHEDULES = {
     "distill": TRANSFER,
     "distill_layers": TRANSFER,
     "prune": PRUNE,
+    "prune_distill": PRUNE,
     "prune_quant": PRUNE_QUANT,
 }
 
@@ -139,6 +140,7 @@ def test_learning_rates_of_the_phases():
         "quant": [[warm, (1e-3, at_10)], [(at_10, 5e-5)]],
         "transfer_quant": [[warm, main], [small]],
         "prune": [[warm, (1e-3, 1e-3)], [main]],
+        "prune_distill": [[warm, (1e-3, 1e-3)], [main]],
         "prune_quant": [[warm, (1e-3, 1e-3)], [main], [small]],
     }
     for name, rates in expected.items():
@@ -207,9 +209,11 @@ def test_what_makes_each_recipe_what_it_is():
         "published/transfer_pruned_quant_v1_1",
     }  # fmt: skip
     assert {name for name in NAMES if recipe_of(name).prunes_gradually} == {
-        "prune", "prune_quant", "oneshot", "published/prune_quant",
+        "prune", "prune_distill", "prune_quant", "oneshot", "published/prune_quant",
     }  # fmt: skip
-    assert {name for name in NAMES if recipe_of(name).distills} == {"distill", "distill_layers"}
+    assert {name for name in NAMES if recipe_of(name).distills} == {
+        "distill", "distill_layers", "prune_distill",
+    }  # fmt: skip
     assert {name for name in NAMES if chosen(name).oneshot} == {"oneshot"}
     assert {name for name in NAMES if chosen(name).optimizer == "sgd"} == {
         name for name in NAMES if name.startswith("published/")

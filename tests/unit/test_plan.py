@@ -292,3 +292,17 @@ def test_host_is_checked_only_for_stages_that_use_engines(monkeypatch):
     assert all("pip install" in problem for problem in raised.value.problems)
     checked.stages = ["fetch", "plan", "train", "evaluate", "export"]
     check_host(checked)
+
+
+def test_a_random_start_is_warned_of(dense):
+    plan = make_plan(experiment(), recipe("dense"), Start("scratch", 0.0), FP32, dense)
+    assert any("random" in warning and "mean little" in warning for warning in plan.warnings)
+    assert make_plan(experiment(), recipe("dense"), DENSE, FP32, dense).warnings == []
+
+
+def test_a_grown_start_says_what_from(dense):
+    start = Start("grown:yolov5n(coco)", 0.0, grown_from="/zoo/n.pt (sha256 0123...)")
+    lines = list(render(make_plan(experiment(), recipe("dense"), start, FP32, dense)))
+    assert "model: yolov5n from grown:yolov5n(coco)" in lines
+    assert any("grown: from /zoo/n.pt (sha256 0123...)" in str(line) for line in lines)
+    assert "grown" not in make_plan(experiment(), recipe("dense"), DENSE, FP32, dense).facts

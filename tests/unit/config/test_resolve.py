@@ -15,7 +15,7 @@ LEAST = {
     "dataset": {"name": "digits", "generator": "digits", "imgsz": 96},
     "recipe": {"name": "dense", "file": "dense.md"},
     "hardware": {"name": "cpu"},
-    "paths": {"run": "run", "mlflow": "mlflow"},
+    "paths": {"run": "run", "mlflow": "mlflow", "zoo": "zoo"},
 }
 
 
@@ -186,7 +186,6 @@ def test_wrong_types_never_get_this_far():
 def test_stages_come_in_the_order_of_the_plan():
     experiment = resolve(config_of(stages=["train", "fetch", "plan"]))
     assert experiment.stages == ["fetch", "plan", "train"]
-    assert resolve(config_of()).stages == list(STAGES)
 
 
 @pytest.mark.parametrize(
@@ -246,3 +245,45 @@ def test_as_dict_and_as_yaml_hold_the_whole_configuration():
     assert plain["seed"] == 7
     assert plain["trainer"]["augment"]["hue"] == 0.02
     assert plain == OmegaConf.to_container(OmegaConf.create(as_yaml(experiment)))
+
+
+@pytest.fixture
+def zoo(tmp_path):
+    """A local zoo that holds one model."""
+    (tmp_path / "zoo/cv/detection/yolov5-n/pytorch/sparse_exp/digits/pruned75-none").mkdir(parents=True)
+    return str(tmp_path / "zoo")
+
+
+TAKEN = "zoo:cv/detection/yolov5-n/pytorch/sparse_exp/digits/pruned75-none"
+
+
+def test_a_stub_to_publish_under_is_checked_before_anything_runs(zoo):
+    assert resolve(config_of(paths__zoo=zoo, publish="auto")).publish == "auto"
+    assert resolve(config_of(paths__zoo=zoo, publish=TAKEN.replace("75", "76"))).publish
+    assert resolve(config_of(paths__zoo=zoo, publish=TAKEN, overwrite=True)).publish == TAKEN
+    (taken,) = problems(paths__zoo=zoo, publish=TAKEN)
+    assert taken.startswith(f"{TAKEN} is published already in {zoo}.")
+    (short,) = problems(paths__zoo=zoo, publish="zoo:yolov5-n-digits-pruned75")  # means the same
+    assert "is published already" in short
+    (malformed,) = problems(paths__zoo=zoo, publish="zoo:mine")
+    assert "to be zoo:DOMAIN/" in malformed
+    (outside,) = problems(paths__zoo=zoo, publish="zoo:cv/../yolov5-n/pytorch/sparse_exp/digits/base-none")
+    assert outside.startswith("Expected the stub to publish under to be")
+
+
+def test_what_is_to_be_published_must_be_made(zoo):
+    (problem,) = problems(paths__zoo=zoo, publish="auto", stages=["fetch", "plan", "train", "publish"])
+    assert problem == "publish=auto needs the stage evaluate. Add it to stages, or set publish=null."
+    (alone,) = problems(stages=["publish"])
+    assert alone.startswith("stages=[publish] needs a stub")
+
+
+def test_a_zoo_that_cannot_be_is_refused(tmp_path):
+    (tmp_path / "file").write_text("no directory")
+    (problem,) = problems(paths__zoo=str(tmp_path / "file/zoo"), publish="auto")
+    assert problem.startswith("Expected the local zoo to be a directory that you can write, but got ")
+
+
+def test_without_a_stub_there_is_no_stage_that_publishes():
+    assert resolve(config_of()).stages == [stage for stage in STAGES if stage != "publish"]
+    assert resolve(config_of(publish="auto")).stages == list(STAGES)

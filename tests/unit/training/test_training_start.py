@@ -33,7 +33,7 @@ def student() -> YOLOv5:
 
 def test_the_start_itself_teaches_as_it_was_before_pruning(tmp_path):
     student = YOLOv5("n", 10)
-    teacher = load_teacher("self", student, loaded(), baseline=None, cache=tmp_path)
+    teacher = load_teacher("self", student, loaded(), baseline=None, cache=tmp_path, zoo=tmp_path)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     prune_start(student, 0.5)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
@@ -45,7 +45,7 @@ def test_a_start_that_knows_nothing_of_the_classes_neither_teaches_nor_is_used_a
     student, tmp_path, start
 ):
     with pytest.raises(ConfigError, match=r"recipe\.teacher=self would teach noise") as teaching:
-        load_teacher("self", student, start, baseline=None, cache=tmp_path)
+        load_teacher("self", student, start, baseline=None, cache=tmp_path, zoo=tmp_path)
     with pytest.raises(RecipeError, match=r"know the data set's classes already") as at_once:
         refuse_untrained_start(start)
     for error in (teaching, at_once):
@@ -60,25 +60,31 @@ def test_a_checkpoint_teaches_whatever_its_size(student, tmp_path, by):
     saved = save(tmp_path / "best_dense.pt", classes=10, size="s")
     path = tmp_path / "best_dense.pt"
     given = (str(path), None) if by == "path" else ("baseline", path)
-    teacher = load_teacher(given[0], student, Loaded("scratch"), baseline=given[1], cache=tmp_path)
+    teacher = load_teacher(
+        given[0], student, Loaded("scratch"), baseline=given[1], cache=tmp_path, zoo=tmp_path
+    )
     assert teacher.size == "s"
     assert all(torch.equal(v, saved.state_dict()[name]) for name, v in teacher.state_dict().items())
 
 
 def test_a_quantized_checkpoint_teaches_too(student, tiny_run, tmp_path):
     path = tiny_run.best["pruned_quant"]
-    teacher = load_teacher(str(path), student, loaded(), baseline=None, cache=tmp_path)
+    teacher = load_teacher(str(path), student, loaded(), baseline=None, cache=tmp_path, zoo=tmp_path)
     assert any("fake_quant" in name for name in teacher.state_dict())
 
 
 def test_teachers_that_cannot_be_are_refused(student, tmp_path):
     save(tmp_path / "other.pt", classes=3)
     with pytest.raises(CheckpointError, match=r"classes of the teacher .*other\.pt to be 10 as in .* got 3"):
-        load_teacher(str(tmp_path / "other.pt"), student, loaded(), baseline=None, cache=tmp_path)
+        load_teacher(
+            str(tmp_path / "other.pt"), student, loaded(), baseline=None, cache=tmp_path, zoo=tmp_path
+        )
     with pytest.raises(ConfigError, match=r"recovery\.baseline=auto"):
-        load_teacher("baseline", student, loaded(), baseline=None, cache=tmp_path)
+        load_teacher("baseline", student, loaded(), baseline=None, cache=tmp_path, zoo=tmp_path)
     with pytest.raises(SourceUnavailable, match="nowhere"):
-        load_teacher(str(tmp_path / "nowhere.pt"), student, loaded(), baseline=None, cache=tmp_path)
+        load_teacher(
+            str(tmp_path / "nowhere.pt"), student, loaded(), baseline=None, cache=tmp_path, zoo=tmp_path
+        )
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "block4"])

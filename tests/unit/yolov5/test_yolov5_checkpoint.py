@@ -1,14 +1,17 @@
+import copy
 import dataclasses
 import sys
-import types
 from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from foreign import save_fork, save_ultralytics, ultralytics_modules
+from safetensors.torch import save_file
 
 from sparse_exp.errors import CheckpointError
+from sparse_exp.sparsity.quantizers import is_quantized
+from sparse_exp.training.checkpoints import restore
 from sparse_exp.yolov5 import checkpoint as module
 from sparse_exp.yolov5.checkpoint import read_checkpoint, save_checkpoint, transfer_weights
 from sparse_exp.yolov5.model import YOLOv5
@@ -27,30 +30,10 @@ def model():
 
 
 @pytest.fixture
-def upstream(monkeypatch):
-    """Modules named as in Ultralytics' repository, importable as long as the test runs."""
-    classes = {
-        "models.yolo": ("Model", "Detect"),
-        "models.common": ("Conv", "C3", "Bottleneck", "SPPF", "Concat"),
-    }
-    for name, members in classes.items():
-        fake = types.ModuleType(name)
-        for member in members:
-            setattr(fake, member, type(member, (nn.Module,), {"__module__": name}))
-        monkeypatch.setitem(sys.modules, name, fake)
-    monkeypatch.setitem(sys.modules, "models", types.ModuleType("models"))
-
-    def imitate(ours, name=None):
-        name = name or type(ours).__name__
-        home = next((m for m, members in classes.items() if name in members), None)
-        theirs = getattr(sys.modules[home], name)() if home else type(ours).__new__(type(ours))
-        if not home:
-            theirs.__dict__.update(ours.__dict__)
-        children = {k: imitate(c) for k, c in ours.named_children() if k != "add"}
-        theirs.__dict__.update(_parameters=ours._parameters, _buffers=ours._buffers, _modules=children)
-        return theirs
-
-    return lambda ours: imitate(ours, "Model")
+def upstream():
+    """Makes our detector over into Ultralytics' classes, which are importable as long as the test runs."""
+    with ultralytics_modules() as imitate:
+        yield lambda ours: imitate(ours, "Model")
 
 
 def save_upstream(path, theirs, monkeypatch, **more):
@@ -75,8 +58,6 @@ def test_a_pickled_model_is_read_without_its_classes(model, upstream, monkeypatc
 
 
 def test_half_precision_becomes_float32(model, upstream, monkeypatch, tmp_path):
-    import copy
-
     path = save_upstream(tmp_path / "best.pt", upstream(copy.deepcopy(model).half()), monkeypatch)
     state = read_checkpoint(path).state_dict
     assert {t.dtype for t in state.values()} == {torch.float32, torch.int64}
@@ -117,6 +98,74 @@ def test_sizes_are_told_by_their_shapes(size, tmp_path):
     assert (checkpoint.size, checkpoint.num_classes) == (size, 3)
 
 
+@pytest.mark.parametrize("names", [["tree", "bush"], {0: "tree", 1: "bush"}])
+def test_the_last_checkpoint_of_a_users_training(model, names, tmp_path):
+    """With the optimizer's state, half precision, and anchors that were fitted to the user's data."""
+    ours = copy.deepcopy(model)
+    ours.anchors.copy_(torch.rand(3, 3, 2))
+    checkpoint = read_checkpoint(save_ultralytics(tmp_path / "last.pt", ours, names))
+    assert (checkpoint.format, checkpoint.size, checkpoint.num_classes) == ("ultralytics", "n", 2)
+    assert (checkpoint.names, checkpoint.epoch, checkpoint.recipe) == (("tree", "bush"), 7, "")
+    assert checkpoint.state_dict.keys() == ours.state_dict().keys()
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(checkpoint.state_dict[name], tensor.half().to(tensor.dtype)), name
+    fresh = YOLOv5("n", 5)
+    transfer_weights(fresh, checkpoint)
+    assert torch.equal(fresh.anchors, ours.anchors.half().float())
+
+
+def test_a_checkpoint_of_neural_magics_fork(model, tmp_path):
+    path = save_fork(tmp_path / "model.pt", model, "n", NAMES, recipe="modifiers: []")
+    checkpoint = read_checkpoint(path)
+    assert (checkpoint.format, checkpoint.size, checkpoint.num_classes) == ("sparseml", "n", 2)
+    assert (checkpoint.names, checkpoint.epoch, checkpoint.recipe) == (("tree", "bush"), -1, "modifiers: []")
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in checkpoint.state_dict.items())
+    assert transfer_weights(YOLOv5("n", 2), checkpoint).left == ()
+
+
+def test_the_fork_during_a_training_keeps_the_average_and_no_recipe(model, tmp_path):
+    plain = YOLOv5("n", 2)
+    more = {"epoch": 3, "ema": model.state_dict(), "updates": 100, "yaml": "yolov5n.yaml"}
+    path = save_fork(tmp_path / "last.pt", plain, "n", NAMES, recipe=None, **more)
+    checkpoint = read_checkpoint(path)
+    assert (checkpoint.recipe, checkpoint.epoch, checkpoint.names) == ("", 3, ("class0", "class1"))
+    assert torch.equal(
+        checkpoint.state_dict["model.0.conv.weight"], model.state_dict()["model.0.conv.weight"]
+    )
+
+
+def test_a_quantized_checkpoint_of_the_fork_is_known_as_such(tiny_run, tmp_path):
+    quantized, _ = restore(tiny_run.best["pruned_quant"])
+    path = save_fork(tmp_path / "model.pt", quantized, "n", list("0123456789"), recipe="modifiers: []")
+    checkpoint = read_checkpoint(path)
+    assert (checkpoint.size, checkpoint.num_classes, checkpoint.format) == ("n", 10, "sparseml")
+    assert is_quantized(list(checkpoint.state_dict))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "module."])
+@pytest.mark.parametrize("header", [{}, {"names": '{"0": "tree", "1": "bush"}', "recipe": "modifiers: []"}])
+def test_safetensors(model, prefix, header, tmp_path):
+    state = {prefix + name: tensor.half() for name, tensor in model.state_dict().items()}
+    save_file(state, tmp_path / "x.safetensors", header)
+    checkpoint = read_checkpoint(tmp_path / "x.safetensors")
+    assert (checkpoint.format, checkpoint.size, checkpoint.num_classes) == ("safetensors", "n", 2)
+    assert checkpoint.names == (("tree", "bush") if header else ("class0", "class1"))
+    assert checkpoint.recipe == header.get("recipe", "")
+    assert checkpoint.state_dict.keys() == model.state_dict().keys()
+    weight = checkpoint.state_dict["model.3.conv.weight"]
+    assert torch.equal(weight, model.state_dict()["model.3.conv.weight"].half().float())
+
+
+@pytest.mark.parametrize("content", [b"", b"not a header at all", b"\xff" * 64, "cut"])
+def test_damaged_safetensors_are_refused(model, content, tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file(dict(model.state_dict()), path)
+    path.write_bytes(path.read_bytes()[:100_000] if content == "cut" else content)
+    with pytest.raises(CheckpointError, match="to be a whole safetensors file, but ") as raised:
+        read_checkpoint(path)
+    assert "\n" not in str(raised.value)
+
+
 def without(state, *prefixes):
     return {k: v for k, v in state.items() if not k.startswith(prefixes)}
 
@@ -133,7 +182,13 @@ def without(state, *prefixes):
         (lambda s: without(s, "model.6.m.2."), "2 blocks in layer 6"),
         (lambda s: {**s, "model.0.conv.weight": torch.zeros(17, 3, 6, 6)}, "a stem of 17 channels"),
         (lambda s: {**s, "model.24.m.0.weight": torch.zeros(20, 64, 1, 1)}, "20 outputs"),
-        (lambda s: {**s, "model.24.proto.cv1.conv.weight": torch.zeros(1)}, "a head with 'model.24.proto"),
+        (lambda s: {**s, "model.24.proto.cv1.conv.weight": torch.zeros(1)}, "a segmentation model"),
+        (lambda s: {**s, "model.24.cv4.conv.weight": torch.zeros(1)}, "a head with 'model.24.cv4"),
+        (lambda s: {**without(s, "model.24."), "model.24.dfl.conv.weight": torch.zeros(1)}, "an anchor-free"),
+        (lambda s: {"model.22.dfl.conv.weight": torch.zeros(1)}, "an anchor-free head"),
+        (lambda s: {**without(s, "model.24."), "model.33.anchors": torch.zeros(4, 3, 2)}, "a P6 model"),
+        (lambda s: {**without(s, "model.9."), "model.9.linear.weight": torch.zeros(1)}, "a classification"),
+        (lambda s: {"backbone.body.conv1.weight": torch.zeros(1)}, "a detector of torchvision"),
         (lambda s: {"epoch": 3}, "no tensor"),
         (lambda s: [1, 2], "no tensor"),
     ],

@@ -132,7 +132,10 @@ def test_names_cannot_write_on_the_terminal(tmp_path):
     [
         (b"", "empty"),
         (b"PK\x03\x04 and then nothing", "cut off"),
-        (b"<html>404</html>", "no zip archive"),
+        (b"weights and no zip", "no zip archive"),
+        (b"<html>404</html>", "a web page. Fetch it again"),
+        (b"\n<!DOCTYPE html>", "a web page. Fetch it again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a pointer of Git LFS"),
         (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "before 1.6"),
     ],
 )
@@ -140,6 +143,13 @@ def test_files_that_are_no_checkpoint(content, says, tmp_path):
     path = tmp_path / "x.pt"
     path.write_bytes(content)
     assert says in refused(path)
+
+
+def test_exported_models_are_told_from_checkpoints(tmp_path):
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "x.torchscript.pt")
+    assert "it is a TorchScript program. Give the .pt file" in refused(tmp_path / "x.torchscript.pt")
+    (tmp_path / "x.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
+    assert "it is an ONNX model, which cannot be trained. Give the .pt file" in refused(tmp_path / "x.onnx")
 
 
 def test_missing_legacy_and_other_archives(tmp_path):

