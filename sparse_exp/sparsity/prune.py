@@ -51,7 +51,7 @@ def prune_layer_adaptively(convolutions: Mapping[str, nn.Conv2d], sparsity: floa
     sizes = torch.cat([torch.full((len(of),), of.shape[1]) for of in groups.values()])
     doomed = _smallest(torch.cat(scores), sizes, math.ceil(sparsity * int(sizes.sum())))
     for (name, of), mine in zip(
-        groups.items(), doomed.split([len(of) for of in groups.values()]), strict=True
+        groups.items(), torch.split(doomed, [len(of) for of in groups.values()]), strict=True
     ):
         _zero(convolutions[name], of, mine)
 

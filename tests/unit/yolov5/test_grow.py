@@ -141,14 +141,26 @@ def test_the_noise_changes_little(small, medium):
     assert all(0 < distance(f, w) < 0.02 for f, w in zip(found, wanted, strict=True))
 
 
-def test_what_reads_copies_gets_the_whole_weight_of_one(small):
+def test_what_reads_copies_gets_the_whole_weight_of_the_first(small):
     old, new = (c.state_dict["model.1.conv.weight"] for c in (small["n"], grow(small["n"], "s", noise=0.0)))
 
     rows, channels = old.shape[:2]  # the new channels are the old ones twice, in some order the second time
-    columns = new[:rows].square().sum((2, 3)) > 0
-    assert columns.sum() == rows * channels
-    torch.testing.assert_close(new[:rows].sum(1), old.sum(1))
-    assert 0.3 < columns[:, :channels].double().mean() < 0.7  # not always the first copy
+    assert torch.equal(new[:rows, :channels], old)
+    assert not new[:, channels:].any()
+    assert sorted(new[rows:, :channels].sum((1, 2, 3)).tolist()) == pytest.approx(
+        sorted((0.1 * old.sum((1, 2, 3))).tolist()), rel=1e-4, abs=1e-6
+    )
+
+
+def test_copies_give_what_the_first_gives(small):
+    grown = detector_of(grow(small["n"], "s", noise=0.0)).double()
+    with torch.no_grad():
+        maps = grown.model[0](structured_images())
+
+    first, copies = maps.chunk(2, dim=1)
+    distances = (copies[:, :, None] - first[:, None]).abs().amax((0, 3, 4))
+    assert float(distances.amin(1).max()) < 1e-5  # each copy is equal to some channel
+    assert len(distances.argmin(1).unique()) == len(distances)  # and each channel has its copy
 
 
 def test_copies_differ_in_what_they_read_and_in_who_reads_them(small):
