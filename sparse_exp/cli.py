@@ -58,7 +58,7 @@ def _register_schema() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIRECTORY), config_name="config")
 def _compose_and_run(config: DictConfig) -> None:
-    _log_to_console()
+    log_to_console()
     job = HydraConfig.get()
     if job.runtime.output_dir != str(Path.cwd()):  # a job of a sweep, or hydra.run.dir=... was given
         config.paths.run = job.runtime.output_dir
@@ -146,7 +146,8 @@ def _hydra_files(config: DictConfig, job: Any) -> dict[str, str]:
     }
 
 
-def _log_to_console() -> None:
+def log_to_console() -> None:
+    """Let what the package logs, from INFO on, reach standard error as plain lines."""
     if not _log.handlers:
         handler = _ConsoleHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from sparse_exp import __version__
 from sparse_exp.artifacts import RunDirectory, StageRecord, fingerprint, write_json, write_text
+from sparse_exp.conditions import current, packages
 from sparse_exp.config.resolve import as_dict, as_yaml, recipe_path
 from sparse_exp.config.schema import Experiment
 from sparse_exp.context import Context
 from sparse_exp.errors import SparseExpError, StageFailed
 from sparse_exp.plan import check_host
+from sparse_exp.runs import OVERRIDES_TAG
 from sparse_exp.tracking import Artifact, Metrics, RunInfo, create_tracker
 
 _log = logging.getLogger(__name__)
@@ -146,6 +147,7 @@ def _run_info(context: Context) -> RunInfo:
         "host.cpu": host_facts().cpu,
         "sparse_exp.version": __version__,
         "run.directory": str(context.run.path),
+        OVERRIDES_TAG: json.dumps(context.run.state["overrides"]),
     }
     return RunInfo(
         name=experiment.name,
@@ -232,11 +234,13 @@ def _write_conditions(context: Context, hydra_files: Mapping[str, str], override
         write_text(directory / ".hydra" / name, text)
     write_text(directory / "config.yaml", as_yaml(context.experiment))
     write_recipe(context)
-    packages = sorted({f"{d.metadata['Name']}=={d.version}" for d in distributions()}, key=str.lower)
-    write_text(
-        directory / "environment.txt", "\n".join([f"python=={sys.version.split()[0]}", *packages]) + "\n"
+    write_text(directory / "environment.txt", "\n".join(packages()) + "\n")
+    context.run.update(
+        name=context.experiment.name,
+        overrides=overrides,
+        version=__version__,
+        conditions=current(_recipe_file(context.experiment)),
     )
-    context.run.update(name=context.experiment.name, overrides=overrides, version=__version__)
 
 
 @contextmanager

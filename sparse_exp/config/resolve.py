@@ -8,13 +8,14 @@ checked here, and all problems are reported at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from sparse_exp.artifacts import MANIFEST
 from sparse_exp.config.schema import STAGES, Experiment
@@ -58,6 +59,69 @@ def resolve(config: DictConfig) -> Experiment:
     given = {name: value for name, value in experiment.recipe.variables.items() if value is not None}
     experiment.recipe.variables = dict(given)  # the others are as the recipe has or derives them
     return experiment
+
+
+def rebuild(text: str, overrides: Sequence[str]) -> tuple[Experiment, list[str]]:
+    """The experiment that a run recorded in its ``config.yaml``, with some values changed.
+
+    Args:
+        text: the file's content.
+        overrides: ``key=value`` each; groups cannot be chosen anew, for their values are already in it.
+
+    Returns:
+        The checked experiment, and the keys that the record does not have, which got their defaults.
+
+    Raises:
+        ConfigError: the record or an override does not fit the schema, or `resolve` finds a problem.
+    """
+    schema = OmegaConf.structured(Experiment)
+    OmegaConf.set_struct(schema.recipe.variables, False)
+    try:
+        recorded = OmegaConf.create(text)
+        # Places have no default in the schema; those that came after the record are where they are now.
+        places = {"paths": OmegaConf.load(CONF_DIRECTORY / "paths" / "default.yaml")}
+        config = OmegaConf.merge(schema, places, recorded)
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        what = getattr(error, "full_key", None) or "config.yaml"
+        do = "It was recorded by another version; run it with that one, or change the file."
+        raise ConfigError(
+            f"The recorded {what} cannot be used: {first_line(error).rstrip('.')}. {do}"
+        ) from error
+    for word in overrides:
+        config = _with_value(config, word)
+    known = {*_keys(OmegaConf.to_container(recorded), "")}
+    whole = {key.rpartition(".")[0] for key in known}  # a value by default may be a mapping in the record
+    filled = set(_keys(OmegaConf.to_container(schema), "")) - known - whole
+    assert isinstance(config, DictConfig)
+    return resolve(config), sorted(filled)
+
+
+def _with_value(config: Any, word: str) -> Any:
+    """A composed configuration with one of its values set.
+
+    Raises:
+        ConfigError: the word is no ``key=value``, names no value, or one of another type.
+    """
+    key, sign, _ = word.partition("=")
+    if not sign or not key:
+        raise ConfigError(expected("an override", "KEY=VALUE", word, "Set single values, such as seed=1."))
+    try:
+        if isinstance(OmegaConf.select(config, key), DictConfig) and key != "recipe.variables":
+            do = f"To choose another option of {key}, start a new run with python -m sparse_exp."
+            raise ConfigError(expected("an override", "a single value", word, do))
+        return OmegaConf.merge(config, OmegaConf.from_dotlist([word]))
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        do = "Correct it; python -m sparse_exp --help lists all keys."
+        raise ConfigError(
+            f"The override {word} cannot be used: {first_line(error).rstrip('.')}. {do}"
+        ) from error
+
+
+def _keys(plain: Any, prefix: str) -> list[str]:
+    """Dotted keys of nested dicts down to their values."""
+    if not isinstance(plain, dict) or not plain:
+        return [prefix.rstrip(".")]
+    return [key for name, value in plain.items() for key in _keys(value, f"{prefix}{name}.")]
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The pictures of a run, and the one door to Matplotlib.
+"""The pictures of a run and of a comparison, and the one door to Matplotlib.
 
 Each function takes plain data and writes one PNG, whole or not at all. Figures are made without
 pyplot, whose state belongs to the process. Colours are those of Okabe and Ito, which colour-blind
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from sparse_exp.artifacts import landing
+from sparse_exp.report.pareto import Axis, Point, staircase
 
 DPI = 130
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
@@ -329,6 +331,59 @@ def _draw_label(axes: Axes, detection: NDArray[Any], names: Sequence[str]) -> No
     outline = [withStroke(linewidth=1.6, foreground="black")]
     x, y = max(0.0, float(detection[0])) + 2, max(0.0, float(detection[1])) + 2
     axes.text(x, y, text, color="white", fontsize=5.5, va="top", path_effects=outline, clip_on=True)
+
+
+_LISTED = 16  # runs of a front that are named beside the picture
+
+
+def trade_off(points: Sequence[Point], x: Axis, y: Axis, path: Path) -> None:
+    """Runs by two metrics, with the Pareto front and what it beats.
+
+    Args:
+        points: at least one.
+        x: what goes to the right.
+        y: what goes up.
+        path: PNG to write.
+    """
+    front = sorted((point for point in points if point.front), key=lambda point: point.x)
+    figure, axes = _figure(9.6, 5.4)
+    others = [point for point in points if not point.front]
+    axes.scatter(
+        [point.x for point in others], [point.y for point in others], s=26, color=GREY, label="other runs"
+    )
+    _draw_front(axes, front, x)
+    for best in (point for point in points if point.best):
+        axes.scatter(
+            best.x, best.y, s=210, facecolors="none", edgecolors=ORANGE, linewidths=2.2, label="best"
+        )
+    axes.set(xlabel=x.label, ylabel=y.label)
+    axes.margins(0.08)
+    _title(axes, f"{len(front)} of {len(points)} runs are on the Pareto front")
+    handles, labels = axes.get_legend_handles_labels()
+    named = [f"{point.number}  {_wrapped(point.name)}" for point in front[:_LISTED]]
+    more = [f"and {len(front) - _LISTED} more"] if len(front) > _LISTED else []
+    figure.legend(
+        [*handles, *(Line2D([], [], linestyle="none") for _ in [*named, *more])],
+        [*labels, *named, *more],
+        loc="outside right upper", frameon=False, fontsize=8, handlelength=1.2,
+    )  # fmt: skip
+    _save(figure, path)
+
+
+def _draw_front(axes: Axes, front: Sequence[Point], x: Axis) -> None:
+    corners = staircase([(point.x, point.y) for point in front], x_less=x.less)
+    axes.plot(*zip(*corners, strict=True), color=BLUE, linewidth=1.2, alpha=0.55)
+    axes.scatter(
+        [point.x for point in front], [point.y for point in front], s=46, color=BLUE, label="Pareto front"
+    )
+    for point in front[:_LISTED]:
+        axes.annotate(
+            str(point.number), (point.x, point.y), (5, 5), textcoords="offset points", fontsize=8, color=INK
+        )
+
+
+def _wrapped(text: str, width: int = 34) -> str:
+    return "\n".join(textwrap.wrap(text, width, break_on_hyphens=False)) or text
 
 
 def _figure(

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import ConfigError, expected
 
+PARENT_TAG = "mlflow.parentRunId"
 _log = logging.getLogger(__name__)
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -138,11 +139,17 @@ class FoundRun:
         run_id: the backend's name of it.
         tags: its tags.
         metrics: the last value of each of its metrics.
+        name: shown in the list of runs.
+        status: ``RUNNING``, ``FINISHED``, ``FAILED``, ``KILLED`` or ``SCHEDULED``.
+        started: milliseconds since 1970.
     """
 
     run_id: str
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
+    name: str = ""
+    status: str = ""
+    started: int = 0
 
 
 def find_runs(config: TrackerConfig, store: Path, tag: str, value: str) -> list[FoundRun]:

@@ -53,6 +53,7 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
 
@@ -80,7 +81,7 @@ class MlflowTracker:
     def start(self, run: RunInfo) -> None:
         """Open the run and log its configuration as flat parameters; see `Tracker.start`."""
         self._directory = run.directory
-        client_class = _import_client()
+        client_class = import_client()
         _log.info("Tracking to %s (%s)", without_password(self._uri), self._uri_from)
         try:
             self._open(client_class, run)
@@ -224,7 +225,7 @@ def search(config: TrackerConfig, store: Path, tag: str, value: str) -> list[Fou
         MissingDependency: MLflow is not installed.
         Exception: the store does not answer.
     """
-    client_class, (uri, _) = _import_client(), tracking_uri(config, store)
+    client_class, (uri, _) = import_client(), tracking_uri(config, store)
     with _ready_database(uri):
         client = client_class(uri)
         experiments = [found.experiment_id for found in client.search_experiments()]
@@ -234,7 +235,12 @@ def search(config: TrackerConfig, store: Path, tag: str, value: str) -> list[Fou
     return [FoundRun(run.info.run_id, run.data.tags, run.data.metrics) for run in runs]
 
 
-def _import_client() -> Callable[[str], Any]:
+def import_client() -> Callable[[str], Any]:
+    """The class of MLflow's client, imported at the first call (3 s); it takes the address of a store.
+
+    Raises:
+        MissingDependency: MLflow is not installed.
+    """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     started = time.monotonic()

@@ -1,0 +1,97 @@
+"""``python -m sparse_exp.compare``: runs beside each other, and the one to ship."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+from sparse_exp.artifacts import write_text
+from sparse_exp.command import run_command
+from sparse_exp.compare.comparison import Comparison, compare
+from sparse_exp.compare.table import as_csv, as_data, as_markdown, said, shown_rows, terminal_table
+from sparse_exp.config.schema import TrackerConfig
+from sparse_exp.errors import ConfigError, expected
+from sparse_exp.runs import DEFAULT_STORE, select_runs
+
+_ROWS = 40
+_TEXT = """
+METRIC is a name of result.json or a part of it that fits one metric: train_s, openvino/items_per_s. Where
+several fit, it is that of the validation split, of what the run deploys, in DeepSparse, at batch 1; size is
+that of the compressed ONNX file. The lines below the table say which it took.
+
+  python -m sparse_exp.compare                                             all runs below outputs
+  python -m sparse_exp.compare outputs/sweeps/2026-11-22/10-00-00 --out outputs/compare
+  python -m sparse_exp.compare --experiment sparse_exp --x size --y map50
+  python -m sparse_exp.compare --best "map50>=0.6, size<=4" --by items_per_s
+"""
+
+
+def main() -> int:
+    """Read the runs, show the comparison, write its files."""
+    options = _options()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    runs = select_runs(
+        options.runs, TrackerConfig(uri=options.uri), options.store, experiment=options.experiment
+    )
+    comparison = compare(runs, options.x, options.y, limits=options.best, by=options.by)
+    try:
+        written = _write(comparison, options.out) if options.out else []
+    except OSError as error:
+        do = "Name another directory."
+        raise ConfigError(expected("--out", "a directory to write into", str(options.out), do)) from error
+    if options.json:
+        print(json.dumps(as_data(comparison), indent=2))
+        return 0
+    _show(comparison, options.rows, written)
+    return 0
+
+
+def _show(comparison: Comparison, limit: int, written: list[Path]) -> None:
+    from rich.console import Console
+
+    rows = shown_rows(comparison, limit)
+    left = len(comparison.rows) - len(rows)
+    Console(highlight=False).print(terminal_table(comparison, rows))
+    more = [f"{left} more runs are not shown; --rows {len(comparison.rows)} shows all."] if left else []
+    # Not through the console, which would break a command where the window ends.
+    print("\n".join([*more, *said(comparison), *(f"Written: {path}" for path in written)]))
+
+
+def _write(comparison: Comparison, folder: Path) -> list[Path]:
+    """``compare.csv``, ``compare.md``, ``compare.png`` and ``compare.html``."""
+    from sparse_exp.compare.pictures import draw
+
+    return [
+        write_text(folder / "compare.csv", as_csv(comparison)),
+        write_text(folder / "compare.md", as_markdown(comparison)),
+        *draw(comparison, folder),
+    ]
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m sparse_exp.compare",
+        description="Runs beside each other: a table, the Pareto front, pictures, and the one to ship.",
+        epilog=_TEXT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN", help="directory of a run or a sweep, or an MLflow id of one")
+    add("--experiment", metavar="NAME", help="all runs of an MLflow experiment")
+    add("--x", metavar="METRIC", default="items_per_s", help="to the right (default: %(default)s)")
+    add("--y", metavar="METRIC", default="map50", help="up (default: %(default)s)")
+    add("--best", metavar="LIMITS", help="name the best run that keeps limits: 'map50>=0.6, size<=4'")
+    add("--by", metavar="METRIC", help="what the best is best in (default: --y)")
+    add("--out", metavar="DIR", type=Path, help="write compare.csv, .md, .png and .html there")
+    add("--json", action="store_true", help="print the comparison as JSON instead of a table")
+    add("--rows", metavar="N", type=int, default=_ROWS, help="rows to print besides the front (%(default)s)")
+    add("--uri", metavar="URI", help="MLflow server (default: MLFLOW_TRACKING_URI, then --store)")
+    add("--store", metavar="DIR", type=Path, default=DEFAULT_STORE, help="local MLflow store (%(default)s)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,63 @@
+"""A comparison as pictures: a PNG, and an HTML page with hover."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from sparse_exp.artifacts import write_text
+from sparse_exp.compare.comparison import FINISHED, Column, Comparison, Row
+from sparse_exp.compare.table import as_cells, number, said
+from sparse_exp.report.pareto import Axis, Point
+from sparse_exp.report.scatter import page
+
+
+def draw(comparison: Comparison, folder: Path) -> list[Path]:
+    """Write ``compare.png`` and ``compare.html``; nothing where no run has both metrics.
+
+    Args:
+        comparison: what to show; runs that did not finish are not drawn.
+        folder: to write into.
+
+    Returns:
+        The files that were written.
+    """
+    points = [point for row in comparison.rows if (point := _point(comparison, row))]
+    if not points:
+        return []
+    from sparse_exp.report.plots import trade_off
+
+    x, y = _axis(comparison.x), _axis(comparison.y)
+    picture = folder / "compare.png"
+    trade_off(points, x, y, picture)
+    titles, rows = as_cells(comparison, comparison.rows)
+    text = page(
+        f"{comparison.y.title} over {comparison.x.title}: {len(comparison.rows)} runs",
+        points,
+        x,
+        y,
+        notes={row.number: _note(comparison, row) for row in comparison.rows},
+        table=(titles, [(row.number, cells) for row, cells in zip(comparison.rows, rows, strict=True)]),
+        numeric=len(comparison.columns),
+        lines=said(comparison),
+    )
+    return [picture, write_text(folder / "compare.html", text)]
+
+
+def _axis(column: Column) -> Axis:
+    return Axis(column.metric, column.less)
+
+
+def _point(comparison: Comparison, row: Row) -> Point | None:
+    x, y = row.value(comparison.x), row.value(comparison.y)
+    if x is None or y is None or row.run.status != FINISHED or not (math.isfinite(x) and math.isfinite(y)):
+        return None
+    best = row is comparison.best
+    return Point(row.number, row.differs or row.label, x, y, front=row.front, best=best)
+
+
+def _note(comparison: Comparison, row: Row) -> str:
+    values = [f"{column.metric}: {number(row.value(column))}" for column in comparison.columns]
+    status = [row.run.status] if row.run.status != FINISHED else []
+    differs = [row.differs] if row.differs else []
+    return "\n".join([f"{row.number}  {row.label}", *status, *differs, *values])

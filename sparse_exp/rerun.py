@@ -1,0 +1,268 @@
+"""``python -m sparse_exp.rerun``: a past run once more, from its record, and what is not as it was then."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparse_exp.artifacts import MANIFEST, sha256_of
+from sparse_exp.command import run_command
+from sparse_exp.conditions import (
+    NOT_RECORDED,
+    Difference,
+    code_differences,
+    data_differences,
+    host_differences,
+    package_differences,
+)
+from sparse_exp.config.resolve import rebuild, recipe_path
+from sparse_exp.config.schema import Experiment, TrackerConfig
+from sparse_exp.errors import ConfigError, expected
+from sparse_exp.runs import DEFAULT_STORE, is_run_id, local_directory, read_json, tagged_overrides
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_FILES = ("config.yaml", "environment.txt", MANIFEST)
+_HYDRA = ("config.yaml", "hydra.yaml")
+_TEXT = """
+KEY=VALUE changes single values of the recorded configuration (seed=1, trainer.lr=0.002); groups such as
+model= are chosen with python -m sparse_exp. The new run gets a directory of its own below paths.output.
+
+  python -m sparse_exp.rerun outputs/runs/2026-11-22/17-35-11-yolov5s-trees-transfer_quant --dry-run
+  python -m sparse_exp.rerun 7050b5eeb8cb4273bdf96825350bcdba seed=1
+"""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a past run left of itself.
+
+    Attributes:
+        config: text of its ``config.yaml``.
+        manifest: empty where there is none.
+        environment: lines of its ``environment.txt``; empty where there is none.
+        tags: of its MLflow run, where it was read from there.
+        hydra: texts of the files below ``.hydra``, by name.
+    """
+
+    config: str
+    manifest: dict[str, Any]
+    environment: list[str]
+    tags: dict[str, str] = field(default_factory=dict)
+    hydra: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """As the manifest has them; of runs from before it did, what the tags of MLflow say."""
+        tagged = {
+            "version": self.manifest.get("version", self.tags.get("sparse_exp.version")),
+            "commit": self.tags.get("mlflow.source.git.commit"),
+            "dirty": self.tags.get("git.dirty"),
+        }
+        code = {name: value for name, value in tagged.items() if value is not None}
+        cpu = self.tags.get("host.cpu")
+        return {"code": code, "host": {"cpu": cpu} if cpu else {}, **self.manifest.get("conditions", {})}
+
+    @property
+    def overrides(self) -> list[str]:
+        """The words of its command line, as far as they are known."""
+        return [str(word) for word in self.manifest.get("overrides", tagged_overrides(self.tags) or ())]
+
+    @property
+    def data(self) -> str | None:
+        """Digest of its data set; None where it was not recorded."""
+        facts = self.manifest.get("stages", {}).get("fetch", {}).get("facts", {})
+        digest: str | None = facts.get("dataset") or self.tags.get("dataset.digest")
+        return digest
+
+
+def main() -> int:
+    """Say what differs, then start the run, unless it is a dry run."""
+    options = _options()
+    record = find_record(options.run, TrackerConfig(uri=options.uri), options.store)
+    experiment, filled = rebuild(record.config, options.overrides)
+    place_anew(experiment, options.overrides)
+    show(options.run, differences(record, experiment, filled))
+    if options.dry_run or experiment.dry_run:
+        return 0
+    from sparse_exp.cli import log_to_console
+    from sparse_exp.experiment import run
+
+    log_to_console()
+    words = [*record.overrides, *options.overrides]
+    run(experiment, {**record.hydra, "overrides.yaml": _as_yaml_list(words)}, words)
+    return 0
+
+
+def find_record(run: str, config: TrackerConfig, store: Path) -> Record:
+    """The record of a run, from its directory or, where that is not on this machine, from MLflow.
+
+    Args:
+        run: directory, or id of an MLflow run.
+        config: names the MLflow server.
+        store: directory of the local MLflow database, where no server is named.
+
+    Raises:
+        ConfigError: there is no such run, or it left no configuration.
+        SparseExpError: MLflow cannot be read.
+    """
+    directory = Path(run).expanduser()
+    if is_run_id(run) and not directory.is_dir():
+        return _from_mlflow(run, config, store)
+    if not (directory / "config.yaml").is_file():
+        do = "Give a directory below outputs, or an id that MLflow shows."
+        raise ConfigError(expected("RUN", "a run's directory with its config.yaml or MLflow id", run, do))
+    return _read(directory)
+
+
+def _from_mlflow(run_id: str, config: TrackerConfig, store: Path) -> Record:
+    from sparse_exp.tracking.reading import fetch_files, read_runs
+
+    found = next((run for run in read_runs(config, store, run_ids=[run_id]) if run.run_id == run_id), None)
+    if found is None:
+        do = "Give an id that MLflow shows; --uri and --store say where it is."
+        raise ConfigError(expected("RUN", "the id of an MLflow run", run_id, do))
+    with _folder_of(local_directory(found)) as folder:
+        if not (folder / "config.yaml").is_file():
+            fetch_files(config, store, run_id, _FILES, folder)
+        if not (folder / "config.yaml").is_file():
+            do = "Only runs of this project can be run again; of a sweep name one of its runs."
+            raise ConfigError(f"The MLflow run {run_id} has no config.yaml. {do}")
+        return replace(_read(folder), tags=dict(found.tags))
+
+
+@contextmanager
+def _folder_of(directory: Path | None) -> Iterator[Path]:
+    """The directory, or a temporary one where there is none."""
+    if directory is not None and (directory / "config.yaml").is_file():
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def _read(directory: Path) -> Record:
+    texts = {name: _text(directory / ".hydra" / name) for name in _HYDRA}
+    return Record(
+        config=_text(directory / "config.yaml"),
+        manifest=read_json(directory / MANIFEST),
+        environment=_text(directory / "environment.txt").splitlines(),
+        hydra={name: text for name, text in texts.items() if text},
+    )
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def place_anew(experiment: Experiment, overrides: Sequence[str] = ()) -> None:
+    """Give a rebuilt experiment a run directory of its own, and undo how the past run was started.
+
+    Args:
+        experiment: changed in place.
+        overrides: what they set stays.
+    """
+    said = {word.partition("=")[0] for word in overrides}
+    if "paths.run" not in said:
+        now = datetime.now().astimezone()
+        place = (
+            Path(experiment.paths.output) / "runs" / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}-{experiment.name}"
+        )
+        experiment.paths.run = str(place)
+    if "resume" not in said:
+        experiment.resume = None
+    if "overwrite" not in said:
+        experiment.overwrite = False
+
+
+def differences(record: Record, experiment: Experiment, filled: Sequence[str] = ()) -> list[Difference]:
+    """What is not as it was when a run was made; nothing is fetched for it.
+
+    Args:
+        record: of the run.
+        experiment: rebuilt from it.
+        filled: keys of the configuration that the record does not have.
+    """
+    then = record.conditions
+    return [
+        *code_differences(then["code"]),
+        *(Difference("configuration", key, NOT_RECORDED, str(_value(experiment, key))) for key in filled),
+        *_recipe_differences(then.get("recipe"), experiment),
+        *package_differences(record.environment),
+        *data_differences(experiment, record.data),
+        *host_differences(then["host"]),
+    ]
+
+
+def _value(node: Any, key: str) -> Any:
+    for name in key.split("."):
+        node = getattr(node, name)
+    return node
+
+
+def _recipe_differences(then: str | None, experiment: Experiment) -> Iterator[Difference]:
+    """Whether the file of the recipe is another now; those of SparseZoo do not change."""
+    path = recipe_path(experiment.recipe.file)
+    now = sha256_of(path) if path.is_file() else None
+    if then is not None and now is not None and then != now:
+        yield Difference("configuration", f"recipe {experiment.recipe.file}", then[:16], now[:16])
+
+
+def show(run: str, found: Sequence[Difference]) -> None:
+    """Print what differs."""
+    from rich.console import Console
+
+    if not found:
+        print(f"Code, packages, data and host are as they were for {run}.")
+        return
+    print(f"Not as it was for {run}:")
+    Console(highlight=False).print(_table(found))
+
+
+def _table(found: Sequence[Difference]) -> Table:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("kind", "what", "then", "now", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns:
+        column.overflow = "fold"
+    last = ""
+    for each in found:
+        kind, last = ("" if each.kind == last else each.kind), each.kind
+        table.add_row(kind, *map(escape, (each.what, each.then, each.now)))
+    return table
+
+
+def _as_yaml_list(words: Sequence[str]) -> str:
+    import yaml
+
+    text: str = yaml.safe_dump(list(words))
+    return text
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m sparse_exp.rerun",
+        description="A past run once more, from its record; says first what is not as it was then.",
+        epilog=_TEXT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="directory of a run, or its MLflow id")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="values to change")
+    add("--dry-run", action="store_true", help="only say what differs (also: dry_run=true)")
+    add("--uri", metavar="URI", help="MLflow server (default: MLFLOW_TRACKING_URI, then --store)")
+    add("--store", metavar="DIR", type=Path, default=DEFAULT_STORE, help="local MLflow store (%(default)s)")
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,130 @@
+import csv
+import io
+import json
+
+import pytest
+
+from sparse_exp.compare.comparison import compare
+from sparse_exp.compare.pictures import draw
+from sparse_exp.compare.table import as_csv, as_data, as_markdown, said
+from sparse_exp.errors import ConfigError, SparseExpError
+from sparse_exp.runs import PastRun
+
+
+def run(name, speed=None, map50=None, size=None, status="FINISHED", words=()):
+    given = {"b/items_per_s": speed, "val/map50": map50, "size/onnx_gzip_mb": size}
+    metrics = {key: value for key, value in given.items() if value is not None}
+    return PastRun(name, f"/runs/{name}", status, metrics, ("seed=0", *words, f"paths.run=/runs/{name}"))
+
+
+RUNS = [
+    run("slow", 5, 0.7, 20, words=("model=l",)),
+    run("good", 20, 0.62, 3.5, words=("model=s", "recipe=transfer")),
+    run("beaten", 19, 0.62, 3, words=("model=s",)),
+    run("fast", 60, 0.45, 1, words=("model=n",)),
+    run("broken", 99, 0.9, 1, status="FAILED"),
+    run("unmeasured", None, 0.65, 2),
+]
+
+
+@pytest.fixture
+def comparison():
+    return compare(RUNS, "items_per_s", "map50", limits="map50>=0.6, size<=4", by="items_per_s")
+
+
+def test_rows_are_in_order_and_only_finished_ones_are_weighed(comparison):
+    assert [row.label for row in comparison.rows] == [
+        "slow",
+        "unmeasured",
+        "good",
+        "beaten",
+        "fast",
+        "broken",
+    ]
+    assert {row.label for row in comparison.rows if row.front} == {"slow", "good", "fast"}
+    assert [row.number for row in comparison.rows] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_best_keeps_the_limits(comparison):
+    assert comparison.best.label == "good"
+    assert compare(RUNS, "items_per_s", "map50", by="size").best.label == "fast"  # less is better
+    assert compare(RUNS, "items_per_s", "map50", limits="size<=4").best.label == "unmeasured"  # by y
+    assert compare(RUNS, "items_per_s", "map50").best is None
+
+
+def test_of_equals_the_more_accurate_is_the_best():
+    equals = [run("a", 10, 0.5), run("b", 10, 0.6), run("c", 10, 0.55)]
+    assert compare(equals, "items_per_s", "map50", by="items_per_s").best.label == "b"
+
+
+def test_when_none_keeps_the_limits_it_says_how_close_they_come():
+    with pytest.raises(
+        SparseExpError, match=r"map50 >= 0.8 by 0 of 5 .* reach 0.7; size.* <= 4 by 4 of 5"
+    ) as error:
+        compare(RUNS, "items_per_s", "map50", limits="map50>=0.8, size<=4")
+    assert "\n" not in str(error.value)
+
+
+def test_what_differs_leaves_out_what_all_share_and_where_they_lie(comparison):
+    words = {row.label: row.differs for row in comparison.rows}
+    assert words["good"] == "model=s recipe=transfer"
+    assert words["unmeasured"] == ""
+
+
+def test_what_the_label_says_is_not_repeated():
+    runs = [
+        run("0-yolov5n-dense", 1, 0.1, words=("model=yolov5n", "recipe=dense", "seed=0")),
+        run("1-yolov5n-dense", 1, 0.1, words=("model=yolov5n", "recipe=dense", "seed=1")),
+        run("2-yolov5s-dense", 1, 0.1, words=("model=yolov5s", "recipe=dense", "trainer.lr=0.1")),
+    ]
+    rows = compare(runs, "items_per_s", "map50").rows
+    assert [row.beyond for row in rows] == ["", "seed=1", "trainer.lr=0.1"]
+
+
+def test_unusable_questions_are_refused():
+    with pytest.raises(ConfigError, match="two different metrics"):
+        compare(RUNS, "map50", "val/map50")
+    with pytest.raises(ConfigError, match="no metrics yet"):
+        compare([run("new", status="RUNNING")], "items_per_s", "map50")
+
+
+def test_csv_has_all_of_it(comparison):
+    rows = {row["run"]: row for row in csv.DictReader(io.StringIO(as_csv(comparison)))}
+    assert len(rows) == 6
+    assert float(rows["good"]["b/items_per_s"]) == 20
+    assert rows["unmeasured"]["b/items_per_s"] == ""
+    assert rows["broken"]["status"] == "FAILED"
+    assert {name for name, row in rows.items() if row["front"] == "1"} == {"slow", "good", "fast"}
+
+
+def test_data_is_json(comparison):
+    data = json.loads(json.dumps(as_data(comparison)))
+    assert data["best"]["place"] == "/runs/good"
+    assert data["best"]["command"] == "python -m sparse_exp seed=0 model=s recipe=transfer"
+    assert data["less_is_better"] == ["size/onnx_gzip_mb"]
+
+
+def test_markdown_is_a_table_and_ends_with_the_command(comparison):
+    lines = as_markdown(comparison).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 8
+    assert len({line.count("|") for line in table}) == 1
+    assert lines[-1] == "    python -m sparse_exp seed=0 model=s recipe=transfer"
+
+
+def test_what_is_said(comparison):
+    text = "\n".join(said(comparison))
+    assert "items_per_s: b/items_per_s, more is better" in text
+    assert "3 of 6 runs. Not weighed, as they did not finish or lack a value: 2." in text
+    assert "Ship run 3, good: b/items_per_s 20, keeping val/map50 >= 0.6, size/onnx_gzip_mb <= 4." in text
+
+
+def test_pictures(comparison, tmp_path):
+    from PIL import Image
+
+    picture, html = draw(comparison, tmp_path / "out")
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 50  # something was drawn
+    assert html.read_text(encoding="utf-8").count("<circle") == 4
+    assert draw(compare([run("a", None, 0.5), run("b", 3)], "items_per_s", "map50"), tmp_path) == []
