@@ -94,6 +94,7 @@ not listed here, or keys that contradict each other are refused before anything 
 | variable | meaning |
 |---|---|
 | `SPARSE_EXP_CACHE` | directory for downloads and data sets; `paths.cache` wins over it |
+| `SPARSE_EXP_ZOO` | the local zoo; `paths.zoo` wins over it |
 | `XDG_CACHE_HOME` | where the user's cache lies, if neither is set; `~/.cache` by default |
 | `MLFLOW_TRACKING_URI` | tracking server or database; wins over `tracker.uri` |
 | `TMPDIR` | holds the host-wide lock of the benchmark |
@@ -213,8 +214,7 @@ def _settings(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         elif isinstance(value, dict):
             yield from _settings(value, f"{prefix}{key}.")
         elif isinstance(value, list) and value and isinstance(value[0], dict):
-            for index, item in enumerate(value):
-                yield from _settings(item, f"{prefix}{key}[{index}].")
+            yield prefix + key, " then ".join(item["uri"] for item in value)  # a list of sources
         elif not (isinstance(value, str) and "\n" in value):  # Hydra's help text
             yield prefix + key, _plain(value)
 

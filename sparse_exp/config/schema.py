@@ -80,6 +80,10 @@ class ModelConfig:
         "[#sha256=...], index:..., or 'scratch'",
     )
     sparsity: float = bounded(0.75, 0.0, 0.99, help="share of zeros that a dense start is pruned to")
+    num_epochs: float = bounded(
+        12.0, above=0.0, high=10000.0, unit="epochs",
+        help="length of the shipped recipes, unless recipe.variables.num_epochs says another",
+    )  # fmt: skip
     layer_sparsity: List[float] = documented(
         [0.40, 0.50, 0.65, 0.75],
         "zeros, 0..0.99, that `recipe=prune` aims at in blocks of 128, 256, 512, 1024 channels (at size l)",
