@@ -53,7 +53,7 @@ _ORDER = tuple(SCALES)
 _SILENT = 1e-8
 _SHIFT = 6.0  # of SiLU: more is straighter (8: 0.15 %), and leaves fewer of QAT's 256 steps to what varies
 _FAINT = 0.1  # incoming weights of a copy as a share of those of the first
-_DENSITY = 0.05  # of a new residual branch; at 1 it takes 43 % of the weights that pruning l to 90 % leaves
+_DENSITY = 0.05  # of a new residual branch: a dense one would take a large part of what pruning leaves
 _POINTS = 64  # at which a normal distribution is looked at
 
 
@@ -68,8 +68,7 @@ def grow(checkpoint: Checkpoint, size: str, *, seed: int = 0, noise: float = 1e-
         seed: of everything random; nothing else is.
         noise: standard deviation of what is added to the weights of every convolution but the head's, as a
             share of their root mean square. It makes copies differ, and weights that got no share more
-            than 0, at which a recipe would hold them. Of s (COCO) grown to l it is a tenth of what deepening
-            changes in the scores, and moves boxes by 0.2 px on average.
+            than 0, at which a recipe would hold them.
 
     Returns:
         The same classes and names; float32 tensors of the new size by their published names. It has no
