@@ -35,11 +35,12 @@ def _plan(experiment: Experiment, recipe: Recipe) -> Plan:
     cache = cache_directory(experiment.paths.cache)
     precision = choose_precision(experiment.trainer, has_bf16=has_bf16())
     start = _start(experiment, cache)
-    if is_prepared(experiment.dataset, cache) and (start or experiment.model.weights == SCRATCH):
-        dataset = prepare(experiment.dataset, cache)
+    # read even where the start is not here: what is wrong with the data can be said now
+    dataset = prepare(experiment.dataset, cache) if is_prepared(experiment.dataset, cache) else None
+    if dataset and (start or experiment.model.weights == SCRATCH):
         plan = lay_out(experiment, recipe, dataset, precision, cache, offline=True)[0]
         return _with_asked_first(plan, experiment) if start and start.grown else plan
-    model = YOLOv5(experiment.model.size, num_classes=1)
+    model = YOLOv5(experiment.model.size, len(dataset.names) if dataset else 1)
     recipe.check(model)
     plan = make_plan(experiment, recipe, _unread(experiment, start), precision, model)
     later = "estimated once the data and the start checkpoint are on this machine"

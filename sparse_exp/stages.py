@@ -29,10 +29,15 @@ def fetch(context: Context) -> Outcome:
     for split, samples in dataset.splits.items():
         context.tracker.log(Dataset(dataset.name, dataset.digest, str(dataset.root), split, len(samples)))
         _log.info("%s/%s: %d images, %d boxes", dataset.name, split, len(samples), boxes[split])
-    facts: dict[str, Any] = {"dataset": dataset.digest, "boxes": boxes, "names": list(dataset.names)}
+    facts: dict[str, Any] = {
+        "dataset": dataset.digest,
+        "boxes": boxes,
+        "names": list(dataset.names),
+        "skipped": dataset.skipped,
+    }
     if "train" in context.experiment.stages:
         facts |= _fetch_start(context)
-    context.tracker.log(Tags({"dataset.digest": dataset.digest}))
+    context.tracker.log(Tags({"dataset.digest": dataset.digest, "dataset.skipped": str(dataset.skipped)}))
     origin = {"weights/origin": facts["origin"]} if "origin" in facts else {}
     return Outcome(metrics=origin, facts=facts)
 

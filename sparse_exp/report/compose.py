@@ -167,9 +167,9 @@ def _report_data(context: Context, pictures: dict[str, Path]) -> ReportData:
 
 
 def _origin(fetched: dict[str, Any]) -> str:
-    """Where the start weights came from; of a start that was grown also from which file."""
+    """Where the start weights came from; of a start that was grown also from which file; "" without one."""
     if "grown_from" not in fetched:
-        return str(fetched["origin"])
+        return str(fetched.get("origin", ""))
     return (
         f"{fetched['origin']}: no checkpoint of this size could be had, so a smaller one was grown, which "
         f"computes nearly the same. Grown from {fetched['grown_from']}"
@@ -223,8 +223,10 @@ def _conditions(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def _warnings(context: Context) -> list[str]:
-    warnings = []
-    if context.facts("fetch").get("origin") == "scratch":
+    warnings, fetched = [], context.facts("fetch")
+    if fetched.get("skipped"):
+        warnings.append(f"{fetched['skipped']} images were left out: they or their labels cannot be used.")
+    if fetched.get("origin") == "scratch":
         warnings.append("Trained from random weights on this data alone: the accuracies mean little.")
     noisy = [r for r in context.facts("benchmark").get("rows", []) if _spread(r) > 0.15]
     if noisy:
@@ -244,7 +246,7 @@ def _spread(row: dict[str, Any]) -> float:
 
 def _attributions(context: Context) -> list[str]:
     fetched = context.facts("fetch")
-    used = f"{_origin(fetched) if fetched else ''} {context.experiment.dataset.generator} "
+    used = f"{_origin(fetched)} {context.experiment.dataset.generator} "
     used += " ".join(context.experiment.hardware.engines)
     return list(dict.fromkeys(line for key, line in _ATTRIBUTIONS.items() if key in used))
 
