@@ -44,6 +44,13 @@ class Context:
         return cache_directory(self.experiment.paths.cache)
 
     @cached_property
+    def zoo(self) -> Path:
+        """The local zoo; it may not exist yet."""
+        from sparse_exp.zoo.local import zoo_directory
+
+        return zoo_directory(self.experiment.paths.zoo)
+
+    @cached_property
     def dataset(self) -> DetectionDataset:
         """The data set, built or read; ready at once when the fetch stage has seen it."""
         from sparse_exp.data import prepare

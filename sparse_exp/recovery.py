@@ -140,7 +140,6 @@ def _start_itself(context: Context) -> Baseline:
     """Of a recipe that is applied without training: the start checkpoint, which then was trained before."""
     from sparse_exp.training.evaluation import evaluate_model
     from sparse_exp.training.start import load_start
-    from sparse_exp.zoo.local import zoo_directory
     from sparse_exp.zoo.start import fetch_start
 
     experiment, layout = context.experiment, context.precision.memory_format
@@ -148,7 +147,7 @@ def _start_itself(context: Context) -> Baseline:
     model.to(memory_format=layout)
     loader, trainer = context.loader("val"), experiment.trainer
     result = evaluate_model(model, loader, trainer, layout, description="Evaluating the start")
-    start = fetch_start(experiment.model, context.cache, zoo_directory(experiment.paths.zoo))
+    start = fetch_start(experiment.model, context.cache, context.zoo)
     return Baseline(result.map50, "", str(start.file.path) if start else None, "the start")
 
 

@@ -24,7 +24,7 @@ from sparse_exp.conditions import (
 from sparse_exp.config.resolve import rebuild, recipe_path
 from sparse_exp.config.schema import Experiment, TrackerConfig
 from sparse_exp.errors import ConfigError, expected
-from sparse_exp.runs import DEFAULT_STORE, is_run_id, local_directory, read_json, tagged_overrides
+from sparse_exp.runs import add_store_options, is_run_id, local_directory, read_json, tagged_overrides
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -259,8 +259,7 @@ def _options() -> argparse.Namespace:
     add("run", metavar="RUN", help="directory of a run, or its MLflow id")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="values to change")
     add("--dry-run", action="store_true", help="only say what differs (also: dry_run=true)")
-    add("--uri", metavar="URI", help="MLflow server (default: MLFLOW_TRACKING_URI, then --store)")
-    add("--store", metavar="DIR", type=Path, default=DEFAULT_STORE, help="local MLflow store (%(default)s)")
+    add_store_options(parser)
     return parser.parse_intermixed_args()
 
 

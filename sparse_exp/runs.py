@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -16,14 +17,21 @@ from sparse_exp.artifacts import MANIFEST
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.tracking import PARENT_TAG, FoundRun
+from sparse_exp.tracking.dashboard import DEFAULT_STORE
 
-DEFAULT_STORE = Path("outputs/mlflow")
 DEFAULT_DIRECTORIES = (Path("outputs/runs"), Path("outputs/sweeps"))
 OVERRIDES_TAG = "overrides"
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 # Words of a command line that say where a run lies or how it is started, not what it is.
 _ABOUT_THE_PLACE = ("paths.run=", "resume=", "overwrite=", "dry_run=")
 _log = logging.getLogger(__name__)
+
+
+def add_store_options(parser: argparse.ArgumentParser) -> None:
+    """Let a command line say which MLflow to read: ``--uri`` and ``--store``."""
+    add = parser.add_argument
+    add("--uri", metavar="URI", help="MLflow server (default: MLFLOW_TRACKING_URI, then --store)")
+    add("--store", metavar="DIR", type=Path, default=DEFAULT_STORE, help="local MLflow store (%(default)s)")
 
 
 @dataclass(frozen=True)

@@ -44,11 +44,9 @@ def fetch(context: Context) -> Outcome:
 
 def _fetch_start(context: Context) -> dict[str, str]:
     """Where the start comes from, the sha256 of its file, and the file's origin if it is grown from that."""
-    from sparse_exp.zoo.local import zoo_directory
     from sparse_exp.zoo.start import SCRATCH, fetch_start
 
-    experiment = context.experiment
-    start = fetch_start(experiment.model, context.cache, zoo_directory(experiment.paths.zoo))
+    start = fetch_start(context.experiment.model, context.cache, context.zoo)
     if start is None:
         facts = {"origin": SCRATCH, "sha256": ""}
     else:
@@ -242,7 +240,6 @@ def report(context: Context) -> Outcome:
 
 def publish(context: Context) -> Outcome:
     """Put the finished run into the local zoo, where the configuration asks for it."""
-    from sparse_exp.zoo.local import zoo_directory
     from sparse_exp.zoo.publish import AUTO, FinishedRun, publish_run
 
     experiment, run = context.experiment, context.run
@@ -251,7 +248,7 @@ def publish(context: Context) -> Outcome:
     finished = FinishedRun(run.path, as_dict(experiment), run.records, run.state)
     model = publish_run(
         finished,
-        zoo_directory(experiment.paths.zoo),
+        context.zoo,
         stub=experiment.publish,
         force=experiment.overwrite,
         numbered=experiment.publish == AUTO,

@@ -14,7 +14,7 @@ from sparse_exp.compare.comparison import Comparison, compare
 from sparse_exp.compare.table import as_csv, as_data, as_markdown, said, shown_rows, terminal_table
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import ConfigError, expected
-from sparse_exp.runs import DEFAULT_STORE, select_runs
+from sparse_exp.runs import add_store_options, select_runs
 
 _ROWS = 40
 _TEXT = """
@@ -88,8 +88,7 @@ def _options() -> argparse.Namespace:
     add("--out", metavar="DIR", type=Path, help="write compare.csv, .md, .png and .html there")
     add("--json", action="store_true", help="print the comparison as JSON instead of a table")
     add("--rows", metavar="N", type=int, default=_ROWS, help="rows to print besides the front (%(default)s)")
-    add("--uri", metavar="URI", help="MLflow server (default: MLFLOW_TRACKING_URI, then --store)")
-    add("--store", metavar="DIR", type=Path, default=DEFAULT_STORE, help="local MLflow store (%(default)s)")
+    add_store_options(parser)
     return parser.parse_args()
 
 

