@@ -19,6 +19,19 @@ if TYPE_CHECKING:
     from sparse_exp.training.precision import Precision
 
 
+@dataclass(frozen=True)
+class SweepMember:
+    """What a run knows of the sweep that it is a job of.
+
+    Attributes:
+        directory: of the sweep; the run directories of its jobs lie in it.
+        parent: the tracker's name of the sweep's own run; None where it is not tracked.
+    """
+
+    directory: Path
+    parent: str | None
+
+
 @dataclass
 class Context:
     """One run: its configuration, its directory, its tracker, and what several stages need.
@@ -28,12 +41,14 @@ class Context:
         run: the run directory; finished stages are found in its records.
         tracker: started.
         recipe: as it will run.
+        sweep: the sweep that the run is a job of; None: it is none.
     """
 
     experiment: Experiment
     run: RunDirectory
     tracker: Tracker
     recipe: Recipe
+    sweep: SweepMember | None = None
     _loaders: dict[tuple[str, bool], DetectionLoader] = field(default_factory=dict, init=False)
 
     @cached_property

@@ -16,11 +16,11 @@ from sparse_exp.artifacts import RunDirectory, StageRecord, fingerprint, write_j
 from sparse_exp.conditions import current, packages
 from sparse_exp.config.resolve import as_dict, as_yaml, recipe_path
 from sparse_exp.config.schema import Experiment
-from sparse_exp.context import Context
+from sparse_exp.context import Context, SweepMember
 from sparse_exp.errors import SparseExpError, StageFailed
 from sparse_exp.plan import check_host
 from sparse_exp.runs import OVERRIDES_TAG
-from sparse_exp.tracking import Artifact, Metrics, RunInfo, create_tracker
+from sparse_exp.tracking import PARENT_TAG, Artifact, Metrics, RunInfo, create_tracker
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ _DEPENDS_ON: dict[str, tuple[str, ...]] = {
     "train": (),
     "evaluate": ("checkpoint",),
     "export": ("export",),
-    "verify": ("recovery",),
+    "verify": ("recovery",),  # and the engines
     "benchmark": ("hardware",),
     "report": ("name",),
     "publish": ("publish",),
@@ -49,7 +49,10 @@ _KEPT_AT_THE_END = (
 
 
 def run(
-    experiment: Experiment, hydra_files: Mapping[str, str], overrides: list[str]
+    experiment: Experiment,
+    hydra_files: Mapping[str, str],
+    overrides: list[str],
+    sweep: SweepMember | None = None,
 ) -> Mapping[str, Any] | None:
     """Run the stages of an experiment, or with ``dry_run`` only show its plan.
 
@@ -57,6 +60,7 @@ def run(
         experiment: the checked configuration.
         hydra_files: what Hydra composed, kept below ``.hydra/`` of the run.
         overrides: the command line, to make the run again.
+        sweep: the sweep that the run is a job of, if it is one.
 
     Returns:
         What ``result.json`` holds; None for a dry run.
@@ -76,7 +80,8 @@ def run(
         show(experiment, recipe)
         return None
     directory = _open_directory(experiment)
-    context = Context(experiment, directory, create_tracker(experiment.tracker, _store(experiment)), recipe)
+    tracker = create_tracker(experiment.tracker, _store(experiment))
+    context = Context(experiment, directory, tracker, recipe, sweep)
     with _logging_to(directory.path / "sparse_exp.log"), _terminated_as_interrupted():
         _write_conditions(context, hydra_files, overrides)
         _run_tracked(context)
@@ -149,6 +154,9 @@ def _run_info(context: Context) -> RunInfo:
         "run.directory": str(context.run.path),
         OVERRIDES_TAG: json.dumps(context.run.state["overrides"]),
     }
+    if context.sweep:
+        tags["sweep"] = context.sweep.directory.name
+        tags |= {PARENT_TAG: context.sweep.parent} if context.sweep.parent else {}
     return RunInfo(
         name=experiment.name,
         experiment=experiment.tracker.experiment,
@@ -218,7 +226,8 @@ def _fingerprint(context: Context, stage: str, before: str) -> str:
     recipe = context.recipe.text if stage == "plan" else ""
     reads_baseline = stage == "verify" or (stage == "train" and _trains_on_baseline(context))
     baseline = context.facts("baseline") if reads_baseline else {}
-    return fingerprint(stage, before, parts, recipe, baseline, __version__)
+    engines = context.experiment.hardware.engines if stage == "verify" else []
+    return fingerprint(stage, before, parts, recipe, baseline, engines, __version__)
 
 
 def _trains_on_baseline(context: Context) -> bool:

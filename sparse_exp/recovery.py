@@ -125,7 +125,7 @@ def _train(context: Context, dense: Experiment) -> Baseline:
     _log.info("Training the dense baseline for %g epochs in %s.", context.recipe.epochs, dense.paths.run)
     kept = [word for word in context.run.state.get("overrides", []) if not word.startswith(_REPLACED)]
     own = ["recipe=dense", f"recipe.variables.num_epochs={context.recipe.epochs:g}"]
-    run(dense, {}, [*kept, *own, f"stages=[{','.join(STAGES)}]"])
+    run(dense, {}, [*kept, *own, f"stages=[{','.join(STAGES)}]"], context.sweep)
     trained = read_baseline(Path(dense.paths.run), "trained")
     if trained is None:
         raise StageFailed(f"The dense baseline in {dense.paths.run} left no result. Its log is there.")

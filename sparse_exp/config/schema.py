@@ -26,6 +26,7 @@ ENGINES = ("deepsparse", "onnxruntime", "openvino")
 GENERATORS = ("trees", "digits", "coco128", "voc")
 OPTIMIZERS = ("adamw", "sgd")
 PATTERNS = ("unstructured", "block4")
+RERUN = ("failed", "all")
 MISSING: Any = "???"
 
 
@@ -180,6 +181,12 @@ class TrainerConfig:
         None, 1, 10000, unit="epochs", help="end a phase early after so many without a better mAP50"
     )
     val_batch_size: int = bounded(8, 1, 1024, unit="images")
+    devices: int = bounded(
+        1, 1, 1024, help="processes that train together, each on a share of every batch (gloo on CPUs, nccl on GPUs)"
+    )
+    threads: Optional[int] = bounded(
+        None, 1, 1024, help="of each training process; null: the usable cores, shared out among what runs at once"
+    )
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     conf: float = bounded(0.001, 0.0, 1.0, help="lowest confidence that counts in mAP")
@@ -227,6 +234,10 @@ class TrackerConfig:
     uri: Optional[str] = documented(None, "tracking server; null: MLFLOW_TRACKING_URI, then SQLite")
     experiment: str = "sparse_exp"
     system_metrics: bool = documented(True, "log CPU and memory use")
+    register: Optional[str] = documented(
+        None, "name in MLflow's model registry to register the deployed ONNX file under"
+    )
+    alias: Optional[str] = documented(None, "alias that the registered version gets, such as candidate")
 
 
 @dataclass
@@ -240,6 +251,38 @@ class PathsConfig:
     cache: Optional[str] = documented(
         None, "downloads and data sets; null: SPARSE_EXP_CACHE, then the user's"
     )
+
+
+@dataclass
+class SweepConfig:
+    """Several runs at once (``-m``)."""
+
+    name: Optional[str] = documented(
+        None, "directory below outputs/sweeps; by default it follows from the command, so that the same "
+        "command goes on with the same sweep"
+    )  # fmt: skip
+    rerun: Optional[str] = one_of(
+        None, RERUN, "jobs to make anew; null: finished ones are kept, unfinished ones gone on with"
+    )
+    objectives: List[str] = documented(
+        [], "metrics that a search improves and the summary compares by, in full or short, such as map50"
+    )
+    trials: int = bounded(20, 1, 100000, help="jobs of a search, those of earlier starts included")
+
+
+@dataclass
+class LauncherConfig:
+    """Where the jobs of a sweep run."""
+
+    name: str = "serial"
+    jobs: int = bounded(1, 1, 4096, help="that run at once")
+
+
+@dataclass
+class RayConfig:
+    """The cluster of ``launcher=ray``."""
+
+    address: Optional[str] = documented(None, "of a running cluster; null: one is started on this machine")
 
 
 @dataclass
@@ -265,3 +308,6 @@ class Experiment:
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
