@@ -87,6 +87,13 @@ class Context:
 
         return choose_precision(self.experiment.trainer, has_bf16=has_bf16())
 
+    @cached_property
+    def threads(self) -> int:
+        """Threads of each training process."""
+        from sparse_exp.training.devices import training_threads
+
+        return training_threads(self.experiment)
+
     def loader(self, split: str, *, train: bool = False) -> DetectionLoader:
         """Batches of a split, shuffled and augmented for training; images are read once a run."""
         if (split, train) not in self._loaders:

@@ -182,7 +182,8 @@ def with_trial(plan: Plan, trial: Trial, recipe: Recipe, data: Data, trainer: Tr
         split = trial.qat_split if phase.quantized else 1
         batch = f"{split} x {math.ceil(size / split)}" if split > 1 else row["batch"]
         rows.append({**row, "batch": batch, "time": duration(seconds)})
-    facts = {**plan.facts, "time": f"about {duration(total)} of training, from a few timed steps"}
+    alone = " of one process with the threads of all" if trainer.devices > 1 else ""
+    facts = {**plan.facts, "time": f"about {duration(total)} of training, from a few timed steps{alone}"}
     if trial.peak_mb:
         peaks = [f"{peak / 1000:.1f} GB ({kind} steps)" for kind, peak in trial.peak_mb.items()]
         facts["memory"] = f"at most {', '.join(peaks)}"

@@ -102,6 +102,8 @@ def train(context: Context) -> Outcome:
         "epoch": best.epoch,
         "promised": best.promised,
         "recipe": composed,
+        "devices": context.experiment.trainer.devices,
+        "threads": context.threads,
     }
     return Outcome([history, table, *sorted(weights.glob("*.pt"))], facts=facts)
 

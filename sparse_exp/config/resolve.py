@@ -215,6 +215,7 @@ def _cross_checks(experiment: Experiment) -> Iterator[str]:
     yield from _check_dataset(experiment)
     yield from _check_files(experiment)
     yield from _check_recipe(experiment)
+    yield from _check_devices(experiment)
     yield from _check_stages(experiment)
     yield from _check_publish(experiment)
     for batch in experiment.hardware.batch_sizes:
@@ -275,6 +276,17 @@ def _check_recipe(experiment: Experiment) -> Iterator[str]:
     yield from _check_teacher(experiment)
     if recipe.oneshot and recipe.num_epochs is not None:
         yield "recipe.oneshot=true trains nothing. Leave out recipe.num_epochs, or set recipe.oneshot=false."
+
+
+def _check_devices(experiment: Experiment) -> Iterator[str]:
+    trainer = experiment.trainer
+    if trainer.batch_size % trainer.devices:
+        do = "Each process takes an equal share of a batch; change one of them."
+        yield expected(
+            "trainer.batch_size", f"a multiple of trainer.devices={trainer.devices}", trainer.batch_size, do
+        )
+    if experiment.recipe.oneshot and trainer.devices > 1:
+        yield "recipe.oneshot=true trains nothing. Leave out trainer.devices, or set recipe.oneshot=false."
 
 
 def _check_teacher(experiment: Experiment) -> Iterator[str]:

@@ -182,10 +182,17 @@ class TrainerConfig:
     )
     val_batch_size: int = bounded(8, 1, 1024, unit="images")
     devices: int = bounded(
-        1, 1, 1024, help="processes that train together, each on a share of every batch (gloo on CPUs, nccl on GPUs)"
+        1,
+        1,
+        1024,
+        help="processes that train together, each on a share of every batch (gloo on CPUs, nccl on GPUs)",
     )
     threads: Optional[int] = bounded(
-        None, 1, 1024, help="of each training process; null: the usable cores, shared out among what runs at once"
+        None,
+        1,
+        1024,
+        help="of each training process; null: the usable cores, shared out among what runs at once. Two runs "
+        "agree bit for bit only with equal ones",
     )
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     loss: LossConfig = field(default_factory=LossConfig)

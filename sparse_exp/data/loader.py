@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -129,20 +130,34 @@ class EpochSampler(Sampler[tuple[int, int]]):
     Args:
         count: number of samples.
         seed: of the shuffling; None keeps the order.
+        batch_size: of the batches that are shared out; only looked at with ``share``.
+        share: (which, of how many) nearly equal runs of each batch to yield.
     """
 
-    def __init__(self, count: int, seed: int | None) -> None:
-        self._count, self._seed = count, seed
+    def __init__(
+        self, count: int, seed: int | None, batch_size: int = 1, share: tuple[int, int] = (0, 1)
+    ) -> None:
+        self.count, self.seed = count, seed
+        self._batch_size, self._share = batch_size, share
         self.epoch = 0
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._shared(np.arange(self.count)))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.arange(self._count)
-        if self._seed is not None:
-            order = np.random.default_rng((self._seed, _SHUFFLE, self.epoch)).permutation(order)
-        return iter([(self.epoch, int(index)) for index in order])
+        order = np.arange(self.count)
+        if self.seed is not None:
+            order = np.random.default_rng((self.seed, _SHUFFLE, self.epoch)).permutation(order)
+        return iter([(self.epoch, int(index)) for index in self._shared(order)])
+
+    def _shared(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
+        which, of = self._share
+        if of == 1:
+            return order
+        starts = range(0, len(order), self._batch_size)
+        return np.concatenate(
+            [np.array_split(order[start : start + self._batch_size], of)[which] for start in starts]
+        )
 
 
 class DetectionLoader(DataLoader[Example]):
@@ -152,6 +167,40 @@ class DetectionLoader(DataLoader[Example]):
         """Choose the order and the augmentation of the next pass, counted from 0."""
         assert isinstance(self.sampler, EpochSampler)
         self.sampler.epoch = epoch
+
+    def share(self, which: int, of: int) -> DetectionLoader:
+        """A loader of one process's share of each batch; the shares in order are the batches of this one.
+
+        Where the last batch has fewer images than there are processes, the last of them get one batch less.
+
+        Args:
+            which: process, counted from 0.
+            of: processes; they divide the size of a batch. 1: this loader itself.
+        """
+        if of == 1:
+            return self
+        sampler, size = self.sampler, self.batch_size
+        assert isinstance(sampler, EpochSampler)
+        assert size is not None
+        own = EpochSampler(sampler.count, sampler.seed, size, (which, of))
+        return _loader(self.dataset, size // of, own, math.ceil(self.num_workers / of))
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        """A loader goes to another process without its workers, which start there anew."""
+        return _loader, (self.dataset, self.batch_size, self.sampler, self.num_workers)
+
+
+def _loader(
+    images: Dataset[Example], batch_size: int, sampler: EpochSampler, workers: int
+) -> DetectionLoader:
+    return DetectionLoader(
+        images,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        collate_fn=collate,
+    )
 
 
 def make_loader(
@@ -176,14 +225,7 @@ def make_loader(
     """
     images = DetectionImages(samples, num_classes, imgsz, seed, augment if train else None)
     workers = choose_workers(workers, len(samples), imgsz)
-    return DetectionLoader(
-        images,
-        batch_size=batch_size,
-        sampler=EpochSampler(len(images), seed if train else None),
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        collate_fn=collate,
-    )
+    return _loader(images, batch_size, EpochSampler(len(images), seed if train else None), workers)
 
 
 def collate(examples: Sequence[Example]) -> Batch:

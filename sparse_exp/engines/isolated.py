@@ -131,7 +131,7 @@ class IsolatedEngine:
 
     def _died(self) -> EngineError:
         code = self._process.wait() if self._process else None
-        said = _last_line(self._output)
+        said = last_line(self._output)
         self.close()
         how = f"signal {-code}" if code and code < 0 else f"exit code {code}"
         text = f"The process of the engine {self.name} died ({how}{', ' if said else ''}{said})."
@@ -147,7 +147,7 @@ def serve(descriptor: int, name: str) -> None:
     """
     # DeepSparse would import torch if it could: 500 MB and seconds for nothing.
     sys.modules["torch"] = None  # type: ignore[assignment]
-    threading.Thread(target=_exit_with_parent, args=(descriptor,), daemon=True).start()
+    threading.Thread(target=exit_with_parent, args=(descriptor,), daemon=True).start()
     pipe: Connection[Any, Any] = Connection(descriptor)
     server = _Server(name)
     while True:
@@ -216,14 +216,16 @@ def _time_batches(engine: Engine, batches: Iterator[np.ndarray], seconds: float)
     return latencies
 
 
-def _exit_with_parent(descriptor: int) -> None:
+def exit_with_parent(descriptor: int) -> None:
+    """End this process as soon as the other end of a pipe is closed; does not return."""
     hang_up = select.poll()
     hang_up.register(descriptor, 0)  # no events but those that are always reported
     hang_up.poll()
     os._exit(1)
 
 
-def _last_line(output: IO[bytes] | None) -> str:
+def last_line(output: IO[bytes] | None) -> str:
+    """What a process said last, as ``it said: ...``; empty where it said nothing."""
     if output is None:
         return ""
     output.seek(0)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
+from sparse_exp.collectives import batch_mean, total, total_of
 from sparse_exp.config.schema import LossConfig
 from sparse_exp.errors import RecipeError
 
@@ -76,25 +77,26 @@ def detection_distillation(
         temperature: more than 0.
 
     Returns:
-        A scalar, as the task's loss a mean times N.
+        A scalar, as the task's loss a mean times N; where several processes train together, a share of it.
     """
-    images, _, ny, nx, outputs = student[0].shape
+    _, _, ny, nx, outputs = student[0].shape
+    (images,) = total_of([len(student[0])])
     gains = LossConfig()
     scale = (ny * nx * 64) / 640**2  # the first level's cells are 8 px wide
     weights = student[0].new_tensor([gains.box, gains.obj * scale, gains.cls * (outputs - 5) / 80]).float()
     levels = [
-        _level(s.float(), t.float(), temperature, balance)
+        _level(s.float(), t.float(), temperature, balance, images)
         for s, t, balance in zip(student, teacher, _BALANCE, strict=True)
     ]
     return (torch.stack(levels).sum(0) * weights).sum() * images
 
 
-def _level(student: Tensor, teacher: Tensor, temperature: float, balance: float) -> Tensor:
-    """Box, objectness and class difference of one level, (3,)."""
+def _level(student: Tensor, teacher: Tensor, temperature: float, balance: float, images: float) -> Tensor:
+    """Box, objectness and class difference of one level, (3,); ``images`` of all processes."""
     believed = teacher[..., 4].sigmoid()
-    weight = believed / believed.sum().clamp(min=1.0)  # a teacher that sees nothing teaches no boxes
+    weight = believed / total(believed.sum()).clamp(min=1.0)  # a teacher that sees nothing teaches no boxes
     boxes = (2 * (student[..., :4].sigmoid() - teacher[..., :4].sigmoid())).square().sum(-1)
-    objectness = _divergence(student[..., 4], teacher[..., 4], temperature).mean() * balance
+    objectness = batch_mean(_divergence(student[..., 4], teacher[..., 4], temperature), images) * balance
     classes = student.new_zeros(())
     if student.shape[-1] > 6:
         kinds = _divergence(student[..., 5:], teacher[..., 5:], temperature).mean(-1)
@@ -195,12 +197,13 @@ class Distiller:
         if not outputs and not layers:
             return loss
         taught = self._teach(images, raw[0].dtype)
+        (count,) = total_of([len(images)])
         with torch.autocast(raw[0].device.type, enabled=False):
             for term in outputs:
                 distillation = detection_distillation(raw, taught, term.temperature)
                 loss = (1.0 - term.hardness) * loss + term.hardness * distillation
             for layer_term in layers:
-                loss = loss + layer_term.gain * self._imitation(layer_term) * len(images)
+                loss = loss + layer_term.gain * self._imitation(layer_term, count) * count
         self._maps.clear()
         return loss
 
@@ -211,19 +214,19 @@ class Distiller:
             raw: list[Tensor] = self._teacher(images)[1]
         return raw
 
-    def _imitation(self, term: LayerTerm) -> Tensor:
-        """Sum over layers of the mean squared difference of feature maps."""
-        total = torch.zeros((), device=next(self._student.parameters()).device)
+    def _imitation(self, term: LayerTerm, images: float) -> Tensor:
+        """Sum over layers of the mean squared difference of feature maps, over the ``images`` of all."""
+        summed = torch.zeros((), device=next(self._student.parameters()).device)
         for own, other in term.layers:
             if ("student", own) not in self._maps:
                 continue
             wanted = self._maps["teacher", other].float()
             given = self._fitted(own, self._maps["student", own].float(), wanted, project=term.project)
-            difference = (given - wanted).square().mean()
+            difference = batch_mean((given - wanted).square(), images)
             if term.normalize:
-                difference = difference / (wanted.square().mean() + term.epsilon)
-            total = total + difference
-        return total
+                difference = difference / (total(batch_mean(wanted.square(), images)) + term.epsilon)
+            summed = summed + difference
+        return summed
 
     def _fitted(self, name: str, given: Tensor, wanted: Tensor, *, project: bool) -> Tensor:
         if given.shape == wanted.shape:

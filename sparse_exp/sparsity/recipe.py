@@ -159,6 +159,10 @@ class Recipe:
             raise RecipeError(f"Cannot read the recipe {path}: {error}. Check recipe.file.") from error
         return cls(text, variables, name=path.name, num_epochs=num_epochs)
 
+    def __reduce__(self) -> tuple[type[Recipe], tuple[str, None, str]]:
+        """A recipe goes to another process as its text: SparseML's objects do not."""
+        return type(self), (self.text, None, self.name)
+
     @property
     def text(self) -> str:
         """The recipe as it runs, as YAML that SparseML reads back."""

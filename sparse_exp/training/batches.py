@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from sparse_exp.collectives import total_of
 from sparse_exp.data.loader import Batch
 
 
@@ -26,6 +27,29 @@ def split_batch(batch: Batch, parts: int) -> Iterator[Batch]:
         targets[:, 0] -= first
         yield Batch(images, targets)
         first = last
+
+
+def no_images(imgsz: int) -> Batch:
+    """A batch of none, of images that would be so large."""
+    return Batch(torch.zeros(0, 3, imgsz, imgsz, dtype=torch.uint8), torch.zeros(0, 6))
+
+
+def weighted_parts(batch: Batch, parts: int) -> list[tuple[Batch, float]]:
+    """Cut a batch into parts, as many in each process that trains with this one.
+
+    Args:
+        batch: this process's share; it may be empty.
+        parts: see `split_batch`.
+
+    Returns:
+        Each part with the number of images that all processes have in it. Where the others have more parts,
+        those of this process are empty.
+    """
+    empty = Batch(batch.images[:0], batch.targets[:0])
+    own = list(split_batch(batch, parts)) if len(batch.images) else []
+    own += [empty] * (parts - len(own))
+    counts = total_of([len(part.images) for part in own])
+    return [(part, count) for part, count in zip(own, counts, strict=True) if count]
 
 
 class Buffers:

@@ -138,6 +138,7 @@ def _new_metric(max_det: int) -> Any:
         max_detection_thresholds=[1, min(10, max_det), max_det],  # mAP is taken at the last
         extended_summary=True,
         backend="faster_coco_eval",
+        sync_on_compute=False,  # of several processes only one evaluates
     )
     metric.warn_on_many_detections = False
     return metric

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric, seed_everything
+from lightning_fabric import seed_everything
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from sparse_exp import collectives
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data.loader import Batch, DetectionLoader
 from sparse_exp.progress import Bar, progress
@@ -24,8 +25,9 @@ from sparse_exp.sparsity.measure import SparsityContract, layer_sparsity, overal
 from sparse_exp.sparsity.recipe import Phase, Recipe, pin_input_quantizer
 from sparse_exp.sparsity.sparsifier import Sparsifier
 from sparse_exp.training.averaging import exponential, zero_where_zero
-from sparse_exp.training.batches import Buffers, split_batch
+from sparse_exp.training.batches import Buffers, no_images, weighted_parts
 from sparse_exp.training.checkpoints import CheckpointWriter
+from sparse_exp.training.devices import make_fabric, require_equal, told_by_first
 from sparse_exp.training.evaluation import as_input, evaluate_model
 from sparse_exp.training.memory import is_out_of_memory
 from sparse_exp.training.optimizer import BIASES, WEIGHTS, make_optimizer
@@ -110,9 +112,10 @@ class Trainer:
         composed: str = "",
     ) -> None:
         seed_everything(seed, verbose=False)
-        self._fabric = Fabric(devices=1)
+        self._fabric = make_fabric()
         self.model, self._recipe, self._data = model, recipe, data
         self._config, self._precision, self._on_epoch = config, precision, on_epoch
+        self._share = data.train.share(collectives.rank(), collectives.size())
         self._writer = CheckpointWriter(weights, data.names, data.imgsz, composed or recipe.text)
         self._model, self._teacher = self._placed(model), teacher and self._placed(teacher).eval()
         self._ema = AveragedModel(model, multi_avg_fn=exponential(config.ema_decay), use_buffers=True)
@@ -200,7 +203,8 @@ class Trainer:
         bar: Bar,
     ) -> Record:
         self._model.train()
-        started, images, sums = time.perf_counter(), 0, defaultdict[str, float](float)
+        collectives.join_modules(self._model)
+        started, sums = time.perf_counter(), defaultdict[str, float](float)
         for step in steps:
             batch, epoch = next(batches), step / steps_per_epoch
             if not self._recipe.sets_learning_rate:
@@ -208,9 +212,8 @@ class Trainer:
             sparsifier.before_step(epoch)
             for name, value in self._step(batch, sparsifier, epoch, quantized=phase.quantized).items():
                 sums[name] += value
-            images += len(batch.images)
             bar.advance()
-        seconds = time.perf_counter() - started
+        seconds, images = time.perf_counter() - started, sums.pop("images")
         return {
             "phase": phase.name,
             **{f"loss/{name}": total / len(steps) for name, total in sums.items()},
@@ -224,6 +227,7 @@ class Trainer:
     ) -> dict[str, float]:
         step = self._split_step if quantized else self._accumulate
         losses = step(batch, sparsifier, epoch)
+        collectives.sum_gradients(self._optimizer)
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_grad_norm)
         sparsifier.step(epoch)
         if not quantized:
@@ -237,8 +241,8 @@ class Trainer:
             try:
                 return self._accumulate(batch, sparsifier, epoch, parts=self._split, autocast=False)
             except (RuntimeError, MemoryError) as error:
-                if self._split >= len(batch.images) or not is_out_of_memory(error):
-                    raise
+                if self._split >= len(batch.images) or collectives.size() > 1 or not is_out_of_memory(error):
+                    raise  # also of several processes: the others are in the middle of the broken step
             # Not within the except block: there the traceback keeps the activations alive.
             self._split *= 2
             buffers.restore()
@@ -252,11 +256,13 @@ class Trainer:
     def _accumulate(
         self, batch: Batch, sparsifier: Sparsifier, epoch: float, *, parts: int = 1, autocast: bool = True
     ) -> dict[str, float]:
-        """Gradients of a batch, part by part; returns the mean losses."""
+        """Gradients of a batch, part by part; returns the images and mean losses of all processes."""
         autocast = self._precision.autocast and autocast
         device, sums = self._fabric.device.type, defaultdict[str, float](float)
         self._optimizer.zero_grad()
-        for part in split_batch(batch, parts):
+        pieces = weighted_parts(batch, parts)
+        whole = sum(count for _, count in pieces)
+        for part, count in pieces:
             images = self._floats(part.images)
             with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
                 raw = self._model(images)
@@ -264,15 +270,25 @@ class Trainer:
             loss = sparsifier.loss(task, images, raw, epoch)
             self._fabric.backward(loss)
             if self._recipe.distills:  # what it adds; less than 0 where the task counts for less
-                losses["distill"] = (loss - task).detach() / len(images)
+                losses["distill"] = (loss - task).detach() / count
             for name, value in losses.items():
-                sums[name] += float(value) * len(images) / len(batch.images)
-        return sums
+                sums[name] += float(value) * count / whole
+        means = collectives.total_of(list(sums.values()))
+        return {"images": whole, **dict(zip(sums, means, strict=True))}
 
     def _validate(self, phase: Phase, epoch: float, *, ends: bool) -> Record:
-        """Hold the sparsity contract, evaluate, and save."""
+        """Hold the sparsity contract, evaluate, and save; of several processes the first tells the others."""
         model: YOLOv5 = self._model if phase.quantized else self._ema.module  # type: ignore[assignment]
         promised = self._hold(phase, model, epoch)
+        require_equal(self._model, epoch)
+        record = {} if collectives.rank() else self._judge(phase, model, epoch, promised, ends=ends)
+        record, self._best, random = told_by_first((record, self._best, torch.get_rng_state()))
+        torch.set_rng_state(random)  # evaluating draws from it
+        return record
+
+    def _judge(
+        self, phase: Phase, model: YOLOv5, epoch: float, promised: dict[str, float], *, ends: bool
+    ) -> Record:
         result = evaluate_model(model, self._data.val, self._config, self._precision.memory_format)
         record = {
             "epoch": epoch,
@@ -301,10 +317,12 @@ class Trainer:
         return self._recipe.expected_sparsity(self._model, epoch, self._start)
 
     def _batches(self) -> Iterator[Batch]:
-        epoch = 0
+        epoch, nothing = 0, no_images(self._data.imgsz)
         while True:
-            self._data.train.set_epoch(epoch)
-            yield from self._data.train
+            self._share.set_epoch(epoch)
+            batches = iter(self._share)
+            for _ in range(len(self._data.train)):  # the last share of an epoch may have no image
+                yield next(batches, nothing)
             epoch += 1
 
     def _placed(self, model: YOLOv5) -> YOLOv5:

@@ -9,6 +9,7 @@ from sparse_exp.data import DetectionDataset
 from sparse_exp.data.loader import Batch, make_loader
 from sparse_exp.plan import Data, Plan, make_plan, pruning_step, with_trial
 from sparse_exp.sparsity.recipe import Recipe
+from sparse_exp.training.devices import check_devices, training_threads, using_threads
 from sparse_exp.training.oneshot import refuse_untrained_start
 from sparse_exp.training.precision import Precision
 from sparse_exp.training.start import Loaded, examine, load_start, load_teacher, prune_start
@@ -45,6 +46,7 @@ def lay_out(
     """
     model, loaded = load_start(experiment, dataset, cache)
     recipe.check(model)
+    check_devices(experiment, recipe, model)
     start = examine(model, loaded)
     prune_to = pruning_step(experiment, recipe, start)
     if experiment.recipe.oneshot:
@@ -54,16 +56,18 @@ def lay_out(
     plan = make_plan(experiment, recipe, start, precision, model)
     if experiment.recipe.oneshot:
         return plan, loaded
-    trial = try_steps(
-        model,
-        recipe,
-        _batch(experiment, dataset),
-        experiment.trainer,
-        precision,
-        experiment.dataset.imgsz,
-        optimizer=experiment.recipe.optimizer,
-        teacher=teacher,
-    )
+    # One process with the threads of all: the same work on the same cores, also the same memory in sum.
+    with using_threads(training_threads(experiment) * experiment.trainer.devices):
+        trial = try_steps(
+            model,
+            recipe,
+            _batch(experiment, dataset),
+            experiment.trainer,
+            precision,
+            experiment.dataset.imgsz,
+            optimizer=experiment.recipe.optimizer,
+            teacher=teacher,
+        )
     data = Data(*(len(dataset.splits[split]) for split in ("train", "val")))
     return with_trial(plan, trial, recipe, data, experiment.trainer), loaded
 

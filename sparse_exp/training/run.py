@@ -9,7 +9,8 @@ from sparse_exp.context import Context
 from sparse_exp.data.loader import DetectionLoader
 from sparse_exp.plan import SPARSE_FROM
 from sparse_exp.sparsity.measure import layer_sparsity, overall, require_layer_sparsity, require_sparsity
-from sparse_exp.training.loop import Record, Trainer, TrainingData, TrainingResult
+from sparse_exp.training.devices import fit_together
+from sparse_exp.training.loop import Record, TrainingData, TrainingResult
 from sparse_exp.training.oneshot import apply_at_once, calibration_loader, refuse_untrained_start
 from sparse_exp.training.start import Loaded, load_start, load_teacher, prune_start
 from sparse_exp.yolov5 import YOLOv5
@@ -42,7 +43,7 @@ def run_training(context: Context, on_epoch: Callable[[Record], None]) -> tuple[
     data = TrainingData(*loaders, context.dataset.names, context.experiment.dataset.imgsz)
     if context.experiment.recipe.oneshot:
         return _at_once(context, model, data, composed, on_epoch), composed
-    return _trainer(context, model, data, teacher, composed, on_epoch).fit(), composed
+    return _fit(context, model, data, teacher, composed, on_epoch), composed
 
 
 def _teacher(context: Context, model: YOLOv5, loaded: Loaded) -> YOLOv5 | None:
@@ -94,27 +95,28 @@ def _at_once(
     return result
 
 
-def _trainer(
+def _fit(
     context: Context,
     model: YOLOv5,
     data: TrainingData,
     teacher: YOLOv5 | None,
     composed: str,
     on_epoch: Callable[[Record], None],
-) -> Trainer:
-    experiment = context.experiment
-    _log.info("Training with %s.", context.precision)
-    return Trainer(
-        model,
-        context.recipe,
-        data,
-        experiment.trainer,
-        context.precision,
-        weights=context.run.path / "weights",
-        seed=experiment.seed,
-        on_epoch=on_epoch,
-        optimizer=experiment.recipe.optimizer,
-        teacher=teacher,
-        qat_split=context.facts("plan").get("qat_split", 1),
-        composed=composed,
-    )
+) -> TrainingResult:
+    experiment, devices, threads = context.experiment, context.experiment.trainer.devices, context.threads
+    arguments = {
+        "model": model,
+        "recipe": context.recipe,
+        "data": data,
+        "config": experiment.trainer,
+        "precision": context.precision,
+        "weights": context.run.path / "weights",
+        "seed": experiment.seed,
+        "optimizer": experiment.recipe.optimizer,
+        "teacher": teacher,
+        "qat_split": context.facts("plan").get("qat_split", 1),
+        "composed": composed,
+    }
+    each = f" in each of {devices} processes" if devices > 1 else ""
+    _log.info("Training with %s, threads: %d%s.", context.precision, threads, each)
+    return fit_together(arguments, devices=devices, threads=threads, on_epoch=on_epoch)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torchvision.ops import box_convert, complete_box_iou_loss
 
+from sparse_exp.collectives import batch_mean, total_of
 from sparse_exp.config.schema import LossConfig
 
 _BALANCE = (4.0, 1.0, 0.4)  # of objectness, at strides 8, 16, 32
@@ -98,32 +99,44 @@ class DetectionLoss:
             raw: three maps (N, 3, ny, nx, 5 + nc) of `YOLOv5` in training mode.
             targets: float (M, 6): image index in the batch, class id, xywh in 0..1; M may be 0.
 
+        Where several processes train together each gives its share of the batch; N may be 0 then, and what
+        all of them return adds up to the loss of the whole batch.
+
         Returns:
             The scalar to run backward from - the sum over the batch: mean loss times N, as published -
             and the weighted means of its parts "box", "obj" and "cls", detached.
         """
         with torch.autocast(raw[0].device.type, enabled=False):
             targets = targets.to(raw[0].device, torch.float32)
-            levels = [self._level(level, r.float(), targets) for level, r in enumerate(raw)]
+            matches = [self._match(level, r, targets) for level, r in enumerate(raw)]
+            images, *counts = total_of([len(raw[0]), *(len(m.classes) for m in matches)])
+            levels = [
+                self._level(level, r.float(), matches[level], counts[level], images)
+                for level, r in enumerate(raw)
+            ]
         sums = torch.stack(levels).sum(0)
         parts = {name: value * gain for value, (name, gain) in zip(sums, self._gains.items(), strict=True)}
-        total = torch.stack(list(parts.values())).sum() * len(raw[0])
+        total = torch.stack(list(parts.values())).sum() * images
         return total, {name: value.detach() for name, value in parts.items()}
 
-    def _level(self, level: int, raw: Tensor, targets: Tensor) -> Tensor:
-        """Box, objectness and class loss of one level, (3,)."""
+    def _match(self, level: int, raw: Tensor, targets: Tensor) -> Matches:
         anchors = self._anchors[level].to(raw.device)
-        matches = match(targets, anchors, (raw.shape[2], raw.shape[3]), self._anchor_t)
+        return match(targets, anchors, (raw.shape[2], raw.shape[3]), self._anchor_t)
+
+    def _level(self, level: int, raw: Tensor, matches: Matches, count: float, images: float) -> Tensor:
+        """Box, objectness and class loss of one level, (3,); ``count`` matches in ``images`` of all."""
+        anchors = self._anchors[level].to(raw.device)
         image, anchor, row, column = matches.cells.unbind(1)
         predicted = raw[image, anchor, row, column]
         wanted = torch.zeros_like(raw[..., 4])
         box = classes = raw.new_zeros(())
         if len(predicted):
             distance = ciou_loss(decode_cells(predicted[:, :4], anchors[anchor]), matches.boxes)
-            box = distance.mean()
+            box = distance.sum() / count
             wanted = _best_iou(wanted, matches.cells, 1 - distance.detach())
-            classes = _class_loss(predicted[:, 5:], matches.classes)
-        return torch.stack([box, bce(raw[..., 4], wanted) * _BALANCE[level], classes])
+            classes = _class_loss(predicted[:, 5:], matches.classes, count)
+        objectness = batch_mean(bce(raw[..., 4], wanted, reduction="none"), images)
+        return torch.stack([box, objectness * _BALANCE[level], classes])
 
 
 def decode_cells(raw: Tensor, anchors: Tensor) -> Tensor:
@@ -151,7 +164,8 @@ def _best_iou(wanted: Tensor, cells: Tensor, iou: Tensor) -> Tensor:
     return wanted.view(-1).scatter_reduce(0, index, iou.clamp(min=0), "amax").view_as(wanted)
 
 
-def _class_loss(logits: Tensor, classes: Tensor) -> Tensor:
+def _class_loss(logits: Tensor, classes: Tensor, count: float) -> Tensor:
     if logits.shape[1] == 1:
         return logits.new_zeros(())
-    return bce(logits, torch.nn.functional.one_hot(classes, logits.shape[1]).to(logits.dtype))
+    wanted = torch.nn.functional.one_hot(classes, logits.shape[1]).to(logits.dtype)
+    return batch_mean(bce(logits, wanted, reduction="none"), count)
