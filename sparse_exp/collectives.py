@@ -214,21 +214,29 @@ class _Normalize(torch.autograd.Function):
         """``x`` (n, C, H, W), n may be 0; ``count`` values of a channel gave ``mean`` and ``variance``."""
         ctx.save_for_backward(x, weight, mean, variance, count)
         ctx.eps = eps
-        return batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
+        return _scaled(x, mean, variance, weight, bias, eps)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of ``x`` in full, those of weight and bias as far as this share made them."""
         x, weight, mean, variance, count = ctx.saved_tensors
-        of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            gradients[0], x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
-        )
+        of_x, of_weight, of_bias = torch.zeros_like(x), torch.zeros_like(weight), torch.zeros_like(weight)
+        if x.numel():
+            of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+                gradients[0], x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+            )
         both = total(torch.cat([of_weight, of_bias])) / count
         slope, shift = both.chunk(2)
         # What mean and variance pass on: affine in the normalized values, hence a batch norm itself.
         scale = weight * (variance + ctx.eps).rsqrt()
-        through = batch_norm(x, mean, variance, scale * slope, scale * shift, training=False, eps=ctx.eps)
+        through = _scaled(x, mean, variance, scale * slope, scale * shift, ctx.eps)
         return of_x - through, of_weight, of_bias, None, None, None, None
+
+
+def _scaled(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    if not x.numel():  # torch's divides by the size there, and crashes
+        return x.clone()
+    return batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

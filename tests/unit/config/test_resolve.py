@@ -207,6 +207,8 @@ def test_stages_come_in_the_order_of_the_plan():
         ({"recovery__baseline": "nowhere"}, ["recovery.baseline", "manifest.json", "auto or none"]),
         ({"recipe__oneshot": True, "recipe__num_epochs": 2.0}, ["trains nothing", "recipe.num_epochs"]),
         ({"recipe__oneshot": True, "recipe__teacher": "self"}, ["trains nothing", "recipe.teacher"]),
+        ({"trainer__devices": 3}, ["trainer.batch_size", "a multiple of trainer.devices=3", "but got 4"]),
+        ({"recipe__oneshot": True, "trainer__devices": 2}, ["trains nothing", "trainer.devices"]),
         ({"recipe__num_epochs": 0.0}, ["recipe.num_epochs", "above 0.0"]),
         ({"recipe__optimizer": "adam"}, ["recipe.optimizer", "adamw, sgd"]),
         ({"recipe__pattern": "block8"}, ["recipe.pattern", "unstructured, block4"]),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,35 @@ def test_workers_only_where_images_are_decoded_again(
     loader.set_epoch(2)
     assert loader.num_workers == 1
     assert same(list(loader), kept)
+
+
+@pytest.mark.parametrize(("of", "workers"), [(2, 0), (4, 0), (4, 1)])
+def test_the_shares_of_some_processes_are_the_batches(
+    dataset: DetectionDataset, of: int, workers: int
+) -> None:
+    whole = make_loader(
+        dataset.splits["train"], 10, imgsz=64, batch_size=4, train=True, seed=5, workers=workers,
+        augment=AugmentConfig(mosaic=1.0),
+    )  # fmt: skip
+    whole.set_epoch(2)
+    list(whole)
+    shares = []
+    for which in range(of):
+        share = pickle.loads(pickle.dumps(whole)).share(which, of)
+        share.set_epoch(2)
+        shares.append(list(share))
+    assert [len(share) for share in shares] == [3] * min(of, 3) + [2] * (
+        of - 3
+    )  # the last batch has 3 images
+    for number, batch in enumerate(whole):
+        parts = [share[number] for share in shares if number < len(share)]
+        assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+        assert torch.equal(torch.cat([part.targets for part in parts])[:, 1:], batch.targets[:, 1:])
+
+
+def test_one_process_has_the_loader_itself(dataset: DetectionDataset) -> None:
+    loader = make_loader(dataset.splits["train"], 10, imgsz=64, batch_size=4, train=True)
+    assert loader.share(0, 1) is loader
 
 
 def test_what_is_known_of_labels_is_used(dataset: DetectionDataset, tmp_path: Path) -> None:

@@ -1,0 +1,182 @@
+"""One training in two processes, against the same in one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from sparse_exp.config.schema import Experiment, LauncherConfig, TrainerConfig
+from sparse_exp.data import load_dataset
+from sparse_exp.data.digits import materialize
+from sparse_exp.data.loader import make_loader
+from sparse_exp.errors import StageFailed
+from sparse_exp.sparsity.prune import prune_by_magnitude
+from sparse_exp.sparsity.recipe import Recipe
+from sparse_exp.training import devices, loop
+from sparse_exp.training.precision import Precision
+from sparse_exp.yolov5 import YOLOv5, read_checkpoint
+
+RECIPES = Path(__file__).parents[3] / "conf" / "recipe"
+# Small rates: at large ones the rounding of another order of sums grows tenfold in every step, and even
+# another memory layout in one process would end elsewhere.
+CALM = {"num_epochs": 4, "warmup_epochs": 0.5, "warmup_lr": 1e-6, "init_lr": 1e-5, "final_lr": 1e-5}
+CALM_QAT = {"quantization_epochs": 1.4, "quantization_init_lr": 1e-6}
+TWO_EPOCHS = "training_modifiers:\n  - !EpochRangeModifier\n    start_epoch: 0.0\n    end_epoch: 2.0\n"
+
+
+def arguments(folder: Path, text: str, variables=None, *, images: int = 18, sparsity: float = 0.75) -> dict:
+    """What a trainer of yolov5n is made of; batches of 4 images of 64 px, the last smaller."""
+    data = load_dataset(materialize(folder / "digits", imgsz=64, train=images, val=2, test=0), "digits")
+    torch.manual_seed(0)
+    model = YOLOv5("n", 10)
+    if sparsity:
+        prune_by_magnitude(model.prunable_convolutions(), sparsity)
+    config = TrainerConfig(batch_size=4)
+    loaders = [
+        make_loader(data.splits[split], 10, imgsz=64, batch_size=4, train=split == "train", seed=3,
+                    augment=config.augment)
+        for split in ("train", "val")
+    ]  # fmt: skip
+    weights = folder / "weights"
+    weights.mkdir()
+    return {
+        "model": model,
+        "recipe": Recipe(text, variables),
+        "data": loop.TrainingData(*loaders, data.names, 64),
+        "config": config,
+        "precision": Precision(autocast=False, channels_last=True),
+        "weights": weights,
+        "seed": 3,
+    }
+
+
+def train(folder: Path, count: int, monkeypatch, *given, **options) -> tuple[list[dict], dict]:
+    """The losses of each step, and the weights at the end."""
+    steps, step = [], loop.Trainer._step
+
+    def remembered(self, *args, **kwargs):
+        steps.append(step(self, *args, **kwargs))
+        return dict(steps[-1])
+
+    monkeypatch.setattr(loop.Trainer, "_step", remembered)
+    folder.mkdir()
+    made = arguments(folder, *given, **options)
+    devices.fit_together(made, devices=count, threads=1, on_epoch=lambda _: None)
+    monkeypatch.undo()
+    return steps, read_checkpoint(made["weights"] / "last.pt").state_dict
+
+
+@pytest.mark.parametrize(
+    ("recipe", "variables", "sparsity"),
+    [
+        ("transfer_quant", {**CALM, **CALM_QAT}, 0.75),
+        pytest.param("transfer", CALM, 0.75, marks=pytest.mark.slow),
+        pytest.param("prune", CALM, 0.0, marks=pytest.mark.slow),
+        pytest.param("prune_quant", {**CALM, **CALM_QAT}, 0.0, marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_train_as_one_does(tmp_path, monkeypatch, recipe, variables, sparsity):
+    text = (RECIPES / f"{recipe}.md").read_text(encoding="utf-8")
+    (alone, one), (together, two) = (
+        train(tmp_path / str(count), count, monkeypatch, text, variables, sparsity=sparsity)
+        for count in (1, 2)
+    )
+    assert len(alone) == 20
+    for mine, theirs in zip(alone, together, strict=True):
+        assert mine == pytest.approx(theirs, rel=0, abs=1e-4)
+    assert [step["images"] for step in together] == [4, 4, 4, 4, 2] * 4
+    assert set(one) == set(two)
+    masks = [name for name, weight in one.items() if weight.ndim == 4]
+    assert sum(int((one[name] == 0).sum()) for name in masks) > 500_000
+    assert all(torch.equal(one[name] == 0, two[name] == 0) for name in masks)
+    assert not psutil.Process().children()
+
+
+def test_a_process_that_dies_ends_the_training_with_one_line(tmp_path):
+    records = []
+
+    def kill(record) -> None:
+        records.append(record)
+        (child,) = psutil.Process().children()
+        child.kill()
+
+    with pytest.raises(StageFailed, match=r"^Process 1 of the training died \(signal 9\)\. .*$") as error:
+        # 5 images: the second process has no share of the last batch
+        devices.fit_together(arguments(tmp_path, TWO_EPOCHS, images=5), devices=2, threads=1, on_epoch=kill)
+    assert "\n" not in str(error.value)
+    assert [record["epoch"] for record in records] == [1.0]
+    assert not torch.distributed.is_initialized()
+    assert not psutil.Process().children()
+
+
+def test_what_fails_in_another_process_is_said_here(tmp_path, monkeypatch):
+    made = arguments(tmp_path, TWO_EPOCHS, images=5)
+    made["optimizer"] = None
+    # In this process it is what it should be.
+    monkeypatch.setattr(loop, "make_optimizer", lambda model, *_: torch.optim.SGD(model.parameters(), 0.1))
+    made["config"].momentum = "much"
+    with pytest.raises(StageFailed, match=r"^Process 1 of the training failed: TypeError: .*$"):
+        devices.fit_together(made, devices=2, threads=1, on_epoch=lambda _: None)
+
+
+def test_no_process_outlives_the_first(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
+        "import test_devices as t\n"
+        "text = t.TWO_EPOCHS.replace('2.0', '500.0')\n"
+        "made = t.arguments(Path(sys.argv[1]), text)\n"
+        "t.devices.fit_together(made, devices=2, threads=1, on_epoch=lambda _: print('on', flush=True))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        while first.stdout.readline() not in ("on\n", ""):
+            pass
+        (other,) = psutil.Process(first.pid).children()
+        os.kill(first.pid, signal.SIGKILL)
+    until = time.monotonic() + 20
+    while other.is_running() and other.status() != psutil.STATUS_ZOMBIE and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not other.is_running() or other.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize(
+    ("given", "count", "jobs", "limit", "threads"),
+    [
+        (None, 1, 1, None, 12),
+        (None, 2, 3, None, 2),
+        (None, 4, 8, None, 1),
+        (None, 2, 1, "4", 4),
+        (7, 2, 3, "1", 7),
+    ],
+)
+def test_threads_are_the_cores_shared_out(monkeypatch, given, count, jobs, limit, threads):
+    monkeypatch.setattr(devices, "usable_physical_cores", lambda: 12)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if limit:
+        monkeypatch.setenv("OMP_NUM_THREADS", limit)
+    trainer = TrainerConfig(batch_size=8, devices=count, threads=given)
+    experiment = Experiment(trainer=trainer, launcher=LauncherConfig(jobs=jobs))
+    assert devices.training_threads(experiment) == threads
+
+
+def test_threads_are_given_back():
+    before, within = torch.get_num_threads(), []
+
+    def fail() -> None:
+        with devices.using_threads(before + 1):
+            within.append(torch.get_num_threads())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert (within, torch.get_num_threads()) == ([before + 1], before)
