@@ -54,7 +54,7 @@ _T = TypeVar("_T")
 # Of one exchange. All are within a step, which every process begins at once: what the others wait for while
 # the first evaluates comes through a pipe, and that may take as long as it likes.
 _TIMEOUT = timedelta(minutes=10)
-_PATIENCE_S = 10.0  # for the end of a process that broke a connection
+_PATIENCE_S = 30.0  # for the reason of a process that broke a connection
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 # The interrupt belongs to the first process, which then ends the others.
 _CHILD = """
@@ -299,16 +299,13 @@ class _Other:
 
     def failure(self, deadline: float) -> SparseExpError | None:
         """Why it ended; None if it has not until then (`time.monotonic`)."""
-        try:
-            code = self._process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            return None
-        with suppress(OSError, EOFError):
-            while self.pipe.poll():
-                answer = pickle.loads(self.pipe.recv_bytes())
-                if isinstance(answer, _Failure):
-                    _log.debug("Process %d of the training failed:\n%s", self.rank, answer.trace)
-                    return answer.error
+        with suppress(OSError, EOFError):  # then it is dead, and its end of the pipe closed
+            if not self.pipe.poll(max(0.0, deadline - time.monotonic())):
+                return None
+            failure: _Failure = pickle.loads(self.pipe.recv_bytes())
+            _log.debug("Process %d of the training failed:\n%s", self.rank, failure.trace)
+            return failure.error
+        code = self._process.wait()
         how, said = f"signal {-code}" if code < 0 else f"exit code {code}", last_line(self._output)
         return StageFailed(
             f"Process {self.rank} of the training died ({how}{', ' if said else ''}{said}). "
@@ -378,7 +375,6 @@ def serve(descriptor: int) -> None:
         _train(order)
     except Exception as error:
         pipe.send_bytes(pickle.dumps(_Failure(_in_one_line(error, rank), traceback.format_exc())))
-        sys.exit(1)
 
 
 def _train(order: _Order) -> None:

@@ -90,8 +90,10 @@ def test_two_processes_train_as_one_does(tmp_path, monkeypatch, recipe, variable
         for count in (1, 2)
     )
     assert len(alone) == 20
-    for mine, theirs in zip(alone, together, strict=True):
-        assert mine == pytest.approx(theirs, rel=0, abs=1e-4)
+    first_quantized = 13 if "quant" in recipe else 20
+    for number, (mine, theirs) in enumerate(zip(alone, together, strict=True)):
+        # One value that is rounded to the other side of a tie moves many behind it, see docs/architecture.md.
+        assert mine == pytest.approx(theirs, rel=0, abs=1e-5 if number < first_quantized else 2e-3)
     assert [step["images"] for step in together] == [4, 4, 4, 4, 2] * 4
     assert set(one) == set(two)
     masks = [name for name, weight in one.items() if weight.ndim == 4]
