@@ -51,9 +51,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-# Of one exchange. All are within a step, which every process begins at once: what the others wait for while
-# the first evaluates comes through a pipe, and that may take as long as it likes.
-_TIMEOUT = timedelta(minutes=10)
+# Of one exchange. A process that dies is noticed at once, and what the others wait for while the first
+# evaluates comes through a pipe, however long that takes. An hour: a training gives way to benchmarks.
+_TIMEOUT = timedelta(hours=1)
 _PATIENCE_S = 30.0  # for the reason of a process that broke a connection
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 # The interrupt belongs to the first process, which then ends the others.
