@@ -26,10 +26,12 @@ class SweepMember:
     Attributes:
         directory: of the sweep; the run directories of its jobs lie in it.
         parent: the tracker's name of the sweep's own run; None where it is not tracked.
+        job: its number, from 0; None for a run that a job makes for itself, such as its dense counterpart.
     """
 
     directory: Path
     parent: str | None
+    job: int | None = None
 
 
 @dataclass

@@ -19,7 +19,7 @@ from sparse_exp.config.schema import Experiment
 from sparse_exp.context import Context, SweepMember
 from sparse_exp.errors import SparseExpError, StageFailed
 from sparse_exp.plan import check_host
-from sparse_exp.runs import OVERRIDES_TAG
+from sparse_exp.runs import JOB_TAG, OVERRIDES_TAG
 from sparse_exp.tracking import PARENT_TAG, Artifact, Metrics, RunInfo, create_tracker
 
 _log = logging.getLogger(__name__)
@@ -157,6 +157,7 @@ def _run_info(context: Context) -> RunInfo:
     if context.sweep:
         tags["sweep"] = context.sweep.directory.name
         tags |= {PARENT_TAG: context.sweep.parent} if context.sweep.parent else {}
+        tags |= {JOB_TAG: str(context.sweep.job)} if context.sweep.job is not None else {}
     return RunInfo(
         name=experiment.name,
         experiment=experiment.tracker.experiment,
@@ -249,6 +250,7 @@ def _write_conditions(context: Context, hydra_files: Mapping[str, str], override
         overrides=overrides,
         version=__version__,
         conditions=current(_recipe_file(context.experiment)),
+        job=context.sweep.job if context.sweep else None,
     )
 
 

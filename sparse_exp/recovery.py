@@ -11,7 +11,7 @@ import copy
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +125,8 @@ def _train(context: Context, dense: Experiment) -> Baseline:
     _log.info("Training the dense baseline for %g epochs in %s.", context.recipe.epochs, dense.paths.run)
     kept = [word for word in context.run.state.get("overrides", []) if not word.startswith(_REPLACED)]
     own = ["recipe=dense", f"recipe.variables.num_epochs={context.recipe.epochs:g}"]
-    run(dense, {}, [*kept, *own, f"stages=[{','.join(STAGES)}]"], context.sweep)
+    member = context.sweep and replace(context.sweep, job=None)
+    run(dense, {}, [*kept, *own, f"stages=[{','.join(STAGES)}]"], member)
     trained = read_baseline(Path(dense.paths.run), "trained")
     if trained is None:
         raise StageFailed(f"The dense baseline in {dense.paths.run} left no result. Its log is there.")
