@@ -20,6 +20,7 @@ STAGES = (
     "benchmark",
     "report",
     "publish",
+    "register",
 )
 SIZES = ("n", "s", "m", "l", "x")
 ENGINES = ("deepsparse", "onnxruntime", "openvino")
@@ -182,10 +183,16 @@ class TrainerConfig:
     )
     val_batch_size: int = bounded(8, 1, 1024, unit="images")
     devices: int = bounded(
-        1, 1, 1024, help="processes that train together, each on a share of every batch (gloo on CPUs, nccl on GPUs)"
+        1,
+        1,
+        1024,
+        help="processes that train together, each on a share of every batch (gloo on CPUs, nccl on GPUs)",
     )
     threads: Optional[int] = bounded(
-        None, 1, 1024, help="of each training process; null: the usable cores, shared out among what runs at once"
+        None,
+        1,
+        1024,
+        help="of each training process; null: the usable cores, shared out among what runs at once",
     )
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     loss: LossConfig = field(default_factory=LossConfig)

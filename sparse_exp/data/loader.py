@@ -129,11 +129,15 @@ class EpochSampler(Sampler[tuple[int, int]]):
     Args:
         count: number of samples.
         seed: of the shuffling; None keeps the order.
+
+    Attributes:
+        epoch: of the next pass.
+        skipped: samples at its beginning that are left out.
     """
 
     def __init__(self, count: int, seed: int | None) -> None:
         self._count, self._seed = count, seed
-        self.epoch = 0
+        self.epoch = self.skipped = 0
 
     def __len__(self) -> int:
         return self._count
@@ -142,16 +146,21 @@ class EpochSampler(Sampler[tuple[int, int]]):
         order = np.arange(self._count)
         if self._seed is not None:
             order = np.random.default_rng((self._seed, _SHUFFLE, self.epoch)).permutation(order)
-        return iter([(self.epoch, int(index)) for index in order])
+        return iter([(self.epoch, int(index)) for index in order[self.skipped :]])
 
 
 class DetectionLoader(DataLoader[Example]):
     """A loader of `Batch` that knows its epoch; made by `make_loader`."""
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order and the augmentation of the next pass, counted from 0."""
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Choose the order and the augmentation of the next pass.
+
+        Args:
+            epoch: counted from 0.
+            skip: batches at its beginning that are left out, without being made.
+        """
         assert isinstance(self.sampler, EpochSampler)
-        self.sampler.epoch = epoch
+        self.sampler.epoch, self.sampler.skipped = epoch, skip * (self.batch_size or 1)
 
 
 def make_loader(
@@ -183,6 +192,7 @@ def make_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         collate_fn=collate,
+        generator=torch.Generator(),  # or each pass would draw from torch's own, which the model uses
     )
 
 

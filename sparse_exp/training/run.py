@@ -9,9 +9,11 @@ from sparse_exp.context import Context
 from sparse_exp.data.loader import DetectionLoader
 from sparse_exp.plan import SPARSE_FROM
 from sparse_exp.sparsity.measure import layer_sparsity, overall, require_layer_sparsity, require_sparsity
+from sparse_exp.tracking import Metrics
 from sparse_exp.training.loop import Record, Trainer, TrainingData, TrainingResult
 from sparse_exp.training.oneshot import apply_at_once, calibration_loader, refuse_untrained_start
 from sparse_exp.training.start import Loaded, load_start, load_teacher, prune_start
+from sparse_exp.training.state import STATE, State, StateError, StateFile, not_used
 from sparse_exp.yolov5 import YOLOv5
 
 _log = logging.getLogger(__name__)
@@ -19,6 +21,8 @@ _log = logging.getLogger(__name__)
 
 def run_training(context: Context, on_epoch: Callable[[Record], None]) -> tuple[TrainingResult, str]:
     """Train under the run's recipe, or apply it at once; checkpoints go to ``weights/``.
+
+    A training that was cut off goes on after the last epoch whose state was saved.
 
     Args:
         context: of the run; its plan is held to where there is one.
@@ -32,6 +36,27 @@ def run_training(context: Context, on_epoch: Callable[[Record], None]) -> tuple[
         SparseExpError: the start is not what was planned, a promise about zeros was broken, or the
             teacher cannot be had.
     """
+    file = StateFile(context.run.path / STATE, context.mark, context.tracker.run_id)
+    state = None if context.experiment.recipe.oneshot else file.read()
+    if state and state["tracker_run"] != context.tracker.run_id:  # a new one, which knows no epoch yet
+        for record in state["history"]:
+            context.tracker.log(epoch_metrics(record))
+    try:
+        return _run(context, on_epoch, file, state)
+    except StateError as error:
+        _log.warning("%s", not_used(file.path, str(error)))
+        return _run(context, on_epoch, file, None)
+
+
+def epoch_metrics(record: Record) -> Metrics:
+    """What the tracker is told of a record of the history; a step is a hundredth of an epoch."""
+    numbers = {name: value for name, value in record.items() if isinstance(value, float)}
+    return Metrics(numbers, step=round(100 * record["epoch"]))
+
+
+def _run(
+    context: Context, on_epoch: Callable[[Record], None], file: StateFile, state: State | None
+) -> tuple[TrainingResult, str]:
     model, loaded = load_start(context.experiment, context.dataset, context.cache)
     composed = context.recipe.after(loaded.checkpoint.recipe if loaded.checkpoint else "")
     if context.experiment.recipe.oneshot:
@@ -42,7 +67,7 @@ def run_training(context: Context, on_epoch: Callable[[Record], None]) -> tuple[
     data = TrainingData(*loaders, context.dataset.names, context.experiment.dataset.imgsz)
     if context.experiment.recipe.oneshot:
         return _at_once(context, model, data, composed, on_epoch), composed
-    return _trainer(context, model, data, teacher, composed, on_epoch).fit(), composed
+    return _trainer(context, model, data, teacher, composed, on_epoch, file).fit(state), composed
 
 
 def _teacher(context: Context, model: YOLOv5, loaded: Loaded) -> YOLOv5 | None:
@@ -101,6 +126,7 @@ def _trainer(
     teacher: YOLOv5 | None,
     composed: str,
     on_epoch: Callable[[Record], None],
+    file: StateFile,
 ) -> Trainer:
     experiment = context.experiment
     _log.info("Training with %s.", context.precision)
@@ -117,4 +143,5 @@ def _trainer(
         teacher=teacher,
         qat_split=context.facts("plan").get("qat_split", 1),
         composed=composed,
+        state=file,
     )

@@ -7,7 +7,17 @@ import pytest
 
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import ConfigError
-from sparse_exp.tracking import Artifact, Dataset, Metrics, Pause, Resume, RunInfo, Tags, create_tracker
+from sparse_exp.tracking import (
+    Artifact,
+    Dataset,
+    Metrics,
+    Model,
+    Pause,
+    Resume,
+    RunInfo,
+    Tags,
+    create_tracker,
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +51,12 @@ EVENTS = [
     Resume(),
     Artifact(Path("run/report.md"), "report"),
 ]
+
+
+def test_a_model_that_is_no_model_does_not_raise(tracker, run):
+    tracker.start(run)
+    tracker.log(Model(run.directory / "report.md", "crowns", "candidate", {"map50": "0.5"}))
+    tracker.finish("FINISHED")
 
 
 def test_nothing_is_opened_before_the_start(tracker, store):
