@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from sparse_exp.config.resolve import CONF_DIRECTORY, from_dict, resolve
+from sparse_exp.config.resolve import CONF_DIRECTORY, group, resolve
 from sparse_exp.config.schema import Experiment, TrackerConfig
 from sparse_exp.errors import ConfigError, SparseExpError, StageFailed, first_line
 from sparse_exp.sweep.naming import sweep_name
@@ -133,7 +133,7 @@ def _run_job(config: DictConfig, job: Any) -> Any:
         experiment = resolve(config)
         return run_job(place, experiment)
     except Exception as error:
-        tracker = from_dict(TrackerConfig, OmegaConf.to_container(config.tracker))
+        tracker = group(config, "tracker", TrackerConfig)
         if not config.dry_run:
             record_failure(place, str(config.name), tracker, Path(config.paths.mlflow), experiment, error)
         for line in str(error).splitlines():

@@ -155,6 +155,21 @@ def from_dict(schema: type, plain: Mapping[str, Any]) -> Any:
         raise ConfigError(f"An earlier configuration cannot be read: {first_line(error)}.") from error
 
 
+def group(config: DictConfig, name: str, schema: type) -> Any:
+    """One group of a composed configuration, before the whole is checked.
+
+    Args:
+        config: what Hydra composed.
+        name: of the group.
+        schema: its dataclass, which is what is returned.
+
+    Raises:
+        ConfigError: a value is of another type.
+    """
+    plain: Any = OmegaConf.to_container(config[name])
+    return from_dict(schema, plain)
+
+
 def as_yaml(config: Any) -> str:
     """A dataclass configuration as YAML text."""
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)

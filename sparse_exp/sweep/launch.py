@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from sparse_exp.compare.comparison import FINISHED
-from sparse_exp.config.resolve import from_dict, out_of_bounds, resolve
+from sparse_exp.config.resolve import group, out_of_bounds, resolve
 from sparse_exp.config.schema import LauncherConfig, RayConfig, SweepConfig, TrackerConfig
 from sparse_exp.errors import ConfigError, SparseExpError
 from sparse_exp.host import exclusive
@@ -68,20 +68,19 @@ def open_sweep(config: DictConfig) -> None:
             runs this sweep.
     """
     global _open
-    plain: Any = OmegaConf.to_container(config.sweep)
     sweep = Sweep(
         directory=Path(config.hydra.sweep.dir),
-        config=from_dict(SweepConfig, plain),
-        tracker=from_dict(TrackerConfig, OmegaConf.to_container(config.tracker)),
+        config=group(config, "sweep", SweepConfig),
+        tracker=group(config, "tracker", TrackerConfig),
         store=Path(config.paths.mlflow).absolute(),
         dry=bool(config.dry_run),
     )
-    launcher = from_dict(LauncherConfig, OmegaConf.to_container(config.launcher))
+    launcher = group(config, "launcher", LauncherConfig)
     problems = [*out_of_bounds(sweep.config, "sweep."), *out_of_bounds(launcher, "launcher.")]
     if problems:
         raise ConfigError(problems)
     _check_objectives(config, sweep.config)
-    ray = from_dict(RayConfig, OmegaConf.to_container(config.ray))
+    ray = group(config, "ray", RayConfig)
     check_launcher(launcher, ray)
     if sweep.dry:
         _open = sweep

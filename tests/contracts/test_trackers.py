@@ -53,12 +53,6 @@ EVENTS = [
 ]
 
 
-def test_a_model_that_is_no_model_does_not_raise(tracker, run):
-    tracker.start(run)
-    tracker.log(Model(run.directory / "report.md", "crowns", "candidate", {"map50": "0.5"}))
-    tracker.finish("FINISHED")
-
-
 def test_nothing_is_opened_before_the_start(tracker, store):
     assert tracker.run_id is None
     assert not store.exists()
@@ -87,6 +81,12 @@ def test_an_event_that_cannot_be_logged_does_not_raise(tracker, run):
     tracker.start(run)
     tracker.log(Artifact(Path("no such file")))
     tracker.finish("KILLED", "interrupted")
+
+
+def test_a_model_that_is_no_model_does_not_raise(tracker, run):
+    tracker.start(run)
+    tracker.log(Model(run.directory / "report.md", "crowns", "candidate", {"map50": "0.5"}))
+    tracker.finish("FINISHED")
 
 
 def test_a_backend_that_does_not_exist_is_refused(tmp_path):
