@@ -33,7 +33,6 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from sparse_exp.benchmark import default_lock_path, measuring_alone
 from sparse_exp.config.schema import AugmentConfig, DatasetConfig, LossConfig, SourceConfig
 from sparse_exp.data import DetectionDataset, load_dataset, prepare
 from sparse_exp.data.detection import Sample
@@ -43,6 +42,7 @@ from sparse_exp.data.loader import make_loader
 from sparse_exp.data.trees import PHOTOS
 from sparse_exp.data.writing import write_yaml
 from sparse_exp.hardware import host_facts
+from sparse_exp.host import default_lock_path, measuring_alone
 from sparse_exp.yolov5 import DetectionLoss, YOLOv5
 from sparse_exp.zoo.sources import cache_directory, fetch
 

@@ -7,14 +7,16 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparse_exp.errors import ConfigError
+from sparse_exp.host import exclusive, is_held
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 
 
 def sha256_of(path: Path) -> str:
@@ -61,6 +63,42 @@ def write_json(path: Path, data: Any) -> Path:
     return write_text(path, json.dumps(data, indent=2, default=str) + "\n")
 
 
+@contextmanager
+def locked(directory: Path, *, wait: bool) -> Iterator[None]:
+    """Be the only process that works on a run while the block runs; a process may do so within itself.
+
+    The lock's file is in the directory only meanwhile; a directory that was made for it and holds nothing at
+    the end goes again.
+
+    Args:
+        directory: of the run; it may be about to be made.
+        wait: for whoever works on it, with a line in the log now and then.
+
+    Raises:
+        ConfigError: somebody works on it, and ``wait`` is off; or the directory cannot be made.
+    """
+    directory = directory.resolve()
+    existed = directory.is_dir()
+    what = f"The run {directory} is being worked on"
+    try:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(exclusive(directory / LOCK, what, wait=wait))
+            except OSError as error:
+                message = f"Cannot make {directory}: {error.strerror}. Set paths.run=PATH."
+                raise ConfigError(message) from error
+            yield
+    finally:
+        if not existed:
+            with suppress(OSError):  # it holds something
+                directory.rmdir()
+
+
+def is_abandoned(directory: Path) -> bool:
+    """Whether a run was killed: it left its lock's file, and nobody works on it."""
+    return (directory / LOCK).exists() and not is_held(directory / LOCK)
+
+
 @dataclass(frozen=True)
 class StageRecord:
     """What a finished stage left: its entry in the manifest.
@@ -69,8 +107,9 @@ class StageRecord:
         fingerprint: digest of everything the stage depends on.
         outputs: sha256 of each file it wrote, by path relative to the run directory.
         metrics: numbers and texts for ``result.json``, by name.
-        seconds: wall time.
+        seconds: wall time without waiting for others; of a stage that was taken over, what it took there.
         facts: what later stages need to know, as plain data.
+        shared_from: name of the job's directory that it was taken over from; None: it was done here.
     """
 
     fingerprint: str
@@ -78,13 +117,14 @@ class StageRecord:
     metrics: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
+    shared_from: str | None = None
 
 
 class RunDirectory:
-    """The directory of one run and its manifest.
+    """The directory of one run and its manifest. Hold its lock (see `locked`) while you change it.
 
     Args:
-        path: the directory; see `create` and `reopen`.
+        path: the directory; see `create`, `reopen` and `read`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -99,7 +139,7 @@ class RunDirectory:
         Raises:
             ConfigError: it exists, is not empty, and ``overwrite`` is off; or cannot be made.
         """
-        if path.is_dir() and any(path.iterdir()):
+        if _content(path):
             if not overwrite:
                 raise ConfigError(
                     f"The run directory {path} exists. Choose another with paths.run=PATH, replace it with "
@@ -110,7 +150,7 @@ class RunDirectory:
                     f"{path} holds no {MANIFEST}, so it is no run and is not replaced. "
                     "Choose another directory with paths.run=PATH."
                 )
-            shutil.rmtree(path)
+            _empty(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -126,6 +166,17 @@ class RunDirectory:
         Raises:
             ConfigError: there is no readable manifest.
         """
+        run = cls.read(path)
+        run.update(status="RUNNING", failure=None)
+        return run
+
+    @classmethod
+    def read(cls, path: Path) -> RunDirectory:
+        """An existing run as it is, to look at.
+
+        Raises:
+            ConfigError: there is no readable manifest.
+        """
         run = cls(path)
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -136,7 +187,6 @@ class RunDirectory:
                 "Give a directory below outputs/runs."
             ) from error
         run.state = manifest
-        run.update(status="RUNNING", failure=None)
         return run
 
     def update(self, **state: Any) -> None:
@@ -173,3 +223,14 @@ class RunDirectory:
             merged.update(record.metrics)
             merged[f"time/{name}_s"] = round(record.seconds, 3)
         return merged
+
+
+def _content(directory: Path) -> list[Path]:
+    """What lies in the directory of a run, but for its lock."""
+    return [path for path in directory.iterdir() if path.name != LOCK] if directory.is_dir() else []
+
+
+def _empty(directory: Path) -> None:
+    """Delete a run. Its manifest goes last, so that what a killed process leaves is still a run."""
+    for path in sorted(_content(directory), key=lambda path: path.name == MANIFEST):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

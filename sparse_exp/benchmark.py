@@ -1,20 +1,18 @@
 """Throughput and latency of exported models, measured so that the numbers can be compared.
 
 Each cell (an engine with a model and a batch size) runs in a process of its own. The cells are
-measured in turns, so that a drift of the machine hits all of them alike, and under a host-wide lock,
-so that no other run of this program measures meanwhile.
+measured in turns, so that a drift of the machine hits all of them alike, and under a host-wide lock
+(`sparse_exp.host`): other runs of this program neither measure nor train meanwhile.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +21,11 @@ import psutil
 
 from sparse_exp.config.schema import HardwareConfig
 from sparse_exp.engines.isolated import IsolatedEngine
-from sparse_exp.errors import EngineError, expected
 from sparse_exp.hardware import host_facts
+from sparse_exp.host import default_lock_path, measuring_alone
 from sparse_exp.progress import progress
 
 _log = logging.getLogger(__name__)
-_SECONDS_BETWEEN_TRIES = 0.2
-_SECONDS_BETWEEN_LINES = 30.0
 _BUSY_CORES = 0.2
 
 
@@ -69,8 +65,9 @@ class Measurement:
         repeats: images per second of each repeat, in order.
         runs: inferences that were timed.
         conditions: engine, variant, version, cores, batch, imgsz, scenario, isa, cpu, warmup_s,
-            duration_s, repeats, and load_average (1 minute) and busy_cores (by other processes)
-            just before.
+            duration_s, repeats, started and ended (of the interval in which the host was kept for the
+            cells, UTC, ISO 8601), and load_average (1 minute) and busy_cores (by other processes) just
+            before.
     """
 
     cell: Cell
@@ -87,11 +84,6 @@ class Measurement:
         """The numbers under the names of `result.json`."""
         names = ("items_per_s", "latency_p50_ms", "latency_p90_ms", "latency_p99_ms", "spread")
         return {f"benchmark/{self.cell.name}/{name}": getattr(self, name) for name in names}
-
-
-def default_lock_path() -> Path:
-    """The lock that all users of this host share, in the directory for temporary files."""
-    return Path(tempfile.gettempdir()) / "sparse_exp-benchmark.lock"
 
 
 def benchmark(
@@ -122,10 +114,15 @@ def benchmark(
         EngineError: an engine cannot load or run its model, or died.
     """
     with measuring_alone(lock_path or default_lock_path()), ExitStack() as stack:
+        started = datetime.now(timezone.utc)
+        _log.info("Measuring %d cells alone on this host.", len(cells))
         conditions = {**_host_conditions(), **_settings(hardware, cores, images)}
         engines = [_loaded(cell, images, cores, stack) for cell in cells]
         rounds = _measure_in_turns(cells, engines, images, hardware)
         versions = [engine.version for engine in engines]
+        ended = datetime.now(timezone.utc)
+        _log.info("Measured %d cells in %.1f s.", len(cells), (ended - started).total_seconds())
+    conditions |= {"started": started.isoformat(), "ended": ended.isoformat()}
     return [
         summarize(cell, latencies, {"version": version, **conditions})
         for cell, latencies, version in zip(cells, rounds, versions, strict=True)
@@ -156,55 +153,6 @@ def summarize(cell: Cell, rounds: Sequence[Sequence[float]], conditions: dict[st
         runs=len(milliseconds),
         conditions={**own, **conditions},
     )
-
-
-@contextmanager
-def measuring_alone(path: Path) -> Iterator[None]:
-    """Hold the host's measuring lock while the block runs; waits for whoever holds it.
-
-    The kernel drops the lock with its holder, however that ends. (filelock would open the file with
-    ``O_CREAT``, which Linux refuses for another user's file in a sticky directory such as /tmp, and
-    would empty it, where the holder's process id stands.)
-
-    Raises:
-        EngineError: the lock file cannot be opened.
-    """
-    try:
-        descriptor = _open_shared(path)
-    except OSError as error:
-        do = "Set TMPDIR to a directory that you may write to."
-        raise EngineError(expected(f"the lock file {path}", "writable", error.strerror, do)) from error
-    try:
-        _wait_for_lock(descriptor)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)  # and with it the lock
-
-
-def _open_shared(path: Path) -> int:
-    flags = os.O_RDWR | os.O_NOFOLLOW
-    try:
-        descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return os.open(path, flags)
-    os.fchmod(descriptor, 0o666)  # for other users, whatever the umask says
-    return descriptor
-
-
-def _wait_for_lock(descriptor: int) -> None:
-    logged = -_SECONDS_BETWEEN_LINES
-    while True:
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pass
-        if time.monotonic() - logged >= _SECONDS_BETWEEN_LINES:
-            logged = time.monotonic()
-            holder = os.pread(descriptor, 32, 0).decode() or "unknown"
-            _log.info("Another run on this host is measuring (process %s); waiting for it to end.", holder)
-        time.sleep(_SECONDS_BETWEEN_TRIES)
 
 
 def _host_conditions() -> dict[str, Any]:

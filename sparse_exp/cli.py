@@ -16,12 +16,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from sparse_exp.config.resolve import CONF_DIRECTORY, resolve
-from sparse_exp.config.schema import Experiment
-from sparse_exp.errors import ConfigError, SparseExpError
+from sparse_exp.config.resolve import CONF_DIRECTORY, group, resolve
+from sparse_exp.config.schema import Experiment, TrackerConfig
+from sparse_exp.errors import ConfigError, SparseExpError, StageFailed, first_line
+from sparse_exp.sweep.naming import sweep_name
 
 _log = logging.getLogger("sparse_exp")
 OmegaConfKeyError = (ConfigKeyError, ConfigAttributeError)
+# When this module is imported, as processes of a launcher do that never see `main`. What the launching
+# process found is kept with the configuration: the words of the others are not those of the command.
+OmegaConf.register_new_resolver("sweep_name", lambda: sweep_name(sys.argv[1:]), use_cache=True, replace=True)
 _NO_OPTION = "Config group override must be"  # Hydra's ValueError for group=null
 
 
@@ -31,19 +35,49 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors to us instead of printing them
     _register_schema()
     try:
-        _compose_and_run()
-    except (HydraException, OmegaConfBaseException) as error:
-        if wants_traceback:
-            raise
-        sys.exit(f"Error: {_one_line(error)}")
-    except ValueError as error:
-        groups = [word.removesuffix("=null") for word in sys.argv[1:] if word.endswith("=null")]
-        if wants_traceback or not groups or not str(error).startswith(_NO_OPTION):
-            raise
-        sys.exit(f"Error: The group {groups[0]} needs an option. Choose one; --help lists them.")
-    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
+        hydra.main(version_base="1.3", config_path=str(CONF_DIRECTORY), config_name="config")(task)()
+    except BrokenPipeError as error:  # whoever read the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_sweep(error)
         sys.exit(1)
+    except BaseException as error:
+        unfinished = _close_sweep(error)
+        if wants_traceback and isinstance(error, Exception):
+            raise
+        _exit(error, unfinished)
+    else:
+        _exit(None, _close_sweep(None))
+
+
+def _close_sweep(error: BaseException | None) -> str | None:
+    """Close the sweep that this process has opened, if it has; what to end with where jobs failed."""
+    launch = sys.modules.get("sparse_exp.sweep.launch")
+    return launch.close_sweep(error) if launch else None
+
+
+def _exit(error: BaseException | None, unfinished: str | None) -> None:
+    """End with what a user is told of an error.
+
+    Raises:
+        BaseException: the error itself where it is none of a user's.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        sys.exit(130)
+    if unfinished and (error is None or isinstance(error, SparseExpError)):
+        sys.exit(f"Error: {unfinished}")
+    if unfinished and isinstance(error, Exception):  # the launcher's, such as of a worker that was killed
+        sys.exit(f"Error: {type(error).__name__}: {first_line(error)} {unfinished}")
+    if isinstance(error, ConfigError):
+        sys.exit("\n".join(f"Error: {problem}" for problem in error.problems))
+    if isinstance(error, SparseExpError):
+        sys.exit(f"Error: {error}")
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        sys.exit(f"Error: {_one_line(error)}")
+    groups = [word.removesuffix("=null") for word in sys.argv[1:] if word.endswith("=null")]
+    if isinstance(error, ValueError) and groups and str(error).startswith(_NO_OPTION):
+        sys.exit(f"Error: The group {groups[0]} needs an option. Choose one; --help lists them.")
+    if error is not None:
+        raise error
 
 
 def _register_schema() -> None:
@@ -56,26 +90,63 @@ def _register_schema() -> None:
     ConfigStore.__deepcopy__ = lambda self, _: self  # type: ignore[attr-defined]
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF_DIRECTORY), config_name="config")
-def _compose_and_run(config: DictConfig) -> None:
-    log_to_console()
+def task(config: DictConfig) -> Any:
+    """Run what Hydra composed: the run, or one job of a sweep, perhaps in a process of its launcher's.
+
+    Returns:
+        For a job the values of ``sweep.objectives``, for the sweeper.
+
+    Raises:
+        SparseExpError: what stopped it.
+    """
     job = HydraConfig.get()
+    swept = not OmegaConf.is_missing(job.job, "num")
+    log_to_console(f"[{job.job.num}] " if swept and config.launcher.jobs > 1 else "")
     if job.runtime.output_dir != str(Path.cwd()):  # a job of a sweep, or hydra.run.dir=... was given
         config.paths.run = job.runtime.output_dir
     _leave_option_variables(config, job)
-    try:
-        experiment = resolve(config)
-        from sparse_exp.experiment import run
+    if swept:
+        return _run_job(config, job)
+    from sparse_exp.experiment import run
 
-        run(experiment, _hydra_files(config, job), list(job.overrides.task))
-    except OmegaConfBaseException as error:
-        sys.exit(f"Error: {_one_line(error)}")
-    except ConfigError as error:
-        sys.exit("\n".join(f"Error: {problem}" for problem in error.problems))
-    except SparseExpError as error:
-        sys.exit(f"Error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    experiment = resolve(config)
+    if experiment.sweep.objectives or job.runtime.choices.get("sweep"):
+        _log.warning("Without -m this is a single run: sweep= and sweep.objectives have no effect.")
+    run(experiment, _hydra_files(config, job), list(job.overrides.task))
+    return None
+
+
+def _run_job(config: DictConfig, job: Any) -> Any:
+    from sparse_exp.sweep.job import Job, record_failure, run_job
+
+    place = Job(
+        number=int(job.job.num),
+        directory=Path(job.runtime.output_dir),
+        sweep=Path(job.sweep.dir),
+        overrides=list(job.overrides.task),
+        hydra_files=_hydra_files(config, job),
+    )
+    experiment = None
+    try:
+        if place.manifest:  # so that what it made itself does not stand in its way
+            config.resume = str(place.directory)
+        experiment = resolve(config)
+        return run_job(place, experiment)
+    except Exception as error:
+        tracker = group(config, "tracker", TrackerConfig)
+        if not config.dry_run:
+            record_failure(place, str(config.name), tracker, Path(config.paths.mlflow), experiment, error)
+        for line in str(error).splitlines():
+            _log.error("Job %d failed: %s", place.number, line)
+        raise error if isinstance(error, SparseExpError) else _as_failure(error) from None
+
+
+def _as_failure(error: Exception) -> SparseExpError:
+    """An error that reaches the launcher from whatever process: not all kinds can be sent."""
+    if isinstance(error, OmegaConfBaseException):
+        return ConfigError(_one_line(error))
+    _log.debug("Unexpected", exc_info=error)
+    return StageFailed(f"{type(error).__name__}: {first_line(error)}")
 
 
 def _leave_option_variables(config: DictConfig, job: Any) -> None:
@@ -146,13 +217,18 @@ def _hydra_files(config: DictConfig, job: Any) -> dict[str, str]:
     }
 
 
-def log_to_console() -> None:
-    """Let what the package logs, from INFO on, reach standard error as plain lines."""
+def log_to_console(prefix: str = "") -> None:
+    """Let what the package logs, from INFO on, reach standard error as plain lines.
+
+    Args:
+        prefix: of each line, to tell runs apart that log beside each other.
+    """
     if not _log.handlers:
-        handler = _ConsoleHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        _log.addHandler(handler)
+        _log.addHandler(_ConsoleHandler())
         _log.propagate = False
+    for handler in _log.handlers:
+        if isinstance(handler, _ConsoleHandler):
+            handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
     _log.setLevel(logging.INFO)
 
 

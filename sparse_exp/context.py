@@ -26,10 +26,12 @@ class SweepMember:
     Attributes:
         directory: of the sweep; the run directories of its jobs lie in it.
         parent: the tracker's name of the sweep's own run; None where it is not tracked.
+        job: its number, from 0; None for a run that a job makes for itself, such as its dense counterpart.
     """
 
     directory: Path
     parent: str | None
+    job: int | None = None
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Context:
         tracker: started.
         recipe: as it will run.
         sweep: the sweep that the run is a job of; None: it is none.
+        mark: fingerprint of the stage that runs.
     """
 
     experiment: Experiment
@@ -49,6 +52,7 @@ class Context:
     tracker: Tracker
     recipe: Recipe
     sweep: SweepMember | None = None
+    mark: str = ""
     _loaders: dict[tuple[str, bool], DetectionLoader] = field(default_factory=dict, init=False)
 
     @cached_property
@@ -159,8 +163,10 @@ class Outcome:
         files: files it wrote below the run directory.
         metrics: numbers and texts for ``result.json``.
         facts: plain data for later stages.
+        spent: files that nobody needs once the stage is recorded; they are deleted then.
     """
 
     files: list[Path] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    spent: list[Path] = field(default_factory=list)

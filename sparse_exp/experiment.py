@@ -7,19 +7,28 @@ import logging
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from sparse_exp import __version__
-from sparse_exp.artifacts import RunDirectory, StageRecord, fingerprint, write_json, write_text
+from sparse_exp import __version__, sharing
+from sparse_exp.artifacts import (
+    RunDirectory,
+    StageRecord,
+    fingerprint,
+    locked,
+    sha256_of,
+    write_json,
+    write_text,
+)
 from sparse_exp.conditions import current, packages
 from sparse_exp.config.resolve import as_dict, as_yaml, recipe_path
 from sparse_exp.config.schema import Experiment
 from sparse_exp.context import Context, SweepMember
 from sparse_exp.errors import SparseExpError, StageFailed
+from sparse_exp.host import waited_seconds, working
 from sparse_exp.plan import check_host
-from sparse_exp.runs import OVERRIDES_TAG
+from sparse_exp.runs import JOB_TAG, OVERRIDES_TAG
 from sparse_exp.tracking import PARENT_TAG, Artifact, Metrics, RunInfo, create_tracker
 
 _log = logging.getLogger(__name__)
@@ -27,16 +36,20 @@ _log = logging.getLogger(__name__)
 # What each stage depends on, beyond everything the stages before it depend on.
 _DEPENDS_ON: dict[str, tuple[str, ...]] = {
     "fetch": ("model", "dataset"),
-    "plan": ("recipe", "seed", "trainer"),
+    "plan": ("recipe", "seed", "trainer"),  # of the recipe what it says, see _said_by_the_recipe
     "baseline": ("recovery",),
     "train": (),
     "evaluate": ("checkpoint",),
     "export": ("export",),
-    "verify": ("recovery",),  # and the engines
+    "verify": (),  # the engines, and the accuracy of the baseline
     "benchmark": ("hardware",),
     "report": ("name",),
     "publish": ("publish",),
+    "register": ("tracker",),
 }
+
+# Stages during which others may measure: they wait for the network or a disk, or measure themselves.
+_LIGHT = ("fetch", "benchmark", "publish", "register")
 
 _KEPT_AT_THE_END = (
     "report.md",
@@ -79,12 +92,12 @@ def run(
 
         show(experiment, recipe)
         return None
-    directory = _open_directory(experiment)
     tracker = create_tracker(experiment.tracker, _store(experiment))
-    context = Context(experiment, directory, tracker, recipe, sweep)
-    with _logging_to(directory.path / "sparse_exp.log"), _terminated_as_interrupted():
-        _write_conditions(context, hydra_files, overrides)
-        _run_tracked(context)
+    with _opened(experiment, wait=sweep is not None) as directory:
+        context = Context(experiment, directory, tracker, recipe, sweep)
+        with _logging_to(directory.path / "sparse_exp.log"), _terminated_as_interrupted():
+            _write_conditions(context, hydra_files, overrides)
+            _run_tracked(context)
     return directory.result()
 
 
@@ -101,10 +114,17 @@ def _recipe_file(experiment: Experiment) -> Path:
     return recipe_path(file)
 
 
-def _open_directory(experiment: Experiment) -> RunDirectory:
+@contextmanager
+def _opened(experiment: Experiment, *, wait: bool) -> Iterator[RunDirectory]:
+    """The directory of the run, new or as it was left, which no other process touches meanwhile."""
+    path = Path(experiment.resume or experiment.paths.run)
     if experiment.resume:
-        return RunDirectory.reopen(Path(experiment.resume))
-    return RunDirectory.create(Path(experiment.paths.run), overwrite=experiment.overwrite)
+        RunDirectory.read(path)  # what is no run gets no lock either
+    with locked(path, wait=wait):
+        if experiment.resume:
+            yield RunDirectory.reopen(path)
+        else:
+            yield RunDirectory.create(path, overwrite=experiment.overwrite)
 
 
 def _store(experiment: Experiment) -> Path:
@@ -113,16 +133,13 @@ def _store(experiment: Experiment) -> Path:
 
 def _run_tracked(context: Context) -> None:
     """Run the stages, and tell manifest and tracker how it ended, whatever happens."""
-    tracker, experiment = context.tracker, context.experiment
+    tracker, before = context.tracker, context.run.state.get("tracker_run_id")
     try:
         tracker.start(_run_info(context))
         context.run.update(tracker_run_id=tracker.run_id)
         for name in ("config.yaml", "recipe.md", "environment.txt"):
             tracker.log(Artifact(context.run.path / name))
-        mark = ""
-        for stage in experiment.stages:
-            done = _run_stage(context, stage, mark)
-            mark = mark if stage == "baseline" and not _trains_on_baseline(context) else done
+        _run_stages(context, tell_all=tracker.run_id != before)
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt)
         reason = "interrupted" if killed else " ".join(str(error).split())
@@ -131,6 +148,22 @@ def _run_tracked(context: Context) -> None:
         raise
     context.run.update(status="FINISHED", failure=None)
     _finish(context, "FINISHED", "")
+
+
+def _run_stages(context: Context, *, tell_all: bool) -> None:
+    """Run one stage after the other; ``tell_all``: the tracker knows nothing of those that are kept."""
+    from sparse_exp.recovery import STAGES as OF_A_BASELINE
+    from sparse_exp.recovery import as_baseline
+
+    mark = ""
+    with ExitStack() as others_wait:
+        for stage in context.experiment.stages:
+            if stage not in OF_A_BASELINE:
+                others_wait.close()
+            done = _run_stage(context, stage, mark, tell_kept=tell_all)
+            mark = mark if stage == "baseline" and not _trains_on_baseline(context) else done
+            if stage == "baseline":
+                others_wait.enter_context(as_baseline(context))
 
 
 def _finish(context: Context, status: Any, reason: str) -> None:
@@ -157,6 +190,7 @@ def _run_info(context: Context) -> RunInfo:
     if context.sweep:
         tags["sweep"] = context.sweep.directory.name
         tags |= {PARENT_TAG: context.sweep.parent} if context.sweep.parent else {}
+        tags |= {JOB_TAG: str(context.sweep.job)} if context.sweep.job is not None else {}
     return RunInfo(
         name=experiment.name,
         experiment=experiment.tracker.experiment,
@@ -167,19 +201,37 @@ def _run_info(context: Context) -> RunInfo:
     )
 
 
-def _run_stage(context: Context, stage: str, before: str) -> str:
+def _run_stage(context: Context, stage: str, before: str, *, tell_kept: bool) -> str:
     """Run one stage, or skip it when it is finished; returns the fingerprint the next builds on."""
-    from sparse_exp.stages import STAGES
-
     mark = _fingerprint(context, stage, before)
     if context.run.is_finished(stage, mark):
         _log.info("== %s: finished before, kept", stage)
+        if tell_kept:
+            _tell(context, stage, replay=True)
         return mark
     _log.info("== %s", stage)
+    context.mark = mark
     context.run.update(stage=stage)
-    started = time.monotonic()
+    with sharing.turn(context, stage, mark):
+        record = sharing.take_over(context, stage, mark)
+        if record:
+            context.run.record(stage, record)
+        else:
+            _work(context, stage, mark)
+    result = write_json(context.run.path / "result.json", context.run.result())
+    _log.debug("%s written", result)
+    _tell(context, stage, replay=record is not None)
+    return mark
+
+
+def _work(context: Context, stage: str, mark: str) -> None:
+    """Do a stage and record it."""
+    from sparse_exp.stages import STAGES
+
+    started = time.monotonic() - waited_seconds()
     try:
-        outcome = STAGES[stage](context)
+        with nullcontext() if stage in _LIGHT else working():
+            outcome = STAGES[stage](context)
     except SparseExpError:
         _log.debug("Stage %s stopped", stage, exc_info=True)
         raise
@@ -188,16 +240,23 @@ def _run_stage(context: Context, stage: str, before: str) -> str:
         if _interrupted(error):
             raise KeyboardInterrupt from error
         raise StageFailed(_failure(context, stage, error)) from error
-    seconds = time.monotonic() - started
+    seconds = time.monotonic() - waited_seconds() - started
     outputs = context.run.digests(outcome.files)
     context.run.record(stage, StageRecord(mark, outputs, outcome.metrics, seconds, outcome.facts))
-    result = write_json(context.run.path / "result.json", context.run.result())
-    numbers = {name: float(v) for name, v in outcome.metrics.items() if isinstance(v, float | int)}
+    for path in outcome.spent:
+        path.unlink(missing_ok=True)
+
+
+def _tell(context: Context, stage: str, *, replay: bool) -> None:
+    """Let the tracker know what a stage found; ``replay``: of one that was not done now, epochs included."""
+    from sparse_exp.stages import announce
+
+    announce(context, stage, replay=replay)
+    record = context.run.records[stage]
+    numbers = {name: float(v) for name, v in record.metrics.items() if isinstance(v, float | int)}
     # A tracker shows the value of the last step; that of the final model is to win over those of epochs.
     last = round(100 * context.recipe.epochs)
-    context.tracker.log(Metrics({**numbers, f"time/{stage}_s": seconds}, step=last))
-    _log.debug("%s written", result)
-    return mark
+    context.tracker.log(Metrics({**numbers, f"time/{stage}_s": record.seconds}, step=last))
 
 
 def _interrupted(error: BaseException | None) -> bool:
@@ -221,13 +280,33 @@ def _failure(context: Context, stage: str, error: Exception) -> str:
 
 
 def _fingerprint(context: Context, stage: str, before: str) -> str:
+    """Digest of all that a stage depends on: where it is the same, stages are kept, and shared by jobs."""
     config = as_dict(context.experiment)
     parts = {key: config[key] for key in _DEPENDS_ON[stage]}
-    recipe = context.recipe.text if stage == "plan" else ""
-    reads_baseline = stage == "verify" or (stage == "train" and _trains_on_baseline(context))
-    baseline = context.facts("baseline") if reads_baseline else {}
-    engines = context.experiment.hardware.engines if stage == "verify" else []
-    return fingerprint(stage, before, parts, recipe, baseline, engines, __version__)
+    if stage == "fetch":
+        parts["start"] = "train" in context.experiment.stages  # which is fetched for a training only
+    if stage == "plan":
+        parts["recipe"] = _said_by_the_recipe(context, config["recipe"])
+    if stage == "train" and _trains_on_baseline(context):
+        parts["teacher"] = _teacher(context)
+    if stage == "verify":
+        parts["baseline"] = context.facts("baseline").get("map50")
+        parts["engines"] = context.experiment.hardware.engines
+    return fingerprint(stage, before, parts, __version__)
+
+
+def _said_by_the_recipe(context: Context, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe as it runs, whatever it is called and however its variables came to their values."""
+    in_the_text = ("name", "file", "variables", "num_epochs")
+    return {"text": context.recipe.text, **{k: v for k, v in config.items() if k not in in_the_text}}
+
+
+def _teacher(context: Context) -> list[Any]:
+    """The baseline that a training learns from, wherever it lies and however it was found."""
+    checkpoint = context.facts("baseline").get("checkpoint")
+    file = context.run.path / checkpoint if checkpoint else None
+    digest = sha256_of(file) if file and file.is_file() else checkpoint
+    return [context.facts("baseline").get("map50"), digest]
 
 
 def _trains_on_baseline(context: Context) -> bool:
@@ -249,6 +328,7 @@ def _write_conditions(context: Context, hydra_files: Mapping[str, str], override
         overrides=overrides,
         version=__version__,
         conditions=current(_recipe_file(context.experiment)),
+        job=context.sweep.job if context.sweep else None,
     )
 
 

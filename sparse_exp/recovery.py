@@ -2,7 +2,8 @@
 
 The counterpart has the same model, start weights, data, seed and trainer settings, and sees as many images;
 its recipe is the shipped ``dense``. It is looked for before it is trained: in MLflow, then in the run
-directories of this machine, by a fingerprint of everything its result depends on.
+directories of this machine, by a fingerprint of everything its result depends on. While a run of that
+fingerprint trains, whether for its own sake or as a counterpart, others that need it wait for it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import copy
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from sparse_exp.artifacts import MANIFEST, fingerprint
 from sparse_exp.config.resolve import as_dict, recipe_path
 from sparse_exp.config.schema import Experiment, RecipeConfig, RecoveryConfig
 from sparse_exp.errors import ConfigError, StageFailed, expected
+from sparse_exp.host import exclusive
 from sparse_exp.tracking import find_runs
 
 if TYPE_CHECKING:
@@ -88,13 +91,41 @@ def _counterpart(context: Context) -> Baseline:
     dense = dense_experiment(context.experiment, context.recipe.epochs, context.run.path)
     recipe = Recipe.from_file(recipe_path(dense.recipe.file), dense.recipe.variables)
     mark = _fingerprint(context, dense, recipe)
+    if found := _found(context, mark):
+        return found
+    with _alone(context, mark):
+        return _found(context, mark) or _train(context, dense)
+
+
+def _found(context: Context, mark: str) -> Baseline | None:
     needs_weights = context.experiment.recipe.teacher == "baseline"
     for found in _candidates(context, mark):
         if found.checkpoint or not needs_weights:
             where = found.directory or "a run whose files are gone"
             _log.info("The dense baseline was %s: %s, mAP50 %.3f.", found.origin, where, found.map50)
             return found
-    return _train(context, dense)
+    return None
+
+
+@contextmanager
+def as_baseline(context: Context) -> Iterator[None]:
+    """Let others that need this run as their baseline wait while it trains and is evaluated.
+
+    Args:
+        context: of a run after its stage ``baseline``; nothing happens where it is not dense, or is done.
+    """
+    mark = context.facts("baseline").get("dense_fingerprint")
+    if mark is None or _mark_of(context.run.path) == mark:
+        yield
+        return
+    with _alone(context, mark):
+        yield
+
+
+def _alone(context: Context, mark: str) -> AbstractContextManager[None]:
+    """The lock of the dense runs of a fingerprint, for all processes that use this cache."""
+    lock = context.cache / "locks" / f"dense-{mark}.lock"
+    return exclusive(lock, "The dense baseline is being trained", label=f"the run {context.run.path.name}")
 
 
 def dense_experiment(experiment: Experiment, epochs: float, run: Path) -> Experiment:
@@ -115,7 +146,8 @@ def dense_experiment(experiment: Experiment, epochs: float, run: Path) -> Experi
     directory = run.with_name(f"{run.name}-dense")
     dense.paths.run = str(directory)
     dense.resume = str(directory) if (directory / MANIFEST).is_file() else None
-    dense.checkpoint, dense.overwrite = None, False
+    dense.checkpoint, dense.overwrite, dense.publish = None, False, None
+    dense.tracker.register = dense.tracker.alias = None
     return dense
 
 
@@ -125,7 +157,8 @@ def _train(context: Context, dense: Experiment) -> Baseline:
     _log.info("Training the dense baseline for %g epochs in %s.", context.recipe.epochs, dense.paths.run)
     kept = [word for word in context.run.state.get("overrides", []) if not word.startswith(_REPLACED)]
     own = ["recipe=dense", f"recipe.variables.num_epochs={context.recipe.epochs:g}"]
-    run(dense, {}, [*kept, *own, f"stages=[{','.join(STAGES)}]"], context.sweep)
+    member = context.sweep and replace(context.sweep, job=None)
+    run(dense, {}, [*kept, *own, f"stages=[{','.join(STAGES)}]"], member)
     trained = read_baseline(Path(dense.paths.run), "trained")
     if trained is None:
         raise StageFailed(f"The dense baseline in {dense.paths.run} left no result. Its log is there.")
@@ -133,7 +166,10 @@ def _train(context: Context, dense: Experiment) -> Baseline:
     return trained
 
 
-_REPLACED = ("recipe", "recovery", "stages", "name=", "paths.run", "resume", "overwrite")
+_REPLACED = (
+    "recipe", "recovery", "stages", "name=", "paths.run", "resume", "overwrite", "publish=",
+    "tracker.register", "tracker.alias",
+)  # fmt: skip
 
 
 def _start_itself(context: Context) -> Baseline:
@@ -175,17 +211,23 @@ def _candidates(context: Context, mark: str) -> Iterator[Baseline]:
         elif MAP50 in run.metrics:
             yield Baseline(run.metrics[MAP50], "", None, "found in MLflow")
     for directory in _neighbours(context):
-        finished = _manifest(directory).get("status") == "FINISHED" and _mark_of(directory) == mark
-        if finished and (local := read_baseline(directory, "found on disk")):
+        if _mark_of(directory) == mark and (local := read_baseline(directory, "found on disk")):
             yield local
 
 
 def _neighbours(context: Context) -> list[Path]:
     """Directories of other runs, newest first: beside this one, and where runs lie by default."""
-    runs = Path(context.experiment.paths.output) / "runs"
     beside = context.run.path.parent.glob(f"*/{MANIFEST}")
-    manifests = {path.resolve() for path in (*beside, *runs.glob(f"*/*/{MANIFEST}"))}
-    return [path.parent for path in sorted(manifests, key=lambda path: path.stat().st_mtime, reverse=True)]
+    by_default = Path(context.experiment.paths.output).glob(f"*/*/*/{MANIFEST}")  # runs/DAY, sweeps/NAME
+    manifests = {path.resolve() for path in (*beside, *by_default)}
+    return [path.parent for path in sorted(manifests, key=_written, reverse=True)]
+
+
+def _written(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # deleted just now
+        return 0.0
 
 
 def _manifest(directory: Path) -> dict[str, Any]:
@@ -198,9 +240,13 @@ def _manifest(directory: Path) -> dict[str, Any]:
 
 
 def _mark_of(directory: Path) -> str | None:
-    facts = _manifest(directory).get("stages", {}).get("baseline", {}).get("facts", {})
-    mark: str | None = facts.get("dense_fingerprint")
-    return mark
+    """The fingerprint of a dense run that was evaluated, whatever became of it afterwards; None of others."""
+    manifest = _manifest(directory)
+    stages, finished = manifest.get("stages", {}), manifest.get("status") == "FINISHED"
+    mark = stages.get("evaluate", {}).get("facts", {}).get("dense_fingerprint")
+    if mark is None and finished:  # of a version that did not note it there
+        mark = stages.get("baseline", {}).get("facts", {}).get("dense_fingerprint")
+    return str(mark) if mark else None
 
 
 def read_baseline(directory: Path, origin: str) -> Baseline | None:

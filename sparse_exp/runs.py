@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_exp.artifacts import MANIFEST
+from sparse_exp.artifacts import MANIFEST, is_abandoned
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.tracking import PARENT_TAG, FoundRun
@@ -21,6 +21,7 @@ from sparse_exp.tracking.dashboard import DEFAULT_STORE
 
 DEFAULT_DIRECTORIES = (Path("outputs/runs"), Path("outputs/sweeps"))
 OVERRIDES_TAG = "overrides"
+JOB_TAG = "sweep.job"
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 # Words of a command line that say where a run lies or how it is started, not what it is.
 _ABOUT_THE_PLACE = ("paths.run=", "resume=", "overwrite=", "dry_run=")
@@ -133,10 +134,11 @@ def read_run(directory: Path) -> PastRun | None:
     if "status" not in manifest:
         _log.warning("%s has no manifest that can be read; it is left out.", directory)
         return None
+    killed = manifest["status"] == "RUNNING" and is_abandoned(directory)
     return PastRun(
         name=str(manifest.get("name", directory.name)),
         place=str(directory),
-        status=str(manifest["status"]),
+        status="KILLED" if killed else str(manifest["status"]),
         metrics={name: float(value) for name, value in result.items() if isinstance(value, int | float)},
         overrides=tuple(manifest["overrides"]) if "overrides" in manifest else None,
         run_id=manifest.get("tracker_run_id"),

@@ -6,16 +6,19 @@ alone and a run can be resumed between any two of them. Libraries are imported w
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sparse_exp import __version__
 from sparse_exp.artifacts import sha256_of, write_json, write_text
 from sparse_exp.config.resolve import as_dict
 from sparse_exp.context import Context, Outcome
-from sparse_exp.tracking import Artifact, Dataset, Metrics, Pause, Resume, Tags
+from sparse_exp.errors import ConfigError
+from sparse_exp.tracking import Artifact, Dataset, Model, Pause, Resume, Tags
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +30,6 @@ def fetch(context: Context) -> Outcome:
     dataset = context.dataset
     boxes = check_dataset(dataset)
     for split, samples in dataset.splits.items():
-        context.tracker.log(Dataset(dataset.name, dataset.digest, str(dataset.root), split, len(samples)))
         _log.info("%s/%s: %d images, %d boxes", dataset.name, split, len(samples), boxes[split])
     facts: dict[str, Any] = {
         "dataset": dataset.digest,
@@ -37,7 +39,6 @@ def fetch(context: Context) -> Outcome:
     }
     if "train" in context.experiment.stages:
         facts |= _fetch_start(context)
-    context.tracker.log(Tags({"dataset.digest": dataset.digest, "dataset.skipped": str(dataset.skipped)}))
     origin = {"weights/origin": facts["origin"]} if "origin" in facts else {}
     return Outcome(metrics=origin, facts=facts)
 
@@ -53,8 +54,16 @@ def _fetch_start(context: Context) -> dict[str, str]:
         facts = {"origin": start.name, "sha256": start.file.sha256}
         facts |= {"grown_from": start.file.origin} if start.grown else {}
         _log.info("Start weights: %s, sha256 %s", start.name, start.file.sha256)
-    context.tracker.log(Tags({f"weights/{name}": text for name, text in facts.items() if text}))
     return facts
+
+
+def _announce_fetch(context: Context) -> None:
+    dataset, facts = context.dataset, context.facts("fetch")
+    for split, samples in dataset.splits.items():
+        context.tracker.log(Dataset(dataset.name, dataset.digest, str(dataset.root), split, len(samples)))
+    tags = {"dataset.digest": facts["dataset"], "dataset.skipped": str(facts["skipped"])}
+    weights = {f"weights/{name}": facts.get(name) for name in ("origin", "sha256", "grown_from")}
+    context.tracker.log(Tags({**tags, **{name: text for name, text in weights.items() if text}}))
 
 
 def plan(context: Context) -> Outcome:
@@ -70,24 +79,36 @@ def plan(context: Context) -> Outcome:
     show_plan(laid_out)
     transfer = f"{start.report.taken} of {start.report.total} tensors" if start.report else "none"
     found = {"sparsity": laid_out.start.sparsity, "quantized": laid_out.start.quantized}
-    tags = {"taken": transfer, **found} if start.checkpoint else {}
-    context.tracker.log(Tags({f"weights/{name}": str(value) for name, value in tags.items()}))
     return Outcome(facts={**laid_out.as_facts(), "transferred": transfer, "start": found})
+
+
+def _announce_plan(context: Context) -> None:
+    facts = context.facts("plan")
+    if facts and context.facts("fetch").get("sha256"):  # a start from random weights has none
+        tags = {"taken": facts["transferred"], **facts["start"]}
+        context.tracker.log(Tags({f"weights/{name}": str(value) for name, value in tags.items()}))
 
 
 def baseline(context: Context) -> Outcome:
     """Find or train the dense counterpart, where the configuration asks for it."""
-    from sparse_exp.recovery import TAG, find_or_train
+    from sparse_exp.recovery import find_or_train
 
     facts = find_or_train(context)
+    return Outcome(metrics={"baseline/map50": facts["map50"]} if "map50" in facts else {}, facts=facts)
+
+
+def _announce_baseline(context: Context) -> None:
+    from sparse_exp.recovery import TAG
+
+    facts = context.facts("baseline")
     if "dense_fingerprint" in facts:  # this run is one, and can be found by others
         context.tracker.log(Tags({TAG: facts["dense_fingerprint"]}))
-    return Outcome(metrics={"baseline/map50": facts["map50"]} if "map50" in facts else {}, facts=facts)
 
 
 def train(context: Context) -> Outcome:
     """Fine-tune under the recipe, or apply it at once; the best checkpoint of the last phase goes on."""
     from sparse_exp.training.run import run_training
+    from sparse_exp.training.state import STATE
 
     weights = context.run.path / "weights"
     weights.mkdir(exist_ok=True)
@@ -95,7 +116,6 @@ def train(context: Context) -> Outcome:
     history = write_json(context.run.path / "history.json", result.history)
     phase, best = list(result.phases.items())[-1]
     table = _write_sparsity(context, best.path, best.promised)
-    context.tracker.log(Artifact(write_recipe(context, composed)))
     facts = {
         "checkpoint": str(best.path.relative_to(context.run.path)),
         "phase": phase,
@@ -105,7 +125,14 @@ def train(context: Context) -> Outcome:
         "devices": context.experiment.trainer.devices,
         "threads": context.threads,
     }
-    return Outcome([history, table, *sorted(weights.glob("*.pt"))], facts=facts)
+    state = context.run.path / STATE
+    checkpoints = sorted(path for path in weights.glob("[!.]*.pt") if path != state)
+    return Outcome([history, table, *checkpoints], facts=facts, spent=[state])
+
+
+def _announce_train(context: Context) -> None:
+    context.tracker.log(Artifact(write_recipe(context)))
+    _announce_sparsity(context, "train")
 
 
 def _write_sparsity(context: Context, checkpoint: Path, promised: Mapping[str, float]) -> Path:
@@ -114,14 +141,19 @@ def _write_sparsity(context: Context, checkpoint: Path, promised: Mapping[str, f
     from sparse_exp.yolov5 import read_checkpoint
 
     layers = state_sparsity(read_checkpoint(checkpoint).state_dict)
-    table = write_text(context.run.path / "sparsity.csv", sparsity_table(layers, promised))
-    context.tracker.log(Artifact(table))
-    return table
+    return write_text(context.run.path / "sparsity.csv", sparsity_table(layers, promised))
+
+
+def _announce_sparsity(context: Context, stage: str) -> None:
+    name = "sparsity.csv"
+    if name in context.run.records[stage].outputs:
+        context.tracker.log(Artifact(context.run.path / name))
 
 
 def _log_epoch(context: Context, record: dict[str, Any]) -> None:
-    numbers = {name: value for name, value in record.items() if isinstance(value, float)}
-    context.tracker.log(Metrics(numbers, step=round(100 * record["epoch"])))
+    from sparse_exp.training.run import epoch_metrics
+
+    context.tracker.log(epoch_metrics(record))
     losses = "".join(
         f"{name.removeprefix('loss/')} {value:.4f} "
         for name, value in record.items()
@@ -174,6 +206,7 @@ def evaluate(context: Context) -> Outcome:
         "epoch": checkpoint.epoch,
         "curve": {"recall": list(result.recall), "precision": list(result.precision), "ap": result.map50},
         "layers": [asdict(layer) for layer in layer_sparsity(model.quantizable_convolutions())],
+        "dense_fingerprint": context.facts("baseline").get("dense_fingerprint"),
     }
     trained = "train" in context.experiment.stages
     return Outcome([] if trained else [_write_sparsity(context, context.checkpoint, {})], metrics, facts)
@@ -261,18 +294,65 @@ def publish(context: Context) -> Outcome:
     return Outcome(metrics={"zoo/stub": model.stub}, facts={"directory": str(model.directory)})
 
 
+def register(context: Context) -> Outcome:
+    """Make the deployed file a version in the tracker's model registry, where that is asked for."""
+    from sparse_exp.recovery import recovery_engine
+
+    experiment, run = context.experiment, context.run
+    name, file = experiment.tracker.register, run.path / "deployment" / "model.onnx"
+    if name is None:
+        return Outcome()
+    if "verify" not in run.records or not file.is_file():
+        raise ConfigError(
+            f"{run.path} has no verified deployment to register. Add export and verify to stages."
+        )
+    result, engine = run.result(), recovery_engine(experiment.hardware.engines)
+    tags = {
+        "map50": f"{result[f'deployed/{engine}/map50']:.4f}",
+        "sparsity": f"{result['sparsity/onnx']:.4f}",
+        "run": experiment.name,
+        "sparse_exp.version": __version__,
+    }
+    context.tracker.log(Model(file, name, experiment.tracker.alias, tags))
+    return Outcome(facts={"name": name, "alias": experiment.tracker.alias, "sha256": sha256_of(file)})
+
+
 STAGES: dict[str, Callable[[Context], Outcome]] = {
     function.__name__: function
-    for function in (fetch, plan, baseline, train, evaluate, export, verify, benchmark, report, publish)
+    for function in (
+        fetch, plan, baseline, train, evaluate, export, verify, benchmark, report, publish, register
+    )
+}  # fmt: skip
+
+
+_ANNOUNCED: dict[str, Callable[[Context], None]] = {
+    "fetch": _announce_fetch,
+    "plan": _announce_plan,
+    "baseline": _announce_baseline,
+    "train": _announce_train,
+    "evaluate": lambda context: _announce_sparsity(context, "evaluate"),
 }
 
 
-def write_recipe(context: Context, composed: str = "") -> Path:
-    """Keep the recipe as it runs beside the run's other files.
+def announce(context: Context, stage: str, *, replay: bool = False) -> None:
+    """Tell the tracker what a finished stage found, beside its metrics: from its record and its files alone.
 
     Args:
-        context: of the run.
-        composed: with the recipe of the start checkpoint before it, once that is known.
+        context: of the run, which has the stage's record.
+        stage: its name.
+        replay: the tracker has seen nothing of it, as it was done by another job or at another time: the
+            epochs of a training, too.
     """
-    text = composed or str(context.facts("train").get("recipe", "")) or context.recipe.text
+    if stage in _ANNOUNCED:
+        _ANNOUNCED[stage](context)
+    if stage == "train" and replay:
+        from sparse_exp.training.run import epoch_metrics
+
+        for record in json.loads((context.run.path / "history.json").read_text(encoding="utf-8")):
+            context.tracker.log(epoch_metrics(record))
+
+
+def write_recipe(context: Context) -> Path:
+    """Keep the recipe as it runs beside the run's other files, after the training with that of its start."""
+    text = str(context.facts("train").get("recipe", "")) or context.recipe.text
     return write_text(context.run.path / "recipe.md", f"---\n{text.strip()}\n---\n")

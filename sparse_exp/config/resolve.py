@@ -8,6 +8,7 @@ checked here, and all problems are reported at once.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -31,6 +32,11 @@ CONF_DIRECTORY = next(
 )
 
 
+# What MLflow's registry takes, and a URL and a search in it take without quotes. It numbers versions itself.
+_MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+_ALIAS = re.compile(r"(?!latest$|v\d+$)[a-z0-9_-]{1,200}", re.IGNORECASE)
+
+
 def resolve(config: DictConfig) -> Experiment:
     """Check a composed configuration and turn it into plain dataclasses.
 
@@ -51,10 +57,11 @@ def resolve(config: DictConfig) -> Experiment:
         raise ConfigError([f"Unknown key {key}. Remove it; --help lists all keys." for key in unknown])
     experiment = OmegaConf.to_object(config)
     assert isinstance(experiment, Experiment)
-    problems = [*_out_of_bounds(experiment, ""), *_cross_checks(experiment)]
+    problems = [*out_of_bounds(experiment, ""), *_cross_checks(experiment)]
     if problems:
         raise ConfigError(problems)
-    leave_out = () if experiment.publish else ("publish",)  # it would do nothing
+    wanted = {"publish": experiment.publish, "register": experiment.tracker.register}
+    leave_out = [stage for stage, value in wanted.items() if value is None]  # they would do nothing
     experiment.stages = [s for s in STAGES if s in experiment.stages and s not in leave_out]
     given = {name: value for name, value in experiment.recipe.variables.items() if value is not None}
     experiment.recipe.variables = dict(given)  # the others are as the recipe has or derives them
@@ -148,6 +155,21 @@ def from_dict(schema: type, plain: Mapping[str, Any]) -> Any:
         raise ConfigError(f"An earlier configuration cannot be read: {first_line(error)}.") from error
 
 
+def group(config: DictConfig, name: str, schema: type) -> Any:
+    """One group of a composed configuration, before the whole is checked.
+
+    Args:
+        config: what Hydra composed.
+        name: of the group.
+        schema: its dataclass, which is what is returned.
+
+    Raises:
+        ConfigError: a value is of another type.
+    """
+    plain: Any = OmegaConf.to_container(config[name])
+    return from_dict(schema, plain)
+
+
 def as_yaml(config: Any) -> str:
     """A dataclass configuration as YAML text."""
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
@@ -181,11 +203,17 @@ def _unknown_keys(config: DictConfig, schema: type, prefix: str) -> Iterator[str
             yield from _unknown_keys(config[key], types[key], f"{prefix}{key}.")
 
 
-def _out_of_bounds(node: Any, prefix: str) -> Iterator[str]:
+def out_of_bounds(node: Any, prefix: str) -> Iterator[str]:
+    """What is wrong with single values of a dataclass configuration.
+
+    Args:
+        node: the dataclass.
+        prefix: of its keys, such as ``"trainer."``.
+    """
     for item in fields(node):
         value, key = getattr(node, item.name), prefix + item.name
         if is_dataclass(value):
-            yield from _out_of_bounds(value, key + ".")
+            yield from out_of_bounds(value, key + ".")
         elif value is not None:
             yield from _bound_problem(key, value, item.metadata)
 
@@ -218,6 +246,7 @@ def _cross_checks(experiment: Experiment) -> Iterator[str]:
     yield from _check_devices(experiment)
     yield from _check_stages(experiment)
     yield from _check_publish(experiment)
+    yield from _check_register(experiment)
     for batch in experiment.hardware.batch_sizes:
         if batch < 1:
             yield expected("hardware.batch_sizes", "at least 1 each", batch, "Use positive batch sizes.")
@@ -354,3 +383,28 @@ def _check_publish(experiment: Experiment) -> Iterator[str]:
             require_free(experiment.publish, zoo, force=experiment.overwrite)
     except ConfigError as error:
         yield from error.problems
+
+
+def _check_register(experiment: Experiment) -> Iterator[str]:
+    tracker, stages = experiment.tracker, experiment.stages
+    name, alias = tracker.register, tracker.alias
+    if name is None:
+        if alias is not None:
+            do = "Set tracker.register=NAME, or leave out tracker.alias."
+            yield f"tracker.alias={alias} needs a model to point to. {do}"
+        if stages == ["register"]:
+            yield "stages=[register] needs a name to register under. Set tracker.register=NAME."
+        return
+    if not _MODEL_NAME.fullmatch(name):
+        do = "For example tracker.register=crowns."
+        yield expected("tracker.register", "letters, digits and _ . - (at most 200)", name, do)
+    if alias is not None and not _ALIAS.fullmatch(alias):
+        do = "For example tracker.alias=candidate."
+        yield expected("tracker.alias", "letters, digits, _ and -, not 'latest' or 'v1'", alias, do)
+    if tracker.backend != "mlflow":
+        do = "Set tracker=mlflow, or leave out tracker.register."
+        yield f"tracker.register={name} needs MLflow, but tracker.backend is '{tracker.backend}'. {do}"
+    missing = [stage for stage in ("export", "verify", "register") if stage not in stages]
+    if missing and not experiment.resume:
+        do = "Add it to stages, or leave out tracker.register."
+        yield f"tracker.register={name} needs the stage {missing[0]}. {do}"

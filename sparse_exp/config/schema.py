@@ -20,6 +20,7 @@ STAGES = (
     "benchmark",
     "report",
     "publish",
+    "register",
 )
 SIZES = ("n", "s", "m", "l", "x")
 ENGINES = ("deepsparse", "onnxruntime", "openvino")

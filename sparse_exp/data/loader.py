@@ -132,6 +132,10 @@ class EpochSampler(Sampler[tuple[int, int]]):
         seed: of the shuffling; None keeps the order.
         batch_size: of the batches that are shared out; only looked at with ``share``.
         share: (which, of how many) nearly equal runs of each batch to yield.
+
+    Attributes:
+        epoch: of the next pass.
+        skipped: samples at its beginning that are left out, of those that are yielded.
     """
 
     def __init__(
@@ -139,7 +143,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
     ) -> None:
         self.count, self.seed = count, seed
         self._batch_size, self._share = batch_size, share
-        self.epoch = 0
+        self.epoch = self.skipped = 0
 
     def __len__(self) -> int:
         return len(self._shared(np.arange(self.count)))
@@ -148,7 +152,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         order = np.arange(self.count)
         if self.seed is not None:
             order = np.random.default_rng((self.seed, _SHUFFLE, self.epoch)).permutation(order)
-        return iter([(self.epoch, int(index)) for index in self._shared(order)])
+        return iter([(self.epoch, int(index)) for index in self._shared(order)[self.skipped :]])
 
     def _shared(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
         which, of = self._share
@@ -163,10 +167,15 @@ class EpochSampler(Sampler[tuple[int, int]]):
 class DetectionLoader(DataLoader[Example]):
     """A loader of `Batch` that knows its epoch; made by `make_loader`."""
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order and the augmentation of the next pass, counted from 0."""
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Choose the order and the augmentation of the next pass.
+
+        Args:
+            epoch: counted from 0.
+            skip: batches at its beginning that are left out, without being made.
+        """
         assert isinstance(self.sampler, EpochSampler)
-        self.sampler.epoch = epoch
+        self.sampler.epoch, self.sampler.skipped = epoch, skip * (self.batch_size or 1)
 
     def share(self, which: int, of: int) -> DetectionLoader:
         """A loader of one process's share of each batch; the shares in order are the batches of this one.
@@ -200,6 +209,7 @@ def _loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         collate_fn=collate,
+        generator=torch.Generator(),  # or each pass would draw from torch's own, which the model uses
     )
 
 

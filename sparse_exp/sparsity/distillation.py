@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,7 +136,7 @@ class Distiller:
     ) -> None:
         self._student, self._teacher, self._optimizer = student, teacher.eval(), optimizer
         self._outputs, self._layers = outputs, layers
-        self._projections: dict[str, nn.Module] = {}
+        self._projections: dict[str, nn.Conv2d] = {}
         self._maps: dict[tuple[str, str], Tensor] = {}
         self._handles: list[Any] = []
         pairs = [pair for term in layers for pair in term.layers]
@@ -237,13 +237,32 @@ class Distiller:
                 f"{tuple(given.shape)} and {tuple(wanted.shape)}. Set project_features: True, or name others."
             )
         if name not in self._projections:
-            projection = nn.Conv2d(given.shape[1], wanted.shape[1], 1, bias=False).to(given.device)
-            self._projections[name] = projection
-            rate = self._optimizer.param_groups[0]["lr"]  # not that of the biases, which come last
-            group = {"params": list(projection.parameters()), "weight_decay": 0.0, "lr": rate}
-            self._optimizer.add_param_group(group)
+            self._project(name, nn.Conv2d(given.shape[1], wanted.shape[1], 1, bias=False).to(given.device))
         fitted: Tensor = self._projections[name](given)
         return fitted
+
+    def _project(self, name: str, projection: nn.Conv2d) -> None:
+        self._projections[name] = projection
+        rate = self._optimizer.param_groups[0]["lr"]  # not that of the biases, which come last
+        group = {"params": list(projection.parameters()), "weight_decay": 0.0, "lr": rate}
+        self._optimizer.add_param_group(group)
+
+    def projections(self) -> dict[str, Tensor]:
+        """The weights (C teacher, C student, 1, 1) learned so far, by the student's layer, in order."""
+        return {name: module.weight.detach() for name, module in self._projections.items()}
+
+    @torch.no_grad()
+    def project_with(self, weights: Mapping[str, Tensor]) -> None:
+        """Go on with what another distiller has learned, whose optimizer got these parameters in this order.
+
+        Args:
+            weights: of its `projections`.
+        """
+        device = next(self._student.parameters()).device
+        for name, weight in weights.items():
+            projection = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=False).to(device)
+            projection.weight.copy_(weight)
+            self._project(name, projection)
 
 
 def _acts(term: OutputTerm | LayerTerm, epoch: float) -> bool:

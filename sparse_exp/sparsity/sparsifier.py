@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sparse_exp.sparsity.distillation import Distiller
+from sparse_exp.sparsity.remembered import remember, remembered
 
 
 class Sparsifier(Protocol):
@@ -29,6 +30,19 @@ class Sparsifier(Protocol):
 
     def step(self, epoch: float) -> None:
         """Take one optimizer step, restore what the recipe keeps, such as masks, and prune if it is time."""
+
+    def state(self) -> dict[str, Any]:
+        """What was done so far, as builtin types and tensors."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where another one was, of the same recipe and a model of the same structure.
+
+        Before it, `before_step` was called with every epoch at which a phase has begun since the start, and
+        with that of the last step. The optimizer gets the parameters that the other one's had.
+
+        Args:
+            state: of the other one.
+        """
 
     def finish(self) -> None:
         """Detach from the model, which keeps its structure."""
@@ -93,6 +107,17 @@ class ManagedSparsifier:
             begun = modifier.start_epoch < epoch
             if begun and modifier.update_ready(epoch, self._steps_per_epoch):
                 modifier.scheduled_update(self._model, self._optimizer, epoch, self._steps_per_epoch)
+
+    def state(self) -> dict[str, Any]:
+        """See `Sparsifier`."""
+        learned = self._distiller.projections() if self._distiller else {}
+        return {"modifiers": remembered(list(self._manager.iter_modifiers())), "projections": learned}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `Sparsifier`."""
+        remember(list(self._manager.iter_modifiers()), state["modifiers"])
+        if self._distiller:
+            self._distiller.project_with(state["projections"])
 
     def finish(self) -> None:
         """See `Sparsifier`."""

@@ -63,6 +63,23 @@ class Artifact:
 
 
 @dataclass(frozen=True)
+class Model:
+    """An ONNX file to register under a name that others load it by.
+
+    Args:
+        path: of the file.
+        name: in the registry, which numbers its versions.
+        alias: that is moved to this version, such as ``candidate``; None: none is.
+        tags: of the version.
+    """
+
+    path: Path
+    name: str
+    alias: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Pause:
     """From here on the machine belongs to the run alone: system metrics stop."""
 
@@ -72,7 +89,15 @@ class Resume:
     """System metrics go on."""
 
 
-Event = Metrics | Tags | Dataset | Artifact | Pause | Resume
+Event = Metrics | Tags | Dataset | Artifact | Model | Pause | Resume
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The end of a run, which trackers make an event of so that it can wait like others."""
+
+    status: Status
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -173,6 +198,48 @@ def find_runs(config: TrackerConfig, store: Path, tag: str, value: str) -> list[
     except Exception as error:
         _log.warning("MLflow cannot be searched: %s", " ".join(str(error).split()))
         return []
+
+
+def end_open_runs(config: TrackerConfig, store: Path, parent: str, status: Status, reason: str) -> int:
+    """Close the runs of a sweep that nobody goes on with: their process is gone, and they say RUNNING.
+
+    Args:
+        config: the ``tracker`` group of the configuration.
+        store: see `create_tracker`.
+        parent: the backend's name of the sweep's own run.
+        status: that they get.
+        reason: why, in a sentence.
+
+    Returns:
+        How many were closed; 0 without a backend, or (with a warning) when it does not answer.
+    """
+    if config.backend != "mlflow":
+        return 0
+    from sparse_exp.tracking.mlflow import close_children
+
+    try:
+        return close_children(config, store, parent, Finish(status, reason))
+    except Exception as error:
+        _log.warning("Runs that did not end cannot be closed in MLflow: %s", " ".join(str(error).split()))
+        return 0
+
+
+def delete_run(config: TrackerConfig, store: Path, run_id: str) -> None:
+    """Take a run out of the backend's lists, such as one whose job is made anew; MLflow can restore it.
+
+    Args:
+        config: the ``tracker`` group of the configuration.
+        store: see `create_tracker`.
+        run_id: the backend's name of it. Where it cannot be deleted a warning says so.
+    """
+    if config.backend != "mlflow":
+        return
+    from sparse_exp.tracking.mlflow import forget
+
+    try:
+        forget(config, store, run_id)
+    except Exception as error:
+        _log.warning("The former run cannot be deleted in MLflow: %s", " ".join(str(error).split()))
 
 
 def create_tracker(config: TrackerConfig, store: Path) -> Tracker:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing, suppress
 from pathlib import Path
 
 DEFAULT_STORE = Path("outputs/mlflow")
@@ -20,7 +22,8 @@ def main() -> None:
     if uri.startswith("http"):
         sys.exit(f"The runs are on the server {uri}: open it in a browser.")
     port = free_port()
-    print(f"MLflow shows the runs on http://127.0.0.1:{port} in about half a minute; Ctrl-C ends it.")
+    address = f"http://127.0.0.1:{port}/{_page(uri)}"
+    print(f"MLflow shows the runs in about half a minute on {address} (Ctrl-C ends it)")
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
     # One worker starts in half the time, and one person looks.
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
@@ -29,6 +32,17 @@ def main() -> None:
         sys.exit(subprocess.run(command, check=False, env=environment).returncode)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _page(uri: str) -> str:
+    """The page of the newest run's experiment; MLflow by itself opens one for language models."""
+    if not uri.startswith("sqlite:///"):
+        return ""
+    newest = "SELECT experiment_id FROM runs ORDER BY start_time DESC LIMIT 1"
+    with suppress(sqlite3.Error), closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as connection:
+        for (experiment,) in connection.execute(newest):
+            return f"#/experiments/{experiment}/runs?workflowType=machine_learning"
+    return ""
 
 
 def free_port() -> int:

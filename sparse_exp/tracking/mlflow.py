@@ -6,60 +6,63 @@ keep process-wide state, change the environment and fall back to ``./mlruns``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import os
 import re
-import sqlite3
+import shutil
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import MissingDependency, SparseExpError, expected
 from sparse_exp.tracking import (
+    PARENT_TAG,
     Artifact,
     Dataset,
     Event,
+    Finish,
     FoundRun,
     Metrics,
+    Model,
     Pause,
     Resume,
     RunInfo,
     Status,
     Tags,
 )
+from sparse_exp.tracking.description import NOTE_TAG, experiment_note
 from sparse_exp.tracking.outbox import Outbox, one_line, without_password
 from sparse_exp.tracking.params import flatten, sanitize, shorten
 from sparse_exp.tracking.source import source_tags
+from sparse_exp.tracking.spool import Destination, Spool
+from sparse_exp.tracking.store import ready_database, tracking_uri, unusable
 
-UNSENT = "unsent_tracking.jsonl"
 _log = logging.getLogger(__name__)
 _MAX_TAG_LENGTH = 8000
 _MAX_DIGEST_LENGTH = 36
 _PER_BATCH = 100
-_LOCK_TIMEOUT_S = 120
 _PATIENCE_AT_FINISH_S = 20.0
+_PATIENCE_FOR_SPOOL_S = 60.0
 _SYSTEM_METRICS_EVERY_S = 5
+_FAILURE_TAG = "failure"
+_MODEL_FOLDER, _MODEL_FILE, _SHA256_TAG = "registered_model", "model.onnx", "sha256"
 _ENVIRONMENT = {
     # Of a server that does not answer, MLflow's own defaults wait many minutes before they say so.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
-
-
-@dataclass(frozen=True)
-class _Finish:
-    status: Status
 
 
 class MlflowTracker:
@@ -74,20 +77,22 @@ class MlflowTracker:
         self.run_id: str | None = None
         self._config, self._store = config, store.absolute()
         self._uri, self._uri_from = tracking_uri(config, self._store)
-        self._outbox = Outbox(self._send)
+        self._outbox: Outbox | None = None
         self._monitor: Any = None
-        self._finished = False
 
     def start(self, run: RunInfo) -> None:
-        """Open the run and log its configuration as flat parameters; see `Tracker.start`."""
-        self._directory = run.directory
+        """Open the run and log its configuration as flat parameters; see `Tracker.start`.
+
+        What an earlier start of the run could not send goes first.
+        """
         client_class = import_client()
         _log.info("Tracking to %s (%s)", without_password(self._uri), self._uri_from)
         try:
             self._open(client_class, run)
+            self._open_outbox(run.directory)
         except Exception as error:
             self._abandon()
-            raise SparseExpError(self._unusable(error)) from error
+            raise SparseExpError(unusable(self._uri, self._uri_from, error)) from error
         self._start_monitor(resume=False)
 
     def log(self, event: Event) -> None:
@@ -96,30 +101,36 @@ class MlflowTracker:
             self._stop_monitor()
         elif isinstance(event, Resume):
             self._start_monitor(resume=True)
-        else:
+        elif self._outbox is not None:
             self._outbox.put(event)
 
     def finish(self, status: Status, reason: str = "") -> None:
-        """Close the run; what cannot be sent is written to `UNSENT` in the run's directory."""
-        if self.run_id is None or self._finished:
+        """Close the run; what cannot be sent stays in the run's directory, for ``sync``."""
+        if self._outbox is None:
             return
-        self._finished = True
         self._stop_monitor()
-        if reason:
-            self._outbox.put(Tags({"failure": reason, "mlflow.note.content": f"{status}: {reason}"}))
-        self._outbox.put(_Finish(status))
+        self._outbox.put(Finish(status, reason))
         self._outbox.flush(_PATIENCE_AT_FINISH_S)
-        self._keep_unsent()
+        path = self._outbox.close()
+        if self._outbox.waiting:
+            _log.warning(
+                "%d events could not be sent to MLflow; they are kept in %s. "
+                "When it answers again: python -m sparse_exp.tracking sync %s",
+                self._outbox.waiting,
+                path,
+                path.parent,
+            )
+        self._outbox = None
 
     def _open(self, client_class: Callable[[str], Any], run: RunInfo) -> None:
         from mlflow.entities import Param
 
-        with _ready_database(self._uri):
+        with ready_database(self._uri):
             self._client = client_class(self._uri)
             experiment = self._experiment(run.experiment)
         tags = {**source_tags(), **run.tags}
         if run.run_id is not None:
-            self._client.update_run(run.run_id, status="RUNNING")
+            _reopen(self._client, run.run_id)
             self.run_id = run.run_id
             return
         created = self._client.create_run(experiment, tags=_clean_tags(tags), run_name=run.name)
@@ -128,19 +139,33 @@ class MlflowTracker:
         for batch in _batches(params):
             self._client.log_batch(self.run_id, params=batch)
 
+    def _open_outbox(self, directory: Path) -> None:
+        destination = Destination(without_password(self._uri), str(self.run_id))
+        spool = Spool(directory, destination, _PATIENCE_FOR_SPOOL_S)
+        # An end that waits is that of the earlier start, and of no interest: the run goes on.
+        spool.replace([waiting for waiting in spool.read() if not isinstance(waiting.event, Finish)])
+        self._outbox = Outbox(RunWriter(self._client, str(self.run_id)).send, spool)
+        self._outbox.flush()
+
     def _experiment(self, name: str) -> str:
-        """The ID of the experiment of that name, made if there is none."""
-        if found := self._client.get_experiment_by_name(name):
-            return str(found.experiment_id)
+        """The ID of the experiment of that name, made if there is none, with a description."""
+        found = self._client.get_experiment_by_name(name) or self._new_experiment(name)
+        if NOTE_TAG not in found.tags:  # somebody's own text, an empty one too, stays
+            note = experiment_note(found.experiment_id)
+            self._client.set_experiment_tag(found.experiment_id, NOTE_TAG, note)
+        return str(found.experiment_id)
+
+    def _new_experiment(self, name: str) -> Any:
         # A server places artifacts itself; for a database MLflow would take ./mlruns.
         remote = self._uri.startswith(("http:", "https:"))
         location = None if remote else (self._store / "artifacts").as_uri()
         try:
-            return str(self._client.create_experiment(name, artifact_location=location))
+            self._client.create_experiment(name, artifact_location=location)
         except Exception:  # another process may have been faster
             if found := self._client.get_experiment_by_name(name):
-                return str(found.experiment_id)
+                return found
             raise
+        return self._client.get_experiment_by_name(name)
 
     def _abandon(self) -> None:
         """Close a run that could not be started in full."""
@@ -148,49 +173,6 @@ class MlflowTracker:
             with suppress(Exception):
                 self._client.set_terminated(self.run_id, "FAILED")
         self.run_id = None
-
-    def _unusable(self, error: Exception) -> str:
-        what = f"the MLflow tracking store ({self._uri_from})"
-        do = f"({one_line(error)}) Start or repair it, name another with tracker.uri, or set tracker=none."
-        return expected(what, "usable", without_password(self._uri), do)
-
-    def _send(self, event: Any, milliseconds: int) -> None:
-        if isinstance(event, Metrics):
-            self._send_metrics(event, milliseconds)
-        elif isinstance(event, Tags):
-            self._send_tags(event)
-        elif isinstance(event, Dataset):
-            self._client.log_inputs(self.run_id, datasets=[_dataset_input(event)])
-        elif isinstance(event, Artifact):
-            self._client.log_artifact(self.run_id, str(event.path), event.folder or None)
-        elif isinstance(event, _Finish):
-            self._client.set_terminated(self.run_id, event.status, end_time=milliseconds)
-
-    def _send_metrics(self, event: Metrics, milliseconds: int) -> None:
-        from mlflow.entities import Metric
-
-        finite = {key: float(value) for key, value in event.values.items() if math.isfinite(value)}
-        if left_out := sorted(set(event.values) - set(finite)):
-            _log.debug("Not tracked at step %s because they are not finite: %s", event.step, left_out)
-        step = event.step or 0
-        metrics = [Metric(sanitize(key), value, milliseconds, step) for key, value in finite.items()]
-        for batch in _batches(metrics):
-            self._client.log_batch(self.run_id, metrics=batch)
-
-    def _send_tags(self, event: Tags) -> None:
-        from mlflow.entities import RunTag
-
-        tags = [RunTag(key, value) for key, value in _clean_tags(event.values).items()]
-        for batch in _batches(tags):
-            self._client.log_batch(self.run_id, tags=batch)
-
-    def _keep_unsent(self) -> None:
-        path = self._directory / UNSENT
-        try:
-            if count := self._outbox.write_unsent(path):
-                _log.warning("%d events could not be sent to MLflow; they are kept in %s", count, path)
-        except OSError as error:
-            _log.warning("Events that could not be sent to MLflow are lost: %s", one_line(error))
 
     def _start_monitor(self, *, resume: bool) -> None:
         if not self._config.system_metrics or self.run_id is None or self._monitor is not None:
@@ -206,16 +188,95 @@ class MlflowTracker:
             self._monitor = None
 
 
-def tracking_uri(config: TrackerConfig, store: Path) -> tuple[str, str]:
-    """The address that runs are logged to, and what named it.
+class RunWriter:
+    """Writes the events of one run.
 
-    ``MLFLOW_TRACKING_URI`` of the environment wins, then ``config.uri``, then SQLite in ``store``.
+    Args:
+        client: MLflow's, of a store that has the run.
+        run_id: of the run.
     """
-    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
-        return uri, "MLFLOW_TRACKING_URI"
-    if config.uri:
-        return config.uri, "tracker.uri"
-    return f"sqlite:///{store.absolute() / 'mlflow.db'}", "paths.mlflow"
+
+    def __init__(self, client: Any, run_id: str) -> None:
+        self._client, self._run_id = client, run_id
+
+    def send(self, event: Any, milliseconds: int) -> None:
+        """Write one event; to write it twice changes nothing.
+
+        Args:
+            event: see `sparse_exp.tracking.Event`.
+            milliseconds: since 1970, when it happened.
+
+        Raises:
+            Exception: MLflow's, or of a file that cannot be read.
+        """
+        if isinstance(event, Metrics):
+            self._send_metrics(event, milliseconds)
+        elif isinstance(event, Tags):
+            self._send_tags(event)
+        elif isinstance(event, Dataset):
+            self._client.log_inputs(self._run_id, datasets=[_dataset_input(event)])
+        elif isinstance(event, Artifact):
+            self._client.log_artifact(self._run_id, str(event.path), event.folder or None)
+        elif isinstance(event, Model):
+            _register(self._client, self._run_id, event)
+        elif isinstance(event, Finish):
+            _end(self._client, self._run_id, event, milliseconds)
+
+    def _send_metrics(self, event: Metrics, milliseconds: int) -> None:
+        from mlflow.entities import Metric
+
+        finite = {key: float(value) for key, value in event.values.items() if math.isfinite(value)}
+        if left_out := sorted(set(event.values) - set(finite)):
+            _log.debug("Not tracked at step %s because they are not finite: %s", event.step, left_out)
+        step = event.step or 0
+        metrics = [Metric(sanitize(key), value, milliseconds, step) for key, value in finite.items()]
+        for batch in _batches(metrics):
+            self._client.log_batch(self._run_id, metrics=batch)
+
+    def _send_tags(self, event: Tags) -> None:
+        _set_tags(self._client, self._run_id, event.values)
+
+
+def connect(uri: str) -> Any:
+    """MLflow's client of a store that answers.
+
+    Raises:
+        MissingDependency: MLflow is not installed.
+        Exception: the store does not answer.
+    """
+    client_class = import_client()
+    with ready_database(uri):
+        client = client_class(uri)
+        client.search_experiments(max_results=1)
+    return client
+
+
+def close_children(config: TrackerConfig, store: Path, parent: str, end: Finish) -> int:
+    """Close the children of a run that still say RUNNING; see `sparse_exp.tracking.end_open_runs`.
+
+    Raises:
+        MissingDependency: MLflow is not installed.
+        Exception: the store does not answer.
+    """
+    client = connect(tracking_uri(config, store)[0])
+    experiments = [client.get_run(parent).info.experiment_id]
+    wanted = f"tags.`{PARENT_TAG}` = '{parent}' and attributes.status = 'RUNNING'"
+    now, closed = int(time.time() * 1000), 0
+    while found := client.search_runs(experiments, wanted, max_results=_PER_BATCH):
+        for run in found:
+            _end(client, run.info.run_id, end, now)
+        closed += len(found)
+    return closed
+
+
+def forget(config: TrackerConfig, store: Path, run_id: str) -> None:
+    """Delete a run as MLflow does: it is out of all lists, and can be restored.
+
+    Raises:
+        MissingDependency: MLflow is not installed.
+        Exception: the store does not answer, or has no such run.
+    """
+    connect(tracking_uri(config, store)[0]).delete_run(run_id)
 
 
 def search(config: TrackerConfig, store: Path, tag: str, value: str) -> list[FoundRun]:
@@ -226,7 +287,7 @@ def search(config: TrackerConfig, store: Path, tag: str, value: str) -> list[Fou
         Exception: the store does not answer.
     """
     client_class, (uri, _) = import_client(), tracking_uri(config, store)
-    with _ready_database(uri):
+    with ready_database(uri):
         client = client_class(uri)
         experiments = [found.experiment_id for found in client.search_experiments()]
     wanted = f"tags.`{tag}` = '{value}' and attributes.status = 'FINISHED'"
@@ -257,29 +318,101 @@ def import_client() -> Callable[[str], Any]:
     return MlflowClient
 
 
-@contextmanager
-def _ready_database(uri: str) -> Iterator[None]:
-    """Hold the lock of a SQLite database, which processes that create it at once would corrupt.
+def _reopen(client: Any, run_id: str) -> None:
+    """Let a run that ended go on: it is RUNNING, and no longer failed."""
+    tags = client.get_run(run_id).data.tags
+    client.update_run(run_id, status="RUNNING")
+    if _FAILURE_TAG in tags:
+        client.set_tag(run_id, NOTE_TAG, _without_failure(tags))
+        client.delete_tag(run_id, _FAILURE_TAG)
 
-    Raises:
-        ValueError: the path cannot be written in a database address.
-        sqlite3.Error: it is no database, or not writable; MLflow would try for minutes.
-        OSError: its directory cannot be made.
-    """
-    if not uri.startswith("sqlite:///"):
-        yield
-        return
-    import filelock
 
-    if "?" in uri:
-        raise ValueError("a path with a question mark does not work for SQLite")
-    database = Path(uri.removeprefix("sqlite:///"))
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{database}.lock", timeout=_LOCK_TIMEOUT_S):
-        with closing(sqlite3.connect(database, timeout=_LOCK_TIMEOUT_S)) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            connection.rollback()
-        yield
+def _end(client: Any, run_id: str, end: Finish, milliseconds: int) -> None:
+    if end.reason:
+        rest = _without_failure(client.get_run(run_id).data.tags)
+        note = f"{end.status}: {end.reason}" + (f"\n\n{rest}" if rest else "")
+        _set_tags(client, run_id, {_FAILURE_TAG: end.reason, NOTE_TAG: note})
+    client.set_terminated(run_id, end.status, end_time=milliseconds)
+
+
+def _without_failure(tags: Mapping[str, str]) -> str:
+    """The note of a run without the paragraph that says how it failed."""
+    first, _, rest = tags.get(NOTE_TAG, "").partition("\n\n")
+    failed = _FAILURE_TAG in tags and first.partition(": ")[0] in ("FAILED", "KILLED")
+    return rest if failed else tags.get(NOTE_TAG, "")
+
+
+def _set_tags(client: Any, run_id: str, values: Mapping[str, str]) -> None:
+    from mlflow.entities import RunTag
+
+    for batch in _batches([RunTag(key, value) for key, value in _clean_tags(values).items()]):
+        client.log_batch(run_id, tags=batch)
+
+
+def _register(client: Any, run_id: str, model: Model) -> None:
+    """Make the file a version of the registered model, unless it is one of this run's already."""
+    digest = hashlib.sha256(model.path.read_bytes()).hexdigest()
+    versions = client.search_model_versions(f"name = '{model.name}' and run_id = '{run_id}'")
+    version = next((found for found in versions if found.tags.get(_SHA256_TAG) == digest), None)
+    if version is None:
+        with tempfile.TemporaryDirectory() as folder:
+            client.log_artifacts(run_id, str(_save_model(model, Path(folder))), _MODEL_FOLDER)
+        _make_name(client, model.name)
+        # Not runs:/..., which a client resolves against the store of its own process.
+        source = f"{client.get_run(run_id).info.artifact_uri}/{_MODEL_FOLDER}"
+        tags = _clean_tags({**model.tags, _SHA256_TAG: digest})
+        version = client.create_model_version(model.name, source, run_id, tags)
+    if model.alias:
+        client.set_registered_model_alias(model.name, model.alias, version.version)
+    _log.info("Registered as %s, version %s%s", model.name, version.version,
+              f" ({model.alias})" if model.alias else "")  # fmt: skip
+
+
+def _make_name(client: Any, name: str) -> None:
+    try:
+        client.create_registered_model(name)
+    except Exception:  # it is there, perhaps from a process that was faster; or there is something wrong
+        client.get_registered_model(name)
+
+
+def _save_model(model: Model, folder: Path) -> Path:
+    """A directory in MLflow's layout for ONNX models, with the very file in it."""
+    import mlflow.onnx
+    import onnx
+    import onnxruntime
+    from onnx.version import version as onnx_version
+
+    graph, place = onnx.load(str(model.path)), folder / "model"
+    mlflow.onnx.save_model(
+        graph,
+        str(place),
+        signature=_signature(graph.graph),
+        pip_requirements=[f"onnx=={onnx_version}", f"onnxruntime=={onnxruntime.__version__}"],
+        onnx_execution_providers=["CPUExecutionProvider"],
+        save_as_external_data=False,
+    )
+    shutil.copyfile(model.path, place / _MODEL_FILE)
+    return place
+
+
+def _signature(graph: Any) -> Any:
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema
+
+    return ModelSignature(
+        inputs=Schema([_tensor_spec(value) for value in graph.input]),
+        outputs=Schema([_tensor_spec(value) for value in graph.output]),
+    )
+
+
+def _tensor_spec(value: Any) -> Any:
+    """Name, element type and shape of a graph's input or output; -1 stands for any length."""
+    from mlflow.types import TensorSpec
+    from onnx.helper import tensor_dtype_to_np_dtype
+
+    tensor = value.type.tensor_type
+    shape = tuple(size.dim_value if size.HasField("dim_value") else -1 for size in tensor.shape.dim)
+    return TensorSpec(tensor_dtype_to_np_dtype(tensor.elem_type), shape, value.name)
 
 
 def _dataset_input(event: Dataset) -> Any:

@@ -10,11 +10,11 @@ from typing import Any
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import SparseExpError, expected
 from sparse_exp.tracking import PARENT_TAG, FoundRun, database
-from sparse_exp.tracking.mlflow import import_client, tracking_uri
+from sparse_exp.tracking.mlflow import import_client
 from sparse_exp.tracking.outbox import one_line, without_password
+from sparse_exp.tracking.store import SQLITE, tracking_uri
 
 _PER_PAGE = 200
-_SQLITE = "sqlite:///"
 
 
 def read_runs(
@@ -25,7 +25,7 @@ def read_runs(
     A SQLite database is read as it is, without importing MLflow; a server is asked through MLflow's client.
 
     Args:
-        config: names the server; see `sparse_exp.tracking.mlflow.tracking_uri`.
+        config: names the server; see `sparse_exp.tracking.store.tracking_uri`.
         store: directory of the local database, where no server is named.
         experiment: name of the experiment to read, None: all.
         run_ids: read these runs and their children (a sweep's runs) only.
@@ -34,7 +34,7 @@ def read_runs(
         SparseExpError: there is no such store or experiment, or it does not answer.
     """
     with _answering(config, store) as uri:
-        if uri.startswith(_SQLITE):
+        if uri.startswith(SQLITE):
             found = database.read(_file_of(uri), experiment=experiment, run_ids=run_ids)
         else:
             found = _ask(import_client()(uri), experiment, run_ids)
@@ -106,7 +106,7 @@ def _answering(config: TrackerConfig, store: Path) -> Iterator[str]:
     """
     uri, named_by = tracking_uri(config, store)
     what = f"the MLflow tracking store ({named_by})"
-    if uri.startswith(_SQLITE) and not _file_of(uri).is_file():
+    if uri.startswith(SQLITE) and not _file_of(uri).is_file():
         do = "Name it with --store or MLFLOW_TRACKING_URI, or give run directories."
         raise SparseExpError(expected(what, "a database with runs", uri, do))
     try:
@@ -119,4 +119,4 @@ def _answering(config: TrackerConfig, store: Path) -> Iterator[str]:
 
 
 def _file_of(uri: str) -> Path:
-    return Path(uri.removeprefix(_SQLITE))
+    return Path(uri.removeprefix(SQLITE))

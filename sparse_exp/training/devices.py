@@ -47,6 +47,7 @@ from sparse_exp.training.memory import is_out_of_memory
 if TYPE_CHECKING:
     from sparse_exp.sparsity.recipe import Recipe
     from sparse_exp.training.loop import TrainingResult
+    from sparse_exp.training.state import State
     from sparse_exp.yolov5 import YOLOv5
 
 _log = logging.getLogger(__name__)
@@ -119,12 +120,18 @@ def check_devices(experiment: Experiment, recipe: Recipe, model: YOLOv5) -> None
 
 
 def fit_together(
-    arguments: Mapping[str, Any], *, devices: int, threads: int, on_epoch: Callable[[dict[str, Any]], None]
+    arguments: Mapping[str, Any],
+    state: State | None = None,
+    *,
+    devices: int,
+    threads: int,
+    on_epoch: Callable[[dict[str, Any]], None],
 ) -> TrainingResult:
     """Train with one process or more.
 
     Args:
         arguments: of `Trainer`, all but ``on_epoch``; they go to the other processes by pickle.
+        state: where to go on, see `Trainer.fit`.
         devices: processes; they divide the size of a batch.
         threads: of each.
         on_epoch: called in this process only, with each record of the history.
@@ -134,8 +141,8 @@ def fit_together(
     """
     from sparse_exp.training.loop import Trainer  # which imports this module
 
-    with using_threads(threads), _others(devices, threads, arguments):
-        return Trainer(**arguments, on_epoch=on_epoch).fit()
+    with using_threads(threads), _others(devices, threads, arguments, state):
+        return Trainer(**arguments, on_epoch=on_epoch).fit(state)
 
 
 def make_fabric() -> Fabric:
@@ -215,6 +222,7 @@ class _Order:
         threads: of each.
         meeting: file by which they find each other.
         arguments: of its `Trainer`.
+        state: where it goes on, if not at the beginning.
     """
 
     rank: int
@@ -222,6 +230,7 @@ class _Order:
     threads: int
     meeting: str
     arguments: dict[str, Any]
+    state: State | None
 
 
 @dataclass(frozen=True)
@@ -233,7 +242,7 @@ class _Failure:
 
 
 @contextmanager
-def _others(devices: int, threads: int, arguments: Mapping[str, Any]) -> Iterator[None]:
+def _others(devices: int, threads: int, arguments: Mapping[str, Any], state: State | None) -> Iterator[None]:
     """All other processes of a training, at work until the block ends."""
     if devices == 1:
         yield
@@ -246,7 +255,7 @@ def _others(devices: int, threads: int, arguments: Mapping[str, Any]) -> Iterato
             others += [_Other(rank) for rank in range(1, devices)]
             meeting = str(Path(folder) / "meeting")
             for other in others:
-                other.order(_Order(other.rank, devices, threads, meeting, sent))
+                other.order(_Order(other.rank, devices, threads, meeting, sent, state))
             for other in others:
                 other.wait()
             _pipes[:] = [other.pipe for other in others]
@@ -381,7 +390,7 @@ def _train(order: _Order) -> None:
     from sparse_exp.training.loop import Trainer
 
     with using_threads(order.threads), _group(order.rank, order.devices, order.meeting):
-        Trainer(**order.arguments).fit()
+        Trainer(**order.arguments).fit(order.state)
 
 
 def _in_one_line(error: Exception, rank: int) -> SparseExpError:

@@ -16,6 +16,7 @@ from torch.ao.quantization import FakeQuantizeBase
 
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data.loader import Batch, DetectionLoader
+from sparse_exp.host import give_way, waited_seconds
 from sparse_exp.progress import progress
 from sparse_exp.yolov5 import YOLOv5, non_max_suppression
 
@@ -31,7 +32,7 @@ class Evaluation:
         precision: ``(101,)``: interpolated precision at these recalls at IoU 0.5, the mean over the
             classes that occur; its mean is ``map50``.
         images: number of images.
-        seconds: wall time.
+        seconds: wall time, without waiting for benchmarks.
         detections: per image float32 ``(D, 6)``: x1, y1, x2, y2 in pixels, confidence, class id;
             empty unless asked for.
     """
@@ -68,11 +69,12 @@ def evaluate(
     Raises:
         ValueError: predictions are of another shape.
     """
-    started = time.monotonic()
+    started = time.monotonic() - waited_seconds()
     metric, kept, images = _new_metric(max_det), [], 0
     total = len(loader) if isinstance(loader, Sized) else None
     with torch.no_grad(), progress(description, total=total, unit="batches") as bar:
         for batch in loader:
+            give_way()
             predictions = _checked(predict(batch.images), len(batch.images), num_classes)
             detections = [found.cpu() for found in non_max_suppression(predictions, conf, iou, max_det)]
             metric.update(_as_predictions(detections), _as_targets(batch))
@@ -80,7 +82,8 @@ def evaluate(
             images += len(detections)
             bar.advance()
     map50, map50_95, recall, precision = _summarize(metric)
-    return Evaluation(map50, map50_95, recall, precision, images, time.monotonic() - started, kept)
+    seconds = time.monotonic() - waited_seconds() - started
+    return Evaluation(map50, map50_95, recall, precision, images, seconds, kept)
 
 
 def as_input(images: Tensor, memory_format: torch.memory_format) -> Tensor:

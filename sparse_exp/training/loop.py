@@ -7,7 +7,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from sparse_exp import collectives
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data.loader import Batch, DetectionLoader
+from sparse_exp.host import give_way, waited_seconds
 from sparse_exp.progress import Bar, progress
 from sparse_exp.sparsity.measure import SparsityContract, layer_sparsity, overall
 from sparse_exp.sparsity.recipe import Phase, Recipe, pin_input_quantizer
@@ -33,6 +34,15 @@ from sparse_exp.training.memory import is_out_of_memory
 from sparse_exp.training.optimizer import BIASES, WEIGHTS, make_optimizer
 from sparse_exp.training.phases import Best, check_phases, first_step, is_pruning, stretches
 from sparse_exp.training.precision import Precision
+from sparse_exp.training.state import (
+    Position,
+    State,
+    StateError,
+    StateFile,
+    in_brackets,
+    random_state,
+    set_random_state,
+)
 from sparse_exp.yolov5 import DetectionLoss, YOLOv5, read_checkpoint
 
 _log = logging.getLogger(__name__)
@@ -93,6 +103,7 @@ class Trainer:
             the effective batch stays; batch norm sees the parts. It doubles when memory runs out.
         composed: the recipe that checkpoints are to carry, that of the start checkpoint included; "":
             ``recipe`` alone.
+        state: where to keep what it takes to go on, after every record of the history; None: nowhere.
     """
 
     def __init__(
@@ -110,6 +121,7 @@ class Trainer:
         teacher: YOLOv5 | None = None,
         qat_split: int = 1,
         composed: str = "",
+        state: StateFile | None = None,
     ) -> None:
         seed_everything(seed, verbose=False)
         self._fabric = make_fabric()
@@ -126,30 +138,94 @@ class Trainer:
         self._best: dict[str, Best] = {}
         self._split = qat_split
         self._quantizing = False
+        self._file, self._at, self._history = state, Position(), list[Record]()
 
-    def fit(self) -> TrainingResult:
+    def fit(self, state: State | None = None) -> TrainingResult:
         """Train to the end of the recipe.
+
+        Args:
+            state: that of a training with the same arguments which did not end; this one goes on there, and
+                gives what that one would have given. It is emptied. None: from the beginning.
 
         Raises:
             RecipeError: a phase is shorter than one step, or a distilling recipe has no teacher.
             SparsityError: a promised zero did not stay zero, or a layer has fewer than expected.
+            StateError: the state is of another training. This one has changed half-way then: make it anew.
         """
         steps, phases = len(self._data.train), self._recipe.phases()
         check_phases(phases, steps)
         sparsifier = self._recipe.attach(self._model, self._optimizer, steps, teacher=self._teacher)
         self._contract.extend(self._model.prunable_convolutions(), self._expected(0.0))
-        batches, history = self._batches(), []
+        if state:
+            self._go_on(state, phases, steps, sparsifier)
         with progress("Training", first_step(phases[-1].end, steps), "steps") as bar:
-            run = partial(self._run, steps_per_epoch=steps, batches=batches, sparsifier=sparsifier, bar=bar)
-            for phase in phases:
-                self._enter(phase, sparsifier, first_step(phase.start, steps) / steps)
+            bar.goto(self._at.step)
+            run = partial(
+                self._run, steps_per_epoch=steps, batches=self._batches(), sparsifier=sparsifier, bar=bar
+            )
+            for phase in phases[self._at.phase :]:
+                if self._at.step <= first_step(phase.start, steps):
+                    self._enter(phase, sparsifier, first_step(phase.start, steps) / steps)
                 for record in self._phase(phase, steps, run):
-                    history.append(record)
+                    self._history.append(record)
                     self._on_epoch(record)
+                    self._save(sparsifier)
                     bar.advance(0, note=_note(record))
                 bar.goto(first_step(phase.end, steps))  # where it would be had the phase not ended early
         sparsifier.finish()
-        return TrainingResult(history, dict(self._best))
+        return TrainingResult(self._history, dict(self._best))
+
+    def _save(self, sparsifier: Sparsifier) -> None:
+        if self._file is None or collectives.rank():
+            return
+        best = {name: {**asdict(best), "path": best.path.name} for name, best in self._best.items()}
+        fixed = [name for name, weight in self._model.named_parameters() if not weight.requires_grad]
+        state: State = {
+            "at": asdict(self._at),
+            "history": self._history,
+            "best": best,
+            "model": self._model.state_dict(),
+            "fixed": fixed,
+            "averaged": None if self._quantizing else self._ema.state_dict(),  # no longer looked at then
+            "optimizer": self._optimizer.state_dict(),
+            "sparsifier": sparsifier.state(),
+            "zeros": self._contract.masks,
+            "quantizing": self._quantizing,
+            "split": self._split,
+            "random": random_state(),
+        }
+        self._file.write(state)
+
+    def _go_on(self, state: State, phases: list[Phase], steps: int, sparsifier: Sparsifier) -> None:
+        """Bring everything to where it was when the state was saved."""
+        try:
+            self._at = Position.of(state["at"], len(phases), first_step(phases[-1].end, steps))
+            begun = [first_step(phase.start, steps) for phase in phases[: self._at.phase + 1]]
+            for step in [*(first for first in begun if first < self._at.step), self._at.step - 1]:
+                sparsifier.before_step(step / steps)  # builds QAT modules, freezes batch norms, sets hooks
+            sparsifier.restore(state["sparsifier"])
+            self._restore(state)
+            state.clear()  # as large as the training itself, and no longer needed
+        except Exception as error:  # whatever SparseML and torch meet in a state of another training
+            raise StateError(f"it does not fit this training ({in_brackets(error)})") from error
+        _log.info("Going on with the training after epoch %g of %g.", self._at.step / steps, phases[-1].end)
+
+    def _restore(self, state: State) -> None:
+        self._model.load_state_dict(state["model"])
+        for name, weight in self._model.named_parameters():
+            weight.requires_grad_(name not in state["fixed"])
+        self._quantizing, self._split = bool(state["quantizing"]), int(state["split"])
+        if not self._quantizing:
+            self._ema.load_state_dict(state["averaged"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._contract.masks = {n: m.to(self._fabric.device) for n, m in state["zeros"].items()}
+        self._history = list(state["history"])
+        for name, kept in state["best"].items():
+            best = Best(**{**kept, "path": self._writer.folder / Path(kept["path"]).name})
+            if not best.path.is_file():
+                raise FileNotFoundError(f"{best.path.name} is missing")
+            self._best[name] = best
+        set_random_state(state["random"])  # last: what is above may draw
 
     def _enter(self, phase: Phase, sparsifier: Sparsifier, epoch: float) -> None:
         """Go on from the averaged weights when QAT begins: their average cannot follow its new modules."""
@@ -166,13 +242,17 @@ class Trainer:
         """Train a phase, to its end or until it stops getting better; yields each stretch's record."""
         spans = stretches(phase, steps)
         for span in spans:
+            if span.start < self._at.step:
+                continue
             record, ends = run(phase, span), span is spans[-1]
             record.update(self._validate(phase, span.stop / steps, ends=ends))
             if not ends and self._stagnates(phase, record["epoch"]):
                 self._go_back(phase, record)
-                yield record
-                return
+                ends = True
+            self._at.step, self._at.phase = span.stop, self._at.phase + ends
             yield record
+            if ends:
+                return
 
     def _stagnates(self, phase: Phase, epoch: float) -> bool:
         patience = self._config.patience
@@ -204,8 +284,10 @@ class Trainer:
     ) -> Record:
         self._model.train()
         collectives.join_modules(self._model)
-        started, sums = time.perf_counter(), defaultdict[str, float](float)
+        started, sums = time.perf_counter() - waited_seconds(), defaultdict[str, float](float)
         for step in steps:
+            if collectives.rank() == 0:  # the others wait for it
+                give_way()
             batch, epoch = next(batches), step / steps_per_epoch
             if not self._recipe.sets_learning_rate:
                 self._set_learning_rate(epoch)
@@ -213,7 +295,7 @@ class Trainer:
             for name, value in self._step(batch, sparsifier, epoch, quantized=phase.quantized).items():
                 sums[name] += value
             bar.advance()
-        seconds, images = time.perf_counter() - started, sums.pop("images")
+        seconds, images = time.perf_counter() - waited_seconds() - started, sums.pop("images")
         return {
             "phase": phase.name,
             **{f"loss/{name}": total / len(steps) for name, total in sums.items()},
@@ -282,8 +364,8 @@ class Trainer:
         promised = self._hold(phase, model, epoch)
         require_equal(self._model, epoch)
         record = {} if collectives.rank() else self._judge(phase, model, epoch, promised, ends=ends)
-        record, self._best, random = told_by_first((record, self._best, torch.get_rng_state()))
-        torch.set_rng_state(random)  # evaluating draws from it
+        record, self._best, random = told_by_first((record, self._best, random_state()))
+        set_random_state(random)  # evaluating draws from it
         return record
 
     def _judge(
@@ -317,13 +399,15 @@ class Trainer:
         return self._recipe.expected_sparsity(self._model, epoch, self._start)
 
     def _batches(self) -> Iterator[Batch]:
-        epoch, nothing = 0, no_images(self._data.imgsz)
+        steps, nothing = len(self._data.train), no_images(self._data.imgsz)
+        epoch, taken = divmod(self._at.batches, steps)
         while True:
-            self._share.set_epoch(epoch)
+            self._share.set_epoch(epoch, skip=taken)
             batches = iter(self._share)
-            for _ in range(len(self._data.train)):  # the last share of an epoch may have no image
-                yield next(batches, nothing)
-            epoch += 1
+            for _ in range(taken, steps):
+                self._at.batches += 1
+                yield next(batches, nothing)  # the last share of an epoch may have no image
+            epoch, taken = epoch + 1, 0
 
     def _placed(self, model: YOLOv5) -> YOLOv5:
         return model.to(self._fabric.device).to(memory_format=self._precision.memory_format)

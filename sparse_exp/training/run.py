@@ -9,10 +9,12 @@ from sparse_exp.context import Context
 from sparse_exp.data.loader import DetectionLoader
 from sparse_exp.plan import SPARSE_FROM
 from sparse_exp.sparsity.measure import layer_sparsity, overall, require_layer_sparsity, require_sparsity
+from sparse_exp.tracking import Metrics
 from sparse_exp.training.devices import fit_together
 from sparse_exp.training.loop import Record, TrainingData, TrainingResult
 from sparse_exp.training.oneshot import apply_at_once, calibration_loader, refuse_untrained_start
 from sparse_exp.training.start import Loaded, load_start, load_teacher, prune_start
+from sparse_exp.training.state import STATE, State, StateError, StateFile, not_used
 from sparse_exp.yolov5 import YOLOv5
 
 _log = logging.getLogger(__name__)
@@ -20,6 +22,8 @@ _log = logging.getLogger(__name__)
 
 def run_training(context: Context, on_epoch: Callable[[Record], None]) -> tuple[TrainingResult, str]:
     """Train under the run's recipe, or apply it at once; checkpoints go to ``weights/``.
+
+    A training that was cut off goes on after the last epoch whose state was saved.
 
     Args:
         context: of the run; its plan is held to where there is one.
@@ -33,6 +37,27 @@ def run_training(context: Context, on_epoch: Callable[[Record], None]) -> tuple[
         SparseExpError: the start is not what was planned, a promise about zeros was broken, or the
             teacher cannot be had.
     """
+    file = StateFile(context.run.path / STATE, context.mark, context.tracker.run_id)
+    state = None if context.experiment.recipe.oneshot else file.read()
+    if state and state["tracker_run"] != context.tracker.run_id:  # a new one, which knows no epoch yet
+        for record in state["history"]:
+            context.tracker.log(epoch_metrics(record))
+    try:
+        return _run(context, on_epoch, file, state)
+    except StateError as error:
+        _log.warning("%s", not_used(file.path, str(error)))
+        return _run(context, on_epoch, file, None)
+
+
+def epoch_metrics(record: Record) -> Metrics:
+    """What the tracker is told of a record of the history; a step is a hundredth of an epoch."""
+    numbers = {name: value for name, value in record.items() if isinstance(value, float)}
+    return Metrics(numbers, step=round(100 * record["epoch"]))
+
+
+def _run(
+    context: Context, on_epoch: Callable[[Record], None], file: StateFile, state: State | None
+) -> tuple[TrainingResult, str]:
     model, loaded = load_start(context.experiment, context.dataset, context.cache)
     composed = context.recipe.after(loaded.checkpoint.recipe if loaded.checkpoint else "")
     if context.experiment.recipe.oneshot:
@@ -43,7 +68,7 @@ def run_training(context: Context, on_epoch: Callable[[Record], None]) -> tuple[
     data = TrainingData(*loaders, context.dataset.names, context.experiment.dataset.imgsz)
     if context.experiment.recipe.oneshot:
         return _at_once(context, model, data, composed, on_epoch), composed
-    return _fit(context, model, data, teacher, composed, on_epoch), composed
+    return _fit(context, model, data, teacher, composed, on_epoch, file, state), composed
 
 
 def _teacher(context: Context, model: YOLOv5, loaded: Loaded) -> YOLOv5 | None:
@@ -102,6 +127,8 @@ def _fit(
     teacher: YOLOv5 | None,
     composed: str,
     on_epoch: Callable[[Record], None],
+    file: StateFile,
+    state: State | None,
 ) -> TrainingResult:
     experiment, devices, threads = context.experiment, context.experiment.trainer.devices, context.threads
     arguments = {
@@ -116,7 +143,8 @@ def _fit(
         "teacher": teacher,
         "qat_split": context.facts("plan").get("qat_split", 1),
         "composed": composed,
+        "state": file,
     }
     each = f" in each of {devices} processes" if devices > 1 else ""
     _log.info("Training with %s, threads: %d%s.", context.precision, threads, each)
-    return fit_together(arguments, devices=devices, threads=threads, on_epoch=on_epoch)
+    return fit_together(arguments, state, devices=devices, threads=threads, on_epoch=on_epoch)

@@ -7,7 +7,17 @@ import pytest
 
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import ConfigError
-from sparse_exp.tracking import Artifact, Dataset, Metrics, Pause, Resume, RunInfo, Tags, create_tracker
+from sparse_exp.tracking import (
+    Artifact,
+    Dataset,
+    Metrics,
+    Model,
+    Pause,
+    Resume,
+    RunInfo,
+    Tags,
+    create_tracker,
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +81,12 @@ def test_an_event_that_cannot_be_logged_does_not_raise(tracker, run):
     tracker.start(run)
     tracker.log(Artifact(Path("no such file")))
     tracker.finish("KILLED", "interrupted")
+
+
+def test_a_model_that_is_no_model_does_not_raise(tracker, run):
+    tracker.start(run)
+    tracker.log(Model(run.directory / "report.md", "crowns", "candidate", {"map50": "0.5"}))
+    tracker.finish("FINISHED")
 
 
 def test_a_backend_that_does_not_exist_is_refused(tmp_path):

@@ -19,6 +19,8 @@ import pytest
 
 from sparse_exp import cli
 from sparse_exp.artifacts import sha256_of
+from sparse_exp.config.resolve import rebuild
+from sparse_exp.report.result_names import certain_names, expected_names
 
 EXPERIMENT = "digits-test"
 SMOKE = ["experiment=smoke", f"tracker.experiment={EXPERIMENT}"]
@@ -114,6 +116,14 @@ def load(path: Path):
 
 def tracked(client, run: Path):
     return client.get_run(load(run / "manifest.json")["tracker_run_id"])
+
+
+def test_the_names_of_the_result_are_known_before(smoke):
+    run, _ = smoke
+    experiment, _ = rebuild((run / "config.yaml").read_text(encoding="utf-8"), [])
+    measured = set(load(run / "result.json"))
+    assert certain_names(experiment) <= measured <= expected_names(experiment)
+    assert measured - certain_names(experiment) == {"test/map50", "test/map50_95"} & measured
 
 
 def test_files_of_a_run(smoke):

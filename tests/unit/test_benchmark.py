@@ -2,21 +2,17 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import signal
-import stat
 import statistics
 import subprocess
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sparse_exp import benchmark as module
-from sparse_exp.benchmark import Cell, benchmark, measuring_alone, summarize
+from sparse_exp.benchmark import Cell, benchmark, summarize
 from sparse_exp.config.schema import HardwareConfig
 from sparse_exp.errors import EngineError
 
@@ -110,7 +106,10 @@ def test_cells_are_all_loaded_then_measured_in_turns_then_closed(log, tmp_path):
 def test_a_number_carries_its_conditions(log, tmp_path):
     hardware = HardwareConfig(name="cpu", repeats=1, warmup_s=0.5, duration_s=2.0)
     measured = benchmark(TWO, IMAGES, hardware=hardware, cores=1, lock_path=tmp_path / "lock")[1]
-    facts = {key: measured.conditions.pop(key) for key in ("cpu", "isa", "load_average", "busy_cores")}
+    facts = {
+        key: measured.conditions.pop(key)
+        for key in ("cpu", "isa", "load_average", "busy_cores", "started", "ended")
+    }
     assert measured.conditions == {
         "engine": "deepsparse", "variant": "sparse", "version": "1.2.3", "cores": 1, "batch": 2, "imgsz": 32,
         "scenario": "sync", "warmup_s": 0.5, "duration_s": 2.0, "repeats": 1,
@@ -143,72 +142,6 @@ def test_busy_cores_counts_only_those_that_can_be_used(shares, affinity, cores, 
     monkeypatch.setattr(module.psutil, "cpu_percent", lambda interval, percpu: shares)
     monkeypatch.setattr(module.os, "sched_getaffinity", lambda _: affinity)
     assert module._busy_cores() == pytest.approx(cores)
-
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from sparse_exp.benchmark import measuring_alone
-with measuring_alone(Path(sys.argv[1])):
-    start = time.monotonic()
-    print(start, flush=True)
-    time.sleep(float(sys.argv[2]))
-    print(time.monotonic(), flush=True)
-"""
-
-
-def holder(lock: Path, seconds: float) -> subprocess.Popen:
-    command = [sys.executable, "-c", HOLD, str(lock), str(seconds)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-
-def test_two_processes_never_measure_at_the_same_time(tmp_path):
-    processes = [holder(tmp_path / "lock", 0.4) for _ in range(3)]
-    intervals = sorted(tuple(map(float, process.communicate(timeout=30)[0].split())) for process in processes)
-    assert len(intervals) == 3
-    for (_, end), (start, _) in pairwise(intervals):
-        assert end <= start
-
-
-def test_waiting_names_the_holder_and_a_crashed_holder_does_not_block(tmp_path, caplog, monkeypatch):
-    caplog.set_level(logging.INFO)
-    process = holder(tmp_path / "lock", 60)
-    process.stdout.readline()  # it holds the lock
-    monkeypatch.setattr(
-        module.time, "sleep", lambda _: os.kill(process.pid, signal.SIGKILL) or process.wait()
-    )
-    with measuring_alone(tmp_path / "lock"):
-        assert (tmp_path / "lock").read_text() == str(os.getpid())
-    process.stdout.close()
-    assert process.returncode == -signal.SIGKILL
-    assert [f"process {process.pid}" in record.getMessage() for record in caplog.records] == [True]
-
-
-def test_the_lock_is_free_again_after_an_error(tmp_path):
-    for _ in range(2):
-        with pytest.raises(ZeroDivisionError), measuring_alone(tmp_path / "lock"):
-            1 / 0
-
-
-def test_the_lock_names_its_holder_and_nothing_of_the_one_before(tmp_path):
-    lock = tmp_path / "lock"
-    lock.write_text("123456789012345")
-    with measuring_alone(lock):
-        assert lock.read_text() == str(os.getpid())
-
-
-def test_the_lock_is_for_all_users_whatever_the_umask(tmp_path):
-    before = os.umask(0o077)
-    try:
-        with measuring_alone(tmp_path / "lock"):
-            assert stat.S_IMODE((tmp_path / "lock").stat().st_mode) == 0o666
-    finally:
-        os.umask(before)
-
-
-def test_a_lock_that_cannot_be_opened_is_an_error_that_says_what_to_do(tmp_path):
-    with pytest.raises(EngineError, match="TMPDIR"), measuring_alone(tmp_path / "missing" / "lock"):
-        pass
 
 
 def test_the_lock_is_held_while_cells_are_measured(log, tmp_path, monkeypatch):

@@ -184,15 +184,41 @@ def test_another_seed_data_length_or_model_has_another_counterpart(first, no_tra
         baseline_of(sparse(f"other-{next(iter(changes))}", **changes))
 
 
-def test_an_unfinished_counterpart_does_not_count(first, no_training, place):
+@pytest.fixture
+def changed(first, place):
+    """A function that changes the manifest of the counterpart, for one test."""
     path = place / "first-dense" / MANIFEST
     text = path.read_text(encoding="utf-8")
-    path.write_text(text.replace('"FINISHED"', '"KILLED"'), encoding="utf-8")
-    try:
-        with pytest.raises(StageFailed, match="Wanted"):
-            baseline_of(sparse("unfinished"))
-    finally:
-        path.write_text(text, encoding="utf-8")
+
+    def change(**entries):
+        content = json.loads(text)
+        content["stages"]["evaluate"] |= entries.pop("evaluate", {})
+        path.write_text(json.dumps({**content, **entries}), encoding="utf-8")
+
+    yield change
+    path.write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "evaluated",
+    [{"metrics": {}}, {"facts": {"dense_fingerprint": "of another training"}}, {"facts": {}}],
+)
+def test_a_counterpart_that_was_not_evaluated_does_not_count(changed, no_training, evaluated):
+    changed(status="KILLED", evaluate=evaluated)
+    with pytest.raises(StageFailed, match="Wanted"):
+        baseline_of(sparse("unfinished", overwrite=True))
+
+
+def test_one_that_failed_after_its_evaluation_counts(changed, first, no_training):
+    changed(status="FAILED")
+    assert baseline_of(sparse("failed"))["checkpoint"] == first["checkpoint"]
+
+
+def test_one_of_a_version_that_noted_its_fingerprint_elsewhere_counts_once_finished(
+    changed, first, no_training
+):
+    changed(evaluate={"facts": {}})
+    assert baseline_of(sparse("older"))["checkpoint"] == first["checkpoint"]
 
 
 def test_a_dense_run_is_found_by_the_others_and_wants_none_itself(first, caplog):

@@ -287,5 +287,38 @@ def test_a_zoo_that_cannot_be_is_refused(tmp_path):
 
 
 def test_without_a_stub_there_is_no_stage_that_publishes():
-    assert resolve(config_of()).stages == [stage for stage in STAGES if stage != "publish"]
-    assert resolve(config_of(publish="auto")).stages == list(STAGES)
+    assert resolve(config_of()).stages == [stage for stage in STAGES if stage not in ("publish", "register")]
+    assert resolve(config_of(publish="auto")).stages == [stage for stage in STAGES if stage != "register"]
+
+
+def test_a_model_to_register_is_checked_before_anything_runs():
+    assert resolve(config_of(tracker__register="crowns", tracker__alias="candidate")).stages[-1] == "register"
+    assert "register" not in resolve(config_of()).stages
+    (alone,) = problems(tracker__alias="candidate")
+    assert "tracker.register=NAME" in alone
+    for name in ("", "a/b", "a:b", "..", "with space", "x" * 300):
+        (problem,) = problems(tracker__register=name)
+        assert problem.startswith("Expected tracker.register to be letters"), name
+    for alias in ("", "latest", "Latest", "v1", "a.b", "x" * 300):
+        (problem,) = problems(tracker__register="crowns", tracker__alias=alias)
+        assert problem.startswith("Expected tracker.alias to be letters"), alias
+    (nowhere,) = problems(tracker__register="crowns", tracker__backend="none")
+    assert nowhere.startswith("tracker.register=crowns needs MLflow")
+
+
+def test_what_is_to_be_registered_must_be_exported_and_verified():
+    (problem,) = problems(tracker__register="crowns", stages=["fetch", "plan", "train", "register"])
+    assert problem.startswith("tracker.register=crowns needs the stage export.")
+    (problem,) = problems(tracker__register="crowns", stages=["fetch", "plan", "train", "export", "register"])
+    assert problem.startswith("tracker.register=crowns needs the stage verify.")
+    (alone,) = problems(stages=["register"])
+    assert alone.startswith("stages=[register] needs a name")
+
+
+@pytest.mark.parametrize("name", ["crowns", "v2.1_trees-x"])
+def test_mlflow_takes_the_names_that_are_taken_here(name):
+    from mlflow.utils.validation import _validate_model_alias_name_reserved, _validate_model_name
+
+    assert resolve(config_of(tracker__register=name)).tracker.register == name
+    _validate_model_name(name)
+    _validate_model_alias_name_reserved("candidate")

@@ -61,6 +61,28 @@ def test_workers_and_passes_change_nothing(dataset: DetectionDataset) -> None:
         assert same(list(loader), epoch(dataset, number))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_at_the_beginning_are_left_out_without_being_made(
+    dataset: DetectionDataset, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    wanted, following = epoch(dataset, 3), epoch(dataset, 4)
+    loader = make_loader(
+        dataset.splits["train"], 10, imgsz=64, batch_size=4, train=True, workers=workers,
+        augment=AugmentConfig(transpose=0.5),
+    )  # fmt: skip
+    made: list[tuple[int, int]] = []
+    make = DetectionImages.__getitem__
+    monkeypatch.setattr(DetectionImages, "__getitem__", lambda self, key: made.append(key) or make(self, key))
+    before = torch.get_rng_state()
+    loader.set_epoch(3, skip=2)
+    assert same(list(loader), wanted[2:])
+    assert len(made) == (0 if workers else 3)  # workers make them elsewhere; 11 images, 8 left out
+    assert len(loader) == 3
+    loader.set_epoch(4)
+    assert same(list(loader), following)
+    assert torch.equal(torch.get_rng_state(), before)  # what the model may draw is not used up
+
+
 def test_workers_only_where_images_are_decoded_again(
     dataset: DetectionDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

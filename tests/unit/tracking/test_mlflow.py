@@ -13,7 +13,9 @@ import pytest
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import MissingDependency, SparseExpError
 from sparse_exp.tracking import Artifact, Dataset, Metrics, Pause, Resume, RunInfo, Tags, find_runs
-from sparse_exp.tracking.mlflow import UNSENT, MlflowTracker, tracking_uri
+from sparse_exp.tracking.mlflow import MlflowTracker
+from sparse_exp.tracking.spool import UNSENT
+from sparse_exp.tracking.store import tracking_uri
 
 DIGEST = "0123456789abcdef" * 4
 QUIET = TrackerConfig(system_metrics=False)
@@ -26,9 +28,9 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """One database for most tests (making it takes 2 s), at a path that needs care."""
-    return tmp_path_factory.mktemp("läufe #1 100% ü") / "store"
+def store(make_store):
+    """One database for most tests, at a path that needs care."""
+    return make_store("läufe #1 100% ü")
 
 
 def client(store):
@@ -214,12 +216,11 @@ def test_a_database_that_breaks_leaves_the_events_in_the_run(store, tmp_path, ca
     with caplog.at_level(logging.WARNING):
         tracker.log(Metrics({"val/map50": 0.5}, 1))
         tracker.finish("FAILED", "why")
-    lines = (tmp_path / "run" / UNSENT).read_text().splitlines()
-    events = [json.loads(line) for line in lines]
-    assert [event["event"] for event in events] == ["metrics", "tags", "finish"]
+    head, *events = [json.loads(line) for line in (tmp_path / "run" / UNSENT).open()]
+    assert head == {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}", "run_id": tracker.run_id}
+    assert [event["event"] for event in events] == ["metrics", "finish"]
     assert events[0]["values"] == {"val/map50": 0.5}
-    assert events[1]["values"]["failure"] == "why"
-    assert events[2]["status"] == "FAILED"
+    assert (events[1]["status"], events[1]["reason"]) == ("FAILED", "why")
     assert str(tmp_path / "run" / UNSENT) in caplog.records[-1].getMessage()
 
 
@@ -259,7 +260,8 @@ def test_a_server_that_dies_only_warns(small_http_server, tmp_path, monkeypatch,
     with caplog.at_level(logging.WARNING):
         tracker.log(Metrics({"val/map50": 0.5}, 1))
         tracker.finish("FINISHED")
-    assert [json.loads(x)["event"] for x in (tmp_path / "run" / UNSENT).open()] == ["metrics", "finish"]
+    _, *events = [json.loads(line) for line in (tmp_path / "run" / UNSENT).open()]
+    assert [event["event"] for event in events] == ["metrics", "finish"]
     assert "metrics" in caplog.records[0].getMessage()
     assert capfd.readouterr().out == ""
     assert not (tmp_path / "store").exists()

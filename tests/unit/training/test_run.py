@@ -74,6 +74,7 @@ def trained(digits, tmp_path_factory, start) -> Context:
     outcome = stages.train(context)
     files = context.run.digests(outcome.files)
     context.run.record("train", StageRecord("x", files, facts=outcome.facts))
+    stages.announce(context, "train")
     return context
 
 

@@ -1,0 +1,182 @@
+"""Sweeps from the command line: what is kept, refused, marked and made anew. Only data sets are fetched."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sparse_exp import cli
+
+TINY = ["-m", "model=yolov5n", "dataset=digits", "model.weights=scratch", "tracker=none", "stages=[fetch]"]
+TWO = [*TINY, "sweep.name=two", "trainer.lr=0.001,0.002"]
+
+
+@dataclass
+class Ended:
+    """How a command line ended: its exit code, the line it ended with, and all that was printed or logged."""
+
+    code: int
+    error: str
+    output: str
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def sx(tmp_path, cache, monkeypatch, capsys):
+    """Calls the command line in this process and in a directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPARSE_EXP_CACHE", str(cache))
+    logger = logging.getLogger("sparse_exp")
+    state = logger.handlers[:], logger.propagate, logger.level
+
+    def call(*words: str) -> Ended:
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        monkeypatch.setattr(sys, "argv", ["sparse-exp", *words])
+        code, error = 0, ""
+        try:
+            cli.main()
+        except SystemExit as end:
+            code, error = (end.code, "") if isinstance(end.code, int) else (1, str(end.code or ""))
+            code = 0 if end.code is None else code
+        shown = capsys.readouterr()
+        return Ended(code, error, shown.out + shown.err)
+
+    yield call
+    logger.handlers[:], logger.propagate, logger.level = state
+
+
+def manifest(job: str) -> dict:
+    return json.loads(
+        Path(f"outputs/sweeps/two/{job}-yolov5n-digits-transfer_quant/manifest.json").read_text()
+    )
+
+
+def fingerprints(job: str) -> tuple:
+    record = manifest(job)["stages"]["fetch"]
+    return record["fingerprint"], record["seconds"]
+
+
+def test_the_same_command_keeps_finished_jobs_and_their_numbers(sx):
+    assert sx(*TWO).code == 0
+    first = [fingerprints("0"), fingerprints("1")]
+    assert manifest("1")["overrides"][-1] == "trainer.lr=0.002"
+    again = sx(*TWO)
+    assert again.code == 0
+    assert again.output.count(": kept.") == 2
+    assert [fingerprints("0"), fingerprints("1")] == first
+
+
+def test_a_failed_job_is_marked_and_the_others_go_on(sx):
+    ended = sx(*TINY, "sweep.name=two", "trainer.lr=0.001,5,0.002")
+    assert ended.code == 1
+    assert ended.error == "Error: 2 of 3 jobs finished, see above. The same command goes on with the others."
+    assert [manifest(job)["status"] for job in "012"] == ["FINISHED", "FAILED", "FINISHED"]
+    assert "trainer.lr to be above 0.0 and at most 1.0, but got 5.0" in manifest("1")["failure"]
+    assert "1-yolov5n-digits-transfer_quant FAILED: Expected trainer.lr" in ended.output
+    assert "Traceback" not in ended.output
+
+
+def test_what_failed_is_gone_on_with_once_it_is_mended(sx):
+    assert sx(*TINY, "sweep.name=two", "trainer.lr=0.001,5").code == 1
+    assert sx(*TWO).code == 0
+    assert manifest("1")["status"] == "FINISHED"
+    assert manifest("1")["failure"] is None
+
+
+def test_a_job_that_finished_with_other_settings_is_refused_and_stays(sx):
+    sx(*TWO)
+    before = manifest("0")
+    ended = sx(*TWO, "seed=1")
+    assert ended.code == 1
+    assert "finished with other settings (seed)" in ended.output
+    assert manifest("0") == before
+    assert sx(*TWO).code == 0  # nothing of it was touched
+
+
+def test_all_are_made_anew_on_request(sx):
+    sx(*TWO)
+    ended = sx(*TWO, "seed=1", "sweep.rerun=all")
+    assert ended.code == 0
+    assert ": kept." not in ended.output
+    assert "seed=1" in manifest("1")["overrides"]
+    assert list(Path("outputs/sweeps/two").glob("*/superseded.json")) == []
+
+
+def test_a_refused_rerun_puts_everything_back(sx):
+    sx(*TWO)
+    ended = sx(*TWO, "sweep.rerun=all", "trainer.nope=1")
+    assert ended.code == 1
+    assert sx(*TWO).output.count(": kept.") == 2
+
+
+def test_failed_jobs_are_made_anew_on_request(sx):
+    sx(*TINY, "sweep.name=two", "trainer.lr=0.001,5")
+    leftover = Path("outputs/sweeps/two/1-yolov5n-digits-transfer_quant/leftover")
+    leftover.touch()
+    ended = sx(*TWO, "sweep.rerun=failed")
+    assert ended.code == 0
+    assert ended.output.count(": kept.") == 1
+    assert not leftover.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trainer.nope=1,2"], "Unknown key trainer.nope"),
+        (["model=yolov9,yolov5n"], "yolov9"),
+        (["sweep.objectives=[map51]", "stages=[fetch,plan,train,evaluate]"], "Nearest: map50"),
+        (["sweep.rerun=some"], "sweep.rerun"),
+        (["sweep=nothing"], "nothing"),
+        (["launcher.jobs=2"], "launcher=joblib"),
+    ],
+)
+def test_what_is_known_to_be_wrong_is_refused_before_the_first_job(sx, words, said, tmp_path):
+    ended = sx(*TINY, *words)
+    assert ended.code == 1
+    assert said in ended.error
+    assert len(ended.error.splitlines()) == 1
+    assert not list(tmp_path.rglob("manifest.json"))
+    assert not list(tmp_path.glob("outputs/sweeps/*"))
+
+
+def test_a_dry_run_leaves_nothing(sx, tmp_path):
+    ended = sx(*TINY, "stages=[fetch,plan,train]", "trainer.lr=0.001,0.002", "dry_run=true")
+    assert ended.code == 0
+    assert ended.output.count("stages: fetch") == 2
+    assert not list(tmp_path.glob("outputs/sweeps/*"))
+
+
+def test_a_sweep_that_runs_already_is_refused(sx):
+    sx(*TWO)
+    code = "import fcntl, time; f = open('outputs/sweeps/two/.lock', 'a'); fcntl.flock(f, 2)"
+    words = [sys.executable, "-c", f"{code}; print(flush=True); time.sleep(60)"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
+        other.stdout.readline()
+        ended = sx(*TWO)
+        other.kill()
+    assert ended.code == 1
+    assert "is being run by" in ended.error
+    assert sx(*TWO).code == 0
+
+
+def test_options_may_be_swept_by_pattern(sx):
+    ended = sx(*TINY[:1], "model=glob(*)", *TINY[2:], "sweep.name=globbed")
+    assert ended.code == 0
+    jobs = sorted(path.name for path in Path("outputs/sweeps/globbed").iterdir() if path.name[0].isdigit())
+    assert jobs == [f"{i}-yolov5{size}-digits-transfer_quant" for i, size in enumerate("lmnsx")]
+
+
+def test_objectives_without_a_multirun_are_warned_of(sx):
+    ended = sx(*TINY[1:], "sweep.objectives=[map50]")
+    assert ended.code == 0
+    assert "Without -m" in ended.output
