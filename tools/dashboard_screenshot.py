@@ -192,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("store", type=Path, help="directory of the local MLflow store")
     parser.add_argument("out", type=Path, help="PNG of the table; the others lie beside it")
-    parser.add_argument("--plot", default="plots/pareto.png", help="artifact of the sweep (%(default)s)")
+    parser.add_argument("--plot", default="compare/compare.png", help="artifact of the sweep (%(default)s)")
     options = parser.parse_args()
     experiment, sweep, children = newest_sweep(options.store)
     out: Path = options.out

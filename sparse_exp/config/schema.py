@@ -282,7 +282,7 @@ class SweepConfig:
 class LauncherConfig:
     """Where the jobs of a sweep run."""
 
-    name: str = "serial"
+    name: str = documented("serial", "of the option")
     jobs: int = bounded(1, 1, 4096, help="that run at once")
 
 

@@ -24,7 +24,7 @@ from sparse_exp.report.result_names import resolve_objective
 from sparse_exp.runs import PastRun
 from sparse_exp.sweep.aside import put_back, set_aside
 from sparse_exp.sweep.parent import STATE, note_state, open_parent, read_state
-from sparse_exp.sweep.summary import summarize
+from sparse_exp.sweep.summary import FOLDER, summarize
 from sparse_exp.tracking import Artifact, Status, Tags, end_open_runs
 from sparse_exp.tracking.store import check_server
 
@@ -140,11 +140,11 @@ def _close(sweep: Sweep, error: BaseException | None) -> str | None:
     if sweep.dry or not summary.jobs:
         return None
     print(summary.text)
-    files = summary.write(sweep.directory)
+    summary.write(sweep.directory)
     status, reason = _outcome(summary.jobs, error)
     state = read_state(sweep.directory)
     if state.get("parent") and (state.get("open") or status != FINISHED):
-        _close_parent(sweep, state, status, reason, files, summary.markdown)
+        _close_parent(sweep, state, status, reason, summary.markdown)
     if not summary.failures:
         return None
     return f"{summary.headline}, see above. The same command goes on with the others."
@@ -161,9 +161,7 @@ def _outcome(jobs: Sequence[PastRun], error: BaseException | None) -> tuple[Stat
     return "FINISHED", ""
 
 
-def _close_parent(
-    sweep: Sweep, state: dict[str, Any], status: Status, reason: str, files: Sequence[Path], note: str
-) -> None:
+def _close_parent(sweep: Sweep, state: dict[str, Any], status: Status, reason: str, note: str) -> None:
     try:
         tracker = open_parent(sweep.directory, sweep.tracker, sweep.store, state)
     except SparseExpError as error:
@@ -171,9 +169,9 @@ def _close_parent(
         return
     end_open_runs(sweep.tracker, sweep.store, state["parent"], "KILLED", "its process is gone")
     tracker.log(Tags({"mlflow.note.content": note}))
-    for file in (*files, sweep.directory / _MULTIRUN):
-        if file.is_file():
-            tracker.log(Artifact(file))
+    for path in (sweep.directory / FOLDER, sweep.directory / _MULTIRUN):
+        if path.exists():
+            tracker.log(Artifact(path))
     tracker.finish(status, reason)
     note_state(sweep.directory, open=False)
 
