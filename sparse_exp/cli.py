@@ -42,7 +42,7 @@ def main() -> None:
         sys.exit(1)
     except BaseException as error:
         unfinished = _close_sweep(error)
-        if wants_traceback and isinstance(error, Exception):
+        if wants_traceback and isinstance(error, Exception) and not isinstance(error, SparseExpError):
             raise
         _exit(error, unfinished)
     else:

@@ -390,6 +390,7 @@ def test_ctrl_c_that_a_library_turns_into_an_error(place, again, monkeypatch):
     shutil.rmtree(place.cwd / "saving")
 
 
+@pytest.mark.slow
 def test_one_seed_gives_the_same_metrics(smoke, place):
     run, _ = smoke
     stages = "stages=[fetch,plan,train]"

@@ -100,6 +100,7 @@ def test_a_search_launches_its_trials_and_says_what_is_best(undisturbed):
         assert tuple(f"{key}={value}" for key, value in job["parameters"].items()) == launched[job["job"]][1]
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_ends_as_if_it_had_not_been(undisturbed, tmp_path):
     app = App(tmp_path)
     (tmp_path / "sleep_in").write_text("2")

@@ -74,13 +74,14 @@ def train(folder: Path, count: int, monkeypatch, *given, **options) -> tuple[lis
     return steps, read_checkpoint(made["weights"] / "last.pt").state_dict
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "variables", "sparsity"),
     [
         ("transfer_quant", {**CALM, **CALM_QAT}, 0.75),
-        pytest.param("transfer", CALM, 0.75, marks=pytest.mark.slow),
-        pytest.param("prune", CALM, 0.0, marks=pytest.mark.slow),
-        pytest.param("prune_quant", {**CALM, **CALM_QAT}, 0.0, marks=pytest.mark.slow),
+        ("transfer", CALM, 0.75),
+        ("prune", CALM, 0.0),
+        ("prune_quant", {**CALM, **CALM_QAT}, 0.0),
     ],
 )
 def test_two_processes_train_as_one_does(tmp_path, monkeypatch, recipe, variables, sparsity):
@@ -129,6 +130,7 @@ def test_what_fails_in_another_process_is_said_here(tmp_path, monkeypatch):
         devices.fit_together(made, devices=2, threads=1, on_epoch=lambda _: None)
 
 
+@pytest.mark.slow
 def test_no_process_outlives_the_first(tmp_path):
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"

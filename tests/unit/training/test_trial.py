@@ -227,6 +227,7 @@ print(fit(0))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
 def test_memory_that_really_runs_out():
     # Freed memory goes back at once, so that what a process holds is what it uses.
