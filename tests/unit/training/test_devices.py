@@ -126,8 +126,8 @@ def test_two_processes_train_as_one_does(tmp_path, monkeypatch, recipe, variable
 
 @pytest.mark.slow
 def test_two_processes_train_a_real_detector_as_one_does(tmp_path, monkeypatch):
-    # From COCO weights, on photos, at a tenth of the recipe's rates. At its own the rounding of another order of
-    # sums passes 1e-4 in the 20th step; that of another memory layout, in one process, in the 17th.
+    # From COCO weights, on photos, at a tenth of the recipe's rates. At its own the rounding of another order
+    # of sums passes 1e-4 in the 20th step; that of another memory layout, in one process, in the 17th.
     (alone, one), (together, two) = (
         steps_of(real_arguments(tmp_path / str(count)), count, monkeypatch, epochs=1) for count in (1, 2)
     )
