@@ -24,8 +24,8 @@ from sparse_exp.report.result_names import resolve_objective
 from sparse_exp.runs import PastRun
 from sparse_exp.sweep.aside import put_back, set_aside
 from sparse_exp.sweep.parent import STATE, note_state, open_parent, read_state
-from sparse_exp.sweep.summary import FOLDER, summarize
-from sparse_exp.tracking import Artifact, Status, Tags, end_open_runs
+from sparse_exp.sweep.summary import FOLDER, Summary, summarize
+from sparse_exp.tracking import Artifact, Metrics, Status, Tags, end_open_runs
 from sparse_exp.tracking.store import check_server
 
 _log = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def _close(sweep: Sweep, error: BaseException | None) -> str | None:
     status, reason = _outcome(summary.jobs, error)
     state = read_state(sweep.directory)
     if state.get("parent") and (state.get("open") or status != FINISHED):
-        _close_parent(sweep, state, status, reason, summary.markdown)
+        _close_parent(sweep, state, status, reason, summary)
     if not summary.failures:
         return None
     return f"{summary.headline}, see above. The same command goes on with the others."
@@ -168,7 +168,9 @@ def _close_parent(sweep: Sweep, state: dict[str, Any], status: Status, reason: s
         _log.warning("The sweep's own run cannot be closed now; the same command does it. %s", error)
         return
     end_open_runs(sweep.tracker, sweep.store, state["parent"], "KILLED", "its process is gone")
-    tracker.log(Tags({"mlflow.note.content": note}))
+    tracker.log(Tags({"mlflow.note.content": summary.markdown}))
+    failed = len(summary.failures)
+    tracker.log(Metrics({"jobs/finished": len(summary.jobs) - failed, "jobs/failed": failed}))
     for path in (sweep.directory / FOLDER, sweep.directory / _MULTIRUN):
         if path.exists():
             tracker.log(Artifact(path))
