@@ -161,7 +161,7 @@ def _outcome(jobs: Sequence[PastRun], error: BaseException | None) -> tuple[Stat
     return "FINISHED", ""
 
 
-def _close_parent(sweep: Sweep, state: dict[str, Any], status: Status, reason: str, note: str) -> None:
+def _close_parent(sweep: Sweep, state: dict[str, Any], status: Status, reason: str, summary: Summary) -> None:
     try:
         tracker = open_parent(sweep.directory, sweep.tracker, sweep.store, state)
     except SparseExpError as error:
