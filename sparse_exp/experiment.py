@@ -7,7 +7,7 @@ import logging
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ _DEPENDS_ON: dict[str, tuple[str, ...]] = {
 
 # Stages during which others may measure: they wait for the network or a disk, or measure themselves.
 _LIGHT = ("fetch", "benchmark", "publish", "register")
+# Stages in which torch computes; with another number of threads it rounds otherwise.
+_COMPUTES = ("plan", "baseline", "train", "evaluate", "export", "verify")
 
 _KEPT_AT_THE_END = (
     "report.md",
@@ -230,7 +232,7 @@ def _work(context: Context, stage: str, mark: str) -> None:
 
     started = time.monotonic() - waited_seconds()
     try:
-        with nullcontext() if stage in _LIGHT else working():
+        with nullcontext() if stage in _LIGHT else working(), _threads(context, stage):
             outcome = STAGES[stage](context)
     except SparseExpError:
         _log.debug("Stage %s stopped", stage, exc_info=True)
@@ -245,6 +247,15 @@ def _work(context: Context, stage: str, mark: str) -> None:
     context.run.record(stage, StageRecord(mark, outputs, outcome.metrics, seconds, outcome.facts))
     for path in outcome.spent:
         path.unlink(missing_ok=True)
+
+
+def _threads(context: Context, stage: str) -> AbstractContextManager[None]:
+    """The threads that torch computes a stage with; all of them where a training shares them out."""
+    if stage not in _COMPUTES:
+        return nullcontext()
+    from sparse_exp.training.devices import using_threads
+
+    return using_threads(context.threads * context.experiment.trainer.devices)
 
 
 def _tell(context: Context, stage: str, *, replay: bool) -> None:

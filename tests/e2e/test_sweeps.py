@@ -20,9 +20,12 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-SMOKE = ["-m", "experiment=smoke", "recipe.variables.num_epochs=3", "trainer.threads=1"]
+SMOKE = [
+    "-m", "experiment=smoke", "recipe.variables.num_epochs=3", "trainer.threads=1",
+    "hardware.engines=[onnxruntime]",
+]  # fmt: skip
 SIX = [*SMOKE, "model=yolov5n,yolov5s", "recipe=dense,transfer,transfer_quant"]
-TWO = [*SMOKE, "model=yolov5n", "recipe=dense,transfer_quant", "hardware.engines=[onnxruntime]"]
+TWO = [*SMOKE, "model=yolov5n", "recipe=dense,transfer_quant"]
 # What two runs of the same job on this machine agree in to the last digit: everything but times.
 TIMED = ("time/", "benchmark/")
 
