@@ -76,8 +76,15 @@ def training_threads(experiment: Experiment) -> int:
     if experiment.trainer.threads is not None:
         return experiment.trainer.threads
     most = os.environ.get("OMP_NUM_THREADS", "")
-    share = usable_physical_cores() // (experiment.trainer.devices * experiment.launcher.jobs)
+    share = usable_physical_cores() // (experiment.trainer.devices * _jobs_here(experiment))
     return max(1, min(share, int(most) if most.isdigit() else share))
+
+
+def _jobs_here(experiment: Experiment) -> int:
+    """Jobs of a sweep that share this machine; a cluster gives each its own cores."""
+    launcher = experiment.launcher
+    here = launcher.name == "joblib" or (launcher.name == "ray" and experiment.ray.address is None)
+    return launcher.jobs if here else 1
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 
 from sparse_exp.cli import _register_schema
 from sparse_exp.config.resolve import CONF_DIRECTORY, resolve
-from sparse_exp.config.schema import Experiment, LauncherConfig, TrainerConfig
+from sparse_exp.config.schema import Experiment, LauncherConfig, RayConfig, TrainerConfig
 from sparse_exp.data import load_dataset, prepare
 from sparse_exp.data.digits import materialize
 from sparse_exp.data.loader import make_loader
@@ -234,7 +234,18 @@ def test_threads_are_the_cores_shared_out(monkeypatch, given, count, jobs, limit
     if limit:
         monkeypatch.setenv("OMP_NUM_THREADS", limit)
     trainer = TrainerConfig(batch_size=8, devices=count, threads=given)
-    experiment = Experiment(trainer=trainer, launcher=LauncherConfig(jobs=jobs))
+    experiment = Experiment(trainer=trainer, launcher=LauncherConfig("joblib", jobs))
+    assert devices.training_threads(experiment) == threads
+
+
+@pytest.mark.parametrize(
+    ("launcher", "address", "threads"),
+    [("ray", None, 3), ("ray", "10.0.0.1:6379", 12), ("slurm", None, 12)],
+)
+def test_jobs_on_other_machines_do_not_share_these_cores(monkeypatch, launcher, address, threads):
+    monkeypatch.setattr(devices, "usable_physical_cores", lambda: 12)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    experiment = Experiment(launcher=LauncherConfig(launcher, 4), ray=RayConfig(address))
     assert devices.training_threads(experiment) == threads
 
 
