@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,6 +27,8 @@ OmegaConfKeyError = (ConfigKeyError, ConfigAttributeError)
 # When this module is imported, as processes of a launcher do that never see `main`. What the launching
 # process found is kept with the configuration: the words of the others are not those of the command.
 OmegaConf.register_new_resolver("sweep_name", lambda: sweep_name(sys.argv[1:]), use_cache=True, replace=True)
+_PLUGIN = re.compile(r"Could not find 'hydra/launcher/(\w+)'")
+_EXTRAS = {"joblib": "joblib", "ray": "ray", "submitit_slurm": "slurm"}  # by Hydra's name of the launcher
 _NO_OPTION = "Config group override must be"  # Hydra's ValueError for group=null
 
 
@@ -244,5 +247,7 @@ def _one_line(error: HydraException | OmegaConfBaseException) -> str:
         first = str(error).splitlines()[0].rstrip(".")
         return f"{error.full_key or 'configuration'}: {first}. Correct the value; --help lists all keys."
     text = str(error).partition("Config search path")[0]
+    if (plugin := _PLUGIN.search(text)) and (extra := _EXTRAS.get(plugin[1])):
+        return f"launcher={extra} is not installed. Install it with: pip install 'sparse-exp[{extra}]'"
     first, *rest = [line.strip() for line in text.splitlines() if line.strip()]
     return f"{first}. {' '.join(rest[:1])} {', '.join(rest[1:])}".rstrip(" .") + "."

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 
 from sparse_exp import cli
 
@@ -193,3 +195,12 @@ def test_objectives_without_a_multirun_are_warned_of(sx):
     ended = sx(*TINY[1:], "sweep.objectives=[map50]")
     assert ended.code == 0
     assert "Without -m" in ended.output
+
+
+def test_a_launcher_that_is_not_installed_is_named_with_its_extra(sx, monkeypatch):
+    Plugins.instance()  # where it is installed, its option is there from now on
+    monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["launcher"], "joblib.yaml", raising=False)
+    ended = sx(*TINY, "launcher=joblib", "trainer.lr=0.001,0.002")
+    assert ended.code == 1
+    said = "launcher=joblib is not installed. Install it with: pip install 'sparse-exp[joblib]'"
+    assert ended.error == f"Error: {said}"
