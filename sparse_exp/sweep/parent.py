@@ -36,6 +36,7 @@ def parent_of(sweep: Path, tracker: TrackerConfig, store: Path) -> str | None:
     with _alone(sweep):
         state = read_state(sweep)
         if state.get("parent") is None:
+            # The tracker is let go of at once, and its spool with it: whoever ends the sweep opens it again.
             state["parent"] = open_parent(sweep, tracker, store, state).run_id
         write_json(sweep / STATE, {**state, "open": True})
         parent: str | None = state["parent"]
