@@ -23,7 +23,7 @@ several fit, it is that of the validation split, of what the run deploys, in Dee
 that of the compressed ONNX file. The lines below the table say which it took.
 
   python -m sparse_exp.compare                                             all runs below outputs
-  python -m sparse_exp.compare outputs/sweeps/2026-11-22/10-00-00 --out outputs/compare
+  python -m sparse_exp.compare outputs/sweeps/model-recipe-1f09c3 --out outputs/compare
   python -m sparse_exp.compare --experiment sparse_exp --x size --y map50
   python -m sparse_exp.compare --best "map50>=0.6, size<=4" --by items_per_s
 """
