@@ -24,7 +24,9 @@ OVERRIDES_TAG = "overrides"
 JOB_TAG = "sweep.job"
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 # Words of a command line that say where a run lies or how it is started, not what it is.
-_ABOUT_THE_PLACE = ("paths.run=", "resume=", "overwrite=", "dry_run=")
+_ABOUT_THE_PLACE = (
+    "paths.run=", "resume=", "overwrite=", "dry_run=", "launcher=", "launcher.", "ray.", "sweep.",
+)  # fmt: skip
 _log = logging.getLogger(__name__)
 
 

@@ -58,7 +58,16 @@ def test_without_anything_it_says_where_it_looked():
 
 
 def test_the_command_that_makes_a_run_again(past_run, tmp_path):
-    words = ["model=yolov5s", "hardware.batch_sizes=[1,32]", "paths.run=here", "overwrite=true", "name='a b'"]
+    words = [
+        "model=yolov5s",
+        "hardware.batch_sizes=[1,32]",
+        "paths.run=here",
+        "overwrite=true",
+        "launcher=joblib",
+        "launcher.jobs=2",
+        "sweep.rerun=all",
+        "name='a b'",
+    ]
     again = "python -m sparse_exp model=yolov5s 'hardware.batch_sizes=[1,32]'"
     directory = past_run(tmp_path / "one", {}, words)
     assert read_run(directory).command == f"""{again} 'name='"'"'a b'"'"''"""
