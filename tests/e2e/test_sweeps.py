@@ -220,7 +220,8 @@ def test_a_killed_worker_is_made_up_for(place, undisturbed):
     process = place.start(*TWO, "launcher=joblib", "launcher.jobs=2")
     wait_for(place, process, "epoch 2 ")
     manifest = next(path for path in place.sweep.glob("*/manifest.json") if '"RUNNING"' in path.read_text())
-    os.kill(int((manifest.parent / ".lock").read_text()), signal.SIGKILL)
+    holder = (manifest.parent / ".lock").read_text()  # process 4711 on host
+    os.kill(int(holder.split()[1]), signal.SIGKILL)
     assert process.wait(timeout=300) == 1
     assert no_run_is_open(place)
     place.run(*TWO, "launcher=joblib", "launcher.jobs=2")
