@@ -440,12 +440,14 @@ def test_process_refuses_an_unknown_option(cwd):
     refused(process(cwd, "model=yolov9"), cwd, "yolov5l")
 
 
+@pytest.mark.slow
 def test_process_without_a_package(cwd, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['openvino'] = None\n")
     ended = process(cwd, "experiment=smoke", PYTHONPATH=str(tmp_path))
     refused(ended, cwd, "openvino", "pip install")
 
 
+@pytest.mark.slow
 def test_process_that_reaches_no_index_and_has_nothing_cached(cwd, tmp_path):
     offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
     ended = process(cwd, "tracker=none", SPARSE_EXP_CACHE=str(tmp_path / "none"), **offline)

@@ -16,6 +16,7 @@ from sparse_exp.tracking import RunInfo, create_tracker
 PATIENCE_S = 180  # a server of many modules, on a machine that may be busy
 
 
+@pytest.mark.slow
 def test_the_dashboard_serves_the_store_at_the_address_it_prints(tmp_path):
     tracker = create_tracker(TrackerConfig(system_metrics=False), tmp_path / "store")
     tracker.start(RunInfo("a", "sparse_exp", {}, {}, tmp_path))

@@ -121,6 +121,7 @@ def test_a_job_that_finished_with_other_settings_is_refused_and_stays(two):
     assert two(*TWO).code == 0  # nothing of it was touched
 
 
+@pytest.mark.slow
 def test_all_are_made_anew_on_request(two):
     ended = two(*TWO, "seed=1", "sweep.rerun=all")
     assert ended.code == 0
@@ -135,6 +136,7 @@ def test_a_refused_rerun_puts_everything_back(two):
     assert two(*TWO).output.count(": kept.") == 2
 
 
+@pytest.mark.slow
 def test_failed_jobs_are_made_anew_on_request(sx):
     sx(*TINY, "sweep.name=two", "trainer.lr=0.001,5")
     leftover = Path("outputs/sweeps/two/1-yolov5n-digits-transfer_quant/leftover")
@@ -165,6 +167,7 @@ def test_what_is_known_to_be_wrong_is_refused_before_the_first_job(sx, words, sa
     assert not list(tmp_path.glob("outputs/sweeps/*"))
 
 
+@pytest.mark.slow
 def test_a_dry_run_leaves_nothing(sx, tmp_path):
     ended = sx(*TINY, "stages=[fetch,plan,train]", "trainer.lr=0.001", "dry_run=true")
     assert ended.code == 0
@@ -184,6 +187,7 @@ def test_a_sweep_that_runs_already_is_refused(two):
     assert two(*TWO).code == 0
 
 
+@pytest.mark.slow
 def test_options_may_be_swept_by_pattern(sx):
     ended = sx(*TINY[:1], "model=glob(*)", *TINY[2:], "sweep.name=globbed")
     assert ended.code == 0

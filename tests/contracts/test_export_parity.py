@@ -73,6 +73,7 @@ def test_quantized_files_agree_with_the_checkpoint(engine, name, deployment, ref
     assert scores < 0.012
 
 
+@pytest.mark.slow
 def test_but_for_the_rounding_of_biases_the_integer_graph_is_the_network(
     lively_model, reference, images, tmp_path, monkeypatch
 ):

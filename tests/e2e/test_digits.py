@@ -421,6 +421,7 @@ def belonging_to(cache: Path) -> list[psutil.Process]:
     return [process for process in found if process.pid != os.getpid()]
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_training(smoke, place, client):
     words = ["recipe.variables.num_epochs=500", "paths.run=killed", "tracker.experiment=killed"]
     killed = place.cwd / "killed"

@@ -37,6 +37,7 @@ def test_refused_with_one_line_that_says_what_to_do(tmp_path, damaged):
     assert "dataset.on_corrupt=skip" in error
 
 
+@pytest.mark.slow
 def test_skipped_with_a_count_in_manifest_and_report(tmp_path, damaged):
     done = _run(tmp_path, damaged, "dataset.on_corrupt=skip")
     assert done.returncode == 0, done.stderr

@@ -212,6 +212,7 @@ def test_the_first_source_that_answers_and_its_hash(place, pruned, tmp_path, ser
     assert run.records["plan"].facts["transferred"] == "343 of 349 tensors"
 
 
+@pytest.mark.slow
 def test_what_is_grown_says_what_it_was_grown_from(place, data, tmp_path):
     torch.manual_seed(0)
     small = YOLOv5("n", 10)

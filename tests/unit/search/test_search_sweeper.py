@@ -125,6 +125,7 @@ def test_killed_and_started_again_it_ends_as_if_it_had_not_been(undisturbed, tmp
     assert app.launched() == []
 
 
+@pytest.mark.slow
 def test_a_failed_job_lets_the_others_run_and_may_be_repeated(undisturbed, tmp_path):
     app = App(tmp_path)
     (tmp_path / "fail_in").write_text("1")

@@ -327,6 +327,7 @@ tracker.finish("FINISHED")
 """
 
 
+@pytest.mark.slow
 def test_two_processes_start_on_a_fresh_store_at_once_and_print_nothing(tmp_path):
     store = tmp_path / "fresh store"
     command = [sys.executable, "-c", START, str(store)]

@@ -178,7 +178,7 @@ def text_of(name: str) -> str:
     [
         ("prune", [-2]),
         ("transfer_quant", [2, 2]),  # when QAT is to begin, and within it, when batch norms are frozen
-        ("distill_layers", [1]),
+        pytest.param("distill_layers", [1], marks=pytest.mark.slow),
     ],
 )
 def test_a_training_that_is_killed_ends_as_an_undisturbed_one(whole_and_cut, name, kills):
