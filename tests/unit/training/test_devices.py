@@ -191,6 +191,7 @@ def test_a_process_that_dies_ends_the_training_with_one_line(tmp_path):
     assert not others()
 
 
+@pytest.mark.slow
 def test_what_fails_in_another_process_is_said_here(tmp_path, monkeypatch):
     made = arguments(tmp_path, TWO_EPOCHS, images=5)
     made["optimizer"] = None
