@@ -150,7 +150,7 @@ class RunDirectory:
                     f"{path} holds no {MANIFEST}, so it is no run and is not replaced. "
                     "Choose another directory with paths.run=PATH."
                 )
-            _empty(path)
+            empty(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -230,7 +230,7 @@ def _content(directory: Path) -> list[Path]:
     return [path for path in directory.iterdir() if path.name != LOCK] if directory.is_dir() else []
 
 
-def _empty(directory: Path) -> None:
-    """Delete a run. Its manifest goes last, so that what a killed process leaves is still a run."""
+def empty(directory: Path) -> None:
+    """Delete a run, but for its lock. Its manifest goes last: what a killed process leaves is still a run."""
     for path in sorted(_content(directory), key=lambda path: path.name == MANIFEST):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -9,7 +9,6 @@ fingerprint trains, whether for its own sake or as a counterpart, others that ne
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -23,6 +22,7 @@ from sparse_exp.config.resolve import as_dict, recipe_path
 from sparse_exp.config.schema import Experiment, RecipeConfig, RecoveryConfig
 from sparse_exp.errors import ConfigError, StageFailed, expected
 from sparse_exp.host import exclusive
+from sparse_exp.runs import read_json
 from sparse_exp.tracking import find_runs
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def _start_itself(context: Context) -> Baseline:
 
 
 def _given(context: Context, directory: Path) -> Baseline:
-    baseline, stages = read_baseline(directory, "given"), _manifest(directory).get("stages", {})
+    baseline, stages = read_baseline(directory, "given"), read_json(directory / MANIFEST).get("stages", {})
     do = "Give the directory of a finished run of recipe=dense, or set recovery.baseline=auto."
     if baseline is None:
         raise ConfigError(expected("recovery.baseline", "a run with a result", str(directory), do))
@@ -230,18 +230,9 @@ def _written(path: Path) -> float:
         return 0.0
 
 
-def _manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a run; empty where there is none that can be read."""
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return manifest if isinstance(manifest, dict) else {}
-
-
 def _mark_of(directory: Path) -> str | None:
     """The fingerprint of a dense run that was evaluated, whatever became of it afterwards; None of others."""
-    manifest = _manifest(directory)
+    manifest = read_json(directory / MANIFEST)
     stages, finished = manifest.get("stages", {}), manifest.get("status") == "FINISHED"
     mark = stages.get("evaluate", {}).get("facts", {}).get("dense_fingerprint")
     if mark is None and finished:  # of a version that did not note it there
@@ -259,7 +250,7 @@ def read_baseline(directory: Path, origin: str) -> Baseline | None:
     Returns:
         None where there is no manifest, or the run was not evaluated.
     """
-    stages = _manifest(directory).get("stages", {})
+    stages = read_json(directory / MANIFEST).get("stages", {})
     map50 = stages.get("evaluate", {}).get("metrics", {}).get(MAP50)
     if map50 is None:
         return None

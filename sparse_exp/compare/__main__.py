@@ -8,10 +8,10 @@ import logging
 import sys
 from pathlib import Path
 
-from sparse_exp.artifacts import write_text
 from sparse_exp.command import run_command
 from sparse_exp.compare.comparison import Comparison, compare
-from sparse_exp.compare.table import as_csv, as_data, as_markdown, said, shown_rows, terminal_table
+from sparse_exp.compare.files import write_files
+from sparse_exp.compare.table import as_data, said, shown_rows, terminal_table
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.runs import add_store_options, select_runs
@@ -38,7 +38,7 @@ def main() -> int:
     )
     comparison = compare(runs, options.x, options.y, limits=options.best, by=options.by)
     try:
-        written = _write(comparison, options.out) if options.out else []
+        written = write_files(comparison, options.out) if options.out else []
     except OSError as error:
         do = "Name another directory."
         raise ConfigError(expected("--out", "a directory to write into", str(options.out), do)) from error
@@ -58,17 +58,6 @@ def _show(comparison: Comparison, limit: int, written: list[Path]) -> None:
     more = [f"{left} more runs are not shown; --rows {len(comparison.rows)} shows all."] if left else []
     # Not through the console, which would break a command where the window ends.
     print("\n".join([*more, *said(comparison), *(f"Written: {path}" for path in written)]))
-
-
-def _write(comparison: Comparison, folder: Path) -> list[Path]:
-    """``compare.csv``, ``compare.md``, ``compare.png`` and ``compare.html``."""
-    from sparse_exp.compare.pictures import draw
-
-    return [
-        write_text(folder / "compare.csv", as_csv(comparison)),
-        write_text(folder / "compare.md", as_markdown(comparison)),
-        *draw(comparison, folder),
-    ]
 
 
 def _options() -> argparse.Namespace:

@@ -102,17 +102,7 @@ class IsolatedEngine:
             output.close()
 
     def _start(self) -> None:
-        self._pipe, other = Pipe()
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-        command = [sys.executable, "-c", _CHILD, str(other.fileno()), self.name, *sys.path]
-        with other:  # only the child may hold its end, or its death would go unseen
-            self._process = subprocess.Popen(
-                command,
-                pass_fds=(other.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=self._output,
-                stderr=self._output,
-            )
+        self._process, self._pipe, self._output = start_child(_CHILD, self.name)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         if self._pipe is None:
@@ -214,6 +204,27 @@ def _time_batches(engine: Engine, batches: Iterator[np.ndarray], seconds: float)
         if now >= end:
             break
     return latencies
+
+
+def start_child(code: str, *words: str) -> tuple[subprocess.Popen[bytes], Connection[Any, Any], IO[bytes]]:
+    """Start a fresh interpreter at the other end of a pipe.
+
+    Args:
+        code: what it runs; in ``sys.argv`` it finds the file descriptor of its end, the words, and our
+            ``sys.path``.
+        words: for it.
+
+    Returns:
+        The process, this end of the pipe, and the file that the process prints to.
+    """
+    pipe, end = Pipe()
+    output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by who asked
+    command = [sys.executable, "-c", code, str(end.fileno()), *words, *sys.path]
+    with end:  # only the child may hold its end, or its death would go unseen
+        process = subprocess.Popen(
+            command, pass_fds=(end.fileno(),), stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
+    return process, pipe, output
 
 
 def exit_with_parent(descriptor: int) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparse_exp import __version__
-from sparse_exp.artifacts import LOCK, MANIFEST, RunDirectory, fingerprint, locked, sha256_of, write_json
+from sparse_exp.artifacts import MANIFEST, RunDirectory, empty, fingerprint, locked, sha256_of, write_json
 from sparse_exp.compare.comparison import FINISHED
 from sparse_exp.conditions import code_differences
 from sparse_exp.config.resolve import as_dict, recipe_path
@@ -111,7 +110,7 @@ def _prepare(job: Job, experiment: Experiment) -> None:
     """Go on with what there is of a job, or make it anew where ``sweep.rerun`` says so."""
     if (aside := aside_of(job.directory)) or (job.manifest and experiment.sweep.rerun):
         _forget(experiment, read_json(aside) if aside else job.manifest)
-        _empty(job.directory)
+        empty(job.directory)
         experiment.resume = None
         return
     manifest = job.manifest
@@ -122,15 +121,6 @@ def _prepare(job: Job, experiment: Experiment) -> None:
     if _changes(job, manifest, experiment):  # the tracker does not let go of the former parameters
         _forget(experiment, manifest)
         write_json(job.directory / MANIFEST, {**manifest, "tracker_run_id": None})
-
-
-def _empty(directory: Path) -> None:
-    """Take away what an earlier start made, but for the lock that is held."""
-    for path in directory.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != LOCK:
-            path.unlink()
 
 
 def _forget(experiment: Experiment, manifest: Mapping[str, Any]) -> None:

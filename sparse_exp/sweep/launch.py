@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
+from sparse_exp.artifacts import LOCK
 from sparse_exp.compare.comparison import FINISHED
 from sparse_exp.config.resolve import group, out_of_bounds, resolve
 from sparse_exp.config.schema import LauncherConfig, RayConfig, SweepConfig, TrackerConfig
@@ -29,7 +30,6 @@ from sparse_exp.tracking import Artifact, Metrics, Status, Tags, end_open_runs
 from sparse_exp.tracking.store import check_server
 
 _log = logging.getLogger(__name__)
-_LOCK = ".lock"
 _MULTIRUN = "multirun.yaml"  # Hydra's
 
 
@@ -87,7 +87,7 @@ def open_sweep(config: DictConfig) -> None:
         return
     check_server(sweep.tracker, sweep.store)
     sweep.lock.enter_context(
-        exclusive(sweep.directory / _LOCK, f"The sweep {sweep.directory} is being run", wait=False)
+        exclusive(sweep.directory / LOCK, f"The sweep {sweep.directory} is being run", wait=False)
     )
     start_launcher(launcher, ray)
     _open = sweep

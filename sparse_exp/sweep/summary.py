@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparse_exp.artifacts import MANIFEST, write_text
+from sparse_exp.artifacts import MANIFEST
 from sparse_exp.compare.comparison import FINISHED, Comparison, compare
-from sparse_exp.compare.table import as_csv, as_markdown, said, terminal_table
+from sparse_exp.compare.files import write_files
+from sparse_exp.compare.table import as_markdown, said, terminal_table
 from sparse_exp.errors import ConfigError
 from sparse_exp.runs import PastRun, find_directories, read_json, read_run
 
@@ -52,18 +53,10 @@ class Summary:
         finished = sum(job.status == FINISHED for job in self.jobs)
         return f"{finished} of {len(self.jobs)} jobs finished"
 
-    def write(self, sweep: Path) -> list[Path]:
-        """Write ``compare/compare.{csv,md,png,html}`` below the sweep's directory; returns the files."""
-        if self.comparison is None:
-            return []
-        from sparse_exp.compare.pictures import draw
-
-        folder = sweep / FOLDER
-        return [
-            write_text(folder / "compare.csv", as_csv(self.comparison)),
-            write_text(folder / "compare.md", as_markdown(self.comparison)),
-            *draw(self.comparison, folder),
-        ]
+    def write(self, sweep: Path) -> None:
+        """Write the comparison's files into `FOLDER` of the sweep's directory."""
+        if self.comparison:
+            write_files(self.comparison, sweep / FOLDER)
 
 
 def summarize(sweep: Path, objectives: Sequence[str] = ()) -> Summary:

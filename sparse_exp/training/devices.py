@@ -13,8 +13,6 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -24,7 +22,6 @@ from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -39,7 +36,7 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 from sparse_exp import collectives
 from sparse_exp.collectives import Disconnected
 from sparse_exp.config.schema import Experiment
-from sparse_exp.engines.isolated import exit_with_parent, last_line
+from sparse_exp.engines.isolated import exit_with_parent, last_line, start_child
 from sparse_exp.errors import ConfigError, SparseExpError, StageFailed, expected, first_line
 from sparse_exp.hardware import usable_physical_cores
 from sparse_exp.training.memory import is_out_of_memory
@@ -285,17 +282,7 @@ class _Other:
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
-        self.pipe, end = Pipe()
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-        command = [sys.executable, "-c", _CHILD, str(end.fileno()), *sys.path]
-        with end:  # only the child may hold its end, or its death would go unseen
-            self._process = subprocess.Popen(
-                command,
-                pass_fds=(end.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=self._output,
-                stderr=self._output,
-            )
+        self._process, self.pipe, self._output = start_child(_CHILD)
 
     def order(self, order: _Order) -> None:
         """Tell it what to do."""

@@ -29,3 +29,10 @@ def make_store(new_database, tmp_path_factory):
         return store
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """A directory of its own for each test, and no tracking server in the environment."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)

@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from stores import QUIET, client
 
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import MissingDependency, SparseExpError
@@ -18,25 +19,12 @@ from sparse_exp.tracking.spool import UNSENT
 from sparse_exp.tracking.store import tracking_uri
 
 DIGEST = "0123456789abcdef" * 4
-QUIET = TrackerConfig(system_metrics=False)
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def store(make_store):
     """One database for most tests, at a path that needs care."""
     return make_store("läufe #1 100% ü")
-
-
-def client(store):
-    from mlflow import MlflowClient
-
-    return MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
 
 
 def run_info(tmp_path, **kwargs):

@@ -1,31 +1,19 @@
 """A sweep's own run: its note, how it is gone on with, and children that nobody closed."""
 
 import pytest
+from stores import QUIET, client
 
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.tracking import PARENT_TAG, Artifact, Metrics, RunInfo, Tags, end_open_runs
 from sparse_exp.tracking.description import NOTE_TAG, experiment_note
 from sparse_exp.tracking.mlflow import MlflowTracker
 
-QUIET = TrackerConfig(system_metrics=False)
 TABLE = "## Result\n\n| run | mAP50 |\n|---|---|\n| a | 0.5 |"
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def store(make_store):
     return make_store("store")
-
-
-def client(store):
-    from mlflow import MlflowClient
-
-    return MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
 
 
 def start(store, directory, run_id=None, tags=None, experiment="sweeps"):

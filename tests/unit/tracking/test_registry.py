@@ -2,30 +2,17 @@ import hashlib
 
 import numpy as np
 import pytest
+from stores import QUIET, client
 
-from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.tracking import Model, RunInfo
 from sparse_exp.tracking.mlflow import MlflowTracker
 
-QUIET = TrackerConfig(system_metrics=False)
 TAGS = {"map50": "0.5000", "sparsity": "0.7500", "run": "a run", "sparse_exp.version": "0.1.0"}
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def store(make_store):
     return make_store("läufe 1")
-
-
-def client(store):
-    from mlflow import MlflowClient
-
-    return MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
 
 
 def register(store, directory, model, run_id=None):

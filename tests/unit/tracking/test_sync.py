@@ -1,32 +1,18 @@
 import re
 
 import pytest
+from stores import QUIET, client
 
-from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import ConfigError
 from sparse_exp.tracking import Artifact, Dataset, Metrics, RunInfo, Tags
 from sparse_exp.tracking.__main__ import main
 from sparse_exp.tracking.mlflow import MlflowTracker, RunWriter
 from sparse_exp.tracking.spool import UNSENT, Destination, Spool, Waiting
 
-QUIET = TrackerConfig(system_metrics=False)
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.chdir(tmp_path)
-
 
 @pytest.fixture(scope="module")
 def store(make_store):
     return make_store("store")
-
-
-def client(store):
-    from mlflow import MlflowClient
-
-    return MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
 
 
 def broken(*_, **__):
