@@ -96,7 +96,7 @@ def _run(job: Job, options: argparse.Namespace, overrides: list[str]) -> int:
         f"paths.run={job.directory}",
         "overwrite=true",
         f"stages=[{','.join(stages)}]",
-        f"hardware.cores={cores}",
+        f"hardware.cores=[{cores}]",
         *overrides,
     ]
     if job.recipe != "dense":

@@ -78,10 +78,10 @@ class Context:
 
     @cached_property
     def cores(self) -> int:
-        """Cores that engines run on: ``hardware.cores``, or all physical ones that are usable."""
+        """Cores that engines run on: the first of ``hardware.cores``, or all physical ones that are usable."""
         from sparse_exp.hardware import usable_physical_cores
 
-        return self.experiment.hardware.cores or usable_physical_cores()
+        return next(iter(self.experiment.hardware.cores), usable_physical_cores())
 
     @cached_property
     def precision(self) -> Precision:

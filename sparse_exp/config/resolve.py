@@ -247,13 +247,23 @@ def _cross_checks(experiment: Experiment) -> Iterator[str]:
     yield from _check_stages(experiment)
     yield from _check_publish(experiment)
     yield from _check_register(experiment)
-    for batch in experiment.hardware.batch_sizes:
-        if batch < 1:
-            yield expected("hardware.batch_sizes", "at least 1 each", batch, "Use positive batch sizes.")
-    if not experiment.hardware.batch_sizes:
-        yield expected("hardware.batch_sizes", "at least one batch size", [], "For example [1].")
-    if not experiment.hardware.engines:
-        yield expected("hardware.engines", "at least one engine", [], "For example [onnxruntime].")
+    yield from _check_hardware(experiment)
+
+
+def _check_hardware(experiment: Experiment) -> Iterator[str]:
+    hardware = experiment.hardware
+    for key in ("batch_sizes", "cores", "streams"):
+        for value in [value for value in getattr(hardware, key) if value < 1]:
+            yield expected(f"hardware.{key}", "at least 1 each", value, "Use positive numbers.")
+    examples = {
+        "batch_sizes": "[1]",
+        "engines": "[onnxruntime]",
+        "variants": "[sparse]",
+        "scenarios": "[sync]",
+    }
+    for key, example in examples.items():
+        if not getattr(hardware, key):
+            yield expected(f"hardware.{key}", "at least one", [], f"For example {example}.")
 
 
 def _check_dataset(experiment: Experiment) -> Iterator[str]:

@@ -23,7 +23,10 @@ STAGES = (
     "register",
 )
 SIZES = ("n", "s", "m", "l", "x")
-ENGINES = ("deepsparse", "onnxruntime", "openvino")
+ENGINES = ("deepsparse", "onnxruntime", "openvino", "torch")
+VARIANTS = ("dense", "dense_int8", "sparse_fp32", "sparse")
+SCENARIOS = ("sync", "throughput", "async")
+ISA = ("avx2", "avx512", "vnni", "bf16", "amx")
 GENERATORS = ("trees", "digits", "coco128", "voc")
 OPTIMIZERS = ("adamw", "sgd")
 PATTERNS = ("unstructured", "block4")
@@ -223,15 +226,51 @@ class RecoveryConfig:
 
 @dataclass
 class HardwareConfig:
-    """What the exported model runs on, and how it is measured."""
+    """The target: what the exported model runs on, and how it is measured there."""
 
     name: str = MISSING
-    engines: List[str] = one_of(list(ENGINES), ENGINES, "runtimes to verify and to measure")
-    cores: Optional[int] = bounded(None, 1, 1024, help="null: all physical cores")
-    batch_sizes: List[int] = documented([1], "batch sizes to measure")
-    warmup_s: float = bounded(1.0, 0.0, 600.0, unit="s", help="before each measurement")
+    engines: List[str] = one_of(
+        ["deepsparse", "onnxruntime", "openvino"], ENGINES,
+        "runtimes to verify and to measure; the first is the one that is deployed to",
+    )  # fmt: skip
+    variants: List[str] = one_of(
+        ["dense", "sparse"], VARIANTS,
+        "files to measure: fp32 and not sparse, the same in int8, sparse in fp32, what the run deploys",
+    )  # fmt: skip
+    scenarios: List[str] = one_of(
+        ["sync"], SCENARIOS,
+        "sync: one inference after the other; throughput: streams at once, as many as serve best; async: "
+        "streams of one image each",
+    )  # fmt: skip
+    cores: List[int] = documented(
+        [], "numbers of cores to measure on, the first being the target's; []: all physical ones"
+    )
+    batch_sizes: List[int] = documented([1], "images of one inference, in sync and throughput")
+    streams: List[int] = documented(
+        [], "inferences at once; []: in throughput the search decides, in async one per core"
+    )
+    imgsz: Optional[int] = bounded(
+        None, 64, 2048, unit="px", help="that the target is made for; null: dataset.imgsz"
+    )
+    isa: List[str] = one_of([], ISA, "instruction sets that the target's CPU has")
+    production: bool = documented(False, "only engines whose licence allows use in production")
+    recipes: List[str] = documented([], "recipes that suit the target, best first")
+    strict: bool = documented(
+        True, "refuse what does not fit this host; false: measure all the same, and state the mismatch"
+    )
+    tune: bool = documented(True, "try each engine's own options before measuring; false: its defaults")
+    tune_s: float = bounded(0.5, above=0.0, high=600.0, unit="s", help="of each try")
+    pinning: bool = documented(True, "keep each engine on the first so many of the usable cores")
+    warmup_s: float = bounded(1.0, 0.0, 600.0, unit="s", help="least, before each measurement")
+    max_warmup_s: float = bounded(
+        10.0, 0.0, 3600.0, unit="s", help="most, where latencies have not become stable before"
+    )
     duration_s: float = bounded(3.0, above=0.0, high=3600.0, unit="s", help="of one measurement")
     repeats: int = bounded(5, 1, 1000, help="measurements of each cell, in turns")
+    max_spread: float = bounded(
+        0.15, above=0.0, high=10.0,
+        help="(max - min) / median over the repeats from which a cell is measured again, then marked noisy",
+    )  # fmt: skip
 
 
 @dataclass

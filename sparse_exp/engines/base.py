@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from sparse_exp.errors import EngineError, MissingDependency, expected
 
 Execute = Callable[[np.ndarray], list[np.ndarray]]
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 _LONGEST_REASON = 200
 
 
@@ -29,13 +31,23 @@ class Engine(Protocol):
     name: str
     version: str
 
-    def load(self, model: Path, *, batch_size: int, cores: int) -> None:
+    def load(
+        self,
+        model: Path,
+        *,
+        batch_size: int,
+        cores: int,
+        streams: int = 1,
+        options: Mapping[str, Any] = NO_OPTIONS,
+    ) -> None:
         """Compile a model; what was loaded before is closed first.
 
         Args:
             model: ONNX file that takes uint8 images (N, 3, H, W), N dynamic, H and W fixed.
             batch_size: images of one inference, at least 1.
-            cores: threads to use, one per physical core, at least 1.
+            cores: physical cores to use, all streams together, at least 1.
+            streams: inferences that run at once: from so many threads `run` may be called at a time.
+            options: the engine's own, one of those that `sparse_exp.engines.search_space` lists.
 
         Raises:
             MissingDependency: the runtime is not installed.
@@ -95,7 +107,15 @@ class OnnxEngine:
         """Compile ``model``; returns a function of one contiguous batch."""
         raise NotImplementedError
 
-    def load(self, model: Path, *, batch_size: int, cores: int) -> None:
+    def load(
+        self,
+        model: Path,
+        *,
+        batch_size: int,
+        cores: int,
+        streams: int = 1,
+        options: Mapping[str, Any] = NO_OPTIONS,
+    ) -> None:
         """See `Engine.load`."""
         self.close()
         self._model, self._batch_size = Path(model), batch_size

@@ -129,7 +129,7 @@ def failed(ended: Ended, cwd: Path, *fragments: str, stage: str) -> Path:
         (["stages=[export]"], ["checkpoint=PATH"]),
         (["stages=[export]", "checkpoint=nowhere.pt"], ["checkpoint", "'nowhere.pt'"]),
         (["resume=nowhere"], ["resume", "manifest.json"]),
-        (["hardware.cores=1000"], ["hardware.cores=null"]),
+        (["hardware.cores=[1000]"], ["hardware.cores=[]"]),
         (["trainer.batch_size="], ["trainer.batch_size"]),
         (["seed=1,2"], ["seed=1,2", "--multirun"]),
         (["--config-dir", "/nowhere"], ["/nowhere"]),

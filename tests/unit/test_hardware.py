@@ -96,7 +96,7 @@ def test_this_host_has_between_one_and_all_logical_cores():
 
 def test_no_problems_where_all_is_well(machine):
     machine(ZEN3)
-    assert check_engines(HardwareConfig(name="cpu", cores=2)) == []
+    assert check_engines(HardwareConfig(name="cpu", cores=[2])) == []
 
 
 def test_an_engine_that_is_not_installed_is_a_problem(machine, monkeypatch):
@@ -115,7 +115,7 @@ def test_only_configured_engines_are_checked(machine, monkeypatch):
 
 def test_a_cpu_without_avx2_cannot_run_deepsparse_and_too_many_cores_cannot_be_had(machine):
     machine("fpu sse avx")
-    problems = check_engines(HardwareConfig(name="cpu", cores=3))
+    problems = check_engines(HardwareConfig(name="cpu", cores=[3]))
     assert len(problems) == 2
     assert "AVX2" in problems[0]
     assert "Some CPU" in problems[0]

@@ -46,7 +46,7 @@ def sparse(run: str, tracker: str = "none", **changes) -> Experiment:
         "dataset": DatasetConfig(name="digits", generator="digits", imgsz=64),
         "recipe": RecipeConfig(name="transfer", file="transfer.md", variables={"num_epochs": 1}),
         "recovery": RecoveryConfig("auto"),
-        "hardware": HardwareConfig(name="cpu", engines=["onnxruntime"], cores=1),
+        "hardware": HardwareConfig(name="cpu", engines=["onnxruntime"], cores=[1]),
         "tracker": TrackerConfig(backend=tracker, system_metrics=False),
         "paths": PathsConfig(output="out", run=run, mlflow="mlflow", cache="cache"),
     }

@@ -43,7 +43,7 @@ def experiment(run: Path, **changes) -> Experiment:
         "model": ModelConfig(name="yolov5n", size="n", weights="scratch"),
         "dataset": DatasetConfig(name="digits", generator="digits", imgsz=64),
         "recipe": RecipeConfig(name="transfer", file="transfer.md"),
-        "hardware": HardwareConfig(name="cpu", engines=["onnxruntime"], cores=1),
+        "hardware": HardwareConfig(name="cpu", engines=["onnxruntime"], cores=[1]),
         "tracker": TrackerConfig(backend="none"),
         "paths": PathsConfig(output="out", run=str(run), mlflow="mlflow"),
     }

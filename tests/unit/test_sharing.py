@@ -57,7 +57,7 @@ def job(number: int, **changes) -> Experiment:
         "model": ModelConfig(name="yolov5n", size="n", weights="scratch", sparsity=0.4),
         "dataset": DatasetConfig(name="digits", generator="digits", imgsz=64),
         "recipe": RecipeConfig(name="transfer", file="transfer.md", variables={"num_epochs": 1}),
-        "hardware": HardwareConfig(name="cpu", engines=["onnxruntime"], cores=1),
+        "hardware": HardwareConfig(name="cpu", engines=["onnxruntime"], cores=[1]),
         "export": ExportConfig(map_atol=1, score_atol=1, box_atol=100),
         "tracker": TrackerConfig(backend="none"),
         "paths": PathsConfig(output="out", run=f"sweep/{number}-tiny", mlflow="mlflow"),
@@ -134,7 +134,7 @@ def test_the_seconds_are_those_of_who_did_it(done, monkeypatch):
     "changes",
     [
         {"name": "other"},
-        {"hardware": HardwareConfig(name="other", engines=["onnxruntime"], cores=2, repeats=1)},
+        {"hardware": HardwareConfig(name="other", engines=["onnxruntime"], cores=[2], repeats=1)},
         {"tracker": TrackerConfig(backend="none", experiment="other", register="name")},
         {"launcher": LauncherConfig(name="joblib", jobs=4)},
         {"sweep": SweepConfig(name="other", objectives=["map50"])},
@@ -159,7 +159,7 @@ def test_where_and_how_a_job_runs_is_in_no_fingerprint_of_what_is_shared(done, c
         ),
         ({"recipe": replace(job(0).recipe, optimizer="sgd")}, SHARED[1:]),
         ({"export": ExportConfig(opset=14)}, ["export", "verify"]),
-        ({"hardware": HardwareConfig(name="cpu", engines=["openvino"], cores=1)}, ["verify"]),
+        ({"hardware": HardwareConfig(name="cpu", engines=["openvino"], cores=[1])}, ["verify"]),
     ],
 )
 def test_what_a_stage_depends_on_is_in_its_fingerprint(done, changes, differing):
@@ -352,7 +352,7 @@ def test_the_tracker_is_told_the_same_of_a_job_that_took_everything_over(real, m
     monkeypatch.chdir(directory.parents[1])
     tracker = Recorder()
     monkeypatch.setattr(experiments, "create_tracker", lambda *_: tracker)
-    second = run(job(1, hardware=HardwareConfig(name="other", engines=["onnxruntime"], cores=2)))
+    second = run(job(1, hardware=HardwareConfig(name="other", engines=["onnxruntime"], cores=[2])))
     assert {
         stage: origin for stage, origin in origins(second).items() if stage != "baseline"
     } == dict.fromkeys([stage for stage in SHARED if stage != "baseline"], "0-tiny")

@@ -68,8 +68,7 @@ def test_no_meaning_is_kept_for_a_key_that_is_gone_or_says_it_itself(tool, rows)
     [
         ("trainer.lr", "bounds", "above 0 to 1"),
         ("trainer.lr", "type", "float"),
-        ("hardware.cores", "type", "int or null"),
-        ("hardware.cores", "bounds", "1 to 1024"),
+        ("hardware.cores", "type", "list of int"),
         ("hardware.engines", "type", "list of str"),
         ("dataset.imgsz", "unit", "px"),
         ("dataset.imgsz", "default", "`320`"),  # of dataset=trees; the schema's own is 640

@@ -20,6 +20,7 @@ _INSTALL = {
     "deepsparse": "deepsparse==1.8.0",
     "onnxruntime": "onnxruntime>=1.17",
     "openvino": "openvino>=2025.0",
+    "torch": "torch>=2.5",
 }
 # Any of the kernel's flags stands for the instruction set.
 _ISA_FLAGS = {
@@ -105,9 +106,9 @@ def check_engines(hardware: HardwareConfig) -> list[str]:
     """
     problems = [problem for engine in hardware.engines if (problem := _engine_problem(engine))]
     usable = usable_physical_cores()
-    if hardware.cores is not None and hardware.cores > usable:
-        do = "Set hardware.cores=null to use all there are."
-        problems.append(expected("hardware.cores", f"at most the {usable} of this host", hardware.cores, do))
+    for cores in [cores for cores in hardware.cores if cores > usable]:
+        do = "Set hardware.cores=[] to use all there are."
+        problems.append(expected("hardware.cores", f"at most the {usable} of this host", cores, do))
     return problems
 
 
