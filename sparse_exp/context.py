@@ -78,7 +78,7 @@ class Context:
 
     @cached_property
     def cores(self) -> int:
-        """Cores that engines run on: the first of ``hardware.cores``, or all physical ones that are usable."""
+        """Cores that engines run on: the first of ``hardware.cores``, or all usable physical ones."""
         from sparse_exp.hardware import usable_physical_cores
 
         return next(iter(self.experiment.hardware.cores), usable_physical_cores())
