@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from sparse_exp.engines.base import Engine, OnnxEngine
+from typing import Any
+
+from sparse_exp.engines.base import Engine, LocalEngine
 from sparse_exp.engines.deepsparse import DeepSparseEngine
 from sparse_exp.engines.isolated import IsolatedEngine
 from sparse_exp.engines.onnxruntime import OnnxRuntimeEngine
 from sparse_exp.engines.openvino import OpenVinoEngine
+from sparse_exp.engines.profile import LayerTime, Profile
+from sparse_exp.engines.timing import Timing
+from sparse_exp.engines.torch import TorchEngine
 from sparse_exp.errors import EngineError, expected
 
-__all__ = ["Engine", "IsolatedEngine", "create_engine"]
+__all__ = ["Engine", "IsolatedEngine", "LayerTime", "Profile", "Timing", "create_engine", "search_space"]
 
-_ENGINES: dict[str, type[OnnxEngine]] = {
+_ENGINES: dict[str, type[LocalEngine]] = {
     "deepsparse": DeepSparseEngine,
     "onnxruntime": OnnxRuntimeEngine,
     "openvino": OpenVinoEngine,
+    "torch": TorchEngine,
 }
 
 
-def create_engine(name: str, *, quiet: bool = True) -> Engine:
+def create_engine(name: str, *, quiet: bool = True) -> LocalEngine:
     """An engine in this process; `IsolatedEngine` is the same in a process of its own.
 
     Args:
@@ -28,7 +34,31 @@ def create_engine(name: str, *, quiet: bool = True) -> Engine:
     Raises:
         EngineError: there is no engine of that name.
     """
+    return _engine(name)(quiet=quiet)
+
+
+def search_space(name: str, *, batch_size: int, cores: int, streams: int) -> list[dict[str, Any]]:
+    """The options worth a try: each a mapping for `Engine.load`, of plain data.
+
+    None of them changes what is computed: fp32 stays fp32, and int8 int8.
+
+    Args:
+        name: one of `sparse_exp.config.schema.ENGINES`.
+        batch_size: images of one inference.
+        cores: physical cores to use, all streams together.
+        streams: inferences that run at once.
+
+    Returns:
+        Two to five candidates. The first is empty: the engine's defaults.
+
+    Raises:
+        EngineError: there is no engine of that name.
+    """
+    return _engine(name).search_space(batch_size=batch_size, cores=cores, streams=streams)
+
+
+def _engine(name: str) -> type[LocalEngine]:
     if name not in _ENGINES:
         choices = f"one of {', '.join(_ENGINES)}"
         raise EngineError(expected("an engine", choices, name, "Correct hardware.engines."))
-    return _ENGINES[name](quiet=quiet)
+    return _ENGINES[name]

@@ -1,27 +1,33 @@
-"""What every inference engine offers, and what the three ONNX engines share."""
+"""What every inference engine offers, and what the engines share."""
 
 from __future__ import annotations
 
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from queue import LifoQueue
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 
-from sparse_exp.errors import EngineError, MissingDependency, expected
+from sparse_exp.engines.profile import Profile
+from sparse_exp.engines.signature import Signature, check_detector, read_signature
+from sparse_exp.errors import EngineError, MissingDependency, SparseExpError, expected
 
 Execute = Callable[[np.ndarray], list[np.ndarray]]
-NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
+Options = Mapping[str, Any]
+NO_OPTIONS: Options = MappingProxyType({})
 _LONGEST_REASON = 200
+_CHECKPOINTS = (".pt", ".pth", ".safetensors")
 
 
 class Engine(Protocol):
-    """An inference runtime that runs one ONNX file on the CPU.
+    """An inference runtime that runs one model on the CPU.
 
     Attributes:
         name: name of the runtime, as in `sparse_exp.config.schema.ENGINES`.
@@ -38,12 +44,13 @@ class Engine(Protocol):
         batch_size: int,
         cores: int,
         streams: int = 1,
-        options: Mapping[str, Any] = NO_OPTIONS,
+        options: Options = NO_OPTIONS,
     ) -> None:
         """Compile a model; what was loaded before is closed first.
 
         Args:
-            model: ONNX file that takes uint8 images (N, 3, H, W), N dynamic, H and W fixed.
+            model: ONNX file that takes uint8 images (N, 3, H, W), N dynamic, H and W fixed, and gives
+                float32 (N, A, 5 + nc); for torch a checkpoint of this project or of Ultralytics YOLOv5.
             batch_size: images of one inference, at least 1.
             cores: physical cores to use, all streams together, at least 1.
             streams: inferences that run at once: from so many threads `run` may be called at a time.
@@ -51,11 +58,13 @@ class Engine(Protocol):
 
         Raises:
             MissingDependency: the runtime is not installed.
-            EngineError: the file is no such ONNX file, or the CPU cannot run it.
+            EngineError: the file is no such model, an option is unknown, or the CPU cannot run it.
         """
 
     def run(self, images: np.ndarray) -> list[np.ndarray]:
         """Run the model on any number of images, ``batch_size`` of them at a time.
+
+        As many threads may call it at a time as there are streams; more wait for each other.
 
         Args:
             images: uint8 (N, 3, H, W), RGB; N at least 1.
@@ -72,10 +81,39 @@ class Engine(Protocol):
         """Free the model. Closing twice, or before `load`, does nothing."""
 
 
-class OnnxEngine:
-    """The shared part of the ONNX engines: checks, batches and one-line errors.
+@dataclass(frozen=True)
+class Setup:
+    """What a model is compiled for.
 
-    A subclass imports its runtime in `_library` and compiles in `_compile`.
+    Attributes:
+        model: its file.
+        batch_size: images of one inference.
+        cores: to use, all streams together.
+        streams: inferences that run at once.
+        options: the engine's own; what is not in it has its default.
+    """
+
+    model: Path
+    batch_size: int
+    cores: int
+    streams: int
+    options: Options
+
+    @property
+    def lanes(self) -> int:
+        """Inferences that really run at once: where streams are more than cores, they take turns."""
+        return min(self.streams, self.cores)
+
+    def threads(self) -> list[int]:
+        """Threads of each lane, `cores` of them in all."""
+        each, rest = divmod(self.cores, self.lanes)
+        return [each + (lane < rest) for lane in range(self.lanes)]
+
+
+class LocalEngine:
+    """The shared part of the engines in this process: checks, streams, batches and one-line errors.
+
+    A subclass imports its runtime in `_library`, compiles in `_compile`, and names its options.
 
     Args:
         quiet: what the runtime prints while it loads is thrown away, with all else that the process
@@ -85,27 +123,46 @@ class OnnxEngine:
         requirement: what to install, as pip takes it.
         needs: the CPU that the runtime needs, in words.
         fixed_batch: the model is compiled for one batch size; smaller batches are filled up.
+        choices: the options, and the values that each may have; the first is its default.
     """
 
     name: str
     requirement: str
     needs: str = "x86 with 64 bits"
     fixed_batch: bool = True
+    choices: Mapping[str, tuple[Any, ...]] = MappingProxyType({})
 
     def __init__(self, *, quiet: bool = True) -> None:
         self.version = ""
         self._quiet = quiet
-        self._execute: Execute | None = None
-        self._batch_size = 1
-        self._model = Path()
+        self._library_loaded: Any = None
+        self._setup = Setup(Path(), 1, 1, 1, NO_OPTIONS)
+        self._signature: Signature | None = None
+        self._lanes: LifoQueue[Execute] | None = None
+
+    @classmethod
+    def search_space(cls, *, batch_size: int, cores: int, streams: int) -> list[dict[str, Any]]:
+        """See `sparse_exp.engines.search_space`."""
+        return [{}]
 
     def _library(self) -> tuple[Any, str]:
         """Import the runtime; returns it and its version."""
         raise NotImplementedError
 
-    def _compile(self, library: Any, model: Path, batch_size: int, cores: int) -> Execute:
-        """Compile ``model``; returns a function of one contiguous batch."""
+    def _compile(self, library: Any, setup: Setup) -> Sequence[Execute]:
+        """Compile for `Setup.lanes` inferences at once: for each a function of one contiguous batch."""
         raise NotImplementedError
+
+    def _profile(self, library: Any, setup: Setup, batch: np.ndarray) -> Profile:
+        """Compile once more, with the runtime's profiler, and run one contiguous batch."""
+        raise NotImplementedError
+
+    def _read(self, model: Path) -> Signature | None:
+        """What the file says that it takes and gives, not yet checked; None where it does not say it."""
+        if model.suffix in _CHECKPOINTS:
+            do = "Take model.onnx of the run's deployment directory, or the engine torch."
+            raise EngineError(expected(f"the model of {self.name}", "an ONNX file", str(model), do))
+        return read_signature(model)
 
     def load(
         self,
@@ -114,33 +171,42 @@ class OnnxEngine:
         batch_size: int,
         cores: int,
         streams: int = 1,
-        options: Mapping[str, Any] = NO_OPTIONS,
+        options: Options = NO_OPTIONS,
     ) -> None:
         """See `Engine.load`."""
         self.close()
-        self._model, self._batch_size = Path(model), batch_size
-        _check_file(self._model)
+        setup = Setup(Path(model), batch_size, cores, streams, options)
+        self._check_options(options)
+        self._signature = self._checked(setup)
         with silence() if self._quiet else nullcontext():
             library, self.version = self._import()
-            try:
-                self._execute = self._compile(library, self._model, batch_size, cores)
-            except Exception as error:
-                do = "Export the model again, or take this engine out of hardware.engines."
-                raise self._failed("compile", error, do) from error
+            lanes: LifoQueue[Execute] = LifoQueue()
+            for lane in self._compiled(library, setup):
+                lanes.put(lane)
+        self._library_loaded, self._setup, self._lanes = library, setup, lanes
 
     def run(self, images: np.ndarray) -> list[np.ndarray]:
         """See `Engine.run`."""
-        if self._execute is None:
-            raise EngineError(not_loaded(self.name))
-        check_images(images)
-        parts = [self._run_part(self._execute, part) for part in self._parts(images)]
+        self._check_images(images)
+        parts = [self._run_part(part) for part in self._parts(images)]
         if len(parts) == 1:
             return parts[0]
         return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
 
+    def profile(self, images: np.ndarray) -> Profile:
+        """See `sparse_exp.engines.IsolatedEngine.profile`."""
+        self._check_images(images)
+        batch = np.resize(images, (self._setup.batch_size, *images.shape[1:]))
+        try:
+            with silence() if self._quiet else nullcontext():
+                return self._profile(self._library_loaded, self._setup, batch)
+        except Exception as error:
+            do = "Leave this engine out where layers are compared."
+            raise self._failed("profile", self._setup.model, error, do) from error
+
     def close(self) -> None:
         """See `Engine.close`."""
-        self._execute = None
+        self._lanes = None
 
     def _import(self) -> tuple[Any, str]:
         try:
@@ -154,21 +220,75 @@ class OnnxEngine:
             do = f"Take {self.name} out of hardware.engines."
             raise EngineError(expected(f"the CPU for {self.name}", self.needs, reason(error), do)) from error
 
-    def _parts(self, images: np.ndarray) -> Iterator[np.ndarray]:
-        for start in range(0, len(images), self._batch_size):
-            yield images[start : start + self._batch_size]
+    def _check_options(self, options: Options) -> None:
+        for name, value in options.items():
+            do = "Remove it: hardware.tune finds the options that serve."
+            if name not in self.choices:
+                known = f"one of {', '.join(self.choices) or 'none'}"
+                raise EngineError(expected(f"an option of {self.name}", known, name, do))
+            if value not in self.choices[name]:
+                known = f"one of {', '.join(map(str, self.choices[name]))}"
+                raise EngineError(expected(f"the option {name} of {self.name}", known, value, do))
 
-    def _run_part(self, execute: Execute, part: np.ndarray) -> list[np.ndarray]:
-        batch = pad(part, self._batch_size) if self.fixed_batch else part
+    def _checked(self, setup: Setup) -> Signature | None:
+        """What the model takes and gives; None where any size of images will do."""
+        if not setup.model.is_file():
+            do = "Run the export stage first, or check the path."
+            raise EngineError(expected("the model", "an existing file", str(setup.model), do))
+        signature = self._read(setup.model)
+        if signature is not None:
+            check_detector(setup.model, signature, setup.batch_size)
+        return signature
+
+    def _compiled(self, library: Any, setup: Setup) -> Sequence[Execute]:
         try:
-            outputs = execute(np.ascontiguousarray(batch))
+            return self._compile(library, setup)
+        except SparseExpError as error:
+            raise EngineError(str(error)) from error
+        except Exception as error:
+            do = "Export the model again, or take this engine out of hardware.engines."
+            raise self._failed("compile", setup.model, error, do) from error
+
+    def _check_images(self, images: np.ndarray) -> None:
+        if self._lanes is None:
+            raise EngineError(not_loaded(self.name))
+        check_images(images)
+        size = self._signature.size if self._signature else None
+        if size is not None and images.shape[2:] != size:
+            should_be = f"{size[0]} px high and {size[1]} px wide, as {self._setup.model} takes them"
+            do = "Resize them, or export the model for their size."
+            raise EngineError(expected("images", should_be, images_like(images), do))
+
+    def _parts(self, images: np.ndarray) -> Iterator[np.ndarray]:
+        for start in range(0, len(images), self._setup.batch_size):
+            yield images[start : start + self._setup.batch_size]
+
+    def _run_part(self, part: np.ndarray) -> list[np.ndarray]:
+        batch = pad(part, self._setup.batch_size) if self._fills() else part
+        try:
+            outputs = self._executed(np.ascontiguousarray(batch))
         except Exception as error:
             do = "Pass images of the size that the model was exported for."
-            raise self._failed(f"run images {images_like(part)} through", error, do) from error
+            model = self._setup.model
+            raise self._failed(f"run images {images_like(part)} through", model, error, do) from error
         return [output[: len(part)].astype(np.float32, copy=False) for output in outputs]
 
-    def _failed(self, what: str, error: Exception, do: str) -> EngineError:
-        return EngineError(f"{self.name} cannot {what} {self._model}: {reason(error)} {do}")
+    def _fills(self) -> bool:
+        """Whether smaller batches are filled up: for the engine, or because the file asks for it."""
+        return self.fixed_batch or (self._signature is not None and self._signature.batch is not None)
+
+    def _executed(self, batch: np.ndarray) -> list[np.ndarray]:
+        lanes = self._lanes
+        if lanes is None:
+            raise EngineError(not_loaded(self.name))
+        lane = lanes.get()
+        try:
+            return lane(batch)
+        finally:
+            lanes.put(lane)
+
+    def _failed(self, what: str, model: Path, error: Exception, do: str) -> EngineError:
+        return EngineError(f"{self.name} cannot {what} {model}: {reason(error)} {do}")
 
 
 def check_images(images: np.ndarray) -> None:
@@ -226,9 +346,3 @@ def silence() -> Iterator[None]:
         for descriptor, copy in zip((1, 2), saved, strict=True):
             os.dup2(copy, descriptor)
             os.close(copy)
-
-
-def _check_file(model: Path) -> None:
-    if not model.is_file():
-        do = "Run the export stage first, or check the path."
-        raise EngineError(expected("the model", "an ONNX file", str(model), do))

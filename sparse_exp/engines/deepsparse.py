@@ -2,35 +2,94 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+import re
+from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from sparse_exp.engines.base import Execute, OnnxEngine
+from sparse_exp.engines.base import Execute, LocalEngine, Setup
+from sparse_exp.engines.profile import RUNS, Profile, merged
+
+_BIND = "NM_BIND_THREADS_TO_CORES"
+_KINDS = {"ks_gemm": "sparse convolution", "pyramid": "several layers, tile by tile"}
 
 
-class DeepSparseEngine(OnnxEngine):
+class DeepSparseEngine(LocalEngine):
     """DeepSparse 1.8, the last release (2024); see `sparse_exp.engines.base.Engine`.
 
-    It compiles for one batch size, and pins its threads to cores.
+    It compiles for one batch size, and keeps to the process's CPU affinity.
+
+    Options: ``bind_threads``, each thread to one core, as ``deepsparse.benchmark`` has it and the library
+    by itself has not; ``scheduler`` of several streams: each on cores of its own, or on whichever are free.
     """
 
     name = "deepsparse"
     requirement = "deepsparse==1.8.0"
     needs = "x86 with AVX2 or AVX-512"
+    choices = MappingProxyType({"bind_threads": (False, True), "scheduler": ("multi_stream", "elastic")})
+
+    @classmethod
+    def search_space(cls, *, batch_size: int, cores: int, streams: int) -> list[dict[str, Any]]:
+        """See `sparse_exp.engines.search_space`."""
+        bound: list[dict[str, Any]] = [{}, {"bind_threads": True}]
+        return bound if streams == 1 else [*bound, {"scheduler": "elastic"}]
 
     def _library(self) -> tuple[Any, str]:
         import deepsparse
 
         return deepsparse, str(deepsparse.__version__)
 
-    def _compile(self, library: Any, model: Path, batch_size: int, cores: int) -> Execute:
-        engine = library.Engine(str(model), batch_size=batch_size, num_cores=cores)
+    def _compile(self, library: Any, setup: Setup) -> Sequence[Execute]:
+        os.environ[_BIND] = str(int(setup.options.get("bind_threads", False)))  # read as an engine is made
+        several = setup.options.get("scheduler", "multi_stream")
+        engine = library.Engine(
+            str(setup.model),
+            batch_size=setup.batch_size,
+            num_cores=setup.cores,
+            num_streams=setup.lanes,
+            scheduler=several if setup.lanes > 1 else "single_stream",
+        )
 
         def execute(batch: np.ndarray) -> list[np.ndarray]:
-            # DeepSparse knows types by identity, and an array that was unpickled has a dtype of its own.
-            outputs: list[np.ndarray] = engine.run([batch.view(np.uint8)])
+            outputs: list[np.ndarray] = engine.run([_known(batch)])
             return outputs
 
-        return execute
+        return [execute] * setup.lanes
+
+    def _profile(self, library: Any, setup: Setup, batch: np.ndarray) -> Profile:
+        """See `sparse_exp.engines.IsolatedEngine.profile`: the library's own analysis of layers."""
+        arguments = {"batch_size": setup.batch_size, "num_cores": setup.cores}
+        supported = library.Engine(str(setup.model), **arguments).fraction_of_supported_ops
+        found = library.model_debug_analysis(
+            str(setup.model), [_known(batch)], num_iterations=RUNS, num_warmup_iterations=3, **arguments
+        )
+        times = [time for layer in found["layer_info"] for time in _times(layer)]
+        return Profile(merged(times), float(supported), "DeepSparse's analysis of layers, one stream")
+
+
+def _known(batch: np.ndarray) -> np.ndarray:
+    """DeepSparse knows types by identity, and an array that was unpickled has a dtype of its own."""
+    return batch.view(np.uint8)
+
+
+def _times(layer: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """Name, kind and milliseconds of a layer, or of those that it is made of."""
+    if layer["sub_layer_info"]:
+        return [time for inner in layer["sub_layer_info"] for time in _times(inner)]
+    called, node = str(layer["name"]), str(layer["canonical_name"])
+    name = called if node in ("", "<none>") else node
+    return [(name, kind_of(called), float(layer["average_run_time_in_ms"]))]
+
+
+def kind_of(called: str) -> str:
+    """What a layer does, from the name that the analysis gives it.
+
+    >>> [kind_of(name) for name in ("ks_gemm_q-76.2%_10", "shuffle_5", "Naive Subgraph 0")]
+    ['sparse convolution', 'shuffle', 'Naive Subgraph']
+    """
+    kind = re.sub(r"[ _]\d+$", "", called)
+    known = next((words for start, words in _KINDS.items() if kind.startswith(start)), None)
+    return known or re.sub(r"-[\d.]+%$", "", kind)

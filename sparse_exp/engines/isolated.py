@@ -15,9 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Iterator
-from itertools import cycle
+from collections.abc import Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,14 +23,19 @@ from typing import IO, Any
 
 import numpy as np
 
-from sparse_exp.engines.base import Engine, check_images, not_loaded, reason
-from sparse_exp.errors import EngineError, MissingDependency, SparseExpError
+from sparse_exp.engines.base import NO_OPTIONS, LocalEngine, Options, check_images, not_loaded, reason
+from sparse_exp.engines.profile import Profile
+from sparse_exp.engines.timing import Timing, batches_of, time_engine
+from sparse_exp.errors import EngineError, MissingDependency, SparseExpError, expected
 
-# The interrupt belongs to the parent, which then closes its engines.
+# The interrupt belongs to the parent, which then closes its engines. Whatever is imported may start
+# threads, which keep to the CPUs that this one had at that moment.
 _CHILD = """
-import signal, sys
+import os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-sys.path[:] = sys.argv[3:]
+if sys.argv[3]:
+    os.sched_setaffinity(0, map(int, sys.argv[3].split(",")))
+sys.path[:] = sys.argv[4:]
 from sparse_exp.engines.isolated import serve
 serve(int(sys.argv[1]), sys.argv[2])
 """
@@ -40,6 +43,9 @@ serve(int(sys.argv[1]), sys.argv[2])
 
 class IsolatedEngine:
     """An `Engine` in a child process; `close` ends it, and so does the end of the parent.
+
+    It answers one question at a time: threads that call `run` wait for each other. `measure` runs streams
+    in the child.
 
     Args:
         name: one of `sparse_exp.config.schema.ENGINES`.
@@ -51,18 +57,42 @@ class IsolatedEngine:
         self._pipe: Connection[Any, Any] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._output: IO[bytes] | None = None
+        self._asking = threading.Lock()
 
     @property
     def pid(self) -> int | None:
         """Process id of the child; None while nothing is loaded."""
         return self._process.pid if self._process else None
 
-    def load(self, model: Path, *, batch_size: int, cores: int) -> None:
-        """See `Engine.load`. Every load starts a fresh child."""
+    def load(
+        self,
+        model: Path,
+        *,
+        batch_size: int,
+        cores: int,
+        streams: int = 1,
+        options: Options = NO_OPTIONS,
+        pin: Sequence[int] | None = None,
+    ) -> None:
+        """See `Engine.load`. Every load starts a fresh child.
+
+        Args:
+            model: see `Engine.load`, as the others.
+            batch_size: images of one inference.
+            cores: physical cores to use.
+            streams: inferences that run at once.
+            options: the engine's own.
+            pin: logical CPUs that the child keeps to, as the kernel numbers them; None: those of this
+                process.
+
+        Raises:
+            MissingDependency: the runtime is not installed.
+            EngineError: see `Engine.load`; also where ``pin`` names a CPU that this process may not use.
+        """
         self.close()
-        self._start()
+        self._start(_usable(pin))
         try:
-            self.version = self._ask("load", str(model), batch_size, cores)
+            self.version = self._ask("load", Path(model), batch_size, cores, streams, dict(options))
         except SparseExpError:
             self.close()
             raise
@@ -72,22 +102,61 @@ class IsolatedEngine:
         outputs: list[np.ndarray] = self._ask("run", images)
         return outputs
 
-    def measure(self, images: np.ndarray, seconds: float, warmup: float = 0.0) -> list[float]:
+    def measure(
+        self,
+        images: np.ndarray,
+        seconds: float,
+        *,
+        warmup: float = 0.0,
+        max_warmup: float | None = None,
+        streams: int = 1,
+    ) -> Timing:
         """Run batch after batch for a while, and time each in the child.
+
+        See `sparse_exp.engines.timing.time_engine`.
 
         Args:
             images: uint8 (N, 3, H, W); batches are taken from them in turn, round and round.
-            seconds: how long to measure; at least one batch is.
-            warmup: seconds to run before, not counted.
-
-        Returns:
-            Latency of each batch, in seconds, in order.
+            seconds: how long to measure; each stream runs one batch at least.
+            warmup: least seconds to run before, not counted.
+            max_warmup: most seconds to run before, where latencies are not stable yet; None: ``warmup``.
+            streams: closed loops at once; at most as many as the engine was loaded for run at once.
 
         Raises:
             EngineError: see `Engine.run`; also when the child died.
         """
-        latencies: list[float] = self._ask("measure", images, seconds, warmup)
-        return latencies
+        timing: Timing = self._ask("measure", images, seconds, warmup, max_warmup, streams)
+        return timing
+
+    def peak_rss_mb(self) -> float:
+        """Most main memory that the child has held so far, in units of 1e6 bytes.
+
+        All of it: Python, the runtime, the model and the images. (The kernel's own count since the child's
+        program began; ``ru_maxrss`` would begin with the memory of this process, which the child was
+        before.)
+
+        Raises:
+            EngineError: nothing is loaded.
+        """
+        if self.pid is None:
+            raise EngineError(not_loaded(self.name))
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        line = next((line for line in status.splitlines() if line.startswith("VmHWM:")), "VmHWM: 0 kB")
+        return int(line.split()[1]) * 1024 / 1e6
+
+    def profile(self, images: np.ndarray) -> Profile:
+        """Time the layers of the loaded model, which is compiled once more for that.
+
+        Its memory counts in `peak_rss_mb`: ask that first.
+
+        Args:
+            images: uint8 (N, 3, H, W); the first batch of them is run.
+
+        Raises:
+            EngineError: see `Engine.run`; also where the engine cannot profile the model.
+        """
+        profile: Profile = self._ask("profile", images)
+        return profile
 
     def close(self) -> None:
         """See `Engine.close`. The child is gone when this returns."""
@@ -101,10 +170,14 @@ class IsolatedEngine:
         if output:
             output.close()
 
-    def _start(self) -> None:
-        self._process, self._pipe, self._output = start_child(_CHILD, self.name)
+    def _start(self, pin: str) -> None:
+        self._process, self._pipe, self._output = start_child(_CHILD, self.name, pin)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
+        with self._asking:
+            return self._answer(method, arguments)
+
+    def _answer(self, method: str, arguments: tuple[Any, ...]) -> Any:
         if self._pipe is None:
             raise EngineError(not_loaded(self.name))
         try:
@@ -128,6 +201,15 @@ class IsolatedEngine:
         return EngineError(f"{text} Check that memory suffices, or take it out of hardware.engines.")
 
 
+def _usable(pin: Sequence[int] | None) -> str:
+    """CPUs as the child reads them, after a look whether they may be used."""
+    mine = os.sched_getaffinity(0)
+    if pin is not None and not (pin and set(pin) <= mine):
+        do = "Set hardware.pinning=false to leave the choice to the kernel."
+        raise EngineError(expected("the CPUs to keep to", f"some of {sorted(mine)}", list(pin), do))
+    return ",".join(map(str, pin or ()))
+
+
 def serve(descriptor: int, name: str) -> None:
     """The child's side: answer questions from the pipe until the parent closes it.
 
@@ -135,8 +217,8 @@ def serve(descriptor: int, name: str) -> None:
         descriptor: file descriptor of the child's end of the pipe.
         name: engine to serve.
     """
-    # DeepSparse would import torch if it could: 500 MB and seconds for nothing.
-    sys.modules["torch"] = None  # type: ignore[assignment]
+    if name != "torch":  # DeepSparse would import it if it could: 500 MB and seconds for nothing
+        sys.modules["torch"] = None  # type: ignore[assignment]
     threading.Thread(target=exit_with_parent, args=(descriptor,), daemon=True).start()
     pipe: Connection[Any, Any] = Connection(descriptor)
     server = _Server(name)
@@ -153,7 +235,7 @@ class _Server:
 
     def __init__(self, name: str) -> None:
         self._name, self._batch_size = name, 1
-        self._engine: Engine | None = None
+        self._engine: LocalEngine | None = None
 
     def answer(self, method: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
         from sparse_exp.engines import create_engine  # which imports this module
@@ -166,44 +248,31 @@ class _Server:
         except Exception as error:
             return "EngineError", f"The engine {self._name} failed: {reason(error)}"
 
-    def load(self, engine: Engine, model: str, batch_size: int, cores: int) -> str:
-        engine.load(Path(model), batch_size=batch_size, cores=cores)
+    def load(
+        self, engine: LocalEngine, model: Path, batch_size: int, cores: int, streams: int, options: Options
+    ) -> str:
+        engine.load(model, batch_size=batch_size, cores=cores, streams=streams, options=options)
         self._batch_size = batch_size
         return engine.version
 
-    def run(self, engine: Engine, images: np.ndarray) -> list[np.ndarray]:
+    def run(self, engine: LocalEngine, images: np.ndarray) -> list[np.ndarray]:
         return engine.run(images)
 
-    def measure(self, engine: Engine, images: np.ndarray, seconds: float, warmup: float) -> list[float]:
+    def measure(
+        self,
+        engine: LocalEngine,
+        images: np.ndarray,
+        seconds: float,
+        warmup: float,
+        max_warmup: float | None,
+        streams: int,
+    ) -> Timing:
         check_images(images)
-        batches = cycle(batches_of(images, self._batch_size))
-        if warmup > 0:
-            _time_batches(engine, batches, warmup)
-        return _time_batches(engine, batches, seconds)
+        batches = batches_of(images, self._batch_size)
+        return time_engine(engine, batches, seconds, warmup=warmup, max_warmup=max_warmup, streams=streams)
 
-
-def batches_of(images: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Full batches of (N, ...) images, each contiguous; the last is filled up from the first image.
-
-    >>> [batch.tolist() for batch in batches_of(np.arange(3), 2)]
-    [[0, 1], [2, 0]]
-    """
-    count = -(-len(images) // batch_size)
-    indices = np.arange(count * batch_size) % len(images)
-    return [np.ascontiguousarray(images[part]) for part in indices.reshape(count, batch_size)]
-
-
-def _time_batches(engine: Engine, batches: Iterator[np.ndarray], seconds: float) -> list[float]:
-    latencies: list[float] = []
-    end = time.perf_counter() + seconds
-    for batch in batches:
-        start = time.perf_counter()
-        engine.run(batch)
-        now = time.perf_counter()
-        latencies.append(now - start)
-        if now >= end:
-            break
-    return latencies
+    def profile(self, engine: LocalEngine, images: np.ndarray) -> Profile:
+        return engine.profile(images)
 
 
 def start_child(code: str, *words: str) -> tuple[subprocess.Popen[bytes], Connection[Any, Any], IO[bytes]]:
