@@ -44,6 +44,7 @@ class Context:
         tracker: started.
         recipe: as it will run.
         sweep: the sweep that the run is a job of; None: it is none.
+        mismatch: what of the hardware target does not fit this host, a clause each.
         mark: fingerprint of the stage that runs.
     """
 
@@ -52,6 +53,7 @@ class Context:
     tracker: Tracker
     recipe: Recipe
     sweep: SweepMember | None = None
+    mismatch: tuple[str, ...] = ()
     mark: str = ""
     _loaders: dict[tuple[str, bool], DetectionLoader] = field(default_factory=dict, init=False)
 
@@ -139,14 +141,16 @@ class Context:
         return float(self.facts("plan").get("sparsity", 0.0))
 
     def deployed(self, engine: str) -> Path:
-        """The exported file that suits an engine: QDQ where the engine cannot run integer graphs fast."""
+        """The variant ``sparse`` for an engine: integer graph, QDQ where integers are slow, or checkpoint."""
+        if engine == "torch":
+            return self.checkpoint
         folder = self.run.path / "deployment"
         qdq = folder / "model.qdq.onnx"
         return qdq if engine != "deepsparse" and qdq.is_file() else folder / "model.onnx"
 
     @property
     def dense(self) -> Path:
-        """The dense fp32 baseline of the same architecture."""
+        """The dense fp32 baseline as ONNX; see `sparse_exp.export.square`."""
         return self.run.path / "deployment" / "dense.onnx"
 
     def facts(self, stage: str) -> dict[str, Any]:

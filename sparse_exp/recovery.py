@@ -276,6 +276,13 @@ def _fingerprint(context: Context, dense: Experiment, recipe: Recipe) -> str:
     return fingerprint(parts, recipe.text, __version__)
 
 
+def baseline_checkpoint(context: Context) -> Path | None:
+    """File of the dense counterpart that the baseline stage found or trained; None where there is none."""
+    checkpoint = context.facts("baseline").get("checkpoint")
+    file = context.run.path / checkpoint if checkpoint else None
+    return file if file and file.is_file() else None
+
+
 def recovery_metrics(
     baseline: Mapping[str, Any], result: Mapping[str, Any], engines: Sequence[str]
 ) -> dict[str, float]:
@@ -284,14 +291,14 @@ def recovery_metrics(
     Args:
         baseline: facts of the baseline stage.
         result: metrics with ``deployed/<engine>/map50``.
-        engines: that were verified.
+        engines: of the target; those that cannot run what was deployed have no such metric.
 
     Returns:
-        ``recovery/<engine>/map50``, and ``recovery/map50`` of DeepSparse or, without it, of the first engine:
-        1 is all of the dense mAP50. Empty where there is no baseline, or one that finds nothing at all.
+        ``recovery/<engine>/map50``, and ``recovery/map50`` of `recovery_engine`: 1 is all of the dense mAP50.
+        Empty where there is no baseline, or one that finds nothing at all.
     """
-    dense = baseline.get("map50")
-    if dense is None:
+    dense, engines = baseline.get("map50"), [e for e in engines if f"deployed/{e}/map50" in result]
+    if dense is None or not engines:
         return {}
     if dense <= 0:
         _log.warning("No recovery: the dense baseline has mAP50 0. Train it for longer (num_epochs).")
@@ -302,5 +309,8 @@ def recovery_metrics(
 
 
 def recovery_engine(engines: Sequence[str]) -> str:
-    """The engine whose accuracy counts: DeepSparse, which sparse files are made for, or else the first."""
-    return "deepsparse" if "deepsparse" in engines else engines[0]
+    """The engine whose accuracy counts: DeepSparse, which sparse files are made for, or else the first.
+
+    Torch comes last: what is deployed is an ONNX file.
+    """
+    return "deepsparse" if "deepsparse" in engines else min(engines, key=lambda name: name == "torch")

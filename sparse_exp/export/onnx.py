@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from sparse_exp.artifacts import landing
+from sparse_exp.export.metadata import describe, write_metadata
 from sparse_exp.yolov5 import YOLOv5
 
 INPUT, OUTPUT = "images", "predictions"
@@ -26,7 +28,9 @@ class _Pixels(nn.Module):
         return predictions
 
 
-def export_float(model: YOLOv5, destination: Path, *, imgsz: int, opset: int) -> None:
+def export_float(
+    model: YOLOv5, destination: Path, *, imgsz: int, opset: int, names: Sequence[str] = ()
+) -> None:
     """Export a model that is not quantized.
 
     Args:
@@ -34,12 +38,17 @@ def export_float(model: YOLOv5, destination: Path, *, imgsz: int, opset: int) ->
         destination: ONNX file: uint8 images (N, 3, imgsz, imgsz) to float32 (N, A, 5 + nc).
         imgsz: side of the images in pixels.
         opset: ONNX operator set.
+        names: of the classes, which the file then says; see `sparse_exp.export.metadata`.
     """
-    with model.export_mode(imgsz):
-        _export(_Pixels(model), torch.zeros(1, 3, imgsz, imgsz, dtype=torch.uint8), destination, opset)
+    pixels = torch.zeros(1, 3, imgsz, imgsz, dtype=torch.uint8)
+    with model.export_mode(imgsz), landing(destination) as temporary:
+        _write(_Pixels(model), pixels, temporary, opset)
+        write_metadata(temporary, describe(names, imgsz))
 
 
-def export_quantized(model: YOLOv5, integer: Path, qdq: Path, *, imgsz: int, opset: int) -> None:
+def export_quantized(
+    model: YOLOv5, integer: Path, qdq: Path, *, imgsz: int, opset: int, names: Sequence[str] = ()
+) -> None:
     """Export a QAT model twice: with integer convolutions, and with quantize-dequantize pairs.
 
     Args:
@@ -48,6 +57,7 @@ def export_quantized(model: YOLOv5, integer: Path, qdq: Path, *, imgsz: int, ops
         qdq: file for ONNX Runtime, OpenVINO and others.
         imgsz: side of the images in pixels.
         opset: ONNX operator set, at least 13.
+        names: as of `export_float`.
     """
     from sparse_exp.export.quantized import to_integer_graph, unsign_activations
 
@@ -57,11 +67,8 @@ def export_quantized(model: YOLOv5, integer: Path, qdq: Path, *, imgsz: int, ops
         unsign_activations(pairs)
         _write(model, pixels.float(), integers, opset)
         to_integer_graph(integers, integers)
-
-
-def _export(module: nn.Module, sample: Tensor, destination: Path, opset: int) -> None:
-    with landing(destination) as temporary:
-        _write(module, sample, temporary, opset)
+        for file in (pairs, integers):
+            write_metadata(file, describe(names, imgsz))
 
 
 def _write(module: nn.Module, sample: Tensor, destination: Path, opset: int) -> None:

@@ -38,7 +38,25 @@ def to_integer_graph(qdq: Path, destination: Path) -> None:
     exporter.transforms.insert(kinds.index("ConvToConvIntegerAddCastMul"), keeper)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        onnx.save(exporter.apply(onnx.load(str(qdq))), str(destination))
+        model = exporter.apply(onnx.load(str(qdq)))
+    _broadcast_scales(model)
+    onnx.save(model, str(destination))
+
+
+def _broadcast_scales(model: ModelProto) -> None:
+    """Shape scales of output channels so that they meet the channels, in place.
+
+    Where a convolution has no bias, as after `keep_large_biases`, SparseML leaves them as a list.
+    """
+    stored = {item.name: item for item in model.graph.initializer}
+    summed = {node.output[0] for node in model.graph.node if node.op_type == "ConvInteger"}
+    casts = {
+        node.output[0] for node in model.graph.node if node.op_type == "Cast" and node.input[0] in summed
+    }
+    for node in [node for node in model.graph.node if node.op_type == "Mul"]:
+        scale = stored.get(node.input[1]) if node.input[0] in casts else None
+        if scale is not None and len(scale.dims) == 1 and scale.dims[0] > 1:
+            scale.dims[:] = [1, scale.dims[0], 1, 1]
 
 
 def keep_large_biases(model: ModelProto) -> ModelProto:

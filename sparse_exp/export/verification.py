@@ -28,11 +28,10 @@ from sparse_exp.data.loader import Batch, DetectionLoader
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.errors import ExportError, expected
 from sparse_exp.export.comparison import Differences, matched_shares
-from sparse_exp.export.deployment import DENSE, MODEL, QDQ
 from sparse_exp.export.reference import as_deployed
+from sparse_exp.export.square import FOLDER, MODEL, QDQ, TORCH
 from sparse_exp.sparsity.measure import (
     LayerSparsity,
-    gzip_bytes,
     layer_sparsity,
     listed,
     onnx_facts,
@@ -55,7 +54,7 @@ Predict = Callable[[Tensor], Tensor]
 
 
 def verify_deployment(context: Context) -> tuple[dict[str, float], dict[str, Any]]:
-    """Check the exported files of a run in each engine, on the whole validation split.
+    """Check what a run deploys in each engine but torch, on the whole validation split.
 
     Returns:
         Metrics for ``result.json``, and for each engine its precision-recall curve.
@@ -71,7 +70,7 @@ def verify_deployment(context: Context) -> tuple[dict[str, float], dict[str, Any
     passes = _passes(context, reference.from_the_start(), "torch", shifts[:1])
     passes += _passes(context, reference.predict, "torch", shifts[1:])
     curves: dict[str, Any] = {}
-    for engine in context.experiment.hardware.engines:
+    for engine in [name for name in context.experiment.hardware.engines if name != TORCH]:
         found, result = _try_engine(context, engine, reference, passes)
         metrics.update(found)
         curves[engine] = {
@@ -149,7 +148,7 @@ def _passes(context: Context, predict: Predict, name: str, shifts: tuple[int, ..
 
 def _check_files(context: Context, model: YOLOv5) -> dict[str, float]:
     """Structure and zeros of each exported file."""
-    folder = context.run.path / "deployment"
+    folder = context.run.path / FOLDER
     metrics: dict[str, float] = {}
     for name in (MODEL, QDQ):
         if (folder / name).is_file():
@@ -293,12 +292,3 @@ def _check_accuracy(engine: str, gain: float, error: float, limit: float) -> Non
             expected(f"the mAP50 that {engine} loses against torch", f"at most {limit:g}{doubt}",
                      round(-gain, 4), do)
         )  # fmt: skip
-
-
-def measure_sizes(folder: Path) -> dict[str, float]:
-    """Sizes of the deployment in MB of 1e6 bytes: what DeepSparse is given, and the dense baseline."""
-    sizes = {}
-    for prefix, name in (("onnx", MODEL), ("dense_onnx", DENSE)):
-        sizes[f"size/{prefix}_mb"] = (folder / name).stat().st_size / 1e6
-        sizes[f"size/{prefix}_gzip_mb"] = gzip_bytes(folder / name) / 1e6
-    return sizes

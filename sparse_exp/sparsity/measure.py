@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -234,6 +234,27 @@ def onnx_facts(path: Path) -> OnnxFacts:
 
     In an integer weight the value that stands for 0 is the weight's zero point.
     """
+    layers, quantized = [], 0
+    for name, weight, zero, is_integer in _convolutions(path):
+        layers.append(LayerSparsity(name, int((weight == zero).sum()), weight.size))
+        quantized += is_integer
+    return OnnxFacts(layers, quantized, len(layers))
+
+
+def nonzero_bytes(path: Path) -> int:
+    """Bytes of the weights of an ONNX file's convolutions that are not 0, each as wide as it is stored.
+
+    A weight in floating point that a QuantizeLinear node rounds when the file is run counts as the 8 bits
+    that it becomes.
+    """
+    weights = [(weight, zero) for _, weight, zero, _ in _convolutions(path)]
+    return sum(
+        int((w != zero).sum()) * (1 if zero.dtype.itemsize == 1 else w.itemsize) for w, zero in weights
+    )
+
+
+def _convolutions(path: Path) -> Iterator[tuple[str, NDArray[Any], NDArray[Any], bool]]:
+    """Of each convolution its name and what `_weight_of` says."""
     import onnx
     from onnx import numpy_helper
 
@@ -245,14 +266,9 @@ def onnx_facts(path: Path) -> OnnxFacts:
             arrays[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
         elif node.op_type == "Identity" and node.input[0] in arrays:
             arrays[node.output[0]] = arrays[node.input[0]]
-    layers, quantized = [], 0
     for node in graph.node:
-        if node.op_type not in ("Conv", "ConvInteger", "QLinearConv"):
-            continue
-        weight, zero, is_integer = _weight_of(node, arrays, producers)
-        layers.append(LayerSparsity(node.name or node.output[0], int((weight == zero).sum()), weight.size))
-        quantized += is_integer
-    return OnnxFacts(layers, quantized, len(layers))
+        if node.op_type in ("Conv", "ConvInteger", "QLinearConv"):
+            yield node.name or node.output[0], *_weight_of(node, arrays, producers)
 
 
 def _weight_of(

@@ -16,6 +16,7 @@ from sparse_exp import __version__
 from sparse_exp.artifacts import MANIFEST, StageRecord, sha256_of, write_json
 from sparse_exp.data.attributions import ATTRIBUTIONS
 from sparse_exp.errors import ConfigError, SparseExpError, expected
+from sparse_exp.export.square import FLOATING_POINT
 from sparse_exp.zoo.card import write_card
 from sparse_exp.zoo.landing import changed_files, put
 from sparse_exp.zoo.local import (
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 AUTO = "auto"
 _NEEDED = ("evaluate", "export")
-_FLOATING_POINT = ("pruned", "pruning", "dense")  # phases, the last of them first
 _LOGS = ("config.yaml", "history.json", "sparsity.csv", "benchmark.json", "environment.txt")
 _ENGINES = ("deepsparse", "onnxruntime", "openvino")
 _ULTRALYTICS = "Weights derived from Ultralytics YOLOv5 checkpoints: GPL-3.0 (AGPL-3.0 of later releases)."
@@ -266,7 +266,7 @@ def _copy_files(run: FinishedRun, directory: Path, measured: Measured) -> None:
     for folder in (TRAINING, DEPLOYMENT, "logs"):
         (directory / folder).mkdir()
     shutil.copyfile(run.checkpoint, directory / TRAINING / FINAL)
-    before = [run.path / "weights" / f"best_{phase}.pt" for phase in _FLOATING_POINT]
+    before = [run.path / "weights" / f"best_{phase}.pt" for phase in FLOATING_POINT]
     before = [path for path in before if measured.quantized and path.is_file()]
     if before:
         shutil.copyfile(before[0], directory / TRAINING / BEFORE_QAT)

@@ -130,7 +130,7 @@ def node(kind: str, inputs: str, output: str, **attributes) -> onnx.NodeProto:
 
 
 def pair_graph(bias: float, scale: float) -> onnx.ModelProto:
-    """A 1x1 convolution of int8 activations and int8 weights, and an activation quantized twice."""
+    """A 1x1 convolution of int8 activations and int8 weights, quantized again; shaped as predictions."""
     nodes = [
         node("QuantizeLinear", "x sx zx", "xq"),
         node("DequantizeLinear", "xq sx zx", "xd"),
@@ -138,7 +138,8 @@ def pair_graph(bias: float, scale: float) -> onnx.ModelProto:
         node("DequantizeLinear", "wq sw zw", "wd"),
         node("Conv", "xd wd b", "c"),
         node("QuantizeLinear", "c sc zx", "cq"),
-        node("DequantizeLinear", "cq sc zx", "y"),
+        node("DequantizeLinear", "cq sc zx", "yd"),
+        node("Reshape", "yd shape", "y"),
     ]
     values = {
         "sx": np.float32(scale),
@@ -148,12 +149,13 @@ def pair_graph(bias: float, scale: float) -> onnx.ModelProto:
         "zw": np.int8(0),
         "b": np.array([bias, 0.0, -bias, 0.1], np.float32),
         "sc": np.float32(0.05),
+        "shape": np.array([0, 4, 64]),
     }
     graph = helper.make_graph(
         nodes,
         "pairs",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 8, 8])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4, 64])],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)

@@ -1,0 +1,139 @@
+"""The networks that a run's files are made of: deployed, dense, and sparse before quantization."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sparse_exp.context import Context
+from sparse_exp.errors import CheckpointError
+from sparse_exp.export.square import FLOATING_POINT
+from sparse_exp.plan import SPARSE_FROM
+from sparse_exp.recovery import baseline_checkpoint
+from sparse_exp.sparsity.measure import layer_sparsity, overall
+from sparse_exp.sparsity.recipe import is_quantized
+from sparse_exp.training.checkpoints import restore
+from sparse_exp.yolov5 import YOLOv5
+from sparse_exp.zoo.local import BEFORE_QAT
+
+_log = logging.getLogger(__name__)
+INITIAL = "initial weights"
+_AS_SPARSE = 0.01  # share of zeros that an earlier checkpoint may lack of those that are deployed
+
+
+@dataclass(frozen=True)
+class Network:
+    """A detector in floating point.
+
+    Attributes:
+        model: in evaluation mode.
+        origin: where its weights come from, in words.
+        checkpoint: its file; None where it has none of its own.
+        trained: whether its weights mean something.
+    """
+
+    model: YOLOv5
+    origin: str
+    checkpoint: Path | None = None
+    trained: bool = True
+
+
+def dense_network(context: Context, deployed: YOLOv5) -> Network:
+    """The dense network in fp32 of the run's architecture and classes.
+
+    It is the run's dense counterpart, or what the run itself trained in floating point where that has no
+    zeros, or failing both the architecture with initial weights: speed and size do not depend on their
+    values, and no accuracy is claimed for it.
+
+    Args:
+        context: of the run, its training finished.
+        deployed: what it deploys.
+    """
+    for file, origin in _dense_candidates(context, deployed):
+        try:
+            model, _ = restore(file)
+        except CheckpointError as error:  # of a start that was published elsewhere, or deleted meanwhile
+            _log.warning("Not used as dense baseline: %s", error)
+            continue
+        alike = (model.size, model.num_classes) == (deployed.size, deployed.num_classes)
+        if alike and not _is_quantized(model) and zeros(model) < SPARSE_FROM:
+            return Network(model, origin, file)
+    torch.manual_seed(0)
+    return Network(YOLOv5(deployed.size, deployed.num_classes).eval(), INITIAL, trained=False)
+
+
+def _dense_candidates(context: Context, deployed: YOLOv5) -> Iterator[tuple[Path, str]]:
+    if baseline := baseline_checkpoint(context):
+        yield baseline, f"the dense baseline {baseline}"
+    own = _before_quantization(context) if _is_quantized(deployed) else context.checkpoint
+    if own:
+        yield own, f"the run's own {own.name}"
+
+
+def sparse_network(context: Context, deployed: YOLOv5) -> Network | str:
+    """The sparse network as it was before it was quantized.
+
+    It is the best checkpoint of the last phase in floating point; where there is none, as after a recipe
+    that was applied at once, it is the deployed network without its quantizers.
+
+    Args:
+        context: of the run, its training finished.
+        deployed: what it deploys.
+
+    Returns:
+        The network, or why there is none.
+    """
+    if not _is_quantized(deployed):
+        return "The run does not quantize: its network in fp32 is the variant sparse."
+    wanted = zeros(deployed)
+    if wanted < SPARSE_FROM:
+        return "The run's network has no zeros: in fp32 it is the variant dense."
+    if file := _before_quantization(context):
+        model, _ = restore(file)
+        if not _is_quantized(model) and zeros(model) >= wanted - _AS_SPARSE:
+            return Network(model, f"the run's own {file.name}", file)
+    return Network(without_quantizers(deployed), "the deployed weights without quantizers")
+
+
+def _before_quantization(context: Context) -> Path | None:
+    """The best checkpoint of the last phase in floating point: of this run, or beside ``checkpoint=``."""
+    folder, record = context.checkpoint.parent, context.run.records.get("train")
+    names = [f"best_{phase}.pt" for phase in FLOATING_POINT]
+    if record:
+        names = [name for name in names if f"weights/{name}" in record.outputs]
+    return next((folder / name for name in [*names, BEFORE_QAT] if (folder / name).is_file()), None)
+
+
+@torch.no_grad()
+def without_quantizers(model: YOLOv5) -> YOLOv5:
+    """The same weights in floating point.
+
+    Args:
+        model: a detector after quantization has begun; left as it is.
+
+    Returns:
+        A detector in evaluation mode.
+    """
+    plain = YOLOv5(model.size, model.num_classes).eval()
+    state = {_published(name): value for name, value in model.state_dict().items()}
+    plain.load_state_dict({name: state[name] for name in plain.state_dict()})
+    return plain
+
+
+def _published(name: str) -> str:
+    """Of a tensor of a wrapped convolution, into which SparseML has moved its batch norm."""
+    return re.sub(r"\.module\b", "", re.sub(r"\.conv\.module\.bn\.", ".bn.", name))
+
+
+def zeros(model: YOLOv5) -> float:
+    """Share of zeros in the prunable convolutions, 0..1."""
+    return overall(layer_sparsity(model.prunable_convolutions()))
+
+
+def _is_quantized(model: YOLOv5) -> bool:
+    return is_quantized(list(model.state_dict()))

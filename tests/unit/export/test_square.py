@@ -1,0 +1,237 @@
+"""Which file stands for each cell, and what is measured of it; a real run of the stages export and verify."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sparse_exp import experiment as running
+from sparse_exp.artifacts import RunDirectory, StageRecord
+from sparse_exp.config.schema import (
+    VARIANTS,
+    DatasetConfig,
+    Experiment,
+    ExportConfig,
+    HardwareConfig,
+    ModelConfig,
+    PathsConfig,
+    RecipeConfig,
+    TrainerConfig,
+)
+from sparse_exp.context import Context
+from sparse_exp.errors import Impossible
+from sparse_exp.export import deployment as exporting
+from sparse_exp.export.cells import file_sizes
+from sparse_exp.export.square import MODEL, QDQ, model_for, wanted_files
+from sparse_exp.report.result_names import expected_names
+from sparse_exp.sparsity.measure import gzip_bytes, nonzero_bytes
+from sparse_exp.stages import export, verify
+from sparse_exp.training.checkpoints import CheckpointWriter
+from sparse_exp.yolov5 import YOLOv5
+
+ALL = list(VARIANTS)
+LOOSE = ExportConfig(box_atol=100.0, score_atol=1.0, map_atol=1.0)  # of a training of a few steps
+
+
+def test_only_what_is_asked_for_is_made():
+    assert wanted_files(["deepsparse", "openvino"], ["dense", "sparse"]) == []
+    assert wanted_files(["deepsparse", "openvino"], ["dense_int8"]) == [
+        "dense.int8.deepsparse.onnx",
+        "dense.int8.openvino.xml",
+    ]
+    assert wanted_files(["torch", "onnxruntime"], ALL) == [
+        "dense.int8.onnxruntime.onnx",
+        "dense.pt",
+        "sparse.fp32.onnx",
+        "sparse.fp32.pt",
+    ]
+
+
+def context_of(run: RunDirectory, digits, engines, variants) -> Context:
+    experiment = Experiment(
+        name="x",
+        stages=["train", "export", "verify"],
+        model=ModelConfig("yolov5n", "n"),
+        dataset=DatasetConfig("digits", generator="digits", imgsz=64),
+        recipe=RecipeConfig("transfer_quant", "transfer_quant.md", calibration_images=8),
+        hardware=HardwareConfig("cpu", engines, variants, cores=[1]),
+        trainer=TrainerConfig(val_batch_size=4),
+        export=LOOSE,
+        paths=PathsConfig(run=str(run.path), mlflow="mlflow", zoo="zoo"),
+    )
+    context = Context(experiment, run, None, SimpleNamespace(text=""))
+    context.__dict__["dataset"] = digits
+    return context
+
+
+def do(context: Context, stage) -> StageRecord:
+    outcome = stage(context)
+    name = stage.__name__
+    record = StageRecord("mark", context.run.digests(outcome.files), outcome.metrics, 1.0, outcome.facts)
+    context.run.record(name, record)
+    return record
+
+
+def run_of(path, weights, phases) -> RunDirectory:
+    """The directory of a run that trained some phases, of which the last is deployed."""
+    run = RunDirectory.create(path, overwrite=False)
+    (run.path / "weights").symlink_to(weights)
+    names = [f"weights/best_{phase}.pt" for phase in phases]
+    run.record("train", StageRecord("mark", dict.fromkeys(names, ""), facts={"checkpoint": names[-1]}))
+    return run
+
+
+@pytest.fixture
+def quantized_run(tmp_path, tiny_run) -> RunDirectory:
+    return run_of(tmp_path / "run", tiny_run.weights, ("pruned", "pruned_quant"))
+
+
+@pytest.fixture
+def run(tmp_path, tiny_run) -> RunDirectory:
+    return run_of(tmp_path / "run", tiny_run.weights, ("pruned",))
+
+
+@pytest.fixture
+def baseline(tmp_path, digits):
+    torch.manual_seed(2)
+    (tmp_path / "dense").mkdir()
+    writer = CheckpointWriter(tmp_path / "dense", digits.names, 64, "")
+    return writer.save("best_dense.pt", YOLOv5("n", 10), "dense", {"epoch": 1.0}, {})
+
+
+@pytest.mark.slow
+def test_the_square_of_a_quantized_run(quantized_run, digits, baseline):
+    quantized_run.record("baseline", StageRecord("mark", facts={"checkpoint": str(baseline)}))
+    context = context_of(quantized_run, digits, ["deepsparse", "onnxruntime", "openvino", "torch"], ALL)
+    exported, verified = do(context, export), do(context, verify)
+    assert exported.facts["impossible"] == {}
+    assert exported.facts["sparse_fp32"]["origin"] == "the run's own best_pruned.pt"
+    cells = {(cell["engine"], cell["variant"]): cell for cell in verified.facts["cells"]}
+    assert len(cells) == 16
+    impossible = {name for name, cell in cells.items() if cell["impossible"]}
+    assert impossible == {("torch", "dense_int8"), ("torch", "sparse")}
+    assert {cell["file"] for cell in cells.values()} == {
+        "model.onnx", "model.qdq.onnx", "dense.onnx", "dense.pt", "sparse.fp32.onnx", "sparse.fp32.pt", "",
+        "dense.int8.deepsparse.onnx", "dense.int8.onnxruntime.onnx", "dense.int8.openvino.xml",
+    }  # fmt: skip
+    assert all(cell["map50"] is not None for name, cell in cells.items() if name not in impossible)
+    maps = {cell["map50"] for name, cell in cells.items() if name[1] == "sparse_fp32"}
+    assert max(maps) - min(maps) < 1e-3  # the same weights in fp32
+    assert set(verified.metrics) <= expected_names(context.experiment)
+
+
+@pytest.mark.slow
+def test_the_square_of_a_run_in_fp32(run, digits, baseline):
+    run.record("baseline", StageRecord("mark", facts={"checkpoint": str(baseline)}))
+    context = context_of(run, digits, ["onnxruntime", "torch"], ALL)
+    exported, verified = do(context, export), do(context, verify)
+    made = [MODEL, "dense.onnx", "dense.pt", "dense.int8.onnxruntime.onnx"]
+    assert set(exported.outputs) == {f"deployment/{name}" for name in made}
+    assert set(exported.facts["impossible"]) == {"sparse.fp32.onnx", "sparse.fp32.pt"}
+    cells = {(cell["engine"], cell["variant"]): cell for cell in verified.facts["cells"]}
+    impossible = {name for name, cell in cells.items() if cell["impossible"]}
+    assert impossible == {("torch", "dense_int8"), ("torch", "sparse_fp32"), ("onnxruntime", "sparse_fp32")}
+    assert "does not quantize" in cells["onnxruntime", "sparse_fp32"]["impossible"]
+    for variant in ("dense", "sparse"):  # the same weights in fp32
+        maps = [cells[engine, variant]["map50"] for engine in ("onnxruntime", "torch")]
+        assert maps[0] == pytest.approx(maps[1], abs=1e-3)
+    found = verified.metrics
+    assert found["deployed/torch/map50"] == cells["torch", "sparse"]["map50"]
+    assert found["deployed/torch/dense/map50"] == cells["torch", "dense"]["map50"]
+    assert found["deployed/onnxruntime/dense_int8/map50"] == cells["onnxruntime", "dense_int8"]["map50"]
+    assert found["size/dense_int8/onnxruntime/onnx_mb"] < 0.5 * found["size/dense_onnx_mb"]
+    assert found["size/dense_checkpoint_mb"] == baseline.stat().st_size / 1e6
+    assert set(found) <= expected_names(context.experiment)
+
+
+def test_initial_weights_are_not_evaluated_and_old_files_go(run, digits):
+    context = context_of(run, digits, ["onnxruntime"], ["dense", "sparse"])
+    (run.path / "deployment").mkdir()
+    for name in ("model.old.onnx", "sparse.fp32.onnx", "notes.txt"):
+        (run.path / "deployment" / name).write_text("from before")
+    do(context, export)
+    verified = do(context, verify)
+    assert {path.name for path in (run.path / "deployment").iterdir()} == {
+        MODEL, "dense.onnx", "notes.txt",
+    }  # fmt: skip
+    assert "deployed/onnxruntime/map50" in verified.metrics
+    assert not [name for name in verified.metrics if name.startswith("deployed/onnxruntime/dense")]
+    assert verified.facts["cells"][0]["sizes"]["onnx_mb"] == verified.metrics["size/dense_onnx_mb"]
+    with pytest.raises(
+        Impossible, match=r"sparse\.fp32\.onnx .*Run the export stage with sparse_fp32"
+    ) as error:
+        model_for(context, "onnxruntime", "sparse_fp32")
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_quantizer_cannot_do_ends_a_cell_and_not_the_run(quantized_run, digits, monkeypatch):
+    def missing(*_):
+        raise ModuleNotFoundError("No module named 'nncf'", name="nncf")
+
+    def failing(*_):
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr(
+        exporting, "export_quantized", lambda _, a, b, **__: [a.write_text("a"), b.write_text("b")]
+    )
+    monkeypatch.setattr(exporting, "export_float", lambda _, path, **__: path.write_text("graph"))
+    monkeypatch.setattr(exporting, "quantize_openvino", missing)
+    monkeypatch.setattr(exporting, "quantize_onnxruntime", failing)
+    (quantized_run.path / "deployment").mkdir()
+    context = context_of(quantized_run, digits, ["onnxruntime", "openvino"], ALL)
+    do(context, export)
+    with pytest.raises(Impossible, match=r"nncf is not installed\. Run: pip install nncf\."):
+        model_for(context, "openvino", "dense_int8")
+    with pytest.raises(Impossible, match="could not be made: first line second line"):
+        model_for(context, "onnxruntime", "dense_int8")
+    assert model_for(context, "openvino", "sparse").name == QDQ
+    assert model_for(context, "onnxruntime", "dense").name == "dense.onnx"
+
+
+def test_torch_runs_checkpoints_and_no_int8(run, digits):
+    context = context_of(run, digits, ["torch"], ALL)
+    (run.path / "deployment").mkdir()
+    (run.path / "deployment" / "dense.pt").touch()
+    assert model_for(context, "torch", "dense").name == "dense.pt"
+    assert model_for(context, "torch", "sparse") == context.checkpoint  # of a run that does not quantize
+    (run.path / "deployment" / QDQ).touch()
+    for variant in ("sparse", "dense_int8"):
+        with pytest.raises(Impossible, match="torch has no int8 convolutions"):
+            model_for(context, "torch", variant)
+
+
+def test_the_export_depends_on_the_files_that_are_wanted_and_on_the_baseline(run, digits, baseline):
+    def mark(engines, variants) -> str:
+        return running._fingerprint(context_of(run, digits, engines, variants), "export", "before")
+
+    two = mark(["onnxruntime"], ["dense", "sparse"])
+    assert mark(["openvino", "deepsparse"], ["sparse"]) == two  # the same files
+    marks = {two, mark(["torch"], ["dense", "sparse"]), mark(["onnxruntime"], ALL), mark(["openvino"], ALL)}
+    assert len(marks) == 4
+    run.record("baseline", StageRecord("mark", facts={"checkpoint": str(baseline)}))
+    trained = mark(["onnxruntime"], ["dense", "sparse"])
+    baseline.write_bytes(b"another")
+    assert len({two, trained, mark(["onnxruntime"], ["dense", "sparse"])}) == 3
+
+
+def test_sizes_of_a_file(deployment):
+    found = file_sizes(deployment / "dense.onnx")
+    assert found.onnx_mb == (deployment / "dense.onnx").stat().st_size / 1e6
+    assert found.onnx_gzip_mb == gzip_bytes(deployment / "dense.onnx") / 1e6
+    # Weights of convolutions alone, in fp32; of initial ones hardly any is 0.
+    weights = sum(p.numel() for p in YOLOv5("n", 10).parameters() if p.ndim == 4)
+    assert found.nonzero_mb == pytest.approx(4 * weights / 1e6, rel=1e-3)
+    # Three quarters are zero and the others are one byte each, in both files of the quantized network.
+    integer, pairs = (nonzero_bytes(deployment / name) for name in (MODEL, QDQ))
+    assert integer == pairs
+    assert 0.15 * weights < integer < 0.3 * weights
+
+
+def test_sizes_of_openvinos_format_are_those_of_both_files(tmp_path):
+    (tmp_path / "m.xml").write_bytes(b"x" * 1000)
+    (tmp_path / "m.bin").write_bytes(b"\0" * 300 + b"w" * 200)
+    found = file_sizes(tmp_path / "m.xml")
+    assert (found.onnx_mb, found.nonzero_mb) == (0.0015, 0.0002)
+    assert found.onnx_gzip_mb < 0.0002
