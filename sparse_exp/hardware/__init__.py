@@ -1,27 +1,17 @@
-"""Facts of the host's CPU, and whether it can run what the configuration asks for."""
+"""Facts of the host's CPU; `sparse_exp.hardware.targets` holds them against what is asked for."""
 
 from __future__ import annotations
 
 import os
 import platform
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 
-from sparse_exp.config.schema import HardwareConfig
-from sparse_exp.errors import expected
-
 _CPUINFO = Path("/proc/cpuinfo")
 _TOPOLOGY = "/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
-_INSTALL = {
-    "deepsparse": "deepsparse==1.8.0",
-    "onnxruntime": "onnxruntime>=1.17",
-    "openvino": "openvino>=2025.0",
-    "torch": "torch>=2.5",
-}
 # Any of the kernel's flags stands for the instruction set.
 _ISA_FLAGS = {
     "avx2": {"avx2"},
@@ -90,45 +80,27 @@ def usable_physical_cores() -> int:
     Hyper-threads of one core count once; the process's CPU affinity and the CPU quota of a container
     (cgroup v2) are respected.
     """
-    affinity = os.sched_getaffinity(0)
-    cores = {_read(Path(_TOPOLOGY.format(cpu=cpu))).strip() or str(cpu) for cpu in affinity}
-    return max(1, min(len(cores), _quota(_read(_QUOTA), no_limit=len(cores))))
+    cores, quota = len(physical_cpus()), quota_cores()
+    return max(1, cores if quota is None else min(cores, int(quota)))
 
 
-def check_engines(hardware: HardwareConfig) -> list[str]:
-    """What keeps the configured engines from running here.
+def physical_cpus() -> list[int]:
+    """Numbers of the CPUs that this process may use, of hyper-threads of one core only the first; sorted."""
+    cores: dict[str, int] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        cores.setdefault(_read(Path(_TOPOLOGY.format(cpu=cpu))).strip() or str(cpu), cpu)
+    return list(cores.values())
 
-    Args:
-        hardware: only ``engines`` and ``cores`` are looked at.
 
-    Returns:
-        One line for each problem, which says what to do; empty if there is none. Nothing is imported.
+def quota_cores() -> float | None:
+    """CPU time that a container may use, in cores (cgroup v2); None where there is no limit.
+
+    ``cpu.max`` holds microseconds of a period: ``"200000 100000"`` is 2, ``"max 100000"`` no limit.
     """
-    problems = [problem for engine in hardware.engines if (problem := _engine_problem(engine))]
-    usable = usable_physical_cores()
-    for cores in [cores for cores in hardware.cores if cores > usable]:
-        do = "Set hardware.cores=[] to use all there are."
-        problems.append(expected("hardware.cores", f"at most the {usable} of this host", cores, do))
-    return problems
-
-
-def _engine_problem(engine: str) -> str | None:
-    if find_spec(engine) is None:
-        do = f"Run: pip install '{_INSTALL[engine]}', or take it out of hardware.engines."
-        return expected(f"the engine {engine}", "installed", "no such package", do)
-    facts = host_facts()
-    if engine == "deepsparse" and "avx2" not in facts.isa:
-        do = "Take deepsparse out of hardware.engines."
-        return expected("the CPU for deepsparse", "x86 with AVX2 or AVX-512", facts.cpu, do)
-    return None
-
-
-def _quota(cpu_max: str, *, no_limit: int) -> int:
-    """Whole cores of a cgroup's ``cpu.max``: ``"200000 100000"`` is 2, ``"max 100000"`` no limit."""
-    words = cpu_max.split()
+    words = _read(_QUOTA).split()
     if len(words) != 2 or not words[0].isdigit():
-        return no_limit
-    return int(words[0]) // int(words[1])
+        return None
+    return int(words[0]) / int(words[1])
 
 
 def _read(path: Path) -> str:

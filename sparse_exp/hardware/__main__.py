@@ -1,0 +1,209 @@
+"""``python -m sparse_exp.hardware``: facts of this host, and which hardware targets fit it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from sparse_exp.command import run_command
+from sparse_exp.config.resolve import options
+from sparse_exp.config.schema import ENGINES, HardwareConfig
+from sparse_exp.hardware import HostFacts, host_facts, quota_cores, usable_physical_cores
+from sparse_exp.hardware.targets import RUNTIMES, mismatches, prefers, unusable
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+_TEXT = """
+A target is chosen with hardware=NAME, for example:
+
+  python -m sparse_exp hardware=latency dry_run=true
+  python -m sparse_exp hardware=avx512_vnni hardware.strict=false    measured although it does not fit here
+"""
+
+
+def main() -> int:
+    """Print what `facts_of_host`, `engines_here` and `targets_here` find."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sparse_exp.hardware",
+        description="Facts of this host, the engines that run on it, and the hardware targets that fit it.",
+        epilog=_TEXT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    as_json = parser.parse_args().json
+    host = host_facts()
+    facts, engines, targets = facts_of_host(host), engines_here(host), targets_here(host)
+    if as_json:
+        print(json.dumps({"host": facts, "engines": engines, "targets": targets}, indent=2))
+    else:
+        _show(facts, engines, targets)
+    return 0
+
+
+def facts_of_host(host: HostFacts) -> dict[str, Any]:
+    """What a number that is measured here depends on.
+
+    Args:
+        host: the facts that every run records, to which those are added that may change by the minute.
+
+    Returns:
+        Those of `HostFacts`; ``logical_cores`` of the machine; ``usable_physical_cores``, which engines run
+        on; ``quota_cores`` of a container, None without one; ``memory_available_gb``;
+        ``frequency_mhz`` and ``max_frequency_mhz``, None where the system does not tell; ``governor``;
+        ``load_average`` of the last minute.
+    """
+    frequency = psutil.cpu_freq()
+    return {
+        **asdict(host),
+        "isa": list(host.isa),
+        "logical_cores": psutil.cpu_count() or 1,
+        "usable_physical_cores": usable_physical_cores(),
+        "quota_cores": quota_cores(),
+        "memory_available_gb": round(psutil.virtual_memory().available / 1e9, 1),
+        "frequency_mhz": round(frequency.current) if frequency else None,
+        "max_frequency_mhz": round(frequency.max) or None if frequency else None,
+        "governor": _GOVERNOR.read_text().strip() if _GOVERNOR.is_file() else None,
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def engines_here(host: HostFacts) -> list[dict[str, Any]]:
+    """The engines, each with its version, licence, and why it cannot run here, if so."""
+    return [
+        {
+            "engine": engine,
+            "version": _version(engine),
+            "licence": RUNTIMES[engine].licence,
+            "production": RUNTIMES[engine].production,
+            "problem": unusable(engine, host),
+            "install": RUNTIMES[engine].requirement,
+        }
+        for engine in ENGINES
+    ]
+
+
+def targets_here(host: HostFacts) -> list[dict[str, Any]]:
+    """The shipped targets, each with what does not fit and the recipes that suit it."""
+    return [_target(name, target, host) for name, target in options("hardware", HardwareConfig).items()]
+
+
+def _target(name: str, target: HardwareConfig, host: HostFacts) -> dict[str, Any]:
+    found, preference = mismatches(target, host), prefers(target, host)
+    return {
+        "target": name,
+        "fits": not found,
+        "mismatch": found,
+        "engines": target.engines,
+        "scenarios": target.scenarios,
+        "batch_sizes": target.batch_sizes,
+        "cores": target.cores,
+        "imgsz": target.imgsz,
+        "isa": target.isa,
+        "production": target.production,
+        "recipes": list(preference.recipes),
+        "why": preference.why,
+    }
+
+
+def _version(engine: str) -> str | None:
+    try:
+        return version(engine)
+    except PackageNotFoundError:
+        return None
+
+
+def _show(facts: dict[str, Any], engines: list[dict[str, Any]], targets: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for part in (_host_table(facts), _engine_table(engines), _target_table(targets)):
+        console.print(part)
+    print("\n".join([*_missing_lines(engines), *_unfit_lines(targets), "", *_reasons(targets)]))
+
+
+def _missing_lines(engines: list[dict[str, Any]]) -> list[str]:
+    missing = [row for row in engines if row["problem"] == "not installed"]
+    return [f"{row['engine']} is not installed. Run: pip install '{row['install']}'" for row in missing]
+
+
+def _unfit_lines(targets: list[dict[str, Any]]) -> list[str]:
+    unfit = [row for row in targets if not row["fits"]]
+    return [f"{row['target']} does not fit: {'; '.join(row['mismatch'])}." for row in unfit]
+
+
+def _reasons(targets: list[dict[str, Any]]) -> list[str]:
+    """Why the recipes, once for all targets that have the same reason."""
+    reasons: dict[str, list[str]] = {}
+    for row in targets:
+        reasons.setdefault(row["why"], []).append(row["target"])
+    return [
+        "Why these recipes:",
+        *(f"{', '.join(names)}: {why}." for why, names in reasons.items()),
+    ]
+
+
+def _host_table(facts: dict[str, Any]) -> Table:
+    quota = facts["quota_cores"]
+    cores = (
+        f"{facts['physical_cores']} physical, {facts['logical_cores']} logical; {facts['usable_cores']} "
+        f"logical for this process, {'no quota' if quota is None else f'quota of {quota:g}'}"
+    )
+    frequency = f"{facts['frequency_mhz']} MHz now" if facts["frequency_mhz"] else "unknown"
+    frequency += f", at most {facts['max_frequency_mhz']} MHz" if facts["max_frequency_mhz"] else ""
+    frequency += f", governor {facts['governor']}" if facts["governor"] else ""
+    rows = {
+        "CPU": facts["cpu"],
+        "instruction sets": ", ".join(facts["isa"]) or "none of those that count",
+        "cores": cores,
+        "engines run on": f"{facts['usable_physical_cores']} cores",
+        "frequency": frequency,
+        "memory": f"{facts['memory_gb']:g} GB, {facts['memory_available_gb']:g} GB available",
+        "load average": f"{facts['load_average']:g} in the last minute",
+        "system": f"{facts['os']}, Python {facts['python']}",
+    }
+    table = _table("This host", "")
+    for label, text in rows.items():
+        table.add_row(label, text)
+    return table
+
+
+def _engine_table(engines: list[dict[str, Any]]) -> Table:
+    table = _table("Engine", "version", "licence", "in production", "runs here")
+    for row in engines:
+        allowed = "yes" if row["production"] else "no"
+        runs = "yes" if row["problem"] is None else row["problem"]
+        table.add_row(row["engine"], row["version"] or "-", row["licence"], allowed, runs)
+    return table
+
+
+def _target_table(targets: list[dict[str, Any]]) -> Table:
+    table = _table("Target", "fits", "measures", "recipes, best first")
+    for row in targets:
+        batches = ", ".join(map(str, row["batch_sizes"]))
+        size = f", {row['imgsz']} px" if row["imgsz"] else ""
+        measures = f"{', '.join(row['scenarios'])}; batch {batches}{size}"
+        table.add_row(row["target"], "yes" if row["fits"] else "no", measures, ", ".join(row["recipes"][:2]))
+    return table
+
+
+def _table(*columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+if __name__ == "__main__":
+    run_command(main)

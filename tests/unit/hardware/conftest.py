@@ -1,0 +1,32 @@
+"""A host that pretends to be another."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from cpus import ZEN3
+
+from sparse_exp import hardware
+from sparse_exp.hardware import targets
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """Sets what is read: /proc/cpuinfo, the affinity, the siblings of each CPU, the quota, packages."""
+
+    def pretend(flags=ZEN3, siblings=("0", "1"), quota="max 100000", affinity=None, without=()):
+        (tmp_path / "cpuinfo").write_text(
+            f"processor\t: 0\nmodel name\t: Some CPU @ 3 GHz: fast\nflags\t\t: {flags}\n\nflags : none\n"
+        )
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+        for cpu, line in enumerate(siblings):
+            (tmp_path / f"siblings{cpu}").write_text(f"{line}\n")
+        monkeypatch.setattr(hardware, "_CPUINFO", tmp_path / "cpuinfo")
+        monkeypatch.setattr(hardware, "_QUOTA", tmp_path / "cpu.max")
+        monkeypatch.setattr(hardware, "_TOPOLOGY", str(tmp_path / "siblings{cpu}"))
+        cpus = set(range(len(siblings))) if affinity is None else affinity
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: cpus)
+        monkeypatch.setattr(targets, "find_spec", lambda name: None if name in without else object())
+
+    return pretend

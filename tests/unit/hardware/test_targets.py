@@ -1,0 +1,181 @@
+"""Hardware targets against hosts that pretend to be others."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from cpus import ALDER_LAKE, ICE_LAKE, OLD, SAPPHIRE_RAPIDS, ZEN3
+
+from sparse_exp.config.resolve import CONF_DIRECTORY, options
+from sparse_exp.config.schema import ENGINES, HardwareConfig
+from sparse_exp.engines import create_engine
+from sparse_exp.errors import ConfigError
+from sparse_exp.hardware import host_facts
+from sparse_exp.hardware.targets import RUNTIMES, advice, compare, fitted, mismatches, prefers, unusable
+
+TARGETS = options("hardware", HardwareConfig)
+FOUR = ("0", "1", "2", "3")
+
+
+def fitting(imgsz=None) -> set[str]:
+    return {name for name, target in TARGETS.items() if not compare(target, imgsz=imgsz)}
+
+
+@pytest.mark.parametrize(
+    ("flags", "siblings", "fits"),
+    [
+        (ZEN3, ("0", "1"), {"cpu", "avx2", "latency", "throughput", "production", "edge2"}),
+        (ICE_LAKE, ("0", "1"), set(TARGETS)),
+        (SAPPHIRE_RAPIDS, FOUR, set(TARGETS)),
+        (ICE_LAKE, ("0-1", "0-1"), set(TARGETS) - {"edge2"}),  # two threads of one core
+        (ALDER_LAKE, FOUR, set(TARGETS) - {"avx512_vnni"}),
+        (OLD, FOUR, {"production"}),  # DeepSparse needs AVX2
+    ],
+)
+def test_which_shipped_targets_fit_known_cpus(machine, flags, siblings, fits):
+    machine(flags, siblings)
+    assert fitting() == fits
+
+
+def test_all_mismatches_are_told_at_once_in_one_line_each_with_what_to_do(machine):
+    machine(ZEN3, without=("openvino",))
+    target = HardwareConfig(
+        name="mine",
+        engines=["deepsparse", "openvino"],
+        cores=[2, 8],
+        isa=["avx2", "avx512", "vnni"],
+        imgsz=320,
+        production=True,
+    )
+    refusals = [mismatch.refusal for mismatch in compare(target, imgsz=640)]
+    words = (
+        ("hardware=mine", "avx2, avx512 and vnni", "Some CPU @ 3 GHz: fast: avx2", "hardware=cpu"),
+        ("hardware.cores", "at most the 2", "8", "hardware.cores=[]"),
+        ("openvino", "pip install 'openvino>="),
+        ("deepsparse", "production", "evaluation only", "hardware.production=false"),
+        ("dataset.imgsz", "320 px of hardware=mine", "640", "dataset.imgsz=320"),
+    )
+    assert len(refusals) == len(words)
+    for refusal, expected in zip(refusals, words, strict=True):
+        assert all(word in refusal for word in expected), refusal
+        assert "\n" not in refusal
+        assert refusal.startswith("Expected ")
+    assert mismatches(target, imgsz=640) == [
+        "the CPU lacks avx512 and vnni (it has avx2)",
+        "2 of 8 cores",
+        "without openvino: not installed",
+        "deepsparse may not be used in production (Neural Magic community: evaluation only)",
+        "640 px instead of 320 px",
+    ]
+
+
+def test_a_target_that_asks_for_nothing_fits_any_size_and_any_cores(machine):
+    machine(ZEN3)
+    assert compare(HardwareConfig(name="cpu"), imgsz=64) == []
+    assert compare(HardwareConfig(name="cpu", cores=[2, 1], imgsz=64), imgsz=64) == []
+
+
+@pytest.mark.parametrize("name", ["cpu", "avx2"])
+def test_a_cpu_without_avx2_is_told_of_once(machine, name):
+    machine(OLD)
+    (mismatch,) = compare(TARGETS[name])
+    assert "avx2" in mismatch.refusal.lower()
+    assert "Some CPU" in mismatch.refusal
+
+
+def test_what_is_fitted_has_the_engines_that_run_and_the_cores_that_are_there(machine):
+    machine(OLD, without=("openvino",))
+    target = HardwareConfig(
+        name="mine",
+        engines=["deepsparse", "openvino", "onnxruntime"],
+        cores=[8, 4, 1],
+        isa=["vnni"],
+        imgsz=320,
+    )
+    left = fitted(target)
+    assert left.engines == ["onnxruntime"]
+    assert left.cores == [2, 1]
+    assert (left.isa, left.imgsz, left.name) == (["vnni"], 320, "mine")
+    assert target.engines == ["deepsparse", "openvino", "onnxruntime"]  # as it was
+
+
+def test_what_does_not_fit_but_can_run_is_left_as_it_is(machine):
+    machine(ZEN3)
+    target = HardwareConfig(name="mine", production=True, isa=["vnni"])
+    assert fitted(target) == target
+
+
+def test_the_only_engine_that_cannot_run_is_refused_even_then(machine):
+    machine(OLD, without=("openvino",))
+    with pytest.raises(ConfigError) as raised:
+        fitted(HardwareConfig(name="mine", engines=["deepsparse", "openvino"]))
+    assert len(raised.value.problems) == 2
+    assert "AVX2" in raised.value.problems[0]
+    assert "pip install" in raised.value.problems[1]
+
+
+@pytest.mark.parametrize(
+    ("target", "flags", "best"),
+    [
+        ("avx2", ZEN3, "transfer"),
+        ("avx512_vnni", ICE_LAKE, "transfer_quant_vnni"),
+        ("cpu", ZEN3, "transfer"),
+        ("cpu", ALDER_LAKE, "transfer_quant_vnni"),
+        ("production", ICE_LAKE, "quant"),
+    ],
+)
+def test_the_recipe_that_suits(machine, target, flags, best):
+    machine(flags)
+    assert prefers(TARGETS[target], host_facts()).recipes[0] == best
+
+
+def test_every_recipe_that_a_target_names_is_shipped(machine):
+    machine(ICE_LAKE)
+    named = {recipe for target in TARGETS.values() for recipe in prefers(target, host_facts()).recipes}
+    assert named <= {path.stem for path in (CONF_DIRECTORY / "recipe").glob("*.yaml")}
+
+
+def test_another_recipe_than_those_that_suit_is_advised_against(machine):
+    machine(ZEN3)
+    (line,) = advice(TARGETS["avx2"], "transfer_quant_vnni")
+    assert "recipe=transfer is" in line
+    assert "without 8-bit dot products" in line
+    assert advice(TARGETS["avx2"], "transfer") == []
+    assert advice(TARGETS["cpu"], "dense") == []  # which asks for none
+
+
+def test_a_host_that_has_more_than_the_target_is_told_of(machine):
+    machine(ICE_LAKE)
+    (line,) = advice(TARGETS["avx2"], "transfer")
+    assert "faster here than there" in line
+    assert advice(TARGETS["avx512_vnni"], "transfer_quant") == []
+
+
+def test_the_licence_and_what_to_install_are_known_of_each_engine():
+    assert set(RUNTIMES) == set(ENGINES)
+    assert {name: create_engine(name).requirement for name in ENGINES} == {
+        name: runtime.requirement for name, runtime in RUNTIMES.items()
+    }
+    assert [name for name, runtime in RUNTIMES.items() if not runtime.production] == ["deepsparse"]
+    assert "deepsparse" not in TARGETS["production"].engines
+
+
+def test_engines_that_are_installed_can_run_here():
+    assert {name: unusable(name, host_facts()) for name in ENGINES} == dict.fromkeys(ENGINES)
+
+
+def test_comparing_imports_no_engine_and_nothing_heavy():
+    code = (
+        "import sys\n"
+        "from sparse_exp import benchmark, engines\n"
+        "from sparse_exp.benchmark import why\n"
+        "from sparse_exp.config.schema import HardwareConfig\n"
+        "from sparse_exp.hardware.targets import advice, compare, fitted\n"
+        "compare(HardwareConfig()); fitted(HardwareConfig()); advice(HardwareConfig(), 'dense')\n"
+        "heavy = {'torch', 'mlflow', 'sparseml', 'deepsparse', 'onnxruntime', 'openvino', 'onnx'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
