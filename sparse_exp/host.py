@@ -25,6 +25,8 @@ import fcntl
 import logging
 import os
 import platform
+import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +40,7 @@ _log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_TRIES = 0.2
 _SECONDS_BEFORE_A_LINE = 1.0
 _SECONDS_BETWEEN_LINES = 30.0
+_LONGEST_COMMAND = 120
 _PATIENCE = 0.5  # seconds that a lock may be busy because somebody looks whether it is free
 
 
@@ -306,6 +309,24 @@ def _open_doors(path: Path) -> tuple[int, int]:
         raise
 
 
+def _measurer() -> str:
+    """Who measures, for those who wait: process, since when, command."""
+    command = shlex.join(sys.orig_argv).replace("\n", " ")
+    short = command if len(command) <= _LONGEST_COMMAND else f"{command[:_LONGEST_COMMAND]} ..."
+    return f"process {os.getpid()} since {time.strftime('%H:%M:%S')} ({short})"
+
+
+def _those(descriptor: int) -> str:
+    """Who holds a lock, in brackets, as far as the kernel tells: ``/proc/locks`` has files by inode."""
+    inode = f":{os.fstat(descriptor).st_ino}"
+    try:
+        locks = [line.split() for line in Path("/proc/locks").read_text().splitlines() if " -> " not in line]
+    except OSError:
+        return ""
+    holders = sorted({int(words[4]) for words in locks if len(words) > 5 and words[5].endswith(inode)})
+    return f" (process {', '.join(str(pid) for pid in holders)})" if holders else ""
+
+
 @contextmanager
 def measuring_alone(path: Path) -> Iterator[None]:
     """Have the host to oneself while the block runs: nobody else measures or does heavy work.
@@ -322,16 +343,19 @@ def measuring_alone(path: Path) -> Iterator[None]:
         do = "Set TMPDIR to a directory that you may write to."
         raise EngineError(expected(f"the lock file {path}", "writable", error.strerror, do)) from error
 
+    def to_pause() -> str:
+        return f"Waiting for other runs on this host to pause{_those(room)}."
+
     def line() -> str:
-        holder = os.pread(turnstile, 32, 0).decode() or "unknown"
-        return f"Another run on this host is measuring (process {holder}); waiting for it to end."
+        holder = os.pread(turnstile, 400, 0).decode(errors="replace") or "process unknown"
+        return f"Another run on this host is measuring: {holder}; {_me()} waits for it to end."
 
     with aside():
         try:
             _obtain(turnstile, fcntl.LOCK_EX, line)
             os.ftruncate(turnstile, 0)
-            os.pwrite(turnstile, str(os.getpid()).encode(), 0)
-            _obtain(room, fcntl.LOCK_EX, lambda: "Waiting for other runs on this host to pause.")
+            os.pwrite(turnstile, _measurer().encode(), 0)
+            _obtain(room, fcntl.LOCK_EX, to_pause)
             yield
         finally:
             os.close(room)

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparse_exp.benchmark.table import label, measured
 from sparse_exp.context import Context
 from sparse_exp.data.attributions import ATTRIBUTIONS
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.hardware import host_facts
+from sparse_exp.plan import mismatch_sentence
 from sparse_exp.recovery import recovery_engine
 from sparse_exp.report import plots
 from sparse_exp.report.markdown import ReportData, write_report
@@ -32,6 +34,17 @@ _PACKAGES = (
     "torch", "sparseml", "deepsparse", "onnxruntime", "openvino", "mlflow", "hydra-core", "torchmetrics",
 )  # fmt: skip
 _SHEET_IMAGES = 8
+_SCENARIOS = {
+    "sync": "sync: one inference after the other",
+    "throughput": "throughput: several streams, each one inference after the other",
+    "async": "async: streams of one image each",
+}
+_VARIANTS = {
+    "dense": "dense: fp32, not sparse",
+    "dense_int8": "dense_int8: the same in 8 bits, by each engine's own quantization after the training",
+    "sparse_fp32": "sparse_fp32: sparse, before it was quantized",
+    "sparse": "sparse: what this run deploys",
+}
 
 
 def compose_report(context: Context) -> list[Path]:
@@ -43,7 +56,7 @@ def compose_report(context: Context) -> list[Path]:
     folder = context.run.path / "plots"
     folder.mkdir(exist_ok=True)
     pictures: dict[str, Path] = {}
-    for draw in (_sheet, _curves, _precision_recall, _layers, _sizes, _throughput):
+    for draw in (_sheet, _curves, _precision_recall, _layers, _sizes, _speeds):
         pictures.update(draw(context, folder))
     write_report(context.run.path / "report.md", _report_data(context, pictures))
     return list(pictures.values())
@@ -97,13 +110,25 @@ def _sizes(context: Context, folder: Path) -> dict[str, Path]:
     return {"Sizes": folder / "sizes.png"}
 
 
-def _throughput(context: Context, folder: Path) -> dict[str, Path]:
-    rows = context.facts("benchmark").get("rows", [])
-    if not rows:
-        return {}
-    bars = [{**row, "low": min(row["each"]), "high": max(row["each"])} for row in rows]
-    plots.throughput_bars(bars, folder / "throughput.png")
-    return {"Throughput; error bars from the slowest to the fastest repeat": folder / "throughput.png"}
+def _rows(context: Context) -> list[dict[str, Any]]:
+    """Of the benchmark; those that are impossible, too."""
+    rows: list[dict[str, Any]] = context.facts("benchmark").get("rows", [])
+    return rows
+
+
+def _speeds(context: Context, folder: Path) -> dict[str, Path]:
+    rows = measured(_rows(context))
+    pictures: dict[str, Path] = {}
+    if rows:
+        plots.throughput_bars(rows, folder / "throughput.png")
+        pictures["Throughput; error bars from the slowest to the fastest repeat"] = folder / "throughput.png"
+    if rows and "latency_p25_ms" in rows[0]:
+        plots.latencies(rows, folder / "latency.png")
+        pictures["Latency of one inference"] = folder / "latency.png"
+    if any("map50" in row for row in rows):
+        plots.accuracy_and_speed([row for row in rows if "map50" in row], folder / "accuracy_speed.png")
+        pictures["Accuracy and speed of each file"] = folder / "accuracy_speed.png"
+    return pictures
 
 
 def _sheet(context: Context, folder: Path) -> dict[str, Path]:
@@ -159,7 +184,9 @@ def _report_data(context: Context, pictures: dict[str, Path]) -> ReportData:
         phases=start.get("phases", ()),
         recovery=_recovery(context),
         layers=context.run.path / "sparsity.csv",
-        conditions=_conditions(context.facts("benchmark").get("rows", [])),
+        speeds=_rows(context),
+        conditions=_conditions(_rows(context)),
+        why=context.facts("benchmark").get("why", ""),
         warnings=_warnings(context),
         pictures=pictures,
         attributions=_attributions(context),
@@ -207,20 +234,28 @@ def _shown(context: Context) -> str:
 
 
 def _conditions(rows: list[dict[str, Any]]) -> dict[str, str]:
-    if not rows:
+    found = measured(rows)
+    if not found:
         return {}
-    first, versions = rows[0], {row["engine"]: row["version"] for row in rows}
+    first, versions = found[0], {row["engine"]: row["version"] for row in found}
     return {
         "engines": ", ".join(f"{engine} {number}" for engine, number in versions.items()),
         "host": f"{first['cpu']}; {', '.join(first['isa'])}",
-        "cores": str(first["cores"]),
+        "does not fit the target": "; ".join(first.get("mismatch", ())) or "nothing",
         "images": f"{first['imgsz']} px, uint8, real photos of the validation split",
-        "scenario": f"{first['scenario']}: one batch after the other",
-        "protocol": f"{first['repeats']} repeats in turns of {first['duration_s']:g} s each after "
+        "scenarios": "; ".join(_SCENARIOS[name] for name in dict.fromkeys(row["scenario"] for row in found)),
+        "protocol": f"{first['repeats']} repeats in turns of {first['duration_s']:g} s each after at least "
         f"{first['warmup_s']:g} s of warm-up; median, spread = (max - min) / median over the repeats",
-        "other load": f"load average {first['load_average']}, {first['busy_cores']} cores busy just before",
-        "variants": "dense: fp32 of the same architecture, initial weights; sparse: what this run deploys",
+        "other load before": _state(first["before"]),
+        "other load after": _state(first["after"]),
+        "stolen meanwhile": f"at most {max(row['steal'] for row in found):.1%} of the time",
+        "variants": "; ".join(_VARIANTS[name] for name in dict.fromkeys(row["variant"] for row in found)),
     }
+
+
+def _state(state: dict[str, Any]) -> str:
+    clock = f", {state['frequency_mhz']:.0f} MHz" if state["frequency_mhz"] else ""
+    return f"load average {state['load_average']}, {state['busy_cores']} cores busy{clock}"
 
 
 def _warnings(context: Context) -> list[str]:
@@ -229,20 +264,19 @@ def _warnings(context: Context) -> list[str]:
         warnings.append(f"{fetched['skipped']} images were left out: they or their labels cannot be used.")
     if fetched.get("origin") == "scratch":
         warnings.append("Trained from random weights on this data alone: the accuracies mean little.")
-    noisy = [r for r in context.facts("benchmark").get("rows", []) if _spread(r) > 0.15]
+    mismatch = next((row["mismatch"] for row in _rows(context) if row.get("mismatch")), context.mismatch)
+    if mismatch:
+        warnings.append(mismatch_sentence(context.experiment.hardware.name, mismatch))
+    noisy = [row for row in _rows(context) if row.get("noisy")]
     if noisy:
-        cells = ", ".join(f"{row['engine']}/{row['variant']}/b{row['batch']}" for row in noisy)
-        warnings.append(f"The machine was not quiet: repeats differ by more than 15 % in {cells}.")
+        limit, cells = noisy[0]["max_spread"], ", ".join(label(row) for row in noisy)
+        warnings.append(f"The machine was not quiet: repeats differ by more than {limit:.0%} in {cells}.")
     if context.dataset.splits.get("val"):
         warnings.append(
             "The checkpoint was chosen by mAP50 on the validation split that the accuracies are reported on, "
             "as is usual for YOLO; a held-out test split is reported beside it where the data set has one."
         )
     return warnings
-
-
-def _spread(row: dict[str, Any]) -> float:
-    return float((max(row["each"]) - min(row["each"])) / row["items_per_s"])
 
 
 def _attributions(context: Context) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ def show_plan(plan: Plan) -> None:
     _log.info("%s", console.file.getvalue().rstrip())  # type: ignore[attr-defined]
 
 
-def show_summary(result: dict[str, Any], title: str, directory: Path) -> None:
-    """Log the table of results, and where everything lies."""
-    _log.info("%s", summary_text(result, title, width=_width()).rstrip())
+def show_summary(
+    result: dict[str, Any], title: str, directory: Path, rows: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Log the table of results, with the rows of the benchmark, and where everything lies."""
+    _log.info("%s", summary_text(result, title, width=_width(), rows=rows).rstrip())
     shown = directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else directory
     _log.info("Report: %s", shown / "report.md")
 

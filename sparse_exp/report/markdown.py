@@ -9,13 +9,14 @@ from pathlib import Path
 from urllib.parse import quote
 
 from sparse_exp.artifacts import write_text
+from sparse_exp.benchmark.results import Row
+from sparse_exp.benchmark.table import impossible_lines, options_table, speed_table
 from sparse_exp.report.results import (
     SIZES,
     SPARSITIES,
     Result,
     accuracies,
     number,
-    throughputs,
     verifications,
 )
 from sparse_exp.report.summary import decimal, percent
@@ -26,6 +27,12 @@ _HOW_VERIFIED = (
     "of 0.25 or more that the other side has too (same class, IoU of 0.9 or more, confidence within 0.1). "
     "mAP50 difference: on a small split the mean over several passes, each a grey level brighter or darker, "
     "and its standard error; rounding to 8 bits alone moves one pass by some thousandths."
+)
+_HOW_MEASURED = (
+    "A row's accuracy, size and speed are those of one file in one engine. x ORT fp32: times as many items "
+    "per second as ONNX Runtime has with the dense network in fp32 under the same load; x best fp32, x best "
+    "int8: than the fastest of the engines with the dense network in fp32, in 8 bits. All percentiles are in "
+    "benchmark.csv."
 )
 
 
@@ -57,7 +64,9 @@ class ReportData:
         phases: a row for each phase of the training, all with the same columns.
         recovery: sentence on what is kept of the dense accuracy; empty without a baseline.
         layers: file with the zeros of each layer, referred to; None for none.
+        speeds: rows of the benchmark, see docs/benchmark.md.
         conditions: of the benchmark: label and value (engine versions, cores, image size, ISA ...).
+        why: what the gain is made of and what to try next, as Markdown; empty without a benchmark.
         warnings: sentences.
         pictures: caption and file of each, in order; those that do not exist are left out.
         attributions: licence and attribution lines of what was fetched.
@@ -73,7 +82,9 @@ class ReportData:
     phases: Sequence[Mapping[str, object]] = ()
     recovery: str = ""
     layers: Path | None = None
+    speeds: Sequence[Row] = ()
     conditions: Mapping[str, str] = field(default_factory=dict)
+    why: str = ""
     warnings: Sequence[str] = ()
     pictures: Mapping[str, Path] = field(default_factory=dict)
     attributions: Sequence[str] = ()
@@ -101,7 +112,8 @@ def write_report(path: Path, report: ReportData) -> None:
         _section("Verification", *_verification(report.result)),
         _section("Sparsity", _sparsity(report.result), _layers(report.layers, path.parent)),
         _section("Sizes", _sizes(report.result)),
-        _section("Benchmark", _benchmark(report.result), _facts(report.conditions)),
+        _section("Benchmark", *_benchmark(report.speeds), _facts(report.conditions)),
+        _section("Why is it (not) faster?", report.why),
         _section("Pictures", _pictures(report.pictures, path.parent)),
         _section("Licences and attribution", _bullets(report.attributions)),
         _section("Environment", _facts(report.environment)),
@@ -119,7 +131,7 @@ def _accuracy(result: Result) -> str:
         (where, decimal(map50, 4), decimal(map50_95, 4), difference)
         for where, map50, map50_95, difference in accuracies(result)
     ]
-    return _table(("run in", "mAP50", "mAP50-95", "mAP50 against torch"), rows)
+    return markdown_table(("run in", "mAP50", "mAP50-95", "mAP50 against torch"), rows)
 
 
 def _verification(result: Result) -> tuple[str, str]:
@@ -139,7 +151,7 @@ def _verification(result: Result) -> tuple[str, str]:
         "matched, torch's / engine's",
         "mAP50 difference",
     )
-    return _table(columns, rows), _HOW_VERIFIED if rows else ""
+    return markdown_table(columns, rows), _HOW_VERIFIED if rows else ""
 
 
 def _layers(table: Path | None, start: Path) -> str:
@@ -150,38 +162,29 @@ def _layers(table: Path | None, start: Path) -> str:
 
 def _sparsity(result: Result) -> str:
     rows = [(label, percent(number(result, key), 2)) for key, label in SPARSITIES.items() if key in result]
-    return _table(("measured in", "zeros"), rows)
+    return markdown_table(("measured in", "zeros"), rows)
 
 
 def _sizes(result: Result) -> str:
     rows = [(label, decimal(number(result, key), 2)) for key, label in SIZES.items() if key in result]
-    return _table(("file", "MB (1e6 bytes)"), rows)
+    return markdown_table(("file", "MB (1e6 bytes)"), rows)
 
 
-def _benchmark(result: Result) -> str:
-    columns = (
-        "engine",
-        "variant",
-        "batch",
-        "items/s",
-        "p50 ms",
-        "p90 ms",
-        "p99 ms",
-        "spread",
-        "x best dense",
-    )
-    rows = []
-    for row in throughputs(result):
-        latencies = [decimal(value, 2) for value in (row.p50, row.p90, row.p99)]
-        numbers = (decimal(row.items_per_s, 2), *latencies, percent(row.spread), decimal(row.speedup, 2))
-        rows.append((row.engine, row.variant, str(row.batch), *numbers))
-    return _table(columns, rows)
+def _benchmark(rows: Sequence[Row]) -> list[str]:
+    """What was measured, under which settings of the engines, and what could not be."""
+    settings, missing = markdown_table(*options_table(rows)), _bullets(impossible_lines(rows))
+    return [
+        markdown_table(*speed_table(rows)),
+        _HOW_MEASURED if rows else "",
+        f"Settings that the search before the measurement chose:\n\n{settings}" if settings else "",
+        f"Not measured:\n\n{missing}" if missing else "",
+    ]
 
 
 def _phases(phases: Sequence[Mapping[str, object]]) -> str:
     if not phases:
         return ""
-    return _table(list(phases[0]), [[str(value) for value in phase.values()] for phase in phases])
+    return markdown_table(list(phases[0]), [[str(value) for value in phase.values()] for phase in phases])
 
 
 def _pictures(pictures: Mapping[str, Path], start: Path) -> str:
@@ -194,7 +197,7 @@ def _pictures(pictures: Mapping[str, Path], start: Path) -> str:
 
 
 def _facts(facts: Mapping[str, str]) -> str:
-    return _table(("", ""), facts.items(), align=False)
+    return markdown_table(("", ""), facts.items(), align=False)
 
 
 def _bullets(lines: Iterable[str]) -> str:
@@ -205,7 +208,7 @@ def _code(command: str) -> str:
     return f"```sh\n{command.strip()}\n```" if command.strip() else ""
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, align: bool = True) -> str:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, align: bool = True) -> str:
     """A Markdown table, its columns of numbers right-aligned if ``align``; empty without rows."""
     cells = [[_cell(cell) for cell in row] for row in rows]
     if not cells:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,18 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from sparse_exp.artifacts import landing
+from sparse_exp.benchmark.results import PERCENTILES, Row
+from sparse_exp.benchmark.table import load_text
+from sparse_exp.config.schema import VARIANTS
 from sparse_exp.report.pareto import Axis, Point, staircase
 
 DPI = 130
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 YELLOW, GREY, INK = "#F0E442", "#B5B5B5", "#333333"
 _CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY)
+_VARIANT_COLOURS = {"dense": GREY, "dense_int8": ORANGE, "sparse_fp32": SKY, "sparse": BLUE}
+_WIDEST = 13  # inches
+_MARKERS = ("o", "s", "^", "D")
 _CURVES = ((GREY, "-", 6.0), (BLUE, "-", 2.4), (RED, "--", 2.0), (GREEN, ":", 2.2), (ORANGE, "-.", 1.8))
 _PHASE_TINTS = ("#E8F1F8", "#FBEFD9", "#E6F4EF", "#F7E9F1")
 _PHASE_NAMES = {
@@ -223,54 +229,163 @@ def _alternate(labels: Mapping[str, float]) -> list[str]:
     return [GREY if "dense" in label.lower() else BLUE for label in labels]
 
 
-def throughput_bars(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Items per second of each engine, dense against sparse, one panel for each batch size.
+def throughput_bars(rows: Sequence[Row], path: Path) -> None:
+    """Items per second of each engine, a bar for each variant, one panel for each load.
 
     Args:
-        rows: ``engine``, ``variant`` (``dense``, ``sparse`` ...), ``batch``, ``items_per_s`` and, drawn as
-            error bar, ``low`` and ``high`` (smallest and largest repeat; may be missing).
+        rows: of the benchmark, at least one: ``engine``, ``variant``, ``batch``, ``key``, ``scenario``,
+            ``items_per_s`` and ``each``, whose smallest and largest are drawn as error bar; all but the first
+            three and ``items_per_s`` may be missing. Noisy ones are hatched.
         path: PNG to write.
     """
-    batches = sorted({int(row["batch"]) for row in rows})
-    engines = list(dict.fromkeys(str(row["engine"]) for row in rows))
-    variants = sorted({str(row["variant"]) for row in rows})
-    width = max(6.4, len(batches) * (1.4 + 0.55 * len(engines) * len(variants)))
-    figure, grid = _figure(width, 4.4, columns=max(1, len(batches)), squeeze=False)
-    for axes, batch in zip(grid.flat, batches, strict=False):
-        here = {(str(r["engine"]), str(r["variant"])): r for r in rows if int(r["batch"]) == batch}
+    panels, engines, variants = _by_load(rows), _distinct(rows, "engine"), _variants(rows)
+    width = 1.4 + 0.5 * len(engines) * len(variants)
+    columns = max(1, min(len(panels), int(_WIDEST / width)))
+    lines = math.ceil(len(panels) / columns)
+    figure, grid = _figure(
+        max(6.4, columns * width), 0.6 + 3.8 * lines, rows=lines, columns=columns, squeeze=False
+    )
+    for axes, (title, here) in _panels(grid, panels):
         for index, variant in enumerate(variants):
-            _throughput_group(axes, [here.get((engine, variant)) for engine in engines], variants, index)
+            found = {row["engine"]: row for row in here if row["variant"] == variant}
+            _throughput_group(axes, [found.get(engine) for engine in engines], variants, index)
         axes.set_xticks(range(len(engines)), engines)
         axes.margins(y=0.14)
         axes.grid(visible=False, axis="x")
-        _title(axes, f"batch {batch}")
-    grid.flat[0].set_ylabel("items per second")
-    handles = [Patch(color=_variant_colour(v, i), label=v) for i, v in enumerate(variants)]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(variants), frameon=False)
+        _title(axes, title)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("items per second")
+    _variant_legend(figure, variants, noisy=any(row.get("noisy") for row in rows))
     _save(figure, path)
 
 
-def _variant_colour(variant: str, index: int) -> str:
-    return {"dense": GREY, "sparse": BLUE}.get(variant, (GREEN, ORANGE, PURPLE, SKY)[index % 4])
+def _by_load(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows that can be compared, under the words for their load."""
+    panels: dict[str, list[Row]] = {}
+    several = len({row.get("cores") for row in rows}) > 1
+    for row in sorted(rows, key=lambda row: (row.get("scenario") or "sync") != "sync"):
+        cores = f", {row['cores']} cores" if several else ""
+        panels.setdefault(f"{load_text(row)}{cores}", []).append(row)
+    return panels
 
 
-def _throughput_group(
-    axes: Axes, rows: Sequence[Mapping[str, Any] | None], variants: Sequence[str], index: int
-) -> None:
-    bar_width = 0.8 / len(variants)
-    colour = _variant_colour(variants[index], index)
+def _panels(grid: Any, panels: Mapping[str, list[Row]]) -> Iterator[tuple[Axes, tuple[str, list[Row]]]]:
+    """Each panel with its axes; axes that are left over are hidden."""
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    yield from zip(grid.flat, panels.items(), strict=False)
+
+
+def _distinct(rows: Sequence[Row], name: str) -> list[str]:
+    return list(dict.fromkeys(str(row[name]) for row in rows))
+
+
+def _variants(rows: Sequence[Row]) -> list[str]:
+    order = {variant: place for place, variant in enumerate(VARIANTS)}
+    return sorted(_distinct(rows, "variant"), key=lambda variant: order.get(variant, len(order)))
+
+
+def _variant_colour(variant: str) -> str:
+    return _VARIANT_COLOURS.get(variant, PURPLE)
+
+
+def _variant_legend(figure: Figure, variants: Sequence[str], *, noisy: bool) -> None:
+    handles = [Patch(color=_variant_colour(variant), label=variant) for variant in variants]
+    if noisy:
+        handles.append(Patch(facecolor="white", edgecolor=INK, hatch="//", label="noisy"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+
+
+def _throughput_group(axes: Axes, rows: Sequence[Row | None], variants: Sequence[str], index: int) -> None:
+    bar_width = 0.84 / len(variants)
     for engine, row in enumerate(rows):
         if row is None:
             continue
         x = engine + (index - (len(variants) - 1) / 2) * bar_width
         value = float(row["items_per_s"])
-        low, high = float(row.get("low", value)), float(row.get("high", value))
-        error = [[max(0.0, value - low)], [max(0.0, high - value)]]
-        axes.bar(x, value, bar_width * 0.94, color=colour, yerr=error, capsize=3, error_kw={"elinewidth": 1})
-        axes.annotate(
-            _three_digits(value), (x, max(value, high)), (0, 3), textcoords="offset points",
-            ha="center", va="bottom", fontsize=8, color=INK,
+        each = [*row.get("each", ()), value]
+        axes.bar(
+            x, value, bar_width * 0.94, color=_variant_colour(variants[index]), capsize=2,
+            yerr=[[value - min(each)], [max(each) - value]], error_kw={"elinewidth": 1},
+            hatch="//" if row.get("noisy") else None, edgecolor="white", linewidth=0,
         )  # fmt: skip
+        axes.annotate(
+            _three_digits(value), (x, max(each)), (0, 3), textcoords="offset points",
+            ha="center", va="bottom", fontsize=8 if len(variants) < 3 else 6, color=INK,
+        )  # fmt: skip
+
+
+def latencies(rows: Sequence[Row], path: Path) -> None:
+    """How long inferences take, for each load a panel and for each cell a line from p25 to p99.9.
+
+    Args:
+        rows: of the benchmark, at least one, with all percentiles.
+        path: PNG to write.
+    """
+    panels, variants = _by_load(rows), _variants(rows)
+    columns = min(len(panels), 2)
+    lines = math.ceil(len(panels) / columns)
+    most = max(len(here) for here in panels.values())
+    figure, grid = _figure(
+        2.0 + 4.6 * columns, 1.2 + lines * (1.0 + 0.3 * most), rows=lines, columns=columns, squeeze=False
+    )
+    for axes, (title, here) in _panels(grid, panels):
+        for place, row in enumerate(here):
+            _latency_line(axes, place, row)
+        axes.set_yticks(range(len(here)), [f"{row['engine']} {row['variant']}" for row in here], fontsize=7)
+        axes.set(xlabel="ms", ylim=(len(here) - 0.4, -0.6))
+        axes.set_xlim(left=0)
+        axes.grid(visible=False, axis="y")
+        _title(axes, title)
+    handles = [
+        Line2D([], [], color=INK, linewidth=5, label="p25 to p75"),
+        Line2D([], [], color=INK, marker="o", linewidth=0, markerfacecolor="white", label="median"),
+        Line2D([], [], color=INK, linewidth=1.4, marker="|", label="p90, p95, p99, p99.9"),
+        *(Patch(color=_variant_colour(variant), label=variant) for variant in variants),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _latency_line(axes: Axes, place: int, row: Row) -> None:
+    colour = _variant_colour(str(row["variant"]))
+    p25, p50, p75, *tail = (float(row[name]) for name in PERCENTILES)
+    axes.plot([p25, tail[-1]], [place, place], color=colour, linewidth=1.4, solid_capstyle="butt")
+    axes.plot(tail, [place] * len(tail), color=colour, linewidth=0, marker="|", markersize=6)
+    axes.plot([p25, p75], [place, place], color=colour, linewidth=5, solid_capstyle="butt")
+    axes.plot(p50, place, color=INK, marker="o", markersize=4, markerfacecolor="white")
+
+
+def accuracy_and_speed(rows: Sequence[Row], path: Path) -> None:
+    """Each file's mAP50 over its items per second: for each load a panel, engines by their markers.
+
+    Args:
+        rows: of the benchmark, at least one, all with ``map50`` (0..1).
+        path: PNG to write.
+    """
+    panels, engines, variants = _by_load(rows), _distinct(rows, "engine"), _variants(rows)
+    columns = min(len(panels), 3)
+    lines = math.ceil(len(panels) / columns)
+    figure, grid = _figure(
+        max(6.4, 1.0 + 4.2 * columns), 0.9 + 3.6 * lines, rows=lines, columns=columns, squeeze=False
+    )
+    for axes, (title, here) in _panels(grid, panels):
+        for row in here:
+            axes.scatter(
+                row["items_per_s"], row["map50"], s=64, color=_variant_colour(row["variant"]),
+                marker=_MARKERS[engines.index(row["engine"]) % len(_MARKERS)], edgecolors=INK, linewidths=0.6,
+            )  # fmt: skip
+        axes.set_xlim(0, 1.08 * max(row["items_per_s"] for row in here))
+        axes.set(xlabel="items per second", ylabel="mAP50")
+        axes.margins(y=0.2)
+        _title(axes, title)
+    handles: list[Any] = [Patch(color=_variant_colour(variant), label=variant) for variant in variants]
+    handles += [
+        Line2D([], [], color=INK, linewidth=0, marker=marker, label=engine)
+        for engine, marker in zip(engines, _MARKERS, strict=False)
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    _save(figure, path)
 
 
 Tile = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+from sparse_exp.benchmark import NUMBERS, loads_of
 from sparse_exp.compare.names import full_name
 from sparse_exp.config.schema import STAGES, Experiment
 from sparse_exp.errors import ConfigError
-from sparse_exp.report.results import SIZES, SPARSITIES
+from sparse_exp.export.square import DENSE, MODEL, TORCH, file_name, size_prefix
+from sparse_exp.hardware import usable_physical_cores
+from sparse_exp.report.results import SPARSITIES
 
 TEXTS = frozenset(("weights/origin", "zoo/stub"))  # the only ones that are no numbers
-_SPEEDS = ("items_per_s", "latency_p50_ms", "latency_p90_ms", "latency_p99_ms", "spread")
+_SIZES = ("onnx_mb", "onnx_gzip_mb", "nonzero_mb")
+_MAPS = ("map50", "map50_95")
 _DIFFERENCES = (
     "score_mean",
     "score_max",
@@ -73,6 +77,10 @@ def resolve_objective(name: str, experiment: Experiment) -> str:
 def _possible(experiment: Experiment) -> Names:
     if "evaluate" in experiment.stages:  # where the data set has that split
         yield from ("test/map50", "test/map50_95")
+    if "verify" in experiment.stages:
+        yield from _square(experiment)
+    if "benchmark" in experiment.stages:  # where cells turn out to be possible
+        yield from _speeds(experiment, experiment.hardware.engines, experiment.hardware.variants)
     if experiment.recovery.baseline == "none":
         return
     if "baseline" in experiment.stages:  # a dense run has none
@@ -80,6 +88,21 @@ def _possible(experiment: Experiment) -> Names:
     if "verify" in experiment.stages:
         yield "recovery/map50"
         yield from (f"recovery/{engine}/map50" for engine in experiment.hardware.engines)
+
+
+def _square(experiment: Experiment) -> Names:
+    """Of cells that may turn out to be impossible, or whose weights may be initial ones."""
+    hardware = experiment.hardware
+    others = [variant for variant in hardware.variants if variant != "sparse"]
+    yield "size/dense_checkpoint_mb"
+    if "sparse_fp32" in others:
+        yield "size/sparse_fp32/checkpoint_mb"
+    for engine in hardware.engines:
+        yield from (f"deployed/{engine}/{variant}/{name}" for variant in others for name in _MAPS)
+        prefixes = {size_prefix(file_name(engine, variant)) for variant in others if engine != TORCH}
+        yield from (f"size/{prefix}{name}" for prefix in prefixes for name in _SIZES)
+    if TORCH in hardware.engines:  # which cannot run a quantized network
+        yield from (f"deployed/{TORCH}/{name}" for name in _MAPS)
 
 
 def _fetch(experiment: Experiment) -> Names:
@@ -92,19 +115,24 @@ def _evaluate(_: Experiment) -> Names:
 
 
 def _verify(experiment: Experiment) -> Names:
-    yield from (name for name in SIZES if name != "size/checkpoint_mb")
+    yield from (f"size/{size_prefix(file)}{name}" for file in (MODEL, DENSE) for name in _SIZES)
     yield from (name for name in SPARSITIES if name == "sparsity/onnx")
     yield from ("quantized/convolutions", "quantizable/convolutions")
-    for engine in experiment.hardware.engines:
-        yield from (f"deployed/{engine}/map50", f"deployed/{engine}/map50_95")
+    for engine in [name for name in experiment.hardware.engines if name != TORCH]:
+        yield from (f"deployed/{engine}/{name}" for name in _MAPS)
         yield from (f"verify/{engine}/{name}" for name in _DIFFERENCES)
 
 
 def _benchmark(experiment: Experiment) -> Names:
-    for engine in experiment.hardware.engines:
-        for variant in ("dense", "sparse"):
-            for batch in experiment.hardware.batch_sizes:
-                yield from (f"benchmark/{engine}/{variant}/b{batch}/{name}" for name in _SPEEDS)
+    variants = [name for name in experiment.hardware.variants if name in ("dense", "sparse")]
+    yield from _speeds(experiment, [name for name in experiment.hardware.engines if name != TORCH], variants)
+
+
+def _speeds(experiment: Experiment, engines: Sequence[str], variants: Sequence[str]) -> Names:
+    for load in loads_of(experiment.hardware, usable_physical_cores()):
+        for engine in engines:
+            for variant in variants:
+                yield from (f"benchmark/{engine}/{variant}/{load.key}/{name}" for name in NUMBERS)
 
 
 def _publish(_: Experiment) -> Names:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from sparse_exp.config.schema import VARIANTS
+
 Result = Mapping[str, float | str]
 SIZES = {
     "size/checkpoint_mb": "checkpoint",
@@ -19,8 +21,11 @@ SPARSITIES = {
     "sparsity/total": "all weights",
     "sparsity/onnx": "prunable weights, exported file",
 }
-_BENCHMARK = re.compile(r"benchmark/(?P<engine>.+)/(?P<variant>[^/]+)/b(?P<batch>\d+)/items_per_s")
-_DEPLOYED = re.compile(r"deployed/(?P<engine>.+)/map50")
+_BENCHMARK = re.compile(
+    r"benchmark/(?P<engine>.+)/(?P<variant>[^/]+)/(?P<load>b(?P<batch>\d+)(?P<how>\w*))/items_per_s"
+)
+_VARIANT_ORDER = {variant: place for place, variant in enumerate(VARIANTS)}
+_DEPLOYED = re.compile(r"deployed/(?P<engine>[^/]+)(?:/(?P<variant>[^/]+))?/map50")
 _VERIFIED = re.compile(r"verify/(?P<engine>.+)/score_mean")
 
 
@@ -30,16 +35,18 @@ class Throughput:
 
     Args:
         engine: name of the runtime.
-        variant: ``dense`` or ``sparse``.
+        variant: one of `sparse_exp.config.schema.VARIANTS`.
+        load: batch size and scenario, as in the name: ``b1``, ``b16_throughput``.
         batch: images in one call.
         items_per_s: images per second.
         p50, p90, p99: latency of one call in milliseconds.
         spread: of the repeats, largest minus smallest over the median.
-        speedup: ``items_per_s`` over that of the fastest dense engine at this batch size.
+        speedup: ``items_per_s`` over that of the engine that is fastest with dense fp32 under this load.
     """
 
     engine: str
     variant: str
+    load: str
     batch: int
     items_per_s: float
     p50: float | None
@@ -56,14 +63,18 @@ def number(result: Result, key: str) -> float | None:
 
 
 def throughputs(result: Result) -> list[Throughput]:
-    """The rows of the benchmark, by batch size, then engine, dense before the others."""
+    """The rows of the benchmark, by load, then engine, dense before the others."""
     found = [(match, float(result[match[0]])) for key in result if (match := _BENCHMARK.fullmatch(key))]
     best: dict[str, float] = {}
     for match, items in found:
         if match["variant"] == "dense":
-            best[match["batch"]] = max(items, best.get(match["batch"], 0.0))
-    rows = [_throughput(result, match, items, best.get(match["batch"])) for match, items in found]
-    return sorted(rows, key=lambda row: (row.batch, row.engine, row.variant != "dense", row.variant))
+            best[match["load"]] = max(items, best.get(match["load"], 0.0))
+    in_order = sorted(found, key=lambda one: _place(one[0]))
+    return [_throughput(result, match, items, best.get(match["load"])) for match, items in in_order]
+
+
+def _place(match: re.Match[str]) -> tuple[str | int, ...]:
+    return match["how"], int(match["batch"]), match["engine"], _VARIANT_ORDER.get(match["variant"], -1)
 
 
 def _throughput(result: Result, match: re.Match[str], items: float, best: float | None) -> Throughput:
@@ -72,6 +83,7 @@ def _throughput(result: Result, match: re.Match[str], items: float, best: float 
     return Throughput(
         match["engine"],
         match["variant"],
+        match["load"],
         int(match["batch"]),
         items,
         p50,
@@ -83,17 +95,21 @@ def _throughput(result: Result, match: re.Match[str], items: float, best: float 
 
 
 def accuracies(result: Result) -> list[tuple[str, float | None, float | None, str]]:
-    """Where the model ran (torch first), its mAP50 and mAP50-95 (0..1), and how far mAP50 is from torch's."""
+    """Where the model ran (torch first), its mAP50 and mAP50-95 (0..1), and how far mAP50 is from torch's.
+
+    Of variants other than what is deployed the name says which, and they are compared with nothing.
+    """
     rows: list[tuple[str, float | None, float | None, str]] = []
     reference = number(result, "val/map50")
     if reference is not None:
         rows.append(("torch", reference, number(result, "val/map50_95"), ""))
-    engines = sorted(match["engine"] for key in result if (match := _DEPLOYED.fullmatch(key)))
-    for engine in engines:
-        prefix = f"deployed/{engine}/map50"
-        map50 = number(result, prefix)
-        difference = "-" if map50 is None or reference is None else f"{map50 - reference:+.4f}"
-        rows.append((engine, map50, number(result, f"{prefix}_95"), difference))
+    found = [match for key in result if (match := _DEPLOYED.fullmatch(key))]
+    for match in sorted(found, key=lambda match: (match["variant"] or "", match["engine"])):
+        map50 = number(result, match[0])
+        compared = map50 is not None and reference is not None and not match["variant"]
+        difference = f"{map50 - reference:+.4f}" if compared else "-"  # type: ignore[operator]
+        where = " ".join(filter(None, (match["engine"], match["variant"])))
+        rows.append((where, map50, number(result, f"{match[0]}_95"), difference))
     return rows
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from sparse_exp.benchmark.results import Row
+from sparse_exp.benchmark.table import impossible_lines
+from sparse_exp.benchmark.table import label as label_of
 from sparse_exp.report.results import SIZES, SPARSITIES, Result, accuracies, number, recovery, throughputs
 
 if TYPE_CHECKING:
@@ -12,7 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def summary_table(result: Result, title: str = "Result") -> RenderableType:
+def summary_table(result: Result, title: str = "Result", rows: Sequence[Row] = ()) -> RenderableType:
     """Accuracy, sparsity, sizes and throughput as something that a rich console prints.
 
     Fits in 80 columns, and reads well without colours or a terminal.
@@ -20,22 +24,26 @@ def summary_table(result: Result, title: str = "Result") -> RenderableType:
     Args:
         result: the flat numbers of ``result.json``; what is missing is left out.
         title: headline.
+        rows: of the benchmark, from which noisy cells and those that could not be measured are named.
     """
     from rich.console import Group
     from rich.text import Text
 
-    accuracy, *others = (_accuracy(result), _files(result), _benchmark(result))
+    accuracy, *others = (_accuracy(result), _files(result), _benchmark(result, rows))
     kept = [Text(recovery(result) + "\n")] if recovery(result) else []
     tables = [table for table in others if table.row_count]
-    return Group(Text(title, style="bold"), *([accuracy] if accuracy.row_count else []), *kept, *tables)
+    remarks = [Text(line) for line in _remarks(rows)]
+    return Group(
+        Text(title, style="bold"), *([accuracy] if accuracy.row_count else []), *kept, *tables, *remarks
+    )
 
 
-def summary_text(result: Result, title: str = "Result", width: int = 80) -> str:
+def summary_text(result: Result, title: str = "Result", width: int = 80, rows: Sequence[Row] = ()) -> str:
     """`summary_table` as plain text of that many columns at most."""
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
-    console.print(summary_table(result, title))
+    console.print(summary_table(result, title, rows))
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines())
 
@@ -58,32 +66,40 @@ def _files(result: Result) -> Table:
     return table
 
 
-def _benchmark(result: Result) -> Table:
-    table = _table("Throughput", "variant", "batch", "items/s", "p50 ms", "spread", "x best dense")
-    rows = throughputs(result)
-    best = {row.batch: max(r.items_per_s for r in rows if r.batch == row.batch) for row in rows}
-    for row in rows:
+def _benchmark(result: Result, rows: Sequence[Row]) -> Table:
+    noisy = {label_of(row) for row in rows if row.get("noisy")}
+    table = _table("Throughput", "variant", "load", "items/s", "p50 ms", "spread", "x dense")
+    found = throughputs(result)
+    best = {one.load: max(r.items_per_s for r in found if r.load == one.load) for one in found}
+    for one in found:
+        mark = " !" if f"{one.engine}/{one.variant}/{one.load}" in noisy else ""
         table.add_row(
-            row.engine,
-            row.variant,
-            str(row.batch),
-            decimal(row.items_per_s, 1),
-            decimal(row.p50, 1),
-            percent(row.spread),
-            decimal(row.speedup, 2),
-            style="bold" if row.items_per_s == best[row.batch] else "",
+            one.engine,
+            one.variant,
+            one.load,
+            decimal(one.items_per_s, 1),
+            decimal(one.p50, 1),
+            percent(one.spread) + mark,
+            decimal(one.speedup, 2),
+            style="bold" if one.items_per_s == best[one.load] else "",
         )
     return table
+
+
+def _remarks(rows: Sequence[Row]) -> list[str]:
+    """What is to be said below the speeds."""
+    noisy = ["! noisy: the repeats differ too much."] if any(row.get("noisy") for row in rows) else []
+    return noisy + [f"Not measured: {line}" for line in impossible_lines(rows)]
 
 
 def _table(first: str, *columns: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(first, no_wrap=True, min_width=11)
     for column in columns:
-        table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column in ("variant", "load") else "right", no_wrap=True)
     return table
 
 

@@ -1,0 +1,177 @@
+r"""Measure model files beside each other without an experiment, and print tables of what was measured.
+
+    python benchmarks/square.py --cell s=onnxruntime:dense:dense.onnx \
+        --cell s-85=deepsparse:sparse:model.onnx --batch 1 32 --scenario sync throughput --out square.json
+    python benchmarks/square.py --table square.json other.json
+
+A cell is NETWORK=ENGINE:VARIANT:FILE. Cells of networks that begin alike up to the first hyphen are compared:
+``s-85`` and ``s-85-block4`` with the baselines of ``s``. It needs numpy, onnx, psutil, rich, filelock and the
+engines that are asked for, nothing else of the project's dependencies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout that is not installed
+
+from sparse_exp.artifacts import write_json
+from sparse_exp.benchmark import Cell, Row, benchmark, loads_of
+from sparse_exp.benchmark.table import impossible_lines, measured, options_table, speed_table
+from sparse_exp.command import run_command
+from sparse_exp.config.schema import ENGINES, SCENARIOS, VARIANTS, HardwareConfig
+from sparse_exp.errors import ConfigError, expected
+from sparse_exp.hardware import usable_physical_cores
+from sparse_exp.report.markdown import between_marks, markdown_table
+
+MARK = "square"
+
+
+class Spec(NamedTuple):
+    """What ``--cell`` says."""
+
+    network: str
+    engine: str
+    variant: str
+    model: Path
+
+
+def main() -> int:
+    """Measure, or print tables."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    options = _options()
+    if options.table:
+        rows = [row for file in options.table for row in json.loads(file.read_text(encoding="utf-8"))]
+    else:
+        rows = _measure(options)
+    text = tables(rows)
+    if options.write:
+        page = options.write.read_text(encoding="utf-8")
+        options.write.write_text(between_marks(page, options.mark, text), encoding="utf-8")
+    else:
+        sys.stdout.write(text)
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    defaults = HardwareConfig(name="square")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--cell", action="append", type=_spec, help="NETWORK=ENGINE:VARIANT:FILE; repeated")
+    what.add_argument("--table", nargs="+", type=Path, help="files of --out, to print and measure nothing")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1])
+    parser.add_argument("--scenario", nargs="+", choices=SCENARIOS, default=["sync"])
+    parser.add_argument("--cores", nargs="*", type=int, default=[], help="default: all physical ones")
+    parser.add_argument("--streams", nargs="*", type=int, default=[], help="default: what tuning finds")
+    parser.add_argument("--imgsz", type=int, help="pixels; default: what the first ONNX file takes")
+    parser.add_argument("--images", type=Path, help="uint8 (N, 3, S, S) in a .npy file; default: noise")
+    parser.add_argument("--seconds", type=float, default=defaults.duration_s, help="of one measurement")
+    parser.add_argument("--repeats", type=int, default=defaults.repeats)
+    parser.add_argument("--warmup", type=float, default=defaults.warmup_s, help="seconds at least")
+    parser.add_argument("--max-warmup", type=float, default=defaults.max_warmup_s, help="seconds at most")
+    parser.add_argument("--max-spread", type=float, default=defaults.max_spread)
+    parser.add_argument(
+        "--tune-s", type=float, default=defaults.tune_s, help="seconds of each try; 0: no tries"
+    )
+    parser.add_argument("--no-pinning", action="store_true")
+    parser.add_argument("--out", type=Path, help="JSON file for the rows")
+    parser.add_argument("--write", type=Path, help="page to put the tables into, between its marks")
+    parser.add_argument("--mark", default=MARK, help="name of the marks")
+    return parser.parse_args()
+
+
+def _spec(text: str) -> Spec:
+    network, _, rest = text.partition("=")
+    parts = rest.split(":", 2)
+    if not network or len(parts) != 3 or parts[0] not in ENGINES or parts[1] not in VARIANTS:
+        choices = f"ENGINE one of {', '.join(ENGINES)}; VARIANT one of {', '.join(VARIANTS)}"
+        raise argparse.ArgumentTypeError(f"expected NETWORK=ENGINE:VARIANT:FILE ({choices}), got {text!r}")
+    return Spec(network, parts[0], parts[1], Path(parts[2]))
+
+
+def _measure(options: argparse.Namespace) -> list[Row]:
+    hardware = _hardware(options)
+    cells = [
+        Cell(spec.engine, spec.variant, spec.model, load, network=spec.network)
+        for load in loads_of(hardware, usable_physical_cores())
+        for spec in options.cell
+    ]
+    images = _images(options, max(32, *options.batch))
+    rows = [one.row() for one in benchmark(cells, images, hardware=hardware)]
+    if options.out:
+        write_json(options.out, rows)
+    return rows
+
+
+def _hardware(options: argparse.Namespace) -> HardwareConfig:
+    return HardwareConfig(
+        name="square",
+        scenarios=options.scenario,
+        cores=options.cores,
+        batch_sizes=options.batch,
+        streams=options.streams,
+        tune=options.tune_s > 0,
+        tune_s=options.tune_s or 1.0,
+        pinning=not options.no_pinning,
+        warmup_s=options.warmup,
+        max_warmup_s=options.max_warmup,
+        duration_s=options.seconds,
+        repeats=options.repeats,
+        max_spread=options.max_spread,
+    )
+
+
+def _images(options: argparse.Namespace, count: int) -> np.ndarray:
+    if options.images:
+        loaded: np.ndarray = np.load(options.images)
+        return loaded
+    size = options.imgsz or _size_of([spec.model for spec in options.cell])
+    return np.random.default_rng(0).integers(0, 256, (count, 3, size, size), np.uint8)
+
+
+def _size_of(models: Sequence[Path]) -> int:
+    import onnx
+
+    for model in models:
+        if model.suffix == ".onnx" and model.is_file():
+            shape = onnx.load(str(model), load_external_data=False).graph.input[0].type.tensor_type.shape
+            return int(shape.dim[-1].dim_value)
+    do = "Give --imgsz, or correct the paths of the cells."
+    raise ConfigError(expected("a cell's file", "an ONNX file, which tells its image size", models[0], do))
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """What was measured, under which settings, what could not be, and the conditions, as Markdown."""
+    parts = [
+        markdown_table(*speed_table(rows)),
+        markdown_table(*options_table(rows)),
+        "\n".join(f"- {line}" for line in impossible_lines(rows)),
+        *_conditions(measured(rows)),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _conditions(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each measurement that rows are of: engines, host and protocol."""
+    engines: dict[str, dict[str, None]] = {}
+    for row in rows:
+        before: dict[str, Any] = row["before"]
+        sentence = (
+            f"{row['cpu']} ({', '.join(row['isa'])}), {row['imgsz']} px, median of {row['repeats']} repeats "
+            f"in turns of {row['duration_s']:g} s; before: load average {before['load_average']}, other "
+            f"programs on {before['busy_cores']} cores; {row['started'][:16]} to {row['ended'][:16]} UTC."
+        )
+        engines.setdefault(sentence, {})[f"{row['engine']} {row['version']}"] = None
+    return [f"{', '.join(names)}; {sentence}" for sentence, names in engines.items()]
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,99 @@
+"""Export a finished run once more at another image size, with its dense baselines: files for `square.py`.
+
+A run is trained and deployed at the size of its images; published speeds are those of 640 px. The network is
+fully convolutional, and its speed does not depend on what it has learnt, so that the same checkpoints serve.
+
+    python benchmarks/square_files.py outputs/runs/2026-11-23/10-00-00-yolov5s --imgsz 640 --out files/s
+    python benchmarks/square_files.py RUN --dense DENSE_RUN --imgsz 640 --out files/s
+
+Written are `dense.onnx` (of DENSE_RUN, else with initial weights), with `--int8` each engine's
+`dense.int8.*` (see `sparse_exp.export.square`), `sparse.fp32.onnx`, `model.onnx` and `model.qdq.onnx`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparse_exp.command import run_command
+from sparse_exp.config.schema import TrainerConfig
+from sparse_exp.errors import ConfigError, expected
+from sparse_exp.export.deployment import export_dense_integer, export_deployment
+from sparse_exp.export.metadata import describe
+from sparse_exp.export.onnx import export_float
+from sparse_exp.export.post_training import quantize_onnxruntime, quantize_openvino
+from sparse_exp.export.square import DENSE, FLOATING_POINT, SPARSE_FP32, dense_int8
+from sparse_exp.training.checkpoints import restore
+from sparse_exp.training.oneshot import calibration_loader
+from sparse_exp.yolov5 import YOLOv5
+from sparse_exp.zoo.publish import dataset_of, read_run
+from sparse_exp.zoo.sources import cache_directory
+
+OPSET = 13
+
+
+def main() -> int:
+    """Write the files."""
+    options = _options()
+    model, checkpoint = restore(_checkpoint(options.run))
+    dense, _ = restore(_checkpoint(options.dense)) if options.dense else (None, None)
+    options.out.mkdir(parents=True, exist_ok=True)
+    form = {"imgsz": options.imgsz, "opset": OPSET, "names": checkpoint.names}
+    export_deployment(model, options.out, dense=dense, **form)
+    if before := _before_quantization(options.run):
+        export_float(restore(before)[0], options.out / SPARSE_FP32, **form)
+    if options.int8:
+        _write_int8(options, dense or YOLOv5(model.size, model.num_classes).eval(), checkpoint.names)
+    for file in sorted(options.out.iterdir()):
+        print(f"{file.stat().st_size / 1e6:8.2f} MB  {file}")
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="directory of a finished run")
+    parser.add_argument("--dense", type=Path, metavar="RUN", help="whose weights the dense baselines have")
+    parser.add_argument("--int8", action="store_true", help="quantize the dense baseline for each engine")
+    parser.add_argument("--imgsz", type=int, default=640, help="side of the images, px, a multiple of 32")
+    parser.add_argument("--images", type=int, default=32, help="to calibrate with")
+    parser.add_argument("--out", type=Path, required=True, help="directory")
+    return parser.parse_args()
+
+
+def _checkpoint(run: Path) -> Path:
+    """What the run deploys."""
+    record = read_run(run).records.get("train")
+    if record is None:
+        raise ConfigError(expected("the run", "one that trained", str(run), "Give another."))
+    return run / str(record.facts["checkpoint"])
+
+
+def _before_quantization(run: Path) -> Path | None:
+    files = [run / "weights" / f"best_{phase}.pt" for phase in FLOATING_POINT]
+    return next((file for file in files if file.is_file()), None)
+
+
+def _write_int8(options: argparse.Namespace, dense: YOLOv5, names: tuple[str, ...]) -> None:
+    images, out = _images(options), options.out
+    export_dense_integer(
+        dense, out / dense_int8("deepsparse"), images, imgsz=options.imgsz, opset=OPSET, names=names
+    )
+    entries = describe(names, options.imgsz)
+    quantize_onnxruntime(out / DENSE, out / dense_int8("onnxruntime"), images, entries)
+    quantize_openvino(out / DENSE, out / dense_int8("openvino"), images)
+
+
+def _images(options: argparse.Namespace) -> list[NDArray[np.uint8]]:
+    """Batches of the run's own training images at the size asked for."""
+    dataset, batch = dataset_of(read_run(options.run), cache_directory(None)), TrainerConfig().val_batch_size
+    if dataset is None:
+        raise ConfigError("The run's data set is gone, and nothing else can calibrate. Leave out --int8.")
+    loader = calibration_loader(dataset, options.images, imgsz=options.imgsz, batch_size=batch, seed=0)
+    return [loaded.images.contiguous().numpy() for loaded in loader]
+
+
+if __name__ == "__main__":
+    run_command(main)

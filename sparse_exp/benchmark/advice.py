@@ -1,0 +1,172 @@
+"""What to try next, from what a benchmark measured: each rule fires on numbers, and quotes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from sparse_exp.benchmark.results import Row
+
+if TYPE_CHECKING:
+    from sparse_exp.benchmark.why import Costs, Split
+
+_LAYOUT = 0.15  # shares of the time from which a kind of layer is worth a word
+_DENSE = 0.15
+_DECODING = 0.10
+_LITTLE = 1.15  # a gain below this is hardly one
+_EFFICIENT = 0.75  # share of the ideal gain of several cores
+
+
+def advise(
+    rows: Sequence[Row], engine: str, splits: Sequence[Split], costs: Sequence[Costs]
+) -> Iterator[str]:
+    """Sentences, the most telling first.
+
+    Args:
+        rows: with numbers, of one network.
+        engine: that is deployed to.
+        splits: of each load.
+        costs: of what was profiled.
+    """
+    yield from _faster_engine(rows, engine)
+    yield from _quantization(rows, engine, splits)
+    yield from _sparsity(splits)
+    yield from _layers(engine, costs)
+    yield from _batches(rows, engine)
+    yield from _cores(splits)
+    yield from _others_int8(rows, engine)
+    yield from _noise(rows)
+
+
+def _faster_engine(rows: Sequence[Row], engine: str) -> Iterator[str]:
+    """Another cell that is faster than what is deployed, under the first load."""
+    same = [row for row in rows if _load(row) == _load(_deployed(rows, engine))]
+    best = max(same, key=lambda row: float(row["items_per_s"]))
+    mine = float(_deployed(rows, engine)["items_per_s"])
+    if best["engine"] != engine and best["items_per_s"] > _LITTLE * mine:
+        times = best["items_per_s"] / mine
+        yield (
+            f"{best['engine']} runs {best['variant']} {times:.2f} times as fast as {engine} runs what is "
+            f"deployed: put {best['engine']} first in hardware.engines."
+        )
+
+
+def _quantization(rows: Sequence[Row], engine: str, splits: Sequence[Split]) -> Iterator[str]:
+    row = _deployed(rows, engine)
+    factor = _factor(splits, "8 bits")
+    if row.get("precision") == "fp32" or factor is None or factor >= _LITTLE:
+        return
+    lacks = "" if "vnni" in row.get("isa", ()) else ", on a CPU without 8-bit dot products (VNNI)"
+    yield (
+        f"8 bits make it only {factor:.2f} times as fast{lacks}: recipe=transfer stays in floating point and "
+        "keeps its accuracy."
+    )
+
+
+def _sparsity(splits: Sequence[Split]) -> Iterator[str]:
+    factor = _factor(splits, "sparsity")
+    if factor is not None and factor < _LITTLE:
+        yield (
+            f"Zeros make it only {factor:.2f} times as fast: raise model.sparsity, and look at sparsity.csv "
+            "for large layers with few of them."
+        )
+
+
+def _layers(engine: str, costs: Sequence[Costs]) -> Iterator[str]:
+    found = next((each for each in costs if each.cell == f"{engine}/sparse"), None)
+    if found is None:
+        return
+    share = found.kinds.get
+    dense = share("dense convolution", 0.0)
+    if engine == "deepsparse" and dense >= _DENSE:
+        yield (
+            f"{dense:.0%} of the time goes into convolutions that run densely: {engine} takes its sparse "
+            "code only where a layer has enough zeros. Raise model.sparsity, or give those layers more of "
+            "them; the first convolution and those of the head are never pruned."
+        )
+    layout, decoding = share("layout changes", 0.0), share("decoding", 0.0)
+    if layout >= _LAYOUT:
+        yield (
+            f"{layout:.0%} of the time goes into layout changes between layers that run sparsely and layers "
+            "that do not: with more zeros in the latter there are fewer of them."
+        )
+    if decoding >= _DECODING:
+        yield (
+            f"{decoding:.0%} of the time goes into decoding boxes, which neither zeros nor 8 bits make "
+            "faster; it grows with the image size and the number of classes."
+        )
+    if found.supported is not None and found.supported < 1:
+        yield (
+            f"{1 - found.supported:.0%} of the operators have no code of their own in {engine} and run "
+            "slowly: see which of the slowest layers are not convolutions."
+        )
+
+
+def _batches(rows: Sequence[Row], engine: str) -> Iterator[str]:
+    """Larger batches that gain nothing per image, where zeros in blocks would."""
+    mine = [row for row in rows if _is_deployed(row, engine) and row["scenario"] == "sync"]
+    single = next((row for row in mine if row["batch"] == 1), None)
+    large = max(mine, key=lambda row: int(row["batch"]), default=None)
+    if single is None or large is None or large["batch"] == 1 or engine != "deepsparse":
+        return
+    gain = large["items_per_s"] / single["items_per_s"]
+    if gain < _LITTLE and single.get("precision") == "int8":
+        yield (
+            f"Batch {large['batch']} gives {gain:.2f} times the images per second of batch 1: batches gain "
+            "from zeros in blocks of 4, recipe=transfer_quant_vnni (most where the CPU has VNNI)."
+        )
+
+
+def _cores(splits: Sequence[Split]) -> Iterator[str]:
+    for split in splits:
+        few, many = split.cores
+        factor = next((step.factor for step in split.steps if step.cause == "cores"), None)
+        if factor is not None and factor < _EFFICIENT * many / few:
+            yield (
+                f"{many} cores are {factor:.2f} times as fast as {few} ({split.load}): for throughput let "
+                "several inferences run at once, hardware=throughput."
+            )
+            return
+
+
+def _others_int8(rows: Sequence[Row], engine: str) -> Iterator[str]:
+    """Engines that run the quantized network slower than the dense one in floating point."""
+    for row in rows:
+        if row["engine"] == engine or row["variant"] != "sparse" or row.get("precision") != "int8":
+            continue
+        dense = next((r for r in rows if _twin(r, row, "dense")), None)
+        if dense and row["items_per_s"] < dense["items_per_s"] and _load(row) == _load(rows[0]):
+            share = row["items_per_s"] / dense["items_per_s"]
+            yield (
+                f"{row['engine']} runs the quantized network at {share:.2f} of the speed of its dense fp32: "
+                "there deploy a network in floating point, or one that it quantized itself."
+            )
+
+
+def _noise(rows: Sequence[Row]) -> Iterator[str]:
+    noisy = sum(bool(row.get("noisy")) for row in rows)
+    if noisy:
+        yield f"{noisy} of {len(rows)} cells are noisy: measure again with nothing else running."
+
+
+def _deployed(rows: Sequence[Row], engine: str) -> Row:
+    return next(row for row in rows if _is_deployed(row, engine))
+
+
+def _is_deployed(row: Row, engine: str) -> bool:
+    return bool(row["engine"] == engine and row["variant"] == "sparse")
+
+
+def _twin(row: Row, other: Row, variant: str) -> bool:
+    """Whether a row is another variant in the same engine under the same load."""
+    return row["engine"] == other["engine"] and row["variant"] == variant and _load(row) == _load(other)
+
+
+def _load(row: Row) -> tuple[object, ...]:
+    return row["scenario"], row["batch"], row["cores"], row.get("key")
+
+
+def _factor(splits: Sequence[Split], cause: str) -> float | None:
+    """Of a cause under the first load that tells it."""
+    steps = [step for split in splits for step in split.steps if step.cause == cause]
+    return steps[0].factor if steps else None

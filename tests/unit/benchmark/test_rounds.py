@@ -1,0 +1,238 @@
+"""The measurement with engines that answer at once; those of the contracts run real ones."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from sparse_exp.benchmark import Cell, Load, benchmark, rounds
+from sparse_exp.benchmark.host_state import HostState
+from sparse_exp.config.schema import HardwareConfig
+from sparse_exp.errors import EngineError, MissingDependency
+
+IMAGES = np.zeros((3, 3, 32, 32), np.uint8)
+QUIET = HostState(0.1, 0.0, 2000.0, 0.0)
+PROTOCOL = {"repeats": 2, "warmup_s": 0.5, "max_warmup_s": 3.0, "duration_s": 2.0, "tune": False}
+
+
+class Lab:
+    """Stands for `IsolatedEngine`: writes down what is asked of engines, whose speed follows a script."""
+
+    def __init__(self):
+        self.log, self.speeds, self.broken = [], {}, {}
+        self.space, self.loaded, self.most, self.settings = [{}], set(), 0, []
+
+    def engine(self, name):
+        lab = self
+
+        class Engine:
+            version = ""
+            pid = 1
+
+            def load(self, model, *, batch_size, cores, streams, options, pin):
+                if model.name in lab.broken:
+                    raise lab.broken[model.name]
+                self.version, self.model = "1.2.3", model.name
+                lab.loaded.add(self)
+                lab.most = max(lab.most, len(lab.loaded))
+                lab.settings.append((batch_size, cores, streams, options, pin))
+                lab.log.append(("load", self.model))
+
+            def measure(self, images, seconds, *, warmup, max_warmup=None, streams=1):
+                lab.log.append(("measure", self.model, seconds, warmup, max_warmup, streams))
+                script = lab.speeds.get(self.model, [0.5])
+                latency = script.pop(0) if len(script) > 1 else script[0]
+                if isinstance(latency, Exception):
+                    raise latency
+                return SimpleNamespace(latencies=(latency,) * 4, wall=4 * latency, warmed=warmup, stable=True)
+
+            def peak_rss_mb(self):
+                return 100.0 + len([what for what in lab.log if what[0] == "measure"])
+
+            def close(self):
+                lab.loaded.discard(self)
+                lab.log.append(("close", self.model))
+
+        return Engine()
+
+    def measured(self):
+        return [entry[1] for entry in self.log if entry[0] == "measure"]
+
+
+@pytest.fixture
+def lab(monkeypatch):
+    lab = Lab()
+    monkeypatch.setattr(rounds, "IsolatedEngine", lab.engine)
+    monkeypatch.setattr(rounds, "search_space", lambda name, **_: lab.space)
+    monkeypatch.setattr(rounds, "look_around", lambda: QUIET)
+    monkeypatch.setattr(rounds, "physical_cpus", lambda: [0, 2, 4, 6])
+    monkeypatch.setattr(rounds, "free_memory_share", lambda: 1.0)
+    return lab
+
+
+def cell(model, batch=1, engine="openvino", **more):
+    load = Load(f"b{batch}", "sync", batch, 1, 2)
+    return Cell(engine, "dense", Path(model), load, **more)
+
+
+@pytest.fixture
+def measure(lab, tmp_path):
+    def run(*cells, **changes):
+        hardware = HardwareConfig("x", **{**PROTOCOL, **changes})
+        return benchmark(cells, IMAGES, hardware=hardware, lock_path=tmp_path / "lock")
+
+    return run
+
+
+def test_cells_are_all_loaded_then_measured_in_turns_then_closed(lab, measure):
+    lab.speeds = {"a": [0.5], "b": [0.25]}
+    first, second = measure(cell("a"), cell("b", batch=2, engine="deepsparse"))
+    until_stable, then = (2.0, 0.5, 3.0, 1), (2.0, 0.5, None, 1)
+    assert lab.log == [
+        ("load", "a"), ("load", "b"),
+        ("measure", "a", *until_stable), ("measure", "b", *until_stable),
+        ("measure", "a", *then), ("measure", "b", *then),
+        ("close", "a"), ("close", "b"),
+    ]  # fmt: skip
+    assert first.numbers()["items_per_s"] == pytest.approx(2)
+    assert second.numbers()["items_per_s"] == pytest.approx(8)
+    assert lab.settings == [(1, 2, 1, {}, [0, 2]), (2, 2, 1, {}, [0, 2])]
+
+
+def test_without_pinning_an_engine_may_run_anywhere(lab, measure):
+    measure(cell("a"), pinning=False)
+    assert lab.settings[0][-1] is None
+
+
+def test_the_setting_that_the_search_found_is_measured_and_recorded(lab, measure):
+    lab.space, lab.speeds = [{}, {"fast": True}], {"a": [0.5, 0.1, 0.2]}
+    (found,) = measure(cell("a"), tune=True, repeats=1)
+    row = found.row()
+    assert row["options"] == {"fast": True}
+    assert [one["latency_p50_ms"] for one in row["tries"]] == [500.0, 100.0]
+    assert row["each"] == pytest.approx([5.0])
+    assert row["streams"] == 1
+
+
+def test_where_memory_is_short_an_engine_is_loaded_for_each_turn_and_warmed_anew(lab, measure, monkeypatch):
+    monkeypatch.setattr(rounds, "free_memory_share", lambda: 0.1)
+    measure(cell("a"), cell("b"))
+    assert lab.most == 1
+    assert [entry[4] for entry in lab.log if entry[0] == "measure"] == [3.0] * 4
+    assert lab.measured() == ["a", "b", "a", "b"]
+    assert not lab.loaded
+
+
+def test_what_spreads_too_much_is_measured_again_and_the_steadier_set_counts(lab, measure, caplog):
+    lab.speeds = {"a": [0.5], "b": [0.5, 0.25, 0.4, 0.41]}
+    steady, again = measure(cell("a"), cell("b"), max_spread=0.1)
+    assert lab.measured() == ["a", "b", "a", "b", "b", "b"]
+    assert again.row()["each"] == pytest.approx([1 / 0.4, 1 / 0.41])
+    assert again.row()["discarded"] == [pytest.approx([2.0, 4.0])]
+    assert not again.noisy
+    assert steady.row()["discarded"] == []
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_what_still_spreads_too_much_is_noisy(lab, measure, caplog):
+    lab.speeds = {"b": [0.5, 0.25, 0.5, 0.4, 0.5, 0.1]}
+    (noisy,) = measure(cell("b"), max_spread=0.1)
+    assert len(lab.measured()) == 6
+    assert noisy.row()["noisy"]
+    assert noisy.row()["each"] == pytest.approx([2.0, 2.5])  # of three sets the steadiest
+    assert len(noisy.row()["discarded"]) == 2
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "openvino/dense/b1" in warning
+
+
+def test_an_engine_that_dies_when_measured_again_keeps_what_it_gave_before(lab, measure):
+    lab.speeds = {"b": [0.5, 0.25, 0.4, EngineError("out of memory")]}
+    lab.space = [{}]
+    (noisy,) = measure(cell("b"), max_spread=0.1)
+    assert noisy.row()["each"] == pytest.approx([2.0, 4.0])
+    assert noisy.noisy
+
+
+def test_a_cell_that_cannot_be_loaded_says_why_and_the_others_are_measured(lab, measure):
+    lab.broken = {"broken": EngineError("operator X is unknown")}
+    broken, fine = measure(cell("broken"), cell("a"))
+    assert broken.row()["impossible"] == "operator X is unknown"
+    assert broken.metrics() == {}
+    assert "items_per_s" not in broken.row()
+    assert len(fine.rounds) == 2
+
+
+def test_an_engine_that_dies_in_its_second_turn_is_impossible_and_the_others_go_on(lab, measure):
+    lab.speeds = {"a": [0.5, EngineError("out of memory")]}
+    dead, fine = measure(cell("a"), cell("b"))
+    assert dead.row()["impossible"] == "out of memory"
+    assert len(fine.rounds) == 2
+    assert not lab.loaded
+
+
+def test_a_cell_without_a_file_stays_impossible_and_starts_nothing(lab, measure):
+    nothing, _ = measure(cell("n", impossible="There is none."), cell("a"))
+    assert nothing.row()["impossible"] == "There is none."
+    assert set(lab.measured()) == {"a"}
+
+
+def test_where_nothing_can_be_measured_the_first_reason_ends_it(lab, measure):
+    lab.broken = {"a": MissingDependency("install openvino"), "b": EngineError("no")}
+    with pytest.raises(MissingDependency, match="install openvino"):
+        measure(cell("a"), cell("b"))
+    with pytest.raises(EngineError, match=r"nothing to measure: It cannot be\."):
+        measure(cell("c", impossible="It cannot be."))
+    assert not lab.loaded
+
+
+def test_a_row_carries_its_conditions(lab, measure):
+    (found,) = measure(cell("a"))
+    row = found.row()
+    assert {name: row[name] for name in ("engine", "variant", "key", "scenario", "batch", "streams", "cores",
+                                         "model", "version", "precision", "imgsz", "repeats", "warmup_s",
+                                         "duration_s", "peak_rss_mb")} == {
+        "engine": "openvino", "variant": "dense", "key": "b1", "scenario": "sync", "batch": 1, "streams": 1,
+        "cores": 2, "model": "a", "version": "1.2.3", "precision": "fp32", "imgsz": 32, "repeats": 2,
+        "warmup_s": 0.5, "duration_s": 2.0, "peak_rss_mb": 102.0,
+    }  # fmt: skip
+    assert row["before"] == row["after"] == QUIET.as_dict()
+    assert datetime.fromisoformat(row["started"]) <= datetime.fromisoformat(row["ended"])
+    assert row["warmed_s"] == [0.5, 0.5]
+
+
+def test_warns_when_other_programs_are_busy(lab, measure, monkeypatch, caplog):
+    monkeypatch.setattr(rounds, "look_around", lambda: HostState(2.0, 1.04, None, 0.0))
+    measure(cell("a"))
+    (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "1.0 cores busy" in warning.getMessage()
+
+
+def test_the_lock_is_held_from_the_first_load_to_the_last_close(lab, measure, tmp_path, monkeypatch):
+    held = []
+    probe = "import fcntl,sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    asked = lab.engine
+
+    def checked(call):
+        def checking(*words, **named):
+            command = [sys.executable, "-c", probe, tmp_path / "lock"]
+            held.append(subprocess.run(command, capture_output=True).returncode != 0)
+            return call(*words, **named)
+
+        return checking
+
+    def engine(name):
+        made = asked(name)
+        for method in ("load", "measure", "close"):
+            setattr(made, method, checked(getattr(made, method)))
+        return made
+
+    monkeypatch.setattr(rounds, "IsolatedEngine", engine)
+    measure(cell("a"), repeats=1)
+    assert held == [True] * 3

@@ -1,0 +1,98 @@
+"""benchmarks/square.py, and that what it needs imports without the training's libraries."""
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "square.py"
+ABSENT = (
+    "torch",
+    "torchvision",
+    "hydra",
+    "omegaconf",
+    "mlflow",
+    "sparseml",
+    "sparsezoo",
+    "matplotlib",
+    "PIL",
+    "yaml",
+)
+BARE = f"""
+import runpy, sys
+for name in {ABSENT}:
+    sys.modules[name] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+STATE = {"load_average": 0.1, "busy_cores": 0.0, "frequency_mhz": None, "steal": 0.0}
+ROW = {
+    "engine": "onnxruntime", "variant": "dense", "key": "b1", "scenario": "sync", "batch": 1, "streams": 1,
+    "cores": 2, "imgsz": 320, "items_per_s": 10.0, "spread": 0.01, "version": "1.26", "cpu": "Z80",
+    "isa": ["avx2"],
+    "repeats": 5, "duration_s": 3.0, "before": STATE, "started": "2026-11-23T04:54:00", "network": "s",
+    "ended": "2026-11-23T04:58:00",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def square():
+    spec = importlib.util.spec_from_file_location("square", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model.onnx",
+        "s=openvino:dense",
+        "s=tvm:dense:a.onnx",
+        "=openvino:dense:a.onnx",
+        "s=openvino:pruned:a.onnx",
+    ],
+)
+def test_a_cell_that_cannot_be_understood_says_what_it_should_be(square, text):
+    with pytest.raises(argparse.ArgumentTypeError, match="NETWORK=ENGINE:VARIANT:FILE"):
+        square._spec(text)
+
+
+def test_a_cell_may_have_colons_and_equals_signs_in_its_file(square):
+    assert square._spec("s-85=deepsparse:sparse:a=b:c.onnx") == (
+        "s-85",
+        "deepsparse",
+        "sparse",
+        Path("a=b:c.onnx"),
+    )
+
+
+def test_tables_of_several_files_are_one_and_need_none_of_the_trainings_libraries(tmp_path):
+    sparse = {**ROW, "engine": "deepsparse", "variant": "sparse", "network": "s-85", "items_per_s": 35.0}
+    none = {**ROW, "engine": "torch", "impossible": "It has none."}
+    for name, rows in (("a", [ROW]), ("b", [sparse, none])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- square -->\nold\n<!-- /square -->\nafter\n")
+    words = [SCRIPT, "--table", tmp_path / "a.json", tmp_path / "b.json", "--write", page]
+    done = subprocess.run([sys.executable, "-c", BARE, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = page.read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("| s-85 ")]
+    assert [cell.strip() for cell in line.strip("|").split("|")][-2:] == ["3.50", "3.50"]
+    assert "- s/torch/dense (b1): It has none." in text
+    assert text.count("Z80 (avx2), 320 px") == 1  # both rows are of one measurement
+    assert "onnxruntime 1.26, deepsparse 1.26; Z80" in text
+    assert "old" not in text
+
+
+def test_a_file_without_an_image_size_is_refused_in_one_line(tmp_path):
+    words = [SCRIPT, "--cell", f"s=torch:dense:{tmp_path / 'a.pt'}"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "--imgsz" in done.stderr

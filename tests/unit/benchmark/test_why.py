@@ -1,0 +1,323 @@
+"""The gain of a benchmark taken apart, on rows whose factors are known."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from sparse_exp.benchmark.advice import advise
+from sparse_exp.benchmark.cells import Cell, Load
+from sparse_exp.benchmark.why import (
+    BOTH,
+    CORES,
+    INT8,
+    RUNTIME,
+    ZEROS,
+    console_lines,
+    costs_of,
+    explain,
+    family,
+    profiles_of,
+    short,
+    to_markdown,
+)
+from sparse_exp.engines.profile import LayerTime, Profile
+from sparse_exp.errors import EngineError
+
+SPEEDS = {  # items/s; 3 and 5: the square of zeros and 8 bits is not one of equal factors
+    ("deepsparse", "dense"): 10.0,
+    ("deepsparse", "dense_int8"): 15.0,
+    ("deepsparse", "sparse_fp32"): 20.0,
+    ("deepsparse", "sparse"): 60.0,
+    ("openvino", "dense"): 12.0,
+    ("openvino", "dense_int8"): 24.0,
+    ("onnxruntime", "dense"): 8.0,
+}
+
+
+def row(engine, variant, speed, *, batch=1, cores=2, key=None, **more) -> dict:
+    precision = "int8" if variant in ("dense_int8", "sparse") else "fp32"
+    given = {"engine": engine, "variant": variant, "items_per_s": speed, "precision": precision}
+    place = {"scenario": "sync", "batch": batch, "cores": cores, "key": key or f"b{batch}"}
+    return {**given, **place, "isa": ["avx2", "avx512", "vnni"], **more}
+
+
+def rows_of(speeds=SPEEDS, **more) -> list[dict]:
+    return [row(engine, variant, speed, **more) for (engine, variant), speed in speeds.items()]
+
+
+def steps_of(split) -> dict[str, float]:
+    return {step.cause: step.factor for step in split.steps}
+
+
+def test_the_gain_of_a_whole_square():
+    (split,) = explain(rows_of()).splits
+    assert split.start == "openvino dense, 2 cores"
+    assert split.end == "deepsparse sparse, 2 cores"
+    assert split.total == pytest.approx(5)
+    steps = steps_of(split)
+    assert list(steps) == [RUNTIME, ZEROS, INT8]
+    assert steps[RUNTIME] == pytest.approx(10 / 12)
+    assert steps[ZEROS] == pytest.approx(math.sqrt((20 / 10) * (60 / 15)))
+    assert steps[INT8] == pytest.approx(math.sqrt((15 / 10) * (60 / 20)))
+    assert split.missing == ()
+    assert split.against_dense == pytest.approx(60 / 12)
+    assert split.against_int8 == pytest.approx(60 / 24)
+    zeros = next(step for step in split.steps if step.cause == ZEROS)
+    assert zeros.measured == ("deepsparse dense -> sparse_fp32 2.00", "deepsparse dense_int8 -> sparse 4.00")
+
+
+@pytest.mark.parametrize(
+    ("absent", "steps", "said"),
+    [
+        (["sparse_fp32"], {ZEROS: 60 / 15, INT8: 15 / 10}, "sparse_fp32: one order"),
+        (["dense_int8"], {ZEROS: 20 / 10, INT8: 60 / 20}, "dense_int8: one order"),
+        (["sparse_fp32", "dense_int8"], {BOTH: 60 / 10}, "cannot be told apart"),
+    ],
+)
+def test_the_rows_that_are_missing_are_named_and_the_rest_is_still_told(absent, steps, said):
+    speeds = {key: speed for key, speed in SPEEDS.items() if key not in [("deepsparse", v) for v in absent]}
+    (split,) = explain(rows_of(speeds)).splits
+    found = steps_of(split)
+    assert found.pop(RUNTIME) == pytest.approx(10 / 12)
+    assert found == pytest.approx(steps)
+    assert any(said in line for line in split.missing)
+
+
+def test_whatever_was_measured_the_factors_multiply_to_the_whole():
+    always = ("deepsparse", "sparse")
+    others = [key for key in SPEEDS if key != always]
+    told = 0
+    for count in range(len(others) + 1):
+        for kept in combinations(others, count):
+            for split in explain(rows_of({key: SPEEDS[key] for key in (*kept, always)})).splits:
+                assert math.prod(step.factor for step in split.steps) == pytest.approx(split.total)
+                told += 1
+    assert told > 40
+
+
+def test_more_cores_are_the_last_factor_of_the_chain():
+    single = rows_of({key: speed / 2 for key, speed in SPEEDS.items()}, cores=1, key="b1_c1")
+    double = rows_of({key: speed * 0.9 for key, speed in SPEEDS.items()}, cores=2)
+    (split,) = explain([*double, *single]).splits
+    steps = steps_of(split)
+    assert list(steps) == [RUNTIME, ZEROS, INT8, CORES]
+    assert steps[CORES] == pytest.approx(1.8)
+    assert (split.start, split.end) == ("openvino dense, 1 core", "deepsparse sparse, 2 cores")
+    assert split.total == pytest.approx(60 * 0.9 / 6) == pytest.approx(math.prod(steps.values()))
+    assert split.against_dense == pytest.approx(5)  # on equal cores
+    assert split.cores == (1, 2)
+
+
+def test_each_load_has_its_own_chain():
+    rows = [*rows_of(), *rows_of({k: v * 2 for k, v in SPEEDS.items()}, batch=16)]
+    rows += rows_of(key="b1_async2", scenario="async", streams=2)
+    assert [split.load for split in explain(rows).splits] == [
+        "sync, batch 1, 2 cores", "sync, batch 16, 2 cores", "async, batch 1, 2 streams, 2 cores",
+    ]  # fmt: skip
+
+
+def test_a_run_that_deploys_floating_point_gains_by_its_zeros_alone():
+    rows = rows_of({key: SPEEDS[key] for key in SPEEDS if key[1] in ("dense", "dense_int8")})
+    rows.append(row("deepsparse", "sparse", 20.0, precision="fp32"))
+    (split,) = explain(rows).splits
+    assert steps_of(split) == pytest.approx({RUNTIME: 10 / 12, ZEROS: 2.0})
+
+
+def test_without_another_engine_or_without_its_own_dense_it_says_so():
+    alone = {key: speed for key, speed in SPEEDS.items() if key[0] == "deepsparse"}
+    (split,) = explain(rows_of(alone)).splits
+    assert split.start == "deepsparse dense, 2 cores"
+    assert any("engine other than the deployed one" in line for line in split.missing)
+    (split,) = explain(rows_of({k: v for k, v in SPEEDS.items() if k != ("deepsparse", "dense")})).splits
+    assert [step.factor for step in split.steps] == [pytest.approx(5.0)]
+    assert any("deepsparse dense: without it" in line for line in split.missing)
+
+
+def test_impossible_rows_and_other_networks_do_not_count():
+    impossible = {k: v for k, v in row("torch", "sparse", 0).items() if k != "items_per_s"}
+    rows = [impossible | {"impossible": "no int8"}, *rows_of(network="s"), *rows_of(network="l")]
+    assert [split.total for split in explain(rows).splits] == [pytest.approx(5.0)]
+    assert explain([impossible]).splits == ()
+    assert explain([]).splits == ()
+    assert to_markdown(explain([])) == ""
+
+
+PROFILE = Profile(
+    (
+        LayerTime("/model.0/conv/Conv,/model.1/conv/Conv", "several layers, tile by tile", 3.0),
+        LayerTime("/model.5/conv/Conv", "sparse convolution", 2.0),
+        LayerTime("shuffle_5", "shuffle", 2.0),
+        LayerTime("/model.8/cv1/conv/Conv", "convolution", 1.5),
+        LayerTime("/model.24/m.0/Conv", "convolution", 0.5),
+        LayerTime("/model.24/Mul_output_0,/model.24/Add_output_0", "several layers, tile by tile", 1.0),
+    ),
+    0.9,
+    "how",
+)
+
+
+def test_shares_of_a_profile():
+    costs = costs_of("deepsparse/sparse", PROFILE)
+    assert costs.ms == pytest.approx(10)
+    assert costs.kinds == pytest.approx(
+        {
+            "several layers, tile by tile": 0.3,
+            "sparse convolution": 0.2,
+            "layout changes": 0.2,
+            "dense convolution": 0.2,
+            "decoding": 0.1,
+        }
+    )
+    assert sum(costs.kinds.values()) == pytest.approx(1)
+    assert list(costs.kinds.values()) == sorted(costs.kinds.values(), reverse=True)
+    assert (costs.layers[0].ms, costs.layers[0].share) == (3.0, pytest.approx(0.3))
+    assert costs_of("x", Profile((), None, "")).layers == ()
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("Conv", "dense convolution"),  # ONNX Runtime
+        ("ConvInteger", "dense convolution"),
+        ("ReorderInput", "layout changes"),
+        ("DequantizeLinear", "quantization"),
+        ("MaxPool", "pooling and resizing"),
+        ("Convolution", "dense convolution"),  # OpenVINO
+        ("FakeQuantize", "quantization"),
+        ("Interpolate", "pooling and resizing"),
+        ("Swish", "element by element"),
+        ("winograd_fused", "dense convolution"),  # DeepSparse
+        ("Naive Subgraph", "element by element"),
+        ("Concat", "other"),
+    ],
+)
+def test_the_kinds_of_other_engines(kind, expected):
+    assert family(LayerTime("/model.3/x", kind, 1.0)) == expected
+
+
+def advice_of(rows, profiles=None) -> str:
+    return "\n".join(explain(rows, profiles).advice)
+
+
+def test_nothing_is_advised_where_nothing_shows():
+    assert advice_of(rows_of()) == ""
+
+
+def test_what_the_layers_show_becomes_advice():
+    text = advice_of(rows_of(), {"deepsparse/sparse": PROFILE})
+    assert "20% of the time goes into convolutions that run densely" in text
+    assert "20% of the time goes into layout changes" in text
+    assert "10% of the time goes into decoding" in text
+    assert "10% of the operators" in text
+    assert advice_of(rows_of(), {"deepsparse/dense": PROFILE}) == ""  # which is not what is deployed
+
+
+def test_what_the_rows_show_becomes_advice():
+    slow = {**SPEEDS, ("deepsparse", "sparse"): 20.5, ("onnxruntime", "sparse"): 4.0}
+    rows = rows_of(slow, isa=["avx2"])
+    rows.append(row("deepsparse", "sparse", 21.0, batch=16, isa=["avx2"], noisy=True))
+    text = advice_of(rows)
+    assert "openvino runs dense_int8 1.17 times as fast as deepsparse" in text
+    assert "8 bits make it only 1.24" not in text
+    assert "Batch 16 gives 1.02 times" in text
+    assert "transfer_quant_vnni" in text
+    assert "onnxruntime runs the quantized network at 0.50 of the speed of its dense fp32" in text
+    assert f"1 of {len(rows)} cells are noisy" in text
+
+
+def test_eight_bits_that_gain_nothing_without_vnni():
+    speeds = {**SPEEDS, ("deepsparse", "dense_int8"): 10.0, ("deepsparse", "sparse"): 21.0}
+    text = advice_of(rows_of(speeds, isa=["avx2"]))
+    assert "8 bits make it only 1.02 times as fast, on a CPU without 8-bit dot products (VNNI)" in text
+    assert "(VNNI)" not in advice_of(rows_of(speeds))
+    assert "8 bits" in advice_of(rows_of(speeds))
+
+
+def test_zeros_and_cores_that_gain_little():
+    speeds = {**SPEEDS, ("deepsparse", "sparse_fp32"): 10.5, ("deepsparse", "sparse"): 16.0}
+    single = rows_of({key: speed / 1.2 for key, speed in speeds.items()}, cores=1, key="b1_c1")
+    text = advice_of([*rows_of(speeds), *single])
+    assert "Zeros make it only 1.06 times as fast" in text
+    assert "2 cores are 1.20 times as fast as 1" in text
+
+
+def test_advice_needs_only_rows():
+    assert list(advise(rows_of(), "deepsparse", [], [])) == []
+
+
+def test_the_section_of_the_report_and_the_lines_on_the_console():
+    why = explain(rows_of(), {"deepsparse/sparse": PROFILE})
+    text = to_markdown(why)
+    assert "deepsparse sparse, 2 cores is 5.00 times as fast as openvino dense, 2 cores" in text
+    assert "0.83 (runtime) x 2.83 (sparsity) x 2.12 (8 bits)" in text
+    assert "2.50 times the fastest dense int8" in text
+    assert "| model.0.conv and 1 more | several layers, tile by tile | 3.00 | 30% |" in text
+    assert "90% of its operators" in text
+    assert "| layout changes | 2.0 (20%) |" in text
+    assert "| all together | 10.0 |" in text
+    assert "**What to try next**" in text
+    lines = console_lines(why)
+    assert len(lines) == 1 + 3
+    assert not any("\n" in line for line in lines)
+    assert why.as_dict()["splits"][0]["steps"][0]["cause"] == RUNTIME
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("/model.0/conv/Conv", "model.0.conv"),
+        ("/model/model.6/m/m.0/cv2/conv/module/bn/BatchNormalization_output_0_quant", "model.6.m.0.cv2.conv"),
+        ("/model.24/m.2/module/Conv_output_0_quant", "model.24.m.2"),
+        ("/model.24/Mul_output_0,/model.24/Add_output_0", "model.24.Mul and 1 more"),
+        ("shuffle_5", "shuffle_5"),
+        ("Conv", "Conv"),
+    ],
+)
+def test_layers_are_called_as_in_the_table_of_their_zeros(name, shown):
+    assert short(name) == shown
+
+
+class _Profiling:
+    """Stands for `IsolatedEngine`: notes how it was loaded; the dense network cannot be profiled."""
+
+    loads: list = []
+
+    def __init__(self, name):
+        self.name = name
+
+    def load(self, model, **settings):
+        self.model = model
+        self.loads.append((self.name, model.name, settings["batch_size"], settings["options"]))
+
+    def profile(self, images):
+        if self.model.name == "dense.onnx":
+            raise EngineError("It cannot.")
+        assert len(images) == 1
+        return PROFILE
+
+    def close(self):
+        pass
+
+
+def test_the_deployed_model_is_profiled_as_it_was_tuned(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("sparse_exp.benchmark.why.IsolatedEngine", _Profiling)
+    load = Load("b1", "sync", 1, 1, 2)
+    cells = [
+        Cell(engine, variant, tmp_path / f"{variant}.onnx", load)
+        for engine in ("openvino", "deepsparse")
+        for variant in ("dense", "sparse")
+    ]
+    speeds = {key: speed for key, speed in SPEEDS.items() if key[1] in ("dense", "sparse")}
+    rows = [{**each, "options": {"bind_threads": True}} for each in rows_of(speeds)]
+    images = np.zeros((4, 3, 32, 32), np.uint8)
+    found = profiles_of(cells, rows, images, lock_path=tmp_path / "lock")
+    assert found == {"deepsparse/sparse": PROFILE}
+    assert _Profiling.loads == [
+        ("deepsparse", "sparse.onnx", 1, {"bind_threads": True}),
+        ("deepsparse", "dense.onnx", 1, {"bind_threads": True}),
+    ]
+    assert "deepsparse/dense could not be timed: It cannot." in caplog.text
