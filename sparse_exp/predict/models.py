@@ -1,0 +1,207 @@
+"""Which file, engine and class names a person means by the name of a model. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparse_exp.artifacts import MANIFEST
+from sparse_exp.config.schema import ENGINES
+from sparse_exp.errors import ConfigError, EngineError, SourceUnavailable, expected
+from sparse_exp.runs import DEFAULT_DIRECTORIES, find_directories, read_json
+from sparse_exp.zoo.local import DEPLOYMENT, checkpoint_in, find, zoo_directory
+from sparse_exp.zoo.stub import STUB_PREFIX
+
+_CHECKPOINTS = (".pt", ".pth", ".safetensors")
+_FORMS = "a run, a stub (zoo:...), a directory with model.onnx, or an ONNX file"
+_CLASS_NAMES = "class_names.json"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A detector that can be loaded into an engine.
+
+    Attributes:
+        path: its file: ONNX, or for torch a checkpoint.
+        names: of the classes, the class id being the position; empty where nothing says them.
+        imgsz: side of the square images that it takes, px.
+        engine: that runs it; one of `sparse_exp.config.schema.ENGINES`.
+        origin: what it was found by, for people.
+    """
+
+    path: Path
+    names: tuple[str, ...]
+    imgsz: int
+    engine: str
+    origin: str
+
+
+def find_model(name: str, *, engine: str | None = None, zoo: Path | None = None) -> Model:
+    """The model that a person means.
+
+    Args:
+        name: a run's directory, the end of its path below ``outputs`` or its MLflow id; a stub of the local
+            zoo; a directory in SparseZoo's layout (``model.onnx`` in ``deployment`` or in itself); an ONNX
+            file; a checkpoint, which torch runs.
+        engine: one of `sparse_exp.config.schema.ENGINES`. None: the first engine of the run; of what is no
+            run DeepSparse where it can run here, else ONNX Runtime; for a checkpoint torch.
+        zoo: the local zoo; None: see `sparse_exp.zoo.local.zoo_directory`.
+
+    Returns:
+        The model; of a quantized run or published model the file that suits the engine.
+
+    Raises:
+        ConfigError: there is no such model, or several.
+        SourceUnavailable: the stub is not in the local zoo, or holds nothing to run.
+        EngineError: there is no such engine, or the file is no detector that engines can run.
+        CheckpointError: the checkpoint cannot be read.
+    """
+    if engine is not None and engine not in ENGINES:
+        do = "Choose with --engine."
+        raise EngineError(expected("the engine", f"one of {', '.join(ENGINES)}", engine, do))
+    place = _place(name, zoo)
+    chosen = engine or _default_engine(place)
+    path = place if place.is_file() else _file_in(place, chosen)
+    if path.suffix in _CHECKPOINTS:
+        names, imgsz = _of_checkpoint(path, chosen)
+    else:
+        names, imgsz = _of_onnx(path, chosen)
+    return Model(path, names or _recorded_names([place, *path.parents[:2]]), imgsz, chosen, name)
+
+
+def _place(name: str, zoo: Path | None) -> Path:
+    """The file or directory that a name means."""
+    if name.startswith(STUB_PREFIX):
+        directory = find(name, zoo or zoo_directory())
+        if directory is None:
+            do = "python -m sparse_exp.zoo list shows what it holds."
+            raise SourceUnavailable(f"{name} is not in the local zoo {zoo or zoo_directory()}. {do}")
+        return directory
+    place = Path(name).expanduser()
+    return place if place.exists() else _named_run(name)
+
+
+def _named_run(name: str) -> Path:
+    """A run by the end of its path below ``outputs``, or by its MLflow id."""
+    wanted = Path(name).parts
+    runs = [run for folder in DEFAULT_DIRECTORIES if folder.is_dir() for run in find_directories(folder)]
+    by_name = [run for run in runs if wanted and run.parts[-len(wanted) :] == wanted]
+    found = by_name or [run for run in runs if read_json(run / MANIFEST).get("tracker_run_id") == name]
+    if not found:
+        raise ConfigError(expected("MODEL", _FORMS, name, "Correct the name or the path."))
+    if len(found) > 1:
+        several = ", ".join(map(str, found[:3]))
+        raise ConfigError(expected("MODEL", "one run", name, f"It may be {several}: give the path."))
+    return found[0]
+
+
+def _default_engine(place: Path) -> str:
+    from sparse_exp.hardware import host_facts
+    from sparse_exp.hardware.targets import unusable
+
+    if place.suffix in _CHECKPOINTS:
+        return "torch"
+    configured = _config(place).get("hardware")
+    engines = configured.get("engines") if isinstance(configured, dict) else None
+    if isinstance(engines, list) and engines and engines[0] in ENGINES:
+        return str(engines[0])
+    return "onnxruntime" if unusable("deepsparse", host_facts()) else "deepsparse"
+
+
+def _config(place: Path) -> dict[str, Any]:
+    """The configuration of a run; empty of what is no run."""
+    import yaml
+
+    if not (place / MANIFEST).is_file():
+        return {}
+    try:
+        config = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _file_in(directory: Path, engine: str) -> Path:
+    """The file of a run or of a published model that suits an engine."""
+    is_run = (directory / MANIFEST).is_file()
+    if engine == "torch":
+        return _run_checkpoint(directory) if is_run else checkpoint_in(directory, "postqat")
+    for folder in (directory / DEPLOYMENT, directory):
+        for path in suited(folder, engine):
+            if path.is_file():
+                return path
+    if is_run:
+        do = f"Export it first: python -m sparse_exp resume={directory} stages=[export]"
+        raise ConfigError(f"The run {directory} has no exported model. {do}")
+    raise ConfigError(expected("MODEL", _FORMS, str(directory), "It holds no model.onnx."))
+
+
+def suited(folder: Path, engine: str) -> Sequence[Path]:
+    """The deployed files that an engine runs fast, best first: see `sparse_exp.context.Context.deployed`."""
+    model, pairs = folder / "model.onnx", folder / "model.qdq.onnx"
+    return (model, pairs) if engine == "deepsparse" else (pairs, model)
+
+
+def _run_checkpoint(run: Path) -> Path:
+    trained = _facts(run, "train").get("checkpoint")
+    configured = _config(run).get("checkpoint")
+    path = run / str(trained) if trained else Path(str(configured)).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"The run {run} has no checkpoint. Give one, or choose another engine.")
+    return path
+
+
+def _facts(run: Path, stage: str) -> dict[str, Any]:
+    """What a stage of a run left in its manifest; empty where there is none."""
+    found: Any = read_json(run / MANIFEST)
+    for key in ("stages", stage, "facts"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _of_checkpoint(path: Path, engine: str) -> tuple[tuple[str, ...], int]:
+    if engine != "torch":
+        do = "Give its run's directory or an ONNX file, or choose --engine torch."
+        raise EngineError(f"{engine} runs no checkpoints such as {path}. {do}")
+    from sparse_exp.yolov5 import read_checkpoint
+
+    checkpoint = read_checkpoint(path)
+    return checkpoint.names, checkpoint.imgsz or 640
+
+
+def _of_onnx(path: Path, engine: str) -> tuple[tuple[str, ...], int]:
+    """Class names and image size that an ONNX file says; refuses what takes no images as ours do."""
+    from sparse_exp.engines.signature import check_detector, read_signature
+    from sparse_exp.export.metadata import read_metadata
+
+    if engine == "torch":
+        do = "Give a run or a checkpoint, or choose another engine."
+        raise EngineError(f"torch runs checkpoints, not ONNX files such as {path}. {do}")
+    signature = read_signature(path)
+    check_detector(path, signature, signature.batch or 1)
+    height, width = signature.size or (0, 0)
+    if height != width:
+        do = "Export it for square images."
+        raise EngineError(expected(f"the images that {path} takes", "square", f"{width} x {height}", do))
+    return read_metadata(path).get("names", ()), height
+
+
+def _recorded_names(places: Iterable[Path]) -> tuple[str, ...]:
+    """The class names that lie beside a model: in its run's manifest, or in its published directory."""
+    for place in places:
+        listed = [place / DEPLOYMENT / _CLASS_NAMES, place / _CLASS_NAMES]
+        for names in (_facts(place, "fetch").get("names"), *map(_content, listed)):
+            if isinstance(names, list):
+                return tuple(map(str, names))
+    return ()
+
+
+def _content(path: Path) -> Any:
+    """What a JSON file holds; None where there is none that can be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,190 @@
+"""Decoding ahead of the inference, suppression and drawing behind it, all at once and in order.
+
+Each step has threads of its own: decoders, engines and encoders work outside of Python's lock. Between the
+steps wait a few images at most, so memory does not grow with the number of images.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from sparse_exp.data.images import read_image, read_picture
+from sparse_exp.data.letterbox import Letterbox, letterbox
+from sparse_exp.errors import DataError
+from sparse_exp.predict.detector import Detector
+from sparse_exp.predict.drawing import draw
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Drawn = TypeVar("Drawn")
+
+
+@dataclass(frozen=True)
+class Input:
+    """An image to look at.
+
+    Attributes:
+        file: the image or video.
+        frame: of a video, counted from 0; None for an image.
+        pixels: of a frame: RGB, uint8 (H, W, 3); None for an image, which is read from its file.
+    """
+
+    file: Path
+    frame: int | None = None
+    pixels: NDArray[np.uint8] | None = None
+
+
+@dataclass(frozen=True)
+class Found(Generic[Drawn]):
+    """What was found in an image.
+
+    Attributes:
+        input: the image.
+        size: its width and height, px.
+        detections: float32 (D, 6), see `sparse_exp.predict.detector.Detector.suppress`.
+        drawn: the picture with the detections, as ``render`` made it; None where none was asked for.
+        problem: why it cannot be read; empty otherwise.
+    """
+
+    input: Input
+    size: tuple[int, int]
+    detections: NDArray[np.float32]
+    drawn: Drawn | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    input: Input
+    square: NDArray[np.uint8]
+    box: Letterbox
+    picture: Image.Image | None
+
+
+class Pipeline(Generic[Drawn]):
+    """Detects in many images with one detector; use it as a context manager, which ends its threads.
+
+    Args:
+        detector: that ``streams`` threads call.
+        render: turns a picture with detections into what is to be kept of it; None: nothing is drawn.
+        threads: of each step beside the inference.
+    """
+
+    def __init__(
+        self, detector: Detector, render: Callable[[Image.Image], Drawn] | None, *, threads: int
+    ) -> None:
+        self._detector, self._render, self._threads = detector, render, threads
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Pipeline[Drawn]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def run(self, inputs: Iterable[Input]) -> Iterator[Found[Drawn]]:
+        """What was found in each image, in order.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+        detector = self._detector
+        ahead = 2 * (detector.batch_size * detector.streams + self._threads)
+        prepared = self._in_threads(self._prepare, inputs, self._threads, ahead)
+        batches = in_batches(prepared, detector.batch_size, _can_be_read)
+        inferred = self._in_threads(self._infer, batches, detector.streams, detector.streams + 1)
+        every = (pair for batch in inferred for pair in batch)
+        yield from self._in_threads(self._finish, every, self._threads, ahead)
+
+    def _in_threads(
+        self, function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int
+    ) -> Iterator[Result]:
+        pool = self._stack.enter_context(_pool(threads))
+        return in_order(pool, function, items, ahead)
+
+    def _prepare(self, one: Input) -> _Prepared | Found[Drawn]:
+        imgsz = self._detector.model.imgsz
+        try:
+            if one.pixels is None:
+                square, box, picture = read_picture(one.file, imgsz)
+            else:
+                square, box = letterbox(one.pixels, imgsz)
+                picture = Image.fromarray(one.pixels)
+        except DataError as error:
+            return Found(one, (0, 0), np.empty((0, 6), np.float32), problem=str(error))
+        return _Prepared(one, square, box, picture if self._render else None)
+
+    def _infer(
+        self, batch: list[_Prepared | Found[Drawn]]
+    ) -> list[tuple[_Prepared | Found[Drawn], NDArray[np.float32]]]:
+        squares = [one.square for one in batch if isinstance(one, _Prepared)]
+        predictions = iter(self._detector.infer(squares) if squares else ())
+        nothing = np.empty((0, 6), np.float32)
+        return [(one, next(predictions) if isinstance(one, _Prepared) else nothing) for one in batch]
+
+    def _finish(self, pair: tuple[_Prepared | Found[Drawn], NDArray[np.float32]]) -> Found[Drawn]:
+        one, predictions = pair
+        if not isinstance(one, _Prepared):
+            return one
+        detections = self._detector.suppress(predictions, one.box)
+        drawn = None
+        if self._render:
+            # A JPEG much larger than the square was scaled while it was decoded: here it is read whole.
+            picture = one.picture or Image.fromarray(read_image(one.input.file))
+            drawn = self._render(draw(picture, detections, self._detector.names))
+        return Found(one.input, one.box.size, detections, drawn)
+
+
+def _can_be_read(one: Any) -> bool:
+    return isinstance(one, _Prepared)
+
+
+@contextmanager
+def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that, at the end, finish what they are at and begin nothing more."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def in_order(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[Result]:
+    """Results in the order of items, of which at most ``ahead`` are being worked on or wait."""
+    items, running = iter(items), deque[Future[Result]]()
+    while True:
+        running.extend(pool.submit(function, item) for item in islice(items, ahead - len(running)))
+        if not running:
+            return
+        yield running.popleft().result()
+
+
+def in_batches(items: Iterable[Item], size: int, counts: Callable[[Item], bool]) -> Iterator[list[Item]]:
+    """Lists of items in order, each with ``size`` items that count; the last may have fewer.
+
+    >>> list(in_batches([1, 2, 3, 4, 5], 2, lambda item: item != 2))
+    [[1, 2, 3], [4, 5]]
+    """
+    batch: list[Item] = []
+    counted = 0
+    for item in items:
+        batch.append(item)
+        counted += counts(item)
+        if counted == size:
+            yield batch
+            batch, counted = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,277 @@
+"""``python -m sparse_exp.predict``: what it leaves, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from faster_coco_eval import COCO, COCOeval_faster
+from PIL import Image
+from torchmetrics.detection import MeanAveragePrecision
+from torchvision.ops import box_convert
+
+from sparse_exp.data.loader import make_loader
+from sparse_exp.errors import SparseExpError
+from sparse_exp.predict.__main__ import main
+from sparse_exp.predict.models import find_model
+from sparse_exp.predict.outputs import Results
+from sparse_exp.training.evaluation import evaluate
+from sparse_exp.zoo.samples import predict_with
+
+IMGSZ, CLASSES = 64, 10
+
+
+@pytest.fixture
+def predict(monkeypatch, tmp_path, deployment):
+    """Runs the command in this process, in a directory of its own; ``MODEL`` stands for the tiny model."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_it(*words: str) -> int:
+        named = [str(deployment) if word == "MODEL" else word for word in words]
+        engine = [] if "--engine" in words else ["--engine", "onnxruntime"]
+        monkeypatch.setattr(sys, "argv", ["predict", *named, *engine])
+        return main()
+
+    return run_it
+
+
+@pytest.fixture
+def photos_folder(tmp_path, digits) -> Path:
+    """Five images of digits as JPEG."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, sample in enumerate(digits.splits["val"][:5]):
+        Image.open(sample.image).convert("RGB").resize((128, 96)).save(folder / f"{number}.jpg")
+    return folder
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "predictions.json").read_text(encoding="utf-8"))
+
+
+def test_a_folder(predict, photos_folder, capsys):
+    assert predict("MODEL", "photos", "--conf", "0.01", "--batch", "2") == 0
+    out = Path("outputs/predict/1")
+    assert sorted(path.name for path in out.iterdir()) == [
+        *(f"{number}.jpg" for number in range(5)), "coco.json", "predictions.csv", "predictions.json",
+    ]  # fmt: skip
+    found = record(out)
+    assert [Path(image["file"]).name for image in found["images"]] == [f"{n}.jpg" for n in range(5)]
+    detections = sum(len(image["detections"]) for image in found["images"])
+    assert detections > 0
+    assert len(list(csv.DictReader((out / "predictions.csv").open()))) == detections
+    said = capsys.readouterr().out
+    assert "5 images in" in said
+    assert f"{detections} detections" in said
+    assert "Written: outputs/predict/1" in said
+    assert Image.open(out / "3.jpg").size == (384, 288)  # three times 128 x 96, or nothing could be read
+
+
+def test_coco_results_are_those_of_the_evaluation(predict, deployment, digits):
+    """faster-coco-eval on the files alone, against torchmetrics on the detections that `evaluate` had.
+
+    These are cut off at the image's edge here, as all that is shown to people.
+    """
+    words = ["--data", str(digits.root / "data.yaml"), "--no-pictures", "--multi-label", "--out", "out"]
+    assert predict("MODEL", "val", "--conf", "0.001", "--iou", "0.6", *words) == 0
+    map50, map50_95 = evaluated_detections(deployment, digits)
+    assert map50 > map50_95 > 0
+    assert record(Path("out"))["images"][0]["picture"] is None
+    truth = COCO("out/coco_truth.json")
+    measured = COCOeval_faster(truth, truth.loadRes("out/coco.json"), "bbox")
+    measured.params.maxDets = [1, 10, 300]
+    measured.evaluate()
+    measured.accumulate()
+    precision = np.ma.masked_less(measured.eval["precision"][:, :, :, 0, -1], 0)
+    assert precision.mean() == pytest.approx(map50_95, abs=1e-5)
+    assert precision[0].mean() == pytest.approx(map50, abs=1e-5)
+
+
+def evaluated_detections(deployment, digits) -> tuple[float, float]:
+    """mAP50 and mAP50-95 of what the evaluation detects, cut off at the edge."""
+    loader = make_loader(digits.splits["val"], CLASSES, imgsz=IMGSZ, batch_size=6, train=False, workers=0)
+    path = find_model(str(deployment), engine="onnxruntime").path
+    result = evaluate(
+        lambda images: torch.from_numpy(predict_with("onnxruntime", path, images.contiguous().numpy())),
+        loader, num_classes=CLASSES, keep_detections=True,
+    )  # fmt: skip
+    metric = MeanAveragePrecision(max_detection_thresholds=[1, 10, 300], backend="faster_coco_eval")
+    for found, sample in zip(result.detections, digits.splits["val"], strict=True):
+        labels = torch.from_numpy(sample.labels_of(CLASSES).copy())
+        corners = box_convert(labels[:, 1:] * IMGSZ, "cxcywh", "xyxy")
+        predicted = {
+            "boxes": found[:, :4].clamp(0, IMGSZ),
+            "scores": found[:, 4],
+            "labels": found[:, 5].long(),
+        }
+        metric.update([predicted], [{"boxes": corners, "labels": labels[:, 0].long()}])
+    values = metric.compute()
+    return float(values["map_50"]), float(values["map"])
+
+
+def test_what_cannot_be_read_is_told_and_skipped(predict, photos_folder, tmp_path):
+    (photos_folder / "2.jpg").write_bytes(b"no image")
+    (photos_folder / "3.jpg").write_bytes((photos_folder / "3.jpg").read_bytes()[:400])
+    with pytest.raises(SparseExpError, match="2 of 5 images cannot be used") as caught:
+        predict("MODEL", "photos", "--out", "out")
+    assert "\n" not in str(caught.value)
+    found = record(tmp_path / "out")
+    assert [image["id"] for image in found["images"]] == [1, 2, 5]
+    assert [Path(one["file"]).name for one in found["skipped"]] == ["2.jpg", "3.jpg"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.jpg")) == ["0.jpg", "1.jpg", "4.jpg"]
+
+
+@pytest.fixture
+def clip(photos_folder, tmp_path) -> Path:
+    """A video of seven frames."""
+    from sparse_exp.predict.video import writing
+
+    with writing(tmp_path / "clip.mp4", 10.0) as writer:
+        for number in (0, 1, 2, 3, 4, 3, 2):
+            writer.add(Image.open(photos_folder / f"{number}.jpg"))
+    return tmp_path / "clip.mp4"
+
+
+def test_a_video(predict, clip, tmp_path):
+    from sparse_exp.predict.video import Video
+
+    (tmp_path / "broken.mp4").write_bytes(b"nothing")
+    with pytest.raises(SparseExpError, match=r"1 of 8 .*broken.mp4"):
+        predict("MODEL", "broken.mp4", "clip.mp4", "--conf", "0.01", "--out", "out", "--streams", "2")
+    frames = record(tmp_path / "out")["images"]
+    assert [frame["frame"] for frame in frames] == list(range(7))
+    assert {frame["picture"] for frame in frames} == {"clip.mp4"}
+    with Video(tmp_path / "out" / "clip.mp4") as video:
+        assert len(list(video.frames())) == 7
+
+
+def test_of_an_interrupted_video_the_predictions_stay(predict, clip, tmp_path, monkeypatch):
+    add = Results.add
+
+    def interrupted(self, number, *others) -> None:
+        if number == 4:
+            raise KeyboardInterrupt
+        add(self, number, *others)
+
+    monkeypatch.setattr(Results, "add", interrupted)
+    assert predict("MODEL", "clip.mp4", "--out", "out") == 130
+    assert not list((tmp_path / "out").glob("*.mp4"))
+    assert not list((tmp_path / "out").glob(".*"))
+    found = record(tmp_path / "out")
+    assert (found["complete"], [frame["picture"] for frame in found["images"]]) == (False, [None] * 3)
+
+
+def test_a_full_disk_is_one_line_and_leaves_whole_files(predict, photos_folder, tmp_path, monkeypatch):
+    written = Path.write_bytes
+
+    def write(path: Path, content: bytes) -> int:
+        if path.name.startswith(".3."):
+            written(path, content[:100])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return written(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    with pytest.raises(SparseExpError, match="No space left on device") as caught:
+        predict("MODEL", "photos", "--out", "out")
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.jpg", "1.jpg", "2.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere", "photos"], "Expected MODEL"),
+        (["notes.txt", "photos"], "ONNX file"),
+        (["MODEL", "nowhere"], "Expected SOURCE"),
+        (["MODEL", "notes.txt"], "must end in one of"),
+        (["MODEL", "empty"], "with images or videos"),
+        (["MODEL", "*.gif"], "Correct the pattern"),
+        (["MODEL", "photos", "--engine", "tensorrt"], "one of deepsparse, onnxruntime"),
+        (["MODEL", "photos", "--out", "photos"], "photos exists"),
+        (["MODEL", "photos", "--out", "photos", "--overwrite"], "is no prediction"),
+        (["MODEL", "photos", "--imgsz", "640"], "64, which"),
+        (["MODEL", "photos", "--conf", "25"], "0 to 1"),
+        (["MODEL", "photos", "--batch", "0"], "at least 1"),
+        (["MODEL", "photos", "--cores", "4096"], "of this host"),
+        (["MODEL", "photos", "--formats", "xml"], "json, csv, coco"),
+        (["MODEL", "photos", "--formats", "none", "--no-pictures"], "Nothing would be written"),
+        (["MODEL", "photos", "--data", "two.yaml"], "the 10 of the model"),
+        (["MODEL", "photos", "--data", "nowhere.yaml"], "the data yaml"),
+    ],
+)
+def test_bad_input_is_one_line(predict, photos_folder, tmp_path, words, said, monkeypatch, deployment):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("hello", encoding="utf-8")
+    (tmp_path / "two.yaml").write_text("{train: photos, val: photos, names: [a, b]}", encoding="utf-8")
+    if "two.yaml" in words:  # that the model knows its classes
+        named = tmp_path / "named"
+        shutil.copytree(deployment, named)
+        (named / "class_names.json").write_text(json.dumps(list("0123456789")), encoding="utf-8")
+        words = [str(named), *words[1:]]
+    with pytest.raises(SparseExpError, match=said) as caught:
+        predict(*words)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("outputs/predict/*"))
+
+
+@pytest.fixture
+def command(deployment, tmp_path):
+    """Starts the command as a process, which says on standard error what it imported."""
+    code = (
+        "import sys; from sparse_exp.predict.__main__ import main, run_command\n"
+        "try: run_command(main)\n"
+        "finally: print([m for m in ('torch', 'mlflow', 'cv2') if m in sys.modules], file=sys.stderr)"
+    )
+
+    def start(*words: str) -> subprocess.Popen[str]:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *words], cwd=tmp_path, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.mark.parametrize("words", [["--help"], ["nowhere", "photos"]])
+def test_nothing_heavy_before_it_is_needed(command, words):
+    process = command(*words)
+    said = process.communicate(timeout=60)[1].splitlines()
+    assert said[0] == "[]"
+    assert process.returncode == (0 if "--help" in words else 1)
+    assert len(said) == (1 if "--help" in words else 2)
+
+
+def test_ctrl_c_leaves_what_is_complete(command, deployment, tmp_path, digits):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(5000):
+        (folder / f"{number:05}.png").symlink_to(digits.splits["val"][0].image)
+    process = command(str(deployment), "many", "--engine", "onnxruntime", "--out", "out")
+    out, deadline = tmp_path / "out", time.monotonic() + 60
+    while not list(out.glob("*.jpg")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "Interrupted: out holds what was complete." in said
+    found = record(out)
+    assert found["complete"] is False
+    pictures = {path.name for path in out.glob("*.jpg")}
+    assert {image["picture"] for image in found["images"]} <= pictures
+    assert 0 < len(pictures) <= len(found["images"]) + 1  # one may have been written just then
+    assert not list(out.glob(".*"))
+    for name in pictures:
+        Image.open(out / name).load()

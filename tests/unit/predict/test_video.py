@@ -1,0 +1,82 @@
+"""Videos that this very module writes, and broken ones."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sparse_exp.errors import DataError
+from sparse_exp.predict.video import Video, VideoWriter, writing
+
+SIZE = (64, 48)
+
+
+def frame(number: int) -> Image.Image:
+    """Red grows, blue falls."""
+    return Image.new("RGB", SIZE, (20 * number, 0, 200 - 20 * number))
+
+
+@pytest.fixture
+def clip(tmp_path):
+    path = tmp_path / "clip.mp4"
+    with writing(path, 12.5) as writer:
+        for number in range(10):
+            writer.add(frame(number))
+    return path
+
+
+def test_frames_come_back(clip):
+    with Video(clip) as video:
+        assert (video.fps, video.count) == (12.5, 10)
+        frames = list(video.frames())
+    assert len(frames) == 10
+    for number, pixels in enumerate(frames):
+        assert pixels.shape == (48, 64, 3)
+        np.testing.assert_allclose(pixels.mean((0, 1)), np.asarray(frame(number)).mean((0, 1)), atol=12)
+
+
+def test_a_video_that_is_cut_short_is_not_there(tmp_path):
+    def interrupted() -> None:
+        with writing(tmp_path / "clip.mp4", 10) as writer:
+            writer.add(frame(0))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not list(tmp_path.iterdir())
+
+
+def test_broken_ones(clip, tmp_path, capfd):
+    content = clip.read_bytes()
+    for name, part in (("cut.mp4", content[: len(content) // 2]), ("empty.mp4", b""), ("text.avi", b"hello")):
+        (tmp_path / name).write_bytes(part)
+        with pytest.raises(DataError, match=name):
+            Video(tmp_path / name)
+    assert capfd.readouterr().err == ""  # FFmpeg says nothing beside our line
+
+
+def test_missing_frames_are_told(clip, caplog):
+    with caplog.at_level(logging.WARNING), Video(clip) as video:
+        video.count = 20
+        assert len(list(video.frames())) == 10
+    assert "Only 10 of 20 frames" in caplog.text
+
+
+def test_a_video_that_was_not_written_whole_is_an_error(tmp_path, monkeypatch):
+    """OpenCV does not say that the disk is full."""
+
+    def lose(self) -> None:
+        self._writer.release()
+        self._path.write_bytes(self._path.read_bytes()[:200])
+
+    def write() -> None:
+        with writing(tmp_path / "clip.mp4", 10) as writer:
+            writer.add(frame(0))
+
+    monkeypatch.setattr(VideoWriter, "close", lose)
+    with pytest.raises(OSError, match="not written whole"):
+        write()
+    assert not list(tmp_path.iterdir())
