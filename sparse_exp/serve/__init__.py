@@ -1,0 +1,1 @@
+"""The detector over HTTP: ``python -m sparse_exp.serve MODEL``."""

@@ -1,0 +1,186 @@
+"""The command ``python -m sparse_exp.serve``: a detector over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+from sparse_exp.command import run_command
+from sparse_exp.errors import ConfigError, expected, first_line
+
+if TYPE_CHECKING:
+    from sparse_exp.serve.service import Service
+
+_EPILOG = """MODEL is the directory of a run, a stub of the local zoo (zoo:...), a directory with
+model.onnx, or an ONNX file.
+
+  python -m sparse_exp.serve outputs/runs/DATE/TIME-NAME
+  curl -F images=@photo.jpg http://127.0.0.1:8000/predict
+
+GET /health, GET /metrics (Prometheus), GET /docs (all answers and errors). See docs/serve.md."""
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+
+
+def main() -> int:
+    """Serve until SIGTERM (exit code 0) or Ctrl-C (130).
+
+    Raises:
+        SparseExpError: what the user can put right, one line.
+        KeyboardInterrupt: after Ctrl-C, when all is closed.
+    """
+    options = _options()
+    signal.signal(signal.SIGTERM, _leave)  # while it serves, uvicorn's handler, which ends with this one
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # what it says, clients are told
+    # Before the model, which takes longer: an address in use is said at once.
+    with _listen(options.host, options.port) as listener:
+        _serve(options, listener)
+    return 0
+
+
+def _leave(*_: object) -> NoReturn:
+    sys.exit(0)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        # It may be taken again at once after a crash: Python sets SO_REUSEADDR.
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError, UnicodeError) as error:
+        do = "Choose others with --host and --port; port 0 takes a free one."
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ConfigError(f"Cannot listen on {host} port {port}: {reason}. {do}") from error
+
+
+def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
+    from sparse_exp.predict.models import find_model
+    from sparse_exp.serve.limits import Limits
+    from sparse_exp.serve.service import Service
+    from sparse_exp.serve.worker import DetectorSettings
+
+    model = find_model(options.model, engine=options.engine)
+    settings = DetectorSettings(
+        batch_size=options.batch,
+        cores=options.cores,
+        streams=options.streams,
+        conf=options.conf,
+        iou=options.iou,
+        max_det=options.max_det,
+    )
+    limits = Limits(options.max_bytes, options.max_pixels, options.max_files, options.queue, options.timeout)
+    _run(Service(model, settings, limits, options.max_wait_ms / 1e3), listener)
+
+
+def _run(service: Service, listener: socket.socket) -> None:
+    import uvicorn
+
+    from sparse_exp.serve.app import create_app
+
+    def announce() -> None:
+        host, port = listener.getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        engine, settings = f"{service.model.engine} {service.version}", service.settings
+        how = f"batch {settings.batch_size}, streams {settings.streams}"
+        print(f"Serving {service.model.origin} with {engine} ({how}) on {url}", flush=True)
+
+    def give_up() -> None:
+        server.should_exit = True
+
+    config = uvicorn.Config(
+        create_app(service, announce, give_up),
+        log_level="error",
+        access_log=False,
+        # No request takes longer: when it is over all are answered.
+        timeout_graceful_shutdown=int(service.limits.timeout) + 1,
+    )
+    server = uvicorn.Server(config)
+    server.run(sockets=[listener])
+    if service.failure:
+        raise service.failure
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m sparse_exp.serve",
+        description="Serve a detector over HTTP: POST images to /predict.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL")
+    add("--engine", metavar="E", help="deepsparse, onnxruntime, openvino or torch (default: the run's first)")
+    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    add("--port", type=int, default=8000, help="port to listen on; 0: a free one (%(default)s)")
+    _add_engine(parser)
+    _add_limits(parser)
+    return parser.parse_args()
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("engine").add_argument
+    add("--batch", metavar="N", type=_whole, default=1, help="images of one inference (%(default)s)")
+    wait = "how long an image waits for others to fill its batch (%(default)s)"
+    add("--max-wait-ms", metavar="MS", type=_amount, default=5.0, help=wait)
+    add("--streams", metavar="S", type=_whole, default=1, help="inferences at once (%(default)s)")
+    add("--cores", metavar="N", type=_whole, help="physical cores of the engine (default: all)")
+    add("--conf", type=_share, default=0.25, help="lowest confidence of a detection (%(default)s)")
+    add("--iou", type=_share, default=0.45, help="overlap above which the worse box is dropped (%(default)s)")
+    add("--max-det", metavar="N", type=_whole, default=300, help="detections of an image (%(default)s)")
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("limits; sizes as in 500k, 10MB, 1G").add_argument
+    add("--max-bytes", metavar="SIZE", type=_size, default="10MB", help="length of a body (%(default)s)")
+    pixels = "width times height of an image (%(default)s)"
+    add("--max-pixels", metavar="SIZE", type=_size, default="50M", help=pixels)
+    add("--max-files", metavar="N", type=_whole, default=16, help="images of a request (%(default)s)")
+    queue = "requests inside at once; more get status 503 (%(default)s)"
+    add("--queue", metavar="N", type=_whole, default=128, help=queue)
+    timeout = "a request takes no longer (%(default)s)"
+    add("--timeout", metavar="SECONDS", type=_seconds, default=60.0, help=timeout)
+
+
+def _whole(text: str) -> int:
+    return int(_bounded(text, text.isdecimal() and int(text) >= 1, "a whole number of at least 1"))
+
+
+def _share(text: str) -> float:
+    return float(_bounded(text, 0 <= _number(text) <= 1, "between 0 and 1"))
+
+
+def _amount(text: str) -> float:
+    return float(_bounded(text, 0 <= _number(text) < 1e5, "between 0 and 100000"))
+
+
+def _seconds(text: str) -> float:
+    return float(_bounded(text, 0 < _number(text) < 1e5, "above 0 and below 100000"))
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"(\d+)([kmg]?)b?", text.strip().lower())
+    size = int(found[1]) * _UNITS[found[2]] if found else 0
+    _bounded(text, size >= 1, "a size such as 10MB or 500k")
+    return size
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+def _bounded(text: str, good: bool, should_be: str) -> str:  # noqa: FBT001
+    if not good:
+        raise argparse.ArgumentTypeError(expected("it", should_be, text, "Correct it."))
+    return text
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,204 @@
+"""The HTTP side: routes, the JSON of answers and of errors, and the server itself."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+
+from sparse_exp import __version__
+from sparse_exp.errors import SparseExpError
+from sparse_exp.predict.outputs import described
+from sparse_exp.serve.limits import FIELD, Refused, read_uploads, refusal
+from sparse_exp.serve.metrics import CountRequests
+from sparse_exp.serve.service import Found, Service
+
+_FORM = {
+    "type": "object",
+    "required": [FIELD],
+    "properties": {FIELD: {"type": "array", "items": {"type": "string", "format": "binary"}}},
+}
+_BODY = {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}
+
+
+class Detection(BaseModel):
+    """What is where, in pixels of the image as it is meant to be seen; as `predict` writes it."""
+
+    class_id: int = Field(ge=0)
+    class_name: str = Field(alias="class")
+    confidence: float = Field(ge=0, le=1)
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+
+class Milliseconds(BaseModel):
+    """Where the time of an image went."""
+
+    decode: float
+    wait: float
+    engine: float
+
+
+class ImageAnswer(BaseModel):
+    """What is in an image; width and height in pixels, detections best first."""
+
+    name: str
+    width: int
+    height: int
+    detections: list[Detection]
+    milliseconds: Milliseconds
+
+
+class Prediction(BaseModel):
+    """The answer to a request: its images in order."""
+
+    images: list[ImageAnswer]
+
+
+class Health(BaseModel):
+    """What is served, and whether it is ready: ``ok``, ``loading`` or ``restarting``."""
+
+    status: str
+    model: str
+    engine: str
+    version: str
+    imgsz: int
+    classes: list[str]
+
+
+class Problem(BaseModel):
+    """Why there is no answer, and what to do."""
+
+    error: str
+
+
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": text}
+    for status, text in {
+        400: "The body is no whole multipart form",
+        408: "The body did not arrive in time",
+        413: "Too long, too many images, or an image with too many pixels",
+        415: "The body is not multipart/form-data",
+        422: "A file is no image or damaged, or a parameter is out of range",
+        503: "Busy or starting: try again after Retry-After seconds",
+    }.items()
+}
+
+
+def create_app(
+    service: Service,
+    on_ready: Callable[[], None] = lambda: None,
+    on_failure: Callable[[], None] = lambda: None,
+) -> FastAPI:
+    """The application; the service runs from its start to its shutdown.
+
+    Args:
+        service: what answers.
+        on_ready: called when the engine has run for the first time.
+        on_failure: called when it cannot be started.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with service.open(on_ready, on_failure):
+            yield
+
+    app = FastAPI(title="sparse_exp", version=__version__, lifespan=lifespan)
+    app.add_middleware(CountRequests, metrics=service.metrics)
+    _add_error_handlers(app)
+    _add_predict(app, service)
+    _add_watching(app, service)
+    return app
+
+
+def _add_predict(app: FastAPI, service: Service) -> None:
+    lowest = service.settings.conf
+
+    @app.post(
+        "/predict", response_model=Prediction, responses=_PROBLEMS, openapi_extra={"requestBody": _BODY}
+    )
+    async def predict(
+        request: Request,
+        conf: float | None = Query(
+            None, ge=lowest, le=1, description="leave out detections below this confidence"
+        ),
+    ) -> Response:
+        """Detect objects in one image or several, each a file of the form field ``images``."""
+        with service.admitted():
+            start = time.perf_counter()
+            uploads = await read_uploads(request, service.limits)
+            left = service.limits.timeout - (time.perf_counter() - start)
+            found = await service.detect(uploads, left)
+        # Boxes below a threshold suppress none above it: cutting off is the same as a higher threshold.
+        images = [_image_json(one, service.names, conf or lowest) for one in found]
+        return Response(json.dumps({"images": images}), media_type="application/json")
+
+
+def _image_json(found: Found, names: tuple[str, ...], conf: float) -> dict[str, Any]:
+    kept = found.detections[found.detections[:, 4] > np.float32(conf)]
+    return {
+        "name": found.name,
+        "width": found.size[0],
+        "height": found.size[1],
+        "detections": [described(row, names) for row in kept.tolist()],
+        "milliseconds": found.milliseconds,
+    }
+
+
+def _add_watching(app: FastAPI, service: Service) -> None:
+    @app.get("/health", response_model=Health, responses={503: {"model": Health}})
+    async def health() -> Response:
+        """Whether the service is ready, which it is when the engine has run; 503 where it is not."""
+        status = "ok" if service.ready else "restarting" if service.version else "loading"
+        model = service.model
+        facts = Health(
+            status=status,
+            model=model.origin,
+            engine=model.engine,
+            version=service.version,
+            imgsz=model.imgsz,
+            classes=list(service.names),
+        )
+        code = 200 if service.ready else 503
+        return Response(facts.model_dump_json(), code, media_type="application/json")
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """What the service counts, in the text format of Prometheus."""
+        content, kind = service.metrics.text()
+        return Response(content, headers={"Content-Type": kind})
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> Response:
+        return refusal(error.status, str(error), error.headers)
+
+    @app.exception_handler(SparseExpError)
+    async def failed(_: Request, error: SparseExpError) -> Response:
+        return refusal(500, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        return refusal(422, f"{first['loc'][-1]}: {first['msg']}. Correct it.")
+
+    @app.exception_handler(HTTPException)
+    async def no_such_route(request: Request, error: HTTPException) -> Response:
+        do = "There are POST /predict, GET /health, GET /metrics and GET /docs."
+        text = f"{request.method} {request.url.path[:100]}: {error.detail}. {do}"
+        return refusal(error.status_code, text, dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> Response:
+        return refusal(500, f"The service failed ({type(error).__name__}); its log says where.")

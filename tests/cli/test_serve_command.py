@@ -1,0 +1,102 @@
+"""``python -m sparse_exp.serve``: what it says when it cannot serve."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from sparse_exp.errors import SparseExpError
+from sparse_exp.serve.__main__ import main
+
+
+@pytest.fixture
+def fails(monkeypatch, tmp_path, capsys):
+    """Runs the command in this process; the one line that it ends with."""
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["serve", *words])
+        with pytest.raises((SparseExpError, SystemExit)) as ended:
+            main()
+        if isinstance(ended.value, SystemExit):  # argparse says it after its usage
+            assert ended.value.code == 2
+            return capsys.readouterr().err.splitlines()[-1]
+        assert "\n" not in str(ended.value)
+        return str(ended.value)
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_help_is_quick(tmp_path):
+    code = (
+        "import sys; from sparse_exp.serve.__main__ import main\n"
+        "try: main()\n"
+        "finally: print([m for m in ('torch', 'onnx', 'fastapi', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--help"],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_port_in_use_is_said_before_anything_is_loaded(fails):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = fails("nothing.onnx", "--port", str(port))
+    assert f"port {port}: Address already in use" in said
+    assert "--port" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--host", "no.such.host.invalid"], "no.such.host.invalid"),
+        (["--host", ""], "--host"),
+        (["--port", "70000"], "70000"),
+        (["--port", "x"], "--port"),
+        (["--batch", "0"], "--batch"),
+        (["--streams", "1.5"], "--streams"),
+        (["--max-wait-ms", "-1"], "--max-wait-ms"),
+        (["--conf", "1.1"], "--conf"),
+        (["--iou", "nan"], "--iou"),
+        (["--max-bytes", "lots"], "--max-bytes"),
+        (["--max-pixels", "0"], "--max-pixels"),
+        (["--timeout", "0"], "--timeout"),
+        (["--engine", "tvm", "--port", "0"], "tvm"),
+        (["--port", "0"], "nothing.onnx"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(fails, words, named):
+    assert named in fails("nothing.onnx", *words)
+
+
+def test_sizes_have_units():
+    from sparse_exp.serve.__main__ import _size
+
+    said = {"7": 7, "500k": 500_000, "10MB": 10_000_000, "1 g".replace(" ", ""): 1_000_000_000}
+    assert {text: _size(text) for text in said} == said
+
+
+def test_a_model_that_the_engine_cannot_compile_ends_the_service(fails, tmp_path):
+    import onnx
+    from onnx import TensorProto, helper
+
+    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", 3, 32, 32])
+    output = helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", "anchors", 8])
+    node = helper.make_node("NoSuchOperator", ["images"], ["output"])
+    graph = helper.make_graph([node], "strange", [images], [output])
+    opset = [helper.make_opsetid("", 13)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), str(tmp_path / "strange.onnx"))
+    said = fails("strange.onnx", "--engine", "onnxruntime", "--port", "0", "--cores", "1")
+    assert "onnxruntime cannot compile" in said
+    assert "NoSuchOperator" in said

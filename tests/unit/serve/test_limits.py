@@ -1,0 +1,103 @@
+"""What is read of a request, and when reading stops."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from fastapi import Request
+from served import BOUNDARY, FORM, form
+
+from sparse_exp.serve.limits import Limits, Refused, read_uploads, refusal
+
+KIND = FORM["Content-Type"].encode()
+
+
+class Client:
+    """Sends a body in parts, and remembers how many were asked for."""
+
+    def __init__(self, parts: list[bytes], *, length: int | None = None, hangs_up: bool = False) -> None:
+        headers = [(b"content-type", KIND)]
+        headers += [(b"content-length", str(length).encode())] if length is not None else []
+        self.scope = {"type": "http", "method": "POST", "path": "/predict", "headers": headers}
+        self._parts, self._hangs_up, self.sent = parts, hangs_up, 0
+        self.answer: list[dict] = []
+
+    async def receive(self) -> dict:
+        if self.sent == len(self._parts):
+            assert self._hangs_up, "more was read than was sent"
+            return {"type": "http.disconnect"}
+        self.sent += 1
+        more = self.sent < len(self._parts) or self._hangs_up
+        return {"type": "http.request", "body": self._parts[self.sent - 1], "more_body": more}
+
+    async def send(self, message: dict) -> None:
+        self.answer.append(message)
+
+    def read(self, **limits):
+        return asyncio.run(read_uploads(Request(self.scope, self.receive), Limits(**limits)))
+
+
+def test_a_body_may_arrive_in_parts_of_any_length():
+    body = form(b"one\r\n-- x\r\n--", b"\x00\xff" * 100, name="ä.png")
+    for length in (1, 2, 3, 7, 64, 10_000):
+        parts = [body[start : start + length] for start in range(0, len(body), length)]
+        first, second = Client(parts).read()
+        assert (first.name, first.content) == ("ä.png", b"one\r\n-- x\r\n--")
+        assert second.content == b"\x00\xff" * 100
+
+
+def test_a_body_that_says_it_is_too_long_is_not_read():
+    client = Client([bytes(10)], length=1001)
+    with pytest.raises(Refused, match="longer than 1000 bytes") as refused:
+        client.read(max_bytes=1000)
+    assert (refused.value.status, client.sent) == (413, 0)
+
+
+@pytest.mark.parametrize("length", [None, 10])
+def test_a_body_that_becomes_too_long_is_read_no_further(length):
+    start = form(b"x")[:-7]
+    client = Client([start] + [bytes(100)] * 1000, length=length)
+    with pytest.raises(Refused) as refused:
+        client.read(max_bytes=1000)
+    assert refused.value.status == 413
+    assert client.sent <= 11
+
+
+def test_too_many_parts_are_refused_when_they_begin():
+    head = f"--{BOUNDARY}\r\n".encode()
+    client = Client([head + b'Content-Disposition: form-data; name="images"\r\n\r\nx\r\n'] * 100)
+    with pytest.raises(Refused) as refused:
+        client.read(max_files=3)
+    assert (refused.value.status, client.sent) == (413, 4)
+
+
+def test_a_client_that_hangs_up():
+    with pytest.raises(Refused, match="closed"):
+        Client([form(b"x")[:20]], hangs_up=True).read()
+
+
+def test_file_names_are_made_harmless():
+    named, unnamed = Client([form(b"x", name="a\x07b" + 200 * "c") + b""]).read()[0], None
+    assert named.name == "ab" + 98 * "c"
+    body = form(b"x").replace(b'; filename="a.png"', b"")
+    (unnamed,) = Client([body]).read()
+    assert unnamed.name == "image 1"
+
+
+def test_the_answer_is_whole_before_the_rest_of_the_body_is_thrown_away():
+    client = Client([bytes(1000)] * 50)
+    answer = refusal(413, "Too long.")
+    asyncio.run(answer(client.scope, client.receive, client.send))
+    start, content, end = client.answer
+    assert (b"content-length", str(len(content["body"])).encode()) in start["headers"]
+    assert (b"connection", b"close") in start["headers"]
+    assert (client.sent, end["more_body"]) == (50, False)
+
+
+def test_after_a_whole_body_the_connection_is_kept():
+    client = Client([form(b"x", field="other")])
+    with pytest.raises(Refused):
+        client.read()
+    asyncio.run(refusal(422, "No.")(client.scope, client.receive, client.send))
+    assert b"connection" not in dict(client.answer[0]["headers"])
