@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from sparse_exp.config.schema import Experiment
 from sparse_exp.hardware import has_bf16
-from sparse_exp.plan import Plan, Start, make_plan
+from sparse_exp.plan import Plan, Start, make_plan, with_mismatch
 from sparse_exp.report.console import show_plan
 from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.training.precision import choose_precision
@@ -17,15 +18,20 @@ from sparse_exp.zoo.sources import cache_directory
 from sparse_exp.zoo.start import SCRATCH, StartFile, cached_start
 
 
-def show(experiment: Experiment, recipe: Recipe) -> None:
+def show(experiment: Experiment, recipe: Recipe, mismatch: Sequence[str] = ()) -> None:
     """Print the plan; what is in the cache is looked at, nothing is fetched.
 
     Steps are timed, as before a training, when the data and the start checkpoint are there.
 
+    Args:
+        experiment: the checked configuration, fitted to this host.
+        recipe: its recipe.
+        mismatch: what of its target does not fit the host, a clause each.
+
     Raises:
         SparseExpError: what would refuse the run before epoch 0, as far as it can be known offline.
     """
-    show_plan(_plan(experiment, recipe))
+    show_plan(with_mismatch(_plan(experiment, recipe), experiment.hardware.name, mismatch))
 
 
 def _plan(experiment: Experiment, recipe: Recipe) -> Plan:

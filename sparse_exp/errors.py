@@ -49,6 +49,10 @@ class EngineError(SparseExpError):
     """An inference engine cannot load or run a model here."""
 
 
+class Impossible(SparseExpError):
+    """There is no file for this engine and this variant, and there cannot be; says why."""
+
+
 class MissingDependency(SparseExpError):
     """A package that the configuration asks for is not installed."""
 

@@ -27,7 +27,7 @@ from sparse_exp.config.schema import Experiment
 from sparse_exp.context import Context, SweepMember
 from sparse_exp.errors import SparseExpError, StageFailed
 from sparse_exp.host import waited_seconds, working
-from sparse_exp.plan import check_host
+from sparse_exp.plan import fit_to_host, mismatch_sentence
 from sparse_exp.runs import JOB_TAG, OVERRIDES_TAG
 from sparse_exp.tracking import PARENT_TAG, Artifact, Metrics, RunInfo, create_tracker
 
@@ -40,8 +40,8 @@ _DEPENDS_ON: dict[str, tuple[str, ...]] = {
     "baseline": ("recovery",),
     "train": (),
     "evaluate": ("checkpoint",),
-    "export": ("export",),
-    "verify": (),  # the engines, and the accuracy of the baseline
+    "export": ("export",),  # the files that the target asks for, and the dense baseline
+    "verify": (),  # the engines and variants, and the accuracy of the baseline
     "benchmark": ("hardware",),
     "report": ("name",),
     "publish": ("publish",),
@@ -59,6 +59,7 @@ _KEPT_AT_THE_END = (
     "manifest.json",
     "history.json",
     "benchmark.json",
+    "why.json",
     "sparse_exp.log",
 )
 
@@ -88,17 +89,19 @@ def run(
 
     chosen = experiment.recipe
     recipe = Recipe.from_file(_recipe_file(experiment), chosen.variables, num_epochs=chosen.num_epochs)
-    check_host(experiment)
+    asked, (experiment, mismatch) = experiment, fit_to_host(experiment)
     if experiment.dry_run:
         from sparse_exp.dry_run import show
 
-        show(experiment, recipe)
+        show(experiment, recipe, mismatch)
         return None
     tracker = create_tracker(experiment.tracker, _store(experiment))
     with _opened(experiment, wait=sweep is not None) as directory:
-        context = Context(experiment, directory, tracker, recipe, sweep)
+        context = Context(experiment, directory, tracker, recipe, sweep, mismatch)
         with _logging_to(directory.path / "sparse_exp.log"), _terminated_as_interrupted():
-            _write_conditions(context, hydra_files, overrides)
+            _write_conditions(context, asked, hydra_files, overrides)
+            if mismatch:
+                _log.warning("%s", mismatch_sentence(experiment.hardware.name, mismatch))
             _run_tracked(context)
     return directory.result()
 
@@ -300,9 +303,12 @@ def _fingerprint(context: Context, stage: str, before: str) -> str:
         parts["recipe"] = _said_by_the_recipe(context, config["recipe"])
     if stage == "train" and _trains_on_baseline(context):
         parts["teacher"] = _teacher(context)
+    if stage == "export":
+        parts |= _exported(context)
     if stage == "verify":
         parts["baseline"] = context.facts("baseline").get("map50")
         parts["engines"] = context.experiment.hardware.engines
+        parts["variants"] = sorted(context.experiment.hardware.variants)
     return fingerprint(stage, before, parts, __version__)
 
 
@@ -312,12 +318,22 @@ def _said_by_the_recipe(context: Context, config: Mapping[str, Any]) -> dict[str
     return {"text": context.recipe.text, **{k: v for k, v in config.items() if k not in in_the_text}}
 
 
+def _exported(context: Context) -> dict[str, Any]:
+    """What the exported files depend on beside the training: which are wanted, and the dense baseline."""
+    from sparse_exp.export.square import wanted_files
+    from sparse_exp.recovery import baseline_checkpoint
+
+    hardware, baseline = context.experiment.hardware, baseline_checkpoint(context)
+    wanted = wanted_files(hardware.engines, hardware.variants)
+    return {"files": wanted, "dense": sha256_of(baseline) if baseline else None}
+
+
 def _teacher(context: Context) -> list[Any]:
     """The baseline that a training learns from, wherever it lies and however it was found."""
-    checkpoint = context.facts("baseline").get("checkpoint")
-    file = context.run.path / checkpoint if checkpoint else None
-    digest = sha256_of(file) if file and file.is_file() else checkpoint
-    return [context.facts("baseline").get("map50"), digest]
+    from sparse_exp.recovery import baseline_checkpoint
+
+    facts, file = context.facts("baseline"), baseline_checkpoint(context)
+    return [facts.get("map50"), sha256_of(file) if file else facts.get("checkpoint")]
 
 
 def _trains_on_baseline(context: Context) -> bool:
@@ -325,13 +341,16 @@ def _trains_on_baseline(context: Context) -> bool:
     return context.experiment.recipe.teacher == "baseline"
 
 
-def _write_conditions(context: Context, hydra_files: Mapping[str, str], overrides: list[str]) -> None:
+def _write_conditions(
+    context: Context, asked: Experiment, hydra_files: Mapping[str, str], overrides: list[str]
+) -> None:
+    """Record what was asked for, whatever of it this host can run, and with what it runs."""
     from sparse_exp.stages import write_recipe
 
     directory = context.run.path
     for name, text in hydra_files.items():
         write_text(directory / ".hydra" / name, text)
-    write_text(directory / "config.yaml", as_yaml(context.experiment))
+    write_text(directory / "config.yaml", as_yaml(asked))
     write_recipe(context)
     write_text(directory / "environment.txt", "\n".join(packages()) + "\n")
     context.run.update(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from sparse_exp.config.schema import Experiment, TrainerConfig
+from sparse_exp.config.schema import Experiment, HardwareConfig, TrainerConfig
 from sparse_exp.errors import ConfigError, RecipeError
 from sparse_exp.zoo.start import SCRATCH
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sparse_exp.yolov5 import YOLOv5
 
 SPARSE_FROM = 0.10  # share of zeros from which a checkpoint counts as pruned; SparseML's own threshold
+_CHOSEN = {"adaptive": "smallest layer-adaptive magnitudes", "uniform": "smallest magnitudes of each layer"}
 _IN_BLOCKS_FROM = 0.99  # share of the zeros that lie in whole blocks; single ones may be so by chance
 
 
@@ -74,6 +75,7 @@ class Plan:
         sparsity: share of zeros that the prunable convolutions keep from epoch 0 on, 0..1.
         final_sparsity: share of zeros that they have at the end, 0..1.
         pattern: of the zeros that the inserted pruning step makes, as ``recipe.pattern``.
+        shares: of the zeros that each layer gets, as ``recipe.shares``.
         warnings: what is allowed and probably not meant, a sentence each.
         sizes: estimated sizes in MB, by name.
         seconds: estimated time of the training; None when no steps were timed.
@@ -89,6 +91,7 @@ class Plan:
     sparsity: float = 0.0
     final_sparsity: float = 0.0
     pattern: str = "unstructured"
+    shares: str = "adaptive"
     warnings: list[str] = field(default_factory=list)
     sizes: dict[str, float] = field(default_factory=dict)
     seconds: float | None = None
@@ -104,7 +107,7 @@ class Plan:
         blocks = " in blocks of 4 input channels" if self.pattern == "block4" else ""
         return (
             f"{known}: its prunable convolutions are pruned to {self.prune_to:.0%} zeros{blocks} "
-            "(smallest layer-adaptive magnitudes) before epoch 0, so that the transfer starts sparse."
+            f"({_CHOSEN[self.shares]}) before epoch 0, so that the transfer starts sparse."
         )
 
     def as_facts(self) -> dict[str, Any]:
@@ -161,6 +164,7 @@ def make_plan(
         sparsity=_overall(model, first),
         final_sparsity=promised[-1],
         pattern=experiment.recipe.pattern,
+        shares=experiment.recipe.shares,
         warnings=_warnings(experiment, recipe, start, model),
         sizes=asdict(sizes),
         layers=first if prune_to is None or start.sparsity is not None else {},
@@ -272,7 +276,7 @@ def _refuse(experiment: Experiment, recipe: Recipe, start: Start) -> None:
 
 
 def _warnings(experiment: Experiment, recipe: Recipe, start: Start, model: YOLOv5) -> list[str]:
-    config, found = experiment.recipe, []
+    config, found = experiment.recipe, _advice(experiment)
     if start.origin == SCRATCH:
         found.append("The start is random (model.weights=scratch): the accuracies will mean little.")
     if start.is_sparse and not recipe.prunes:
@@ -288,6 +292,12 @@ def _warnings(experiment: Experiment, recipe: Recipe, start: Start, model: YOLOv
     if config.teacher is not None and not recipe.distills:
         found.append(f"recipe.teacher={config.teacher} is not used: {recipe.name} does not distill.")
     return found
+
+
+def _advice(experiment: Experiment) -> list[str]:
+    from sparse_exp.hardware.targets import advice
+
+    return advice(experiment.hardware, experiment.recipe.name) if _measures(experiment) else []
 
 
 def _in_blocks(model: YOLOv5) -> bool:
@@ -348,6 +358,7 @@ def _facts(
         "left": f"{len(start.left)} tensors keep initial class scores: {_shortened(start.left)}",
         "data": f"{experiment.dataset.name}, {experiment.dataset.imgsz} px",
         "engines": ", ".join(experiment.hardware.engines),
+        "target": _target(experiment.hardware),
         "stages": " -> ".join(experiment.stages),
         "recipe": f"{recipe.name}, {'in one shot, without training' if config.oneshot else trained}",
         "teacher": f"{config.teacher}",
@@ -371,6 +382,18 @@ def _facts(
     return {label: text for label, text in facts.items() if not without.get(label)}
 
 
+def _target(hardware: HardwareConfig) -> str:
+    """What will be measured, and which recipes suit that."""
+    from sparse_exp.hardware import host_facts, usable_physical_cores
+    from sparse_exp.hardware.targets import prefers
+
+    cores = ", ".join(map(str, hardware.cores)) or str(usable_physical_cores())
+    batches = ", ".join(map(str, hardware.batch_sizes))
+    recipes = ", ".join(prefers(hardware, host_facts()).recipes)
+    measured = f"{' and '.join(hardware.scenarios)} on {cores} cores, batch {batches}"
+    return f"{hardware.name}: {measured}; recipes that suit it: {recipes}"
+
+
 def _schedule(recipe: Recipe, trainer: TrainerConfig) -> str:
     own = f"trainer.lr={trainer.lr:g}, trainer.warmup={trainer.warmup:g}"
     if not recipe.sets_learning_rate:
@@ -385,18 +408,51 @@ def _shortened(names: Sequence[str], most: int = 3) -> str:
     return f"{', '.join(names[: most - 1])}, ... {names[-1]}"
 
 
-def check_host(experiment: Experiment) -> None:
-    """Refuse engines that cannot run here, before anything is trained for them.
+def fit_to_host(experiment: Experiment) -> tuple[Experiment, tuple[str, ...]]:
+    """Hold the hardware target against this host, before anything is trained for it.
+
+    Args:
+        experiment: the checked configuration; the target counts where it verifies or measures.
+
+    Returns:
+        The experiment with what can run here of its target, and what does not fit, a clause each.
 
     Raises:
-        ConfigError: every problem found.
+        ConfigError: every problem found, unless ``hardware.strict`` is false; or no engine can run.
     """
-    from sparse_exp.hardware import check_engines
+    from sparse_exp.hardware.targets import ALL_THE_SAME, compare, fitted
 
-    if {"verify", "benchmark"} & set(experiment.stages):
-        problems = check_engines(experiment.hardware)
-        if problems:
-            raise ConfigError(problems)
+    hardware = experiment.hardware
+    found = compare(hardware, imgsz=experiment.dataset.imgsz) if _measures(experiment) else []
+    if not found:
+        return experiment, ()
+    if hardware.strict:
+        raise ConfigError([f"{mismatch.refusal} {ALL_THE_SAME}" for mismatch in found])
+    return replace(experiment, hardware=fitted(hardware)), tuple(mismatch.said for mismatch in found)
+
+
+def _measures(experiment: Experiment) -> bool:
+    return bool({"verify", "benchmark"} & set(experiment.stages))
+
+
+def mismatch_sentence(target: str, mismatch: Sequence[str]) -> str:
+    """What is said of a target that is measured although it does not fit the host.
+
+    Args:
+        target: its name.
+        mismatch: what differs, a clause each, at least one.
+    """
+    return (
+        f"hardware={target} does not fit here: {'; '.join(mismatch)}. What can run is measured all the same "
+        "(hardware.strict=false); its numbers are not those of the target."
+    )
+
+
+def with_mismatch(plan: Plan, target: str, mismatch: Sequence[str]) -> Plan:
+    """The plan, its warnings led by what does not fit the host; see `mismatch_sentence`."""
+    if not mismatch:
+        return plan
+    return replace(plan, warnings=[mismatch_sentence(target, mismatch), *plan.warnings])
 
 
 def render(plan: Plan) -> list[Table | str]:

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,14 @@ def plan(context: Context) -> Outcome:
     """Say what will happen, and refuse what cannot end well."""
     if "train" not in context.experiment.stages:
         return Outcome()
+    from sparse_exp.plan import with_mismatch
     from sparse_exp.report.console import show_plan
     from sparse_exp.training.preflight import lay_out
 
     laid_out, start = lay_out(
         context.experiment, context.recipe, context.dataset, context.precision, context.cache
     )
+    laid_out = with_mismatch(laid_out, context.experiment.hardware.name, context.mismatch)
     show_plan(laid_out)
     transfer = f"{start.report.taken} of {start.report.total} tensors" if start.report else "none"
     found = {"sparsity": laid_out.start.sparsity, "quantized": laid_out.start.quantized}
@@ -213,52 +216,65 @@ def evaluate(context: Context) -> Outcome:
 
 
 def export(context: Context) -> Outcome:
-    """Write the deployment: for DeepSparse, for QDQ engines, and the dense baseline."""
-    from sparse_exp.export.deployment import export_deployment
-    from sparse_exp.training.checkpoints import restore
+    """Write the deployment: for each engine and variant of the target a file that suits it."""
+    from sparse_exp.export.deployment import export_run
 
-    model, checkpoint = restore(context.checkpoint)
-    imgsz = checkpoint.imgsz or context.experiment.dataset.imgsz
-    folder = context.run.path / "deployment"
-    files = export_deployment(model, folder, imgsz=imgsz, opset=context.experiment.export.opset)
-    facts = {"imgsz": imgsz, "checkpoint_sha256": sha256_of(context.checkpoint)}
-    return Outcome(files, facts=facts)
+    files, facts = export_run(context)
+    return Outcome(files, facts={**facts, "checkpoint_sha256": sha256_of(context.checkpoint)})
 
 
 def verify(context: Context) -> Outcome:
-    """Hold the exported files against the checkpoint they came from, in each engine."""
-    from sparse_exp.export.verification import measure_sizes, verify_deployment
+    """Hold the exported files against the checkpoint they came from; accuracy and size of each cell."""
+    from sparse_exp.export.cells import measure_cells
+    from sparse_exp.export.verification import verify_deployment
     from sparse_exp.recovery import recovery_metrics
 
     metrics, curves = verify_deployment(context)
+    measured, cells = measure_cells(context, metrics)
+    metrics |= measured
     metrics |= recovery_metrics(context.facts("baseline"), metrics, context.experiment.hardware.engines)
-    sizes = measure_sizes(context.run.path / "deployment")
-    return Outcome(metrics={**metrics, **sizes}, facts={"curves": curves})
+    return Outcome(metrics=metrics, facts={"curves": curves, "cells": cells})
 
 
 def benchmark(context: Context) -> Outcome:
-    """Throughput and latency of the deployed files, while nothing else of the run works."""
-    from sparse_exp.benchmark import Cell
+    """Throughput and latency of the exported files, while nothing else of the run works."""
     from sparse_exp.benchmark import benchmark as measure
+    from sparse_exp.benchmark import cells_of, write_rows
+    from sparse_exp.benchmark.why import console_lines, explain, profiles_of, to_markdown
+    from sparse_exp.export.square import model_for
     from sparse_exp.export.verification import sample_images
+    from sparse_exp.hardware import usable_physical_cores
 
     hardware = context.experiment.hardware
-    cells = [
-        Cell(engine, variant, path, batch)
-        for batch in hardware.batch_sizes
-        for engine in hardware.engines
-        for variant, path in (("dense", context.dense), ("sparse", context.deployed(engine)))
-    ]
+    cells = cells_of(hardware, usable_physical_cores(), partial(model_for, context))
     images = sample_images(context, max(32, *hardware.batch_sizes))
     context.tracker.log(Pause())
     try:
-        measurements = measure(cells, images, hardware=hardware, cores=context.cores)
+        measurements = measure(cells, images, hardware=hardware)
+        rows = [
+            {**_accuracy_and_size(context, one.row()), "mismatch": list(context.mismatch)}
+            for one in measurements
+        ]
+        why = explain(rows, profiles_of(cells, rows, images))
     finally:
         context.tracker.log(Resume())
-    rows = [{**m.conditions, "items_per_s": m.items_per_s, "each": list(m.repeats)} for m in measurements]
-    file = write_json(context.run.path / "benchmark.json", rows)
-    metrics = {name: value for m in measurements for name, value in m.metrics().items()}
-    return Outcome([file], metrics=metrics, facts={"rows": rows})
+    for line in console_lines(why):
+        _log.info("%s", line)
+    files = [*write_rows(context.run.path, rows), write_json(context.run.path / "why.json", why.as_dict())]
+    metrics = {name: value for one in measurements for name, value in one.metrics().items()}
+    return Outcome(files, metrics=metrics, facts={"rows": rows, "why": to_markdown(why)})
+
+
+def _accuracy_and_size(context: Context, row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the benchmark with what verification found of its file."""
+    from sparse_exp.export.square import size_prefix
+
+    result, variant = context.run.result(), row["variant"]
+    deployed = f"deployed/{row['engine']}/" + ("" if variant == "sparse" else f"{variant}/")
+    prefix = size_prefix(row["model"]) if row["model"] else None
+    found = {name: result.get(f"{deployed}{name}") for name in ("map50", "map50_95")}
+    found["gzip_mb"] = None if prefix is None else result.get(f"size/{prefix}onnx_gzip_mb")
+    return {**row, **{name: value for name, value in found.items() if value is not None}}
 
 
 def report(context: Context) -> Outcome:
@@ -267,7 +283,8 @@ def report(context: Context) -> Outcome:
     from sparse_exp.report.console import show_summary
 
     pictures = compose_report(context)
-    show_summary(dict(context.run.result()), context.experiment.name, context.run.path)
+    rows = context.facts("benchmark").get("rows", [])
+    show_summary(dict(context.run.result()), context.experiment.name, context.run.path, rows)
     for folder in ("plots", "deployment"):
         context.tracker.log(Artifact(context.run.path / folder))
     return Outcome([*pictures, context.run.path / "report.md"])

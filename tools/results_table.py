@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparse_exp.benchmark.table import measured
 from sparse_exp.report.markdown import between_marks
 from sparse_exp.report.results import SIZES, SPARSITIES, accuracies, number, throughputs
 from sparse_exp.report.summary import decimal, percent
@@ -112,7 +113,7 @@ def _zeros_and_sizes(result: dict[str, Any]) -> str:
 def _throughput(result: dict[str, Any]) -> str:
     rows = [
         (
-            row.engine, row.variant, str(row.batch), decimal(row.items_per_s, 1), percent(row.spread),
+            row.engine, row.variant, row.load, decimal(row.items_per_s, 1), percent(row.spread),
             decimal(row.p50, 1), decimal(row.p90, 1), decimal(row.p99, 1), decimal(row.speedup, 2),
         )
         for row in throughputs(result)
@@ -120,7 +121,7 @@ def _throughput(result: dict[str, Any]) -> str:
     columns = (
         "engine",
         "variant",
-        "batch",
+        "load",
         "items/s",
         "spread",
         "p50 ms",
@@ -134,14 +135,16 @@ def _throughput(result: dict[str, Any]) -> str:
 def _conditions(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return ""
+    rows = measured(rows)
     one = rows[0]
+    busy = one.get("before", one)["busy_cores"]  # rows of older runs have it themselves
     versions = dict.fromkeys(f"{row['engine']} {row['version']}" for row in rows)
     return (
         f"Conditions: {', '.join(versions)}; {one['cpu']} with {', '.join(one['isa']) or 'no vector sets'}, "
         f"{one['cores']} cores; {one['imgsz']} px, uint8, of the validation split; one batch after the other "
         f"({one['scenario']}); median of {one['repeats']} repeats of {one['duration_s']:g} s in turns, each "
         f"after {one['warmup_s']:g} s of warm-up; spread = (largest - smallest) / median of the repeats; "
-        f"{one['busy_cores']:g} cores busy with other programs just before. `dense` is the fp32 network of "
+        f"{busy:g} cores busy with other programs just before. `dense` is the fp32 network of "
         "the same architecture, `sparse` what the run deploys. 1 MB = 1e6 bytes; compressed: gzip."
     )
 

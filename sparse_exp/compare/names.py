@@ -55,7 +55,7 @@ def full_name(name: str, metrics: Collection[str]) -> str:
 
     A full name means itself. Else the parts of the name (between slashes) must be parts of the metric in the
     same order (``openvino/items_per_s``), or failing that its words (between slashes and underscores;
-    ``latency_p50``). Where several fit, `PREFERRED` decides.
+    ``latency_p50``). Where several fit, `PREFERRED` decides, and then the shorter name.
 
     Args:
         name: as typed.
@@ -73,6 +73,9 @@ def full_name(name: str, metrics: Collection[str]) -> str:
         raise ConfigError(expected("a metric", "one that the runs have", name, _nearest(name, metrics)))
     for part in PREFERRED:
         fitting = [metric for metric in fitting if part in _parts_of(metric)] or fitting
+    # The name of a whole run's number is shorter than that of one of its variants.
+    fewest = min(len(_parts_of(metric)) for metric in fitting)
+    fitting = [metric for metric in fitting if len(_parts_of(metric)) == fewest]
     if len(fitting) > 1:
         do = f"It may be {_several(fitting)}. Name more of it."
         raise ConfigError(expected("a metric", "the name of one", name, do))

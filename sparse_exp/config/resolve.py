@@ -170,6 +170,21 @@ def group(config: DictConfig, name: str, schema: type) -> Any:
     return from_dict(schema, plain)
 
 
+def options(name: str, schema: type) -> dict[str, Any]:
+    """All shipped options of a group that need no other: by name, each as its dataclass.
+
+    Args:
+        name: of the group, a folder of ``conf``.
+        schema: its dataclass.
+
+    Raises:
+        ConfigError: a value is of another type.
+    """
+    files = sorted((CONF_DIRECTORY / name).glob("*.yaml"))
+    loaded: dict[str, Any] = {file.stem: OmegaConf.to_container(OmegaConf.load(file)) for file in files}
+    return {option: from_dict(schema, plain) for option, plain in loaded.items()}
+
+
 def as_yaml(config: Any) -> str:
     """A dataclass configuration as YAML text."""
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
@@ -264,6 +279,21 @@ def _check_hardware(experiment: Experiment) -> Iterator[str]:
     for key, example in examples.items():
         if not getattr(hardware, key):
             yield expected(f"hardware.{key}", "at least one", [], f"For example {example}.")
+    for key in ("engines", "variants", "scenarios", "batch_sizes", "cores", "streams"):
+        values = getattr(hardware, key)
+        if len(set(values)) < len(values):
+            yield expected(f"hardware.{key}", "different values", values, "Name each once.")
+    if hardware.imgsz is not None and hardware.imgsz % 32:
+        do = "It is compared with dataset.imgsz, which is one."
+        yield expected("hardware.imgsz", "a multiple of 32", hardware.imgsz, do)
+    if hardware.max_warmup_s < hardware.warmup_s:
+        do = f"Set hardware.max_warmup_s={hardware.warmup_s:g} or more."
+        yield expected(
+            "hardware.max_warmup_s",
+            f"at least hardware.warmup_s={hardware.warmup_s:g}",
+            hardware.max_warmup_s,
+            do,
+        )
 
 
 def _check_dataset(experiment: Experiment) -> Iterator[str]:

@@ -30,6 +30,7 @@ ISA = ("avx2", "avx512", "vnni", "bf16", "amx")
 GENERATORS = ("trees", "digits", "coco128", "voc")
 OPTIMIZERS = ("adamw", "sgd")
 PATTERNS = ("unstructured", "block4")
+SHARES = ("adaptive", "uniform")
 RERUN = ("failed", "all")
 MISSING: Any = "???"
 
@@ -132,6 +133,11 @@ class RecipeConfig:
         True, "prune a dense start checkpoint to model.sparsity before training"
     )
     pattern: str = one_of("unstructured", PATTERNS, "of the zeros that pruning a dense start makes")
+    shares: str = one_of(
+        "adaptive", SHARES,
+        "of the zeros that pruning a dense start makes: each layer as many as it can bear, or all layers the "
+        "same, which is faster on CPUs, as the early layers have few weights and much work",
+    )  # fmt: skip
     teacher: Optional[str] = documented(
         None, "for recipes that distill: a checkpoint, a stub, 'self' (the start) or 'baseline'"
     )

@@ -39,7 +39,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         return np.asarray(_upright(image))
 
 
-def read_square(path: Path, imgsz: int) -> tuple[NDArray[np.uint8], Letterbox]:
+def read_square(path: Path, imgsz: int, content: bytes | None = None) -> tuple[NDArray[np.uint8], Letterbox]:
     """Decode an image and letterbox it.
 
     A JPEG that is to shrink by two or more is scaled by 1/2, 1/4 or 1/8 while it is decoded, never
@@ -49,6 +49,7 @@ def read_square(path: Path, imgsz: int) -> tuple[NDArray[np.uint8], Letterbox]:
     Args:
         path: the image.
         imgsz: side of the square, px.
+        content: of the file, where it is in memory; ``path`` is then for the message.
 
     Returns:
         RGB, uint8 ``(imgsz, imgsz, 3)``, and how boxes of the whole image map into it.
@@ -56,10 +57,29 @@ def read_square(path: Path, imgsz: int) -> tuple[NDArray[np.uint8], Letterbox]:
     Raises:
         DataError: as `read_image`.
     """
-    with _opened(path, path) as image:
-        size = _upright_size(image)
+    square, mapping, _ = read_picture(path, imgsz, content)
+    return square, mapping
+
+
+def read_picture(
+    path: Path, imgsz: int, content: bytes | None = None
+) -> tuple[NDArray[np.uint8], Letterbox, Image.Image | None]:
+    """What `read_square` returns, and the whole image in RGB; None where it was scaled while decoded.
+
+    Args:
+        path: as of `read_square`, and so are ``imgsz`` and ``content``.
+        imgsz: side of the square, px.
+        content: of the file.
+
+    Raises:
+        DataError: as `read_image`.
+    """
+    with _opened(path if content is None else BytesIO(content), path) as image:
+        size, stored = _upright_size(image), image.size
         image.draft("RGB", fitted_size(*image.size, imgsz))
-        return letterbox(_upright(image), imgsz, size)
+        picture = _upright(image)
+        square, mapping = letterbox(picture, imgsz, size)
+        return square, mapping, picture if image.size == stored else None
 
 
 def measure_image(content: bytes, path: Path) -> tuple[int, int]:

@@ -45,9 +45,11 @@ Metrics at step 100 x epoch are of that epoch; the last value is that of the fin
 | `quantized/convolutions` | convolutions that compute on 8-bit integers in the exported file |
 | `size/onnx_mb`, `size/onnx_gzip_mb` | of the deployed file, as it is and compressed; 1 MB = 1e6 bytes |
 | `size/dense_onnx_mb`, `size/checkpoint_mb` | of the dense baseline's file, of the checkpoint |
-| `benchmark/ENGINE/VARIANT/bN/items_per_s` | images per second at batch N; `sparse` is what is deployed, \
-`dense` the same architecture without zeros in fp32 |
-| `.../latency_p50_ms`, `p90`, `p99` | of one inference of a batch, milliseconds |
+| `benchmark/ENGINE/VARIANT/bN/items_per_s` | images per second at batch N, one inference after the other \
+(`bN_throughput`, `b1_asyncS`: in several streams); `sparse` is what is deployed, `sparse_fp32` the same \
+before it was quantized, `dense` the network without zeros in fp32, `dense_int8` that in 8 bits |
+| `.../latency_p50_ms`, `p25` to `p999` | of one inference of a batch, milliseconds |
+| `.../peak_rss_mb` | most memory of the engine's process |
 | `.../spread` | (largest - smallest) / median of items/s over the repeats; less is no difference |
 | `verify/ENGINE/...` | how far the exported file's outputs are from torch's |
 | `time/STAGE_s` | wall seconds of a stage |

@@ -52,7 +52,7 @@ def lay_out(
     if experiment.recipe.oneshot:
         refuse_untrained_start(loaded)
     teacher = _teacher(experiment, recipe, model, loaded, cache, offline=offline)
-    prune_start(model, prune_to, experiment.recipe.pattern)
+    prune_start(model, prune_to, experiment.recipe)
     plan = make_plan(experiment, recipe, start, precision, model)
     if experiment.recipe.oneshot:
         return plan, loaded

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from sparse_exp.config.schema import Experiment
+from sparse_exp.config.schema import Experiment, RecipeConfig
 from sparse_exp.data import DetectionDataset
 from sparse_exp.errors import CheckpointError, ConfigError, expected
 from sparse_exp.plan import Start
 from sparse_exp.sparsity.measure import layer_sparsity, listed, overall, state_sparsity
-from sparse_exp.sparsity.prune import BLOCK, prune_layer_adaptively
+from sparse_exp.sparsity.prune import BLOCK, prune_by_magnitude, prune_layer_adaptively
 from sparse_exp.sparsity.recipe import is_quantized
 from sparse_exp.training.checkpoints import restore
 from sparse_exp.yolov5 import Checkpoint, TransferReport, YOLOv5, read_checkpoint, transfer_weights
@@ -102,21 +102,22 @@ def examine(model: YOLOv5, loaded: Loaded) -> Start:
     return Start(loaded.origin, overall(layers), quantized, loaded.left, loaded.grown_from)
 
 
-def prune_start(model: YOLOv5, sparsity: float | None, pattern: str = "unstructured") -> None:
+def prune_start(model: YOLOv5, sparsity: float | None, config: RecipeConfig) -> None:
     """The pruning step that the plan inserted, if it did.
 
     Args:
         model: pruned in place.
         sparsity: share of zeros in its prunable convolutions, 0..1; None for no such step.
-        pattern: ``unstructured``, or ``block4``: zeros in groups of four input channels.
+        config: its ``pattern`` and ``shares``.
     """
     if sparsity is not None:
-        block = BLOCK if pattern == "block4" else 1
-        prune_layer_adaptively(model.prunable_convolutions(), sparsity, block=block)
+        prune = prune_by_magnitude if config.shares == "uniform" else prune_layer_adaptively
+        prune(model.prunable_convolutions(), sparsity, block=BLOCK if config.pattern == "block4" else 1)
         _log.info(
-            "Pruned the dense start to %.2f %% zeros (%s).",
+            "Pruned the dense start to %.2f %% zeros (%s, %s shares).",
             100 * overall(layer_sparsity(model.prunable_convolutions())),
-            pattern,
+            config.pattern,
+            config.shares,
         )
 
 

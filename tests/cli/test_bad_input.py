@@ -130,6 +130,11 @@ def failed(ended: Ended, cwd: Path, *fragments: str, stage: str) -> Path:
         (["stages=[export]", "checkpoint=nowhere.pt"], ["checkpoint", "'nowhere.pt'"]),
         (["resume=nowhere"], ["resume", "manifest.json"]),
         (["hardware.cores=[1000]"], ["hardware.cores=[]"]),
+        (
+            ["hardware=edge2", "hardware.cores=[1]", "dataset.imgsz=640"],
+            ["dataset.imgsz=320", "strict=false"],
+        ),
+        (["hardware=production", "hardware.engines=[deepsparse]"], ["deepsparse", "production", "licensed"]),
         (["trainer.batch_size="], ["trainer.batch_size"]),
         (["seed=1,2"], ["seed=1,2", "--multirun"]),
         (["--config-dir", "/nowhere"], ["/nowhere"]),
@@ -154,6 +159,15 @@ def test_all_problems_are_named_at_once(sx, cwd):
     lines = ended.error.splitlines()
     assert [line.split()[2] for line in lines] == ["trainer.batch_size", "dataset.imgsz", "hardware.engines"]
     assert all(line.startswith("Error: ") for line in lines)
+    assert not list(cwd.iterdir())
+
+
+def test_a_target_that_does_not_fit_is_planned_all_the_same_where_that_is_asked_for(sx, cwd):
+    words = ("hardware.cores=[1000]", "hardware.strict=false", "dry_run=true", "model.weights=scratch")
+    ended = sx("model=yolov5n", *words)
+    shown = " ".join(ended.console.split())
+    assert ended.code == 0, ended.error
+    assert re.search(r"Warning: hardware=cpu does not fit here: \d+ of 1000 cores\.", shown)
     assert not list(cwd.iterdir())
 
 

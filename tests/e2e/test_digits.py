@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import psutil
@@ -26,12 +27,15 @@ EXPERIMENT = "digits-test"
 SMOKE = ["experiment=smoke", f"tracker.experiment={EXPERIMENT}"]
 FILES = {
     "sparse_exp.log", "config.yaml", "recipe.md", "manifest.json", "result.json", "environment.txt",
-    "report.md", "history.json", "benchmark.json", ".hydra/config.yaml", ".hydra/hydra.yaml",
-    ".hydra/overrides.yaml", "sparsity.csv",
+    "report.md", "history.json", "benchmark.json", "benchmark.csv", "why.json", "sparsity.csv",
+    ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml",
     "weights/last.pt", "weights/best_pruned.pt", "weights/best_pruned_quant.pt",
     "deployment/model.onnx", "deployment/model.qdq.onnx", "deployment/dense.onnx",
 }  # fmt: skip
-PICTURES = {"training", "precision_recall", "layer_sparsity", "sizes", "throughput", "detections"}
+PICTURES = {
+    "training", "precision_recall", "layer_sparsity", "sizes", "throughput", "latency", "accuracy_speed",
+    "detections",
+}  # fmt: skip
 STAGES = ["fetch", "plan", "baseline", "train", "evaluate", "export", "verify", "benchmark", "report"]
 ENGINES = ["deepsparse", "onnxruntime", "openvino"]
 
@@ -153,7 +157,7 @@ def test_result(smoke):
     expected |= {
         f"size/{name}_mb" for name in ("checkpoint", "onnx", "onnx_gzip", "dense_onnx", "dense_onnx_gzip")
     }
-    numbers = ("items_per_s", "latency_p50_ms", "latency_p90_ms", "latency_p99_ms", "spread")
+    numbers = ("items_per_s", "latency_p50_ms", "latency_p999_ms", "spread", "peak_rss_mb")
     expected |= {f"benchmark/{e}/{v}/b1/{n}" for e in ENGINES for v in ("dense", "sparse") for n in numbers}
     expected |= {f"time/{stage}_s" for stage in STAGES} | {"weights/origin"}
     assert expected <= set(result)
@@ -165,6 +169,20 @@ def test_result(smoke):
     for engine in ENGINES:
         assert result[f"deployed/{engine}/map50"] == pytest.approx(result["val/map50"], abs=0.01)
         assert result[f"benchmark/{engine}/sparse/b1/items_per_s"] > 0
+
+
+def test_a_row_of_the_benchmark_has_accuracy_speed_and_size_together(smoke):
+    run, _ = smoke
+    result, rows = load(run / "result.json"), load(run / "benchmark.json")
+    assert {(row["engine"], row["variant"]) for row in rows} == set(product(ENGINES, ("dense", "sparse")))
+    for row in rows:
+        assert row["items_per_s"] == result[f"benchmark/{row['engine']}/{row['variant']}/b1/items_per_s"]
+        assert row["size_mb"] == pytest.approx(
+            (run / "deployment" / row["model"]).stat().st_size / 1e6, abs=1e-3
+        )
+        deployed = result[f"deployed/{row['engine']}/map50"] if row["variant"] == "sparse" else None
+        assert row.get("map50") == deployed  # the dense network has initial weights: nothing is claimed of it
+    assert {row["precision"] for row in rows if row["variant"] == "sparse"} == {"int8"}
 
 
 def test_history_follows_the_plan(smoke):

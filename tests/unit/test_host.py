@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -106,14 +107,22 @@ def test_two_processes_never_measure_at_the_same_time(lock):
 
 def test_waiting_names_who_measures_and_a_crashed_one_does_not_block(lock, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
-    process = holder(lock, 60)
+    process, before = holder(lock, 60), time.strftime("%H:%M:%S")
     process.stdout.readline()  # it measures
+    after = time.strftime("%H:%M:%S")
     monkeypatch.setattr(host.time, "sleep", lambda _: os.kill(process.pid, signal.SIGKILL) or process.wait())
     with measuring_alone(lock):
-        assert lock.read_text() == str(os.getpid())
+        assert lock.read_text().startswith(f"process {os.getpid()} since ")
     process.stdout.close()
     assert process.returncode == -signal.SIGKILL
-    assert [f"process {process.pid}" in record.getMessage() for record in caplog.records] == [True]
+    (message,) = [record.getMessage() for record in caplog.records]
+    told = re.search(
+        rf"process {process.pid} since (\S+) \((.*) \.\.\.\); process {os.getpid()} on ", message
+    )
+    assert told, message
+    assert before <= told[1] <= after or after < before  # midnight
+    assert told[2].startswith(sys.executable)
+    assert "\n" not in message
 
 
 def test_the_host_is_free_again_after_an_error(lock):
@@ -123,9 +132,9 @@ def test_the_host_is_free_again_after_an_error(lock):
 
 
 def test_the_lock_names_its_holder_and_nothing_of_the_one_before(lock):
-    lock.write_text("123456789012345")
+    lock.write_text("1234567890" * 100)
     with measuring_alone(lock):
-        assert lock.read_text() == str(os.getpid())
+        assert re.fullmatch(rf"process {os.getpid()} since \d\d:\d\d:\d\d \(.*\)", lock.read_text())
 
 
 def test_the_locks_are_for_all_users_whatever_the_umask(lock):
@@ -196,7 +205,7 @@ def test_who_measures_waits_for_work_that_does_not_look(lock, tmp_path, start, c
             measured = time.monotonic()
     assert killed  # a crashed one leaves the room
     assert times(steps)[-1] < measured
-    assert "to pause" in caplog.text
+    assert f"to pause (process {process.pid})." in caplog.text
 
 
 def test_a_run_may_measure_in_the_midst_of_its_own_work(lock):

@@ -6,7 +6,17 @@ import torch
 from sparse_exp.config.resolve import recipe_path
 from sparse_exp.config.schema import Experiment, HardwareConfig, ModelConfig, RecipeConfig, TrainerConfig
 from sparse_exp.errors import ConfigError, RecipeError
-from sparse_exp.plan import SPARSE_FROM, Data, Start, check_host, duration, make_plan, render, with_trial
+from sparse_exp.plan import (
+    SPARSE_FROM,
+    Data,
+    Start,
+    duration,
+    fit_to_host,
+    make_plan,
+    render,
+    with_mismatch,
+    with_trial,
+)
 from sparse_exp.report.console import show_plan
 from sparse_exp.sparsity.prune import prune_by_magnitude, prune_layer_adaptively
 from sparse_exp.sparsity.recipe import Recipe
@@ -282,16 +292,52 @@ def test_what_is_printed_holds_everything(plan, sparse, caplog, monkeypatch):
 
 
 def test_host_is_checked_only_for_stages_that_use_engines(monkeypatch):
-    from sparse_exp import hardware
+    from sparse_exp.hardware import targets
 
-    monkeypatch.setattr(hardware, "find_spec", lambda name: None)
+    monkeypatch.setattr(targets, "find_spec", lambda name: None)
     checked = Experiment(hardware=HardwareConfig(name="cpu", engines=["openvino", "onnxruntime"]))
     with pytest.raises(ConfigError) as raised:
-        check_host(checked)
+        fit_to_host(checked)
     assert len(raised.value.problems) == 2  # both at once
     assert all("pip install" in problem for problem in raised.value.problems)
+    assert all("hardware.strict=false" in problem for problem in raised.value.problems)
     checked.stages = ["fetch", "plan", "train", "evaluate", "export"]
-    check_host(checked)
+    assert fit_to_host(checked) == (checked, ())
+
+
+def test_what_does_not_fit_is_measured_all_the_same_where_that_is_asked_for(monkeypatch):
+    from sparse_exp.hardware import targets
+
+    monkeypatch.setattr(targets, "find_spec", lambda name: None if name == "openvino" else object())
+    hardware = HardwareConfig(name="edge", engines=["openvino", "onnxruntime"], imgsz=320, cores=[10**6])
+    asked = Experiment(hardware=hardware)
+    assert asked.dataset.imgsz == 640
+    with pytest.raises(ConfigError) as raised:
+        fit_to_host(asked)
+    assert len(raised.value.problems) == 3
+    hardware.strict = False
+    fitted, mismatch = fit_to_host(asked)
+    assert fitted.hardware.engines == ["onnxruntime"]
+    assert fitted.hardware.cores[0] < 10**6 == asked.hardware.cores[0]
+    assert [clause.split(":")[0] for clause in mismatch[1:]] == [
+        "without openvino",
+        "640 px instead of 320 px",
+    ]
+
+
+def test_the_plan_names_what_does_not_fit_and_the_recipe_that_would_suit(dense):
+    asked = experiment()
+    asked.hardware = HardwareConfig(name="edge", engines=["onnxruntime"], recipes=["quant"], isa=["vnni"])
+    plan = make_plan(asked, recipe("dense"), DENSE, FP32, dense)
+    assert any("recipe=quant is the first of them" in warning for warning in plan.warnings)
+    assert plan.facts["target"].startswith("edge: sync on ")
+    assert plan.facts["target"].endswith("batch 1; recipes that suit it: quant")
+    stated = with_mismatch(plan, "edge", ("2 of 8 cores", "no VNNI"))
+    assert "hardware=edge does not fit here: 2 of 8 cores; no VNNI." in stated.warnings[0]
+    assert stated.warnings[1:] == plan.warnings
+    assert with_mismatch(plan, "edge", ()) == plan
+    asked.stages = ["plan", "train"]
+    assert make_plan(asked, recipe("dense"), DENSE, FP32, dense).warnings == []
 
 
 def test_a_random_start_is_warned_of(dense):

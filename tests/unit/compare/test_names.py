@@ -13,6 +13,7 @@ CELLS = [
 METRICS = {
     *CELLS, "val/map50", "val/map50_95", "test/map50", "deployed/openvino/map50", "time/train_s",
     "size/checkpoint_mb", "size/onnx_mb", "size/onnx_gzip_mb", "sparsity/prunable", "sparsity/total",
+    "deployed/openvino/dense/map50", "size/sparse_fp32/onnx_mb", "size/dense_int8/openvino/onnx_gzip_mb",
 }  # fmt: skip
 
 
@@ -27,6 +28,9 @@ METRICS = {
         ("train_s", "time/train_s"),
         ("size", "size/onnx_gzip_mb"),
         ("checkpoint", "size/checkpoint_mb"),
+        ("onnx_mb", "size/onnx_mb"),
+        ("int8", "size/dense_int8/openvino/onnx_gzip_mb"),
+        ("openvino/dense/map50", "deployed/openvino/dense/map50"),
         ("sparsity", "sparsity/prunable"),
         ("items_per_s", "benchmark/deepsparse/sparse/b1/items_per_s"),
         ("openvino/items_per_s", "benchmark/openvino/sparse/b1/items_per_s"),

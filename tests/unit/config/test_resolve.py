@@ -51,7 +51,8 @@ def test_what_is_right_becomes_plain_dataclasses():
         ("seed", 0),
         ("seed", 2**31 - 1),
         ("trainer__augment__scale", 0.9),
-        ("hardware__cores", None),
+        ("hardware__cores", []),
+        ("hardware__repeats", 1000),
         ("dataset__imgsz", 64),
         ("dataset__imgsz", 2048),
     ],
@@ -70,7 +71,7 @@ def test_bounds_belong_to_the_range(key, value):
         ("trainer__lr", float("inf"), "above 0.0 and at most 1.0"),
         ("seed", -1, "at least 0 and at most 2147483647"),
         ("trainer__augment__scale", 0.91, "at least 0.0 and at most 0.9"),
-        ("hardware__cores", 0, "at least 1 and at most 1024"),
+        ("hardware__repeats", 0, "at least 1 and at most 1000"),
     ],
 )
 def test_beyond_the_bounds(key, value, range_):
@@ -83,7 +84,7 @@ def test_choices():
         "Expected model.size to be one of n, s, m, l, x, but got 'q'. Set model.size to one of them."
     ]
     (problem,) = problems(hardware__engines=["onnxruntime", "tensorrt"])
-    assert "deepsparse, onnxruntime, openvino, but got 'tensorrt'" in problem
+    assert "deepsparse, onnxruntime, openvino, torch, but got 'tensorrt'" in problem
 
 
 def test_all_problems_are_named_at_once():
@@ -217,6 +218,11 @@ def test_stages_come_in_the_order_of_the_plan():
         ({"hardware__engines": []}, ["hardware.engines", "at least one"]),
         ({"hardware__batch_sizes": []}, ["hardware.batch_sizes", "at least one"]),
         ({"hardware__batch_sizes": [1, -4]}, ["hardware.batch_sizes", "-4"]),
+        ({"hardware__cores": [2, 0]}, ["hardware.cores", "at least 1 each", "0"]),
+        ({"hardware__engines": ["torch", "torch"]}, ["hardware.engines", "different values"]),
+        ({"hardware__batch_sizes": [4, 1, 4]}, ["hardware.batch_sizes", "Name each once"]),
+        ({"hardware__imgsz": 100}, ["hardware.imgsz", "a multiple of 32"]),
+        ({"hardware__warmup_s": 20.0}, ["hardware.max_warmup_s", "hardware.warmup_s=20", "but got 10.0"]),
         ({"resume": "nowhere"}, ["resume", "manifest.json", "outputs/runs"]),
     ],
 )

@@ -20,11 +20,19 @@ RESULT = {
     "verify/deepsparse/map50_difference_error": 0.0019,
     "sparsity/onnx": 0.7502,
     "size/onnx_gzip_mb": 2.914,
-    "benchmark/deepsparse/dense/b1/items_per_s": 16.0,
-    "benchmark/deepsparse/sparse/b1/items_per_s": 40.0,
-    "benchmark/deepsparse/sparse/b1/latency_p50_ms": 25.13,
-    "benchmark/deepsparse/sparse/b1/spread": 0.034,
 }
+LOAD = {"key": "b1", "scenario": "sync", "batch": 1, "streams": 1, "cores": 2, "imgsz": 320, "spread": 0.034}
+TRIES = [
+    {"streams": 1, "options": {}, "items_per_s": 8.0},
+    {"streams": 1, "options": {"a": 1}, "items_per_s": 16},
+]
+SPEEDS = [
+    {**LOAD, "engine": "openvino", "variant": "dense", "items_per_s": 16.0, "tries": TRIES,
+     "options": {"a": 1}},
+    {**LOAD, "engine": "deepsparse", "variant": "sparse", "items_per_s": 40.0, "latency_p50_ms": 25.13,
+     "map50": 0.55, "size_mb": 7.31, "noisy": True},
+    {**LOAD, "engine": "torch", "variant": "sparse", "impossible": "It has no | integers."},
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -41,7 +49,8 @@ def report(tmp_path):
         phases=[{"phase": "pruned", "epochs": "0-22"}, {"phase": "pruned_quant", "epochs": "22-25"}],
         recovery="Keeps 98.1% of the dense mAP50 0.612 (run\nx).",
         layers=tmp_path / "sparsity.csv",
-        conditions={"cores": "2"},
+        speeds=SPEEDS,
+        conditions={"host": "2 cores"},
         warnings=["The host\nis busy."],
         pictures={"Training": tmp_path / "plots" / "training curves ü.png", "Gone": tmp_path / "gone.png"},
         attributions=["Photos: NEON, MIT"],
@@ -66,15 +75,19 @@ def test_the_page_holds_the_given_facts(report, tmp_path):
     assert ["deepsparse", "0.0021 / 0.073", "0.37 / 5.4", "97.1% / 96.8%", "-0.0016 ± 0.0019"] in rows
     assert ["prunable weights, exported file", "75.02%"] in rows
     assert ["sparse ONNX, compressed", "2.91"] in rows
-    assert ["deepsparse", "sparse", "1", "40.00", "25.13", "-", "-", "3.4%", "2.50"] in rows
+    assert [
+        "deepsparse", "sparse", "sync", "1", "1", "2", "40.00", "3.4%", "25.13", "-", "-", "0.550", "7.3",
+        "2.50", "noisy",
+    ] in rows  # fmt: skip
+    assert ["openvino/dense/b1", "1", "a=1", "2.00", "2"] in rows
     assert ["pruned_quant", "22-25"] in rows
     assert ["recipe", "transfer_quant \\| pruned"] in rows
-    assert ["cores", "2"] in rows
+    assert ["host", "2 cores"] in rows
     assert ["python", "3.11"] in rows
     assert "sparsity.csv" not in text  # which is not there
     for line in ("```sh\npython -m sparse_exp seed=1\n```", "The official COCO weights.", "Pruned to 75 %",
                  "Keeps 98.1% of the dense mAP50 0.612 (run x).", "- The host is busy.",
-                 "- Photos: NEON, MIT"):  # fmt: skip
+                 "- Photos: NEON, MIT", "- torch/sparse (b1): It has no | integers."):  # fmt: skip
         assert line in text
     assert text.startswith("# yolov5s on trees\n")
 

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sparse_exp.benchmark.results import PERCENTILES
+from sparse_exp.config.schema import ENGINES, VARIANTS
 from sparse_exp.report import plots
 
 HISTORY = [
@@ -25,10 +27,27 @@ BOXES = np.array([[4.0, 4.0, 40.0, 40.0]])
 NO_BOXES = np.zeros((0, 4))
 FOUND = np.array([[5.0, 5.0, 41.0, 41.0, 0.9, 0.0], [50.0, 10.0, 90.0, 60.0, 0.1, 1.0]])
 THROUGHPUT = [
-    {"engine": "deepsparse", "variant": "dense", "batch": 1, "items_per_s": 13.0, "low": 12.5, "high": 13.2},
-    {"engine": "deepsparse", "variant": "sparse", "batch": 1, "items_per_s": 39.8, "low": 38.0, "high": 41.0},
+    {"engine": "deepsparse", "variant": "dense", "batch": 1, "items_per_s": 13.0, "each": [12.5, 13.2]},
+    {
+        "engine": "deepsparse",
+        "variant": "sparse",
+        "batch": 1,
+        "items_per_s": 39.8,
+        "each": [38.0, 39.8, 41.0],
+    },
     {"engine": "openvino", "variant": "dense", "batch": 16, "items_per_s": 17.7},
 ]
+SQUARE = [
+    {
+        "engine": engine, "variant": variant, "batch": 16 if key == "b16" else 1, "key": key, "streams": 2,
+        "noisy": engine == "torch",
+        "scenario": "async" if key == "b1_async2" else "sync", "map50": 0.5 + 0.01 * i, "cores": 2,
+        "items_per_s": 20.0 + 5 * i, **{name: 40.0 + 9 * place for place, name in enumerate(PERCENTILES)},
+    }
+    for key in ("b1", "b1_async2", "b16")
+    for i, variant in enumerate(VARIANTS)
+    for engine in ENGINES
+]  # fmt: skip
 DRAWINGS = {
     "curves": lambda path: plots.training_curves(HISTORY, path),
     "one epoch": lambda path: plots.training_curves([{"epoch": 0.5, "phase": "dense"}], path),
@@ -37,6 +56,9 @@ DRAWINGS = {
     "one layer": lambda path: plots.layer_sparsity([("model.24.m.0", 0.0, 0)], path),
     "sizes": lambda path: plots.size_bars({"dense ONNX": 28.2, "sparse ONNX": 7.6, "nothing": 0.0}, path),
     "throughput": lambda path: plots.throughput_bars(THROUGHPUT, path),
+    "square": lambda path: plots.throughput_bars(SQUARE, path),
+    "latencies": lambda path: plots.latencies(SQUARE, path),
+    "accuracy": lambda path: plots.accuracy_and_speed(SQUARE, path),
     "detections": lambda path: plots.detection_sheet(
         [(IMAGE, BOXES, FOUND), (IMAGE, NO_BOXES, FOUND[:0])] * 3, ["tree", "car"], path
     ),
@@ -71,7 +93,9 @@ def drawn_ticks(axes):
     yield from (t for t in axes.get_yticklabels() if y_limits[0] <= t.get_position()[1] <= y_limits[1])
 
 
-@pytest.mark.parametrize("name", ["curves", "precision-recall", "layers", "sizes", "throughput"])
+@pytest.mark.parametrize(
+    "name", ["curves", "precision-recall", "layers", "sizes", "throughput", "square", "latencies", "accuracy"]
+)
 def test_no_texts_overlap(name, monkeypatch):
     figure = figure_of(DRAWINGS[name], monkeypatch)
     figure.draw_without_rendering()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sparse_exp.benchmark import Cell, summarize
+from sparse_exp.benchmark import Measurement, cells_of
+from sparse_exp.benchmark.results import Round
 from sparse_exp.config.schema import (
     DatasetConfig,
     Experiment,
@@ -15,9 +16,11 @@ from sparse_exp.config.schema import (
     RecoveryConfig,
 )
 from sparse_exp.errors import ConfigError
+from sparse_exp.export.cells import FileSizes, size_metrics
 from sparse_exp.export.comparison import Differences, matched_shares
-from sparse_exp.export.verification import measure_sizes
+from sparse_exp.export.square import wanted_files
 from sparse_exp.recovery import recovery_metrics
+from sparse_exp.report import result_names
 from sparse_exp.report.result_names import certain_names, expected_names, resolve_objective
 
 STAGES = ["fetch", "plan", "train", "evaluate", "export", "verify", "benchmark", "report"]
@@ -36,20 +39,56 @@ def experiment(**changes) -> Experiment:
     return Experiment(**{**parts, **changes})
 
 
+def speeds_of(cell) -> set[str]:
+    return set(Measurement(cell, [Round([0.1], 0.1)]).metrics())
+
+
+def test_speeds_of_every_scenario_and_every_possible_cell_are_expected(tmp_path, monkeypatch):
+    monkeypatch.setattr(result_names, "usable_physical_cores", lambda: 3)
+    hardware = HardwareConfig(
+        "cpu", engines=["openvino", "torch"], variants=["dense", "dense_int8", "sparse_fp32", "sparse"],
+        scenarios=["sync", "throughput", "async"], batch_sizes=[1, 16],
+    )  # fmt: skip
+    certain, expected = (
+        certain_names(experiment(hardware=hardware)),
+        expected_names(experiment(hardware=hardware)),
+    )
+    for cell in cells_of(hardware, 3, lambda *_: tmp_path):
+        sure = cell.engine != "torch" and cell.variant in ("dense", "sparse")
+        assert speeds_of(cell) <= (certain if sure else expected - certain)
+    assert "benchmark/torch/sparse_fp32/b1_async3/latency_p999_ms" in expected
+
+
 def test_each_measured_name_is_expected(tmp_path):
     """The functions that make the numbers are asked, not a list of names."""
     certain = certain_names(experiment())
-    cell = Cell("onnxruntime", "sparse", tmp_path, 16)
-    assert set(summarize(cell, [[0.1]], {}).metrics()) <= certain
-    for name in ("model.onnx", "dense.onnx"):
-        (tmp_path / name).write_bytes(b"x")
-    assert set(measure_sizes(tmp_path)) <= certain
+    cells = cells_of(experiment().hardware, 1, lambda *_: tmp_path)
+    assert set().union(*(speeds_of(cell) for cell in cells)) <= certain
+    files = {name: FileSizes(1.0, 1.0, 1.0) for name in ("model.onnx", "model.qdq.onnx", "dense.onnx")}
+    assert set(size_metrics(files)) <= certain
     compared = {**Differences().result(), **matched_shares([], [])}
     assert {f"verify/deepsparse/{name}" for name in compared} <= certain
     recovered = recovery_metrics({"map50": 0.5}, {"deployed/onnxruntime/map50": 0.4}, ["onnxruntime"])
     with_baseline = experiment(recovery=RecoveryConfig("auto"))
     assert set(recovered) <= expected_names(with_baseline) - certain_names(with_baseline)
     assert not set(recovered) & expected_names(experiment())
+
+
+def test_the_cells_of_the_square_may_be_measured():
+    engines = ["deepsparse", "openvino", "torch"]
+    square = experiment(
+        hardware=HardwareConfig("cpu", engines, ["dense", "dense_int8", "sparse_fp32", "sparse"])
+    )
+    certain, possible = certain_names(square), expected_names(square) - certain_names(square)
+    files = [name for name in wanted_files(engines, square.hardware.variants) if not name.endswith(".pt")]
+    sizes = size_metrics({name: FileSizes(1.0, 1.0, 1.0) for name in files})
+    assert len(sizes) == 9  # three files: two of the dense network in int8, one of the sparse in fp32
+    maps = {
+        f"deployed/{engine}/{variant}/map50" for engine in engines for variant in ("dense", "sparse_fp32")
+    }
+    assert {*sizes, *maps, "deployed/torch/map50", "deployed/openvino/dense_int8/map50"} <= possible
+    assert {name for name in certain if "/torch/" in name} == set()
+    assert not [name for name in expected_names(experiment()) if "int8" in name or "fp32" in name]
 
 
 def test_names_follow_stages_engines_and_batch_sizes():

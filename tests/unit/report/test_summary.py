@@ -25,9 +25,10 @@ def test_every_number_stands_uncut_within_80_columns():
     text = summary_text(wide_result(), "yolov5s on trees, transfer_quant")
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
+    assert "! noisy" not in text
     lines = [line.split() for line in text.splitlines()]
-    assert ["deepsparse", "sparse", "1", "39.8", "25.1", "3.4%", "2.25"] in lines
-    assert ["onnxruntime", "sparse", "128", "6.3", "20317.5", "3.4%", "0.36"] in lines
+    assert ["deepsparse", "sparse", "b1", "39.8", "25.1", "3.4%", "2.25"] in lines
+    assert ["onnxruntime", "sparse", "b128", "6.3", "20317.5", "3.4%", "0.36"] in lines
     assert ["torch", "0.548", "0.203"] in lines
     assert ["deepsparse", "0.545", "-", "-0.0028"] in lines
     assert ["zeros", "in", "prunable", "weights", "75.02%"] in lines
@@ -55,3 +56,22 @@ def test_a_run_of_few_stages_has_only_its_own_parts():
     assert "Accuracy" not in text
     assert "Throughput" not in text
     assert summary_text({}, "Nothing").strip() == "Nothing"
+
+
+def test_noisy_cells_are_marked_and_those_that_could_not_be_measured_named():
+    rows = [
+        {"engine": "openvino", "variant": "dense", "key": "b1", "noisy": True},
+        {"engine": "deepsparse", "variant": "dense", "key": "b1", "noisy": False},
+        {"engine": "torch", "variant": "dense_int8", "key": "b1", "impossible": "It has none."},
+    ]
+    text = summary_text(wide_result(), rows=rows)
+    lines = [line.split() for line in text.splitlines()]
+    assert [line for line in lines if line[-2:-1] == ["!"]] == [
+        ["openvino", "dense", "b1", "17.7", "56.5", "3.4%", "!", "1.00"]
+    ]
+    assert "! noisy" in text
+    wide = {"benchmark/onnxruntime/sparse_fp32/b16_throughput/items_per_s": 9876.5, **wide_result()}
+    wide["benchmark/onnxruntime/sparse_fp32/b16_throughput/spread"] = 0.123
+    assert "…" not in summary_text(wide, rows=rows)
+    assert "Not measured: torch/dense_int8 (b1): It has none." in text
+    assert max(map(len, text.splitlines())) <= 80

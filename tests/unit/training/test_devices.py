@@ -119,8 +119,8 @@ def test_two_processes_train_as_one_does(tmp_path, monkeypatch, recipe, variable
     assert len(alone) == 20
     first_quantized = 13 if "quant" in recipe else 20
     for number, (mine, theirs) in enumerate(zip(alone, together, strict=True)):
-        # 1e-4 is what was promised; 1.3e-5 was seen, with gradual pruning. In quantized steps one value that is
-        # rounded to the other side of a tie moves many behind it, see docs/architecture.md.
+        # 1e-4 is what was promised; 1.3e-5 was seen, with gradual pruning. In quantized steps one value that
+        # is rounded to the other side of a tie moves many behind it, see docs/architecture.md.
         assert mine == pytest.approx(theirs, rel=0, abs=1e-4 if number < first_quantized else 2e-3)
     assert [step["images"] for step in together] == [4, 4, 4, 4, 2] * 4
     assert set(one) == set(two)

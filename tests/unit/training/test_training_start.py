@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparse_exp.config.schema import RecipeConfig
 from sparse_exp.errors import CheckpointError, ConfigError, RecipeError, SourceUnavailable
 from sparse_exp.training.checkpoints import CheckpointWriter
 from sparse_exp.training.oneshot import refuse_untrained_start
@@ -35,7 +36,7 @@ def test_the_start_itself_teaches_as_it_was_before_pruning(tmp_path):
     student = YOLOv5("n", 10)
     teacher = load_teacher("self", student, loaded(), baseline=None, cache=tmp_path, zoo=tmp_path)
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    prune_start(student, 0.5)
+    prune_start(student, 0.5, RecipeConfig())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert not torch.equal(student.state_dict()["model.1.conv.weight"], before["model.1.conv.weight"])
 
@@ -91,12 +92,22 @@ def test_teachers_that_cannot_be_are_refused(student, tmp_path):
 def test_the_start_is_pruned_in_the_pattern_asked_for(pattern):
     torch.manual_seed(0)
     model = YOLOv5("n", 10)
-    prune_start(model, 0.7, pattern)
+    prune_start(model, 0.7, RecipeConfig(pattern=pattern))
     weights = [conv.weight.detach() for conv in model.prunable_convolutions().values()]
     zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
     assert zeros == pytest.approx(0.7, abs=1e-4)
     groups = torch.cat([(w == 0).permute(0, 2, 3, 1).reshape(-1, 4).sum(1) for w in weights])
     assert (set(groups.tolist()) == {0, 4}) is (pattern == "block4")
     untouched = [p.detach().clone() for p in model.parameters()]
-    prune_start(model, None, pattern)
+    prune_start(model, None, RecipeConfig(pattern=pattern))
     assert all(map(torch.equal, untouched, model.parameters()))
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "block4"])
+def test_with_uniform_shares_every_layer_loses_the_same_part(pattern):
+    torch.manual_seed(0)
+    model = YOLOv5("n", 10)
+    prune_start(model, 0.7, RecipeConfig(pattern=pattern, shares="uniform"))
+    convolutions = model.prunable_convolutions().values()
+    shares = [float((conv.weight == 0).float().mean()) for conv in convolutions]
+    assert shares == pytest.approx([0.7] * len(shares), abs=4 / 256)  # whole blocks of the smallest layer
