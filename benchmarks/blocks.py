@@ -25,7 +25,7 @@ import yaml
 from numpy.typing import NDArray
 from torch import nn
 
-from sparse_exp.benchmark import Cell, Measurement, benchmark
+from sparse_exp.benchmark import Cell, Measurement, benchmark, loads_of
 from sparse_exp.config.resolve import CONF_DIRECTORY
 from sparse_exp.config.schema import HardwareConfig, ModelConfig, SourceConfig
 from sparse_exp.data import digits, load_dataset
@@ -145,19 +145,21 @@ def _measure(
 
     Pair by pair: each loaded model is a process of its own, and many at once fill the memory.
     """
-    hardware = HardwareConfig(name="blocks", repeats=options.repeats, duration_s=options.seconds)
+    hardware = HardwareConfig(
+        name="blocks", batch_sizes=options.batches, repeats=options.repeats, duration_s=options.seconds
+    )
     rows = []
     for pair in pairs:
         cells = [
-            Cell("deepsparse", pattern, getattr(pair, pattern), batch)
-            for batch in options.batches
+            Cell("deepsparse", "sparse", getattr(pair, pattern), load, network=pattern)
+            for load in loads_of(hardware, usable_physical_cores())
             for pattern in _PATTERNS
         ]
-        measured = benchmark(cells, images, hardware=hardware, cores=usable_physical_cores())
+        measured = benchmark(cells, images, hardware=hardware)
         zeros = [overall(onnx_facts(getattr(pair, pattern)).layers) for pattern in _PATTERNS]
         rows += [_row(pair.name, zeros, *measured[i : i + 2]) for i in range(0, len(measured), 2)]
-    own = ("variant", "batch")
-    return rows, {name: value for name, value in measured[0].conditions.items() if name not in own}
+    told = ("version", "cpu", "isa", "imgsz", "duration_s", "repeats", "before")
+    return rows, {name: measured[0].conditions[name] for name in told}
 
 
 def _row(name: str, zeros: Sequence[float], unstructured: Measurement, block4: Measurement) -> dict[str, Any]:
@@ -165,9 +167,9 @@ def _row(name: str, zeros: Sequence[float], unstructured: Measurement, block4: M
         "model": name,
         "batch": block4.cell.batch_size,
         "zeros": list(zeros),
-        "unstructured": list(unstructured.repeats),
-        "block4": list(block4.repeats),
-        "ratio": block4.items_per_s / unstructured.items_per_s,
+        "unstructured": unstructured.each,
+        "block4": block4.each,
+        "ratio": float(np.median(block4.each) / np.median(unstructured.each)),
     }
 
 
