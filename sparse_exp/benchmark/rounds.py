@@ -34,7 +34,6 @@ from sparse_exp.progress import progress
 _log = logging.getLogger(__name__)
 _BUSY_CORES = 0.2
 _STOLEN = 0.02
-_AGAIN = 2  # times that a cell is measured again
 _SPARE_MEMORY = 0.3  # share that stays free, or engines are loaded anew for each turn
 
 
@@ -50,7 +49,7 @@ def benchmark(
     First each is tuned (`tune`). Then, ``hardware.repeats`` times, each cell in turn warms up and is timed
     for ``hardware.duration_s`` seconds: the first time until its latencies are stable, then for
     ``hardware.warmup_s`` seconds. Cells whose repeats differ by more than ``hardware.max_spread`` are
-    measured again, up to twice, and are noisy if they then still do.
+    measured again, once, and are noisy if they then still do.
 
     Args:
         cells: what to measure; those that are impossible stay so.
@@ -226,8 +225,7 @@ def _measure(slots: list[_Slot], hardware: HardwareConfig) -> None:
                     loaded.release()
             bar.advance()
         _in_turns(slots, hardware.repeats, keep=keep, bar=bar)
-    for _ in range(_AGAIN):
-        _again([slot for slot in slots if slot.spreads_too_much], hardware.repeats, keep=keep)
+    _again([slot for slot in slots if slot.spreads_too_much], hardware.repeats, keep=keep)
 
 
 def _in_turns(slots: Sequence[_Slot], repeats: int, *, keep: bool, bar: Any) -> None:

@@ -75,9 +75,9 @@ _VNNI = Preference(
     "blocks of 4",
 )
 _NO_VNNI = Preference(
-    ("transfer", "prune", "prune_distill"),
-    "without 8-bit dot products (VNNI) engines emulate them, or sum up in 16 bits, which can saturate; "
-    "pruned convolutions in floating point keep their accuracy",
+    ("transfer_quant", "transfer", "prune_quant", "prune"),
+    "8 bits gained more than zeros in floating point where it was measured (docs/hardware.md); but without "
+    "8-bit dot products (VNNI) some engines sum up in 16 bits, which can saturate: look at the deployed mAP",
 )
 _NO_ZEROS = Preference(
     ("quant", "transfer_quant", "prune_quant"),

@@ -119,9 +119,9 @@ def test_the_only_engine_that_cannot_run_is_refused_even_then(machine):
 @pytest.mark.parametrize(
     ("target", "flags", "best"),
     [
-        ("avx2", ZEN3, "transfer"),
+        ("avx2", ZEN3, "transfer_quant"),
         ("avx512_vnni", ICE_LAKE, "transfer_quant_vnni"),
-        ("cpu", ZEN3, "transfer"),
+        ("cpu", ZEN3, "transfer_quant"),
         ("cpu", ALDER_LAKE, "transfer_quant_vnni"),
         ("production", ICE_LAKE, "quant"),
     ],
@@ -140,7 +140,7 @@ def test_every_recipe_that_a_target_names_is_shipped(machine):
 def test_another_recipe_than_those_that_suit_is_advised_against(machine):
     machine(ZEN3)
     (line,) = advice(TARGETS["avx2"], "transfer_quant_vnni")
-    assert "recipe=transfer is" in line
+    assert "recipe=transfer_quant is" in line
     assert "without 8-bit dot products" in line
     assert advice(TARGETS["avx2"], "transfer") == []
     assert advice(TARGETS["cpu"], "dense") == []  # which asks for none
