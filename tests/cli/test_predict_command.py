@@ -253,6 +253,7 @@ def test_nothing_heavy_before_it_is_needed(command, words):
     assert len(said) == (1 if "--help" in words else 2)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_what_is_complete(command, deployment, tmp_path, digits):
     folder = tmp_path / "many"
     folder.mkdir()

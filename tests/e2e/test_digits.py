@@ -310,6 +310,7 @@ def test_mlflow_has_the_artifacts(smoke, client):
     assert sha256_of(kept) == sha256_of(run / "deployment/model.onnx")
 
 
+@pytest.mark.slow
 def test_only_the_named_stages_run_on_a_checkpoint(smoke, again):
     run, _ = smoke
     checkpoint = run / "weights" / "best_pruned_quant.pt"

@@ -208,6 +208,7 @@ def test_what_no_client_should_send(service, photos):
     assert server.memory_info().rss - memory < 50e6  # of the 110 MB that were sent none is kept
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_killed_is_started_again(service, photos):
     before = service.detections(photos[0])[0]
     (engine,) = service.children()

@@ -62,8 +62,9 @@ def int8(dense, network, digit_images):
     return make
 
 
-# SparseML takes long over the file of DeepSparse.
-ENGINES = [pytest.param("deepsparse", marks=pytest.mark.slow), "onnxruntime", "openvino"]
+# SparseML takes long over the file of DeepSparse, and NNCF over that of OpenVINO.
+SLOW = pytest.mark.slow
+ENGINES = [pytest.param("deepsparse", marks=SLOW), "onnxruntime", pytest.param("openvino", marks=SLOW)]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
