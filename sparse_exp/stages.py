@@ -267,10 +267,9 @@ def benchmark(context: Context) -> Outcome:
 
 def _accuracy_and_size(context: Context, row: dict[str, Any]) -> dict[str, Any]:
     """A row of the benchmark with what verification found of its file."""
-    from sparse_exp.export.square import size_prefix
+    from sparse_exp.export.square import accuracy_prefix, size_prefix
 
-    result, variant = context.run.result(), row["variant"]
-    deployed = f"deployed/{row['engine']}/" + ("" if variant == "sparse" else f"{variant}/")
+    result, deployed = context.run.result(), accuracy_prefix(row["engine"], row["variant"])
     prefix = size_prefix(row["model"]) if row["model"] else None
     found = {name: result.get(f"{deployed}{name}") for name in ("map50", "map50_95")}
     found["gzip_mb"] = None if prefix is None else result.get(f"size/{prefix}onnx_gzip_mb")

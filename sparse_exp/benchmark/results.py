@@ -17,6 +17,7 @@ import numpy as np
 
 from sparse_exp.artifacts import write_json, write_text
 from sparse_exp.benchmark.cells import Cell
+from sparse_exp.export.square import files_of
 
 Row = dict[str, Any]
 PERCENTILES = {
@@ -127,9 +128,8 @@ def spread(values: Sequence[float]) -> float:
 
 
 def megabytes(model: Path) -> float:
-    """Size of a model's files in units of 1e6 bytes: OpenVINO's own format has its weights in a second."""
-    files = [model, *([model.with_suffix(".bin")] if model.suffix == ".xml" else [])]
-    return sum(file.stat().st_size for file in files if file.is_file()) / 1e6
+    """Size of a model's files in units of 1e6 bytes."""
+    return sum(file.stat().st_size for file in files_of(model) if file.is_file()) / 1e6
 
 
 def write_rows(folder: Path, rows: Sequence[Row]) -> list[Path]:

@@ -155,10 +155,10 @@ def explain(rows: Sequence[Row], profiles: Profiles | None = None) -> Why:
 
     measured = measured_rows(rows)
     engine = deployed_engine(measured)
-    if engine is None:
-        return Why((), tuple(costs_of(cell, profile) for cell, profile in (profiles or {}).items()), ())
-    splits = [split for load in _loads(measured) if (split := _split(load, engine))]
     costs = tuple(costs_of(cell, profile) for cell, profile in (profiles or {}).items())
+    if engine is None:
+        return Why((), costs, ())
+    splits = [split for load in _loads(measured) if (split := _split(load, engine))]
     return Why(tuple(splits), costs, tuple(advise(measured, engine, splits, costs)))
 
 

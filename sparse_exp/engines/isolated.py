@@ -193,11 +193,8 @@ class IsolatedEngine:
         raise MissingDependency(value) if kind == "MissingDependency" else EngineError(value)
 
     def _died(self) -> EngineError:
-        code = self._process.wait() if self._process else None
-        said = last_line(self._output)
+        text = obituary(self.name, self._process.wait() if self._process else None, self._output)
         self.close()
-        how = f"signal {-code}" if code and code < 0 else f"exit code {code}"
-        text = f"The process of the engine {self.name} died ({how}{', ' if said else ''}{said})."
         return EngineError(f"{text} Check that memory suffices, or take it out of hardware.engines.")
 
 
@@ -311,3 +308,15 @@ def last_line(output: IO[bytes] | None) -> str:
     output.seek(0)
     lines = output.read().decode(errors="replace").strip().splitlines()
     return f"it said: {lines[-1].strip()[-200:]}" if lines else ""
+
+
+def obituary(engine: str, code: int | None, output: IO[bytes] | None) -> str:
+    """That the process of an engine died, how, and what it said last.
+
+    Args:
+        engine: its name.
+        code: exit code; that of a signal is negative; None: unknown.
+        output: what the process printed to.
+    """
+    how, said = f"signal {-code}" if code and code < 0 else f"exit code {code}", last_line(output)
+    return f"The process of the engine {engine} died ({how}{', ' if said else ''}{said})."

@@ -24,7 +24,14 @@ import torch
 from sparse_exp.context import Context
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.errors import EngineError, Impossible, MissingDependency
-from sparse_exp.export.square import FOLDER, model_for, size_prefix, weights_are_trained
+from sparse_exp.export.square import (
+    FOLDER,
+    accuracy_prefix,
+    files_of,
+    model_for,
+    size_prefix,
+    weights_are_trained,
+)
 from sparse_exp.sparsity.measure import MEGABYTE, gzip_bytes, nonzero_bytes
 from sparse_exp.training.evaluation import Evaluation, evaluate
 
@@ -139,7 +146,7 @@ def evaluate_file(context: Context, engine: str, file: Path) -> Evaluation:
 
 
 def _accuracy(cell: Cell, deployed: Mapping[str, float]) -> Iterator[tuple[str, float]]:
-    prefix = f"deployed/{cell.engine}/" + ("" if cell.variant == "sparse" else f"{cell.variant}/")
+    prefix = accuracy_prefix(cell.engine, cell.variant)
     for name in ("map50", "map50_95"):
         value = getattr(cell, name)
         if value is not None and prefix + name not in deployed:
@@ -157,7 +164,7 @@ def file_sizes(file: Path) -> FileSizes:
     Args:
         file: ONNX; or ``.xml`` of OpenVINO, whose weights lie beside it as ``.bin``.
     """
-    parts = [file, file.with_suffix(".bin")] if file.suffix == ".xml" else [file]
+    parts = files_of(file)
     nonzero = _nonzero_of_bin(parts[1]) if len(parts) > 1 else nonzero_bytes(file)
     sizes = sum(part.stat().st_size for part in parts), sum(gzip_bytes(part) for part in parts), nonzero
     return FileSizes(*(size / MEGABYTE for size in sizes))

@@ -123,3 +123,13 @@ def size_prefix(file: str) -> str | None:
     if file.startswith("dense.int8."):
         return f"dense_int8/{file.split('.')[2]}/"
     return {MODEL: "", DENSE: "dense_", SPARSE_FP32: "sparse_fp32/"}.get(file)
+
+
+def accuracy_prefix(engine: str, variant: str) -> str:
+    """What the names of a cell's accuracies begin with; what the run deploys is named by its engine alone."""
+    return f"deployed/{engine}/" if variant == "sparse" else f"deployed/{engine}/{variant}/"
+
+
+def files_of(model: Path) -> list[Path]:
+    """The files that a model consists of: OpenVINO's own format has its weights in a second, ``.bin``."""
+    return [model, model.with_suffix(".bin")] if model.suffix == ".xml" else [model]

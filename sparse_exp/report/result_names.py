@@ -8,7 +8,7 @@ from sparse_exp.benchmark import NUMBERS, loads_of
 from sparse_exp.compare.names import full_name
 from sparse_exp.config.schema import STAGES, Experiment
 from sparse_exp.errors import ConfigError
-from sparse_exp.export.square import DENSE, MODEL, TORCH, file_name, size_prefix
+from sparse_exp.export.square import DENSE, MODEL, TORCH, accuracy_prefix, file_name, size_prefix
 from sparse_exp.hardware import usable_physical_cores
 from sparse_exp.report.results import SPARSITIES
 
@@ -98,7 +98,7 @@ def _square(experiment: Experiment) -> Names:
     if "sparse_fp32" in others:
         yield "size/sparse_fp32/checkpoint_mb"
     for engine in hardware.engines:
-        yield from (f"deployed/{engine}/{variant}/{name}" for variant in others for name in _MAPS)
+        yield from (accuracy_prefix(engine, variant) + name for variant in others for name in _MAPS)
         prefixes = {size_prefix(file_name(engine, variant)) for variant in others if engine != TORCH}
         yield from (f"size/{prefix}{name}" for prefix in prefixes for name in _SIZES)
     if TORCH in hardware.engines:  # which cannot run a quantized network

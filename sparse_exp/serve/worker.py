@@ -20,10 +20,8 @@ from itertools import count
 from multiprocessing.connection import Connection
 from typing import IO, Any
 
-import numpy as np
-
 from sparse_exp.data.letterbox import Letterbox
-from sparse_exp.engines.isolated import exit_with_parent, last_line, start_child
+from sparse_exp.engines.isolated import exit_with_parent, obituary, start_child
 from sparse_exp.errors import EngineError, MissingDependency, SparseExpError, first_line
 from sparse_exp.predict.models import Model
 from sparse_exp.serve.batching import Detections, Square
@@ -158,9 +156,7 @@ class Worker:
 
     def _obituary(self) -> str:
         code = _exit_code(self._process) if self._process else None
-        how = f"signal {-code}" if code and code < 0 else f"exit code {code}"
-        said = last_line(self._output)
-        return f"The process of the engine {self._model.engine} died ({how}{', ' if said else ''}{said})."
+        return obituary(self._model.engine, code, self._output)
 
 
 def _exit_code(process: subprocess.Popen[bytes]) -> int:
@@ -210,8 +206,6 @@ def _load(detectors: list[Any], model: Model, settings: dict[str, Any]) -> tuple
 
     if model.engine != "torch":
         torch.set_num_threads(1)  # non-maximum suppression is small, and its threads would hinder the engine
-    detector = Detector(model, **settings)
-    square, box = detector.prepare(np.zeros((model.imgsz, model.imgsz, 3), np.uint8))
-    detector.detect([square], [box])  # what is imported late is imported before the first request
+    detector = Detector(model, **settings)  # which has run once, suppression included, when it is made
     detectors.append(detector)
     return detector.version, detector.names
