@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -101,7 +102,7 @@ class Detector:
         size = self.model.imgsz
         images = np.empty((len(squares), 3, size, size), np.uint8)
         for image, square in zip(images, squares, strict=True):
-            image[...] = square.transpose(2, 0, 1)
+            cv2.split(square, list(image))  # numpy's transposed copy takes ten times as long
         return self._engine.run(images)[0]
 
     def suppress(self, predictions: NDArray[np.float32], box: Letterbox) -> NDArray[np.float32]:

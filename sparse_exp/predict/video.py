@@ -1,4 +1,4 @@
-"""Videos: their frames, and annotated ones. The only place that imports OpenCV."""
+"""Videos: their frames, and annotated ones."""
 
 from __future__ import annotations
 
