@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,11 +24,14 @@ import yaml
 from numpy.typing import NDArray
 from torch import nn
 
+from sparse_exp.artifacts import write_json
 from sparse_exp.benchmark import Cell, Measurement, benchmark, loads_of
+from sparse_exp.command import amount, run_command, whole
 from sparse_exp.config.resolve import CONF_DIRECTORY
 from sparse_exp.config.schema import HardwareConfig, ModelConfig, SourceConfig
 from sparse_exp.data import digits, load_dataset
 from sparse_exp.data.loader import make_loader
+from sparse_exp.errors import EngineError
 from sparse_exp.export.onnx import export_quantized
 from sparse_exp.hardware import usable_physical_cores
 from sparse_exp.sparsity.measure import onnx_facts, overall
@@ -63,7 +65,7 @@ class Pair(NamedTuple):
     block4: Path
 
 
-def main() -> None:
+def main() -> int:
     """Build, measure and print a table."""
     options = _options()
     with tempfile.TemporaryDirectory() as scratch:
@@ -76,21 +78,28 @@ def main() -> None:
     if "vnni" not in conditions["isa"]:
         print("This CPU has no VNNI instructions, for which DeepSparse has its block kernels.")
     if options.json:
-        options.json.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=2) + "\n")
+        write_json(options.json, {"conditions": conditions, "rows": rows})
+    return 0
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="s", choices=list("nsmlx"), help="of YOLOv5")
-    parser.add_argument("--imgsz", type=int, default=640, help="side of the images, px, a multiple of 32")
-    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.75, 0.85], help="shares of zeros")
+    parser.add_argument("--imgsz", type=whole, default=640, help="side of the images, px, a multiple of 32")
+    parser.add_argument("--sparsity", nargs="+", type=_share, default=[0.75, 0.85], help="shares of zeros")
     parser.add_argument("--shares", nargs="+", default=list(SHARES), choices=list(SHARES))
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32], help="batch sizes")
+    parser.add_argument("--batches", nargs="+", type=whole, default=[1, 32], help="batch sizes")
     parser.add_argument("--files", nargs=2, type=Path, metavar=("UNSTRUCTURED", "BLOCK4"), help="ONNX files")
-    parser.add_argument("--repeats", type=int, default=_HARDWARE.repeats, help="of each, in turns")
-    parser.add_argument("--seconds", type=float, default=_HARDWARE.duration_s, help="of one measurement")
+    parser.add_argument("--repeats", type=whole, default=_HARDWARE.repeats, help="of each, in turns")
+    parser.add_argument("--seconds", type=amount, default=_HARDWARE.duration_s, help="of one measurement")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the measurements here")
     return parser.parse_args()
+
+
+def _share(text: str) -> float:
+    if not 0 <= float(text) < 1:  # argparse words what is no number
+        raise argparse.ArgumentTypeError(f"expected a share of at least 0 and below 1, got {text}")
+    return float(text)
 
 
 def _images(scratch: Path, imgsz: int) -> NDArray[np.uint8]:
@@ -156,6 +165,8 @@ def _measure(
             for pattern in _PATTERNS
         ]
         measured = benchmark(cells, images, hardware=hardware)
+        if gone := next((one.cell for one in measured if one.cell.impossible), None):
+            raise EngineError(f"{gone.name} could not be measured: {gone.impossible}")
         zeros = [overall(onnx_facts(getattr(pair, pattern)).layers) for pattern in _PATTERNS]
         rows += [_row(pair.name, zeros, *measured[i : i + 2]) for i in range(0, len(measured), 2)]
     told = ("version", "cpu", "isa", "imgsz", "duration_s", "repeats", "before")
@@ -194,4 +205,4 @@ def _spread(rates: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

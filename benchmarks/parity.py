@@ -28,10 +28,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparse_exp.command import run_command
+from sparse_exp.artifacts import write_json
+from sparse_exp.command import run_command, whole
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.engines.signature import read_signature
-from sparse_exp.errors import EngineError, first_line
+from sparse_exp.errors import ConfigError, EngineError, expected, first_line
 from sparse_exp.hardware import host_facts, physical_cpus
 from sparse_exp.host import default_lock_path, measuring_alone
 
@@ -84,6 +85,9 @@ def main() -> int:
     """Measure and print a table; 1 if a case differs."""
     options = _options()
     cpus = physical_cpus()[: options.cores]
+    if options.cores and len(cpus) < options.cores:
+        do = "Leave it out to use them all."
+        raise ConfigError(expected("--cores", f"at most the {len(cpus)} of this host", options.cores, do))
     cases = list(_cases(options, len(cpus)))
     with tempfile.TemporaryDirectory() as scratch:
         model = options.model or _yolov5n(Path(scratch) / "yolov5n.onnx", options.imgsz)
@@ -96,24 +100,25 @@ def main() -> int:
     print(f"{model.name}, {cpu}, {options.seconds} s, {options.rounds} rounds\n")
     print(_table(cases))
     if options.json:
-        rows = [{**vars(case), "ratio": case.ratio, "within": case.close} for case in cases]
-        options.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_json(
+            options.json, [{**vars(case), "ratio": case.ratio, "within": case.close} for case in cases]
+        )
     return 0 if all(case.close for case in cases) else 1
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="ONNX file; by default YOLOv5n with random weights")
-    parser.add_argument("--imgsz", type=int, default=640, help="side of that one's images, px")
+    parser.add_argument("--imgsz", type=whole, default=640, help="side of that one's images, px")
     parser.add_argument(
         "--tools", nargs="+", default=["deepsparse", "openvino"], choices=["deepsparse", "openvino"]
     )
     parser.add_argument("--scenarios", nargs="+", default=["sync", "async"], choices=["sync", "async"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1], help="batch sizes")
-    parser.add_argument("--cores", type=int, help="physical cores; by default all")
-    parser.add_argument("--streams", type=int, help="of async; by default one per core")
-    parser.add_argument("--seconds", type=int, default=5, help="of one measurement")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each, in turns")
+    parser.add_argument("--batches", nargs="+", type=whole, default=[1], help="batch sizes")
+    parser.add_argument("--cores", type=whole, help="physical cores; by default all")
+    parser.add_argument("--streams", type=whole, help="of async; by default one per core")
+    parser.add_argument("--seconds", type=whole, default=5, help="of one measurement")
+    parser.add_argument("--rounds", type=whole, default=5, help="measurements of each, in turns")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the measurements here")
     return parser.parse_args()
 

@@ -5,8 +5,8 @@ r"""Measure model files beside each other without an experiment, and print table
     python benchmarks/square.py --table square.json other.json
 
 A cell is NETWORK=ENGINE:VARIANT:FILE. Cells of networks that begin alike up to the first hyphen are compared:
-``s-85`` and ``s-85-block4`` with the baselines of ``s``. It needs numpy, onnx, psutil, rich, filelock and the
-engines that are asked for, nothing else of the project's dependencies.
+``s-85`` and ``s-85-block4`` with the baselines of ``s``. It needs numpy, onnx, psutil, rich and the engines
+that are asked for, nothing else of the project's dependencies.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout that is not installed
 
-from sparse_exp.artifacts import write_json
+from sparse_exp.artifacts import write_json, write_text
 from sparse_exp.benchmark import Cell, Row, benchmark, loads_of
 from sparse_exp.benchmark.table import impossible_lines, measured, options_table, speed_table
-from sparse_exp.command import run_command
+from sparse_exp.command import amount, run_command, whole
 from sparse_exp.config.schema import ENGINES, SCENARIOS, VARIANTS, HardwareConfig
+from sparse_exp.engines.base import check_images
+from sparse_exp.engines.signature import read_signature
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.hardware import usable_physical_cores
 from sparse_exp.report.markdown import between_marks, markdown_table
@@ -48,14 +50,10 @@ def main() -> int:
     """Measure, or print tables."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     options = _options()
-    if options.table:
-        rows = [row for file in options.table for row in json.loads(file.read_text(encoding="utf-8"))]
-    else:
-        rows = _measure(options)
-    text = tables(rows)
+    _page(options, "")  # what cannot be written is not measured
+    text = tables(_read(options.table) if options.table else _measure(options))
     if options.write:
-        page = options.write.read_text(encoding="utf-8")
-        options.write.write_text(between_marks(page, options.mark, text), encoding="utf-8")
+        write_text(options.write, _page(options, text))
     else:
         sys.stdout.write(text)
     return 0
@@ -67,19 +65,20 @@ def _options() -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--cell", action="append", type=_spec, help="NETWORK=ENGINE:VARIANT:FILE; repeated")
     what.add_argument("--table", nargs="+", type=Path, help="files of --out, to print and measure nothing")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1])
+    parser.add_argument("--batch", nargs="+", type=whole, default=[1])
     parser.add_argument("--scenario", nargs="+", choices=SCENARIOS, default=["sync"])
-    parser.add_argument("--cores", nargs="*", type=int, default=[], help="default: all physical ones")
-    parser.add_argument("--streams", nargs="*", type=int, default=[], help="default: what tuning finds")
-    parser.add_argument("--imgsz", type=int, help="pixels; default: what the first ONNX file takes")
-    parser.add_argument("--images", type=Path, help="uint8 (N, 3, S, S) in a .npy file; default: noise")
-    parser.add_argument("--seconds", type=float, default=defaults.duration_s, help="of one measurement")
-    parser.add_argument("--repeats", type=int, default=defaults.repeats)
-    parser.add_argument("--warmup", type=float, default=defaults.warmup_s, help="seconds at least")
-    parser.add_argument("--max-warmup", type=float, default=defaults.max_warmup_s, help="seconds at most")
-    parser.add_argument("--max-spread", type=float, default=defaults.max_spread)
+    parser.add_argument("--cores", nargs="*", type=whole, default=[], help="default: all physical ones")
+    parser.add_argument("--streams", nargs="*", type=whole, default=[], help="default: what tuning finds")
+    pixels = parser.add_mutually_exclusive_group()
+    pixels.add_argument("--imgsz", type=whole, help="pixels; default: what the first ONNX file takes")
+    pixels.add_argument("--images", type=Path, help="uint8 (N, 3, S, S) in a .npy file; default: noise")
+    parser.add_argument("--seconds", type=amount, default=defaults.duration_s, help="of one measurement")
+    parser.add_argument("--repeats", type=whole, default=defaults.repeats)
+    parser.add_argument("--warmup", type=amount, default=defaults.warmup_s, help="seconds at least")
+    parser.add_argument("--max-warmup", type=amount, default=defaults.max_warmup_s, help="seconds at most")
+    parser.add_argument("--max-spread", type=amount, default=defaults.max_spread)
     parser.add_argument(
-        "--tune-s", type=float, default=defaults.tune_s, help="seconds of each try; 0: no tries"
+        "--tune-s", type=amount, default=defaults.tune_s, help="seconds of each try; 0: no tries"
     )
     parser.add_argument("--no-pinning", action="store_true")
     parser.add_argument("--out", type=Path, help="JSON file for the rows")
@@ -97,6 +96,29 @@ def _spec(text: str) -> Spec:
     return Spec(network, parts[0], parts[1], Path(parts[2]))
 
 
+def _page(options: argparse.Namespace, text: str) -> str:
+    """The page of ``--write`` with the tables; empty where none is asked for."""
+    try:
+        page = options.write.read_text(encoding="utf-8") if options.write else ""
+        return between_marks(page, options.mark, text) if options.write else ""
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{options.write} cannot take the tables: {error}. Correct --write or --mark."
+        ) from error
+
+
+def _read(files: Sequence[Path]) -> list[Row]:
+    rows: list[Row] = []
+    for file in files:
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            rows += [row for row in found if row["engine"] in ENGINES]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            do = "Give what --out, or a run as benchmark.json, has written."
+            raise ConfigError(expected("a file of --table", "rows of a benchmark", str(file), do)) from error
+    return rows
+
+
 def _measure(options: argparse.Namespace) -> list[Row]:
     hardware = _hardware(options)
     cells = [
@@ -112,6 +134,13 @@ def _measure(options: argparse.Namespace) -> list[Row]:
 
 
 def _hardware(options: argparse.Namespace) -> HardwareConfig:
+    usable = usable_physical_cores()
+    if max(options.cores, default=1) > usable:
+        raise ConfigError(
+            expected("--cores", f"at most the {usable} of this host", options.cores, "Correct it.")
+        )
+    if absent := next((spec.model for spec in options.cell if not spec.model.is_file()), None):
+        raise ConfigError(expected("the file of --cell", "there", str(absent), "Correct its path."))
     return HardwareConfig(
         name="square",
         scenarios=options.scenario,
@@ -131,19 +160,21 @@ def _hardware(options: argparse.Namespace) -> HardwareConfig:
 
 def _images(options: argparse.Namespace, count: int) -> np.ndarray:
     if options.images:
-        loaded: np.ndarray = np.load(options.images)
+        try:
+            loaded: np.ndarray = np.load(options.images)
+        except (OSError, ValueError) as error:
+            do = "Write them with numpy.save."
+            raise ConfigError(expected("--images", "a .npy file", str(options.images), do)) from error
+        check_images(loaded)
         return loaded
     size = options.imgsz or _size_of([spec.model for spec in options.cell])
     return np.random.default_rng(0).integers(0, 256, (count, 3, size, size), np.uint8)
 
 
 def _size_of(models: Sequence[Path]) -> int:
-    import onnx
-
     for model in models:
-        if model.suffix == ".onnx" and model.is_file():
-            shape = onnx.load(str(model), load_external_data=False).graph.input[0].type.tensor_type.shape
-            return int(shape.dim[-1].dim_value)
+        if model.suffix == ".onnx" and (size := read_signature(model).size):
+            return size[1]
     do = "Give --imgsz, or correct the paths of the cells."
     raise ConfigError(expected("a cell's file", "an ONNX file, which tells its image size", models[0], do))
 

@@ -16,37 +16,43 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from sparse_exp.command import run_command
+from sparse_exp.command import run_command, whole
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.export.deployment import export_dense_integer, export_deployment
 from sparse_exp.export.metadata import describe
+from sparse_exp.export.networks import Network, initial_network, sparse_network
 from sparse_exp.export.onnx import export_float
 from sparse_exp.export.post_training import quantize_onnxruntime, quantize_openvino
-from sparse_exp.export.square import DENSE, FLOATING_POINT, SPARSE_FP32, dense_int8
+from sparse_exp.export.square import DENSE, SPARSE_FP32, before_quantization, dense_int8
 from sparse_exp.training.checkpoints import restore
 from sparse_exp.training.oneshot import calibration_loader
 from sparse_exp.yolov5 import YOLOv5
-from sparse_exp.zoo.publish import dataset_of, read_run
+from sparse_exp.zoo.publish import FinishedRun, dataset_of, read_run
 from sparse_exp.zoo.sources import cache_directory
 
 OPSET = 13
+_STRIDE = 32
 
 
 def main() -> int:
     """Write the files."""
     options = _options()
+    if options.imgsz % _STRIDE:
+        raise ConfigError(expected("--imgsz", f"a multiple of {_STRIDE}", options.imgsz, "Correct it."))
     model, checkpoint = restore(_checkpoint(options.run))
-    dense, _ = restore(_checkpoint(options.dense)) if options.dense else (None, None)
+    dense = restore(_checkpoint(options.dense))[0] if options.dense else _initial(model)
+    images = _images(options) if options.int8 else []
     options.out.mkdir(parents=True, exist_ok=True)
     form = {"imgsz": options.imgsz, "opset": OPSET, "names": checkpoint.names}
     export_deployment(model, options.out, dense=dense, **form)
     if before := _before_quantization(options.run):
         export_float(restore(before)[0], options.out / SPARSE_FP32, **form)
     if options.int8:
-        _write_int8(options, dense or YOLOv5(model.size, model.num_classes).eval(), checkpoint.names)
+        _write_int8(options, dense, images, checkpoint.names)
     for file in sorted(options.out.iterdir()):
         print(f"{file.stat().st_size / 1e6:8.2f} MB  {file}")
     return 0
@@ -57,8 +63,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="directory of a finished run")
     parser.add_argument("--dense", type=Path, metavar="RUN", help="whose weights the dense baselines have")
     parser.add_argument("--int8", action="store_true", help="quantize the dense baseline for each engine")
-    parser.add_argument("--imgsz", type=int, default=640, help="side of the images, px, a multiple of 32")
-    parser.add_argument("--images", type=int, default=32, help="to calibrate with")
+    parser.add_argument("--imgsz", type=whole, default=640, help="side of the images, px, a multiple of 32")
+    parser.add_argument("--images", type=whole, default=32, help="to calibrate with")
     parser.add_argument("--out", type=Path, required=True, help="directory")
     return parser.parse_args()
 
@@ -76,8 +82,16 @@ def _before_quantization(run: Path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def _write_int8(options: argparse.Namespace, dense: YOLOv5, names: tuple[str, ...]) -> None:
-    images, out = _images(options), options.out
+def _initial(model: YOLOv5) -> YOLOv5:
+    """A dense detector of the same architecture, with initial weights."""
+    torch.manual_seed(0)
+    return YOLOv5(model.size, model.num_classes).eval()
+
+
+def _write_int8(
+    options: argparse.Namespace, dense: YOLOv5, images: list[NDArray[np.uint8]], names: tuple[str, ...]
+) -> None:
+    out = options.out
     export_dense_integer(
         dense, out / dense_int8("deepsparse"), images, imgsz=options.imgsz, opset=OPSET, names=names
     )
@@ -86,9 +100,9 @@ def _write_int8(options: argparse.Namespace, dense: YOLOv5, names: tuple[str, ..
     quantize_openvino(out / DENSE, out / dense_int8("openvino"), images)
 
 
-def _images(options: argparse.Namespace) -> list[NDArray[np.uint8]]:
+def _images(options: argparse.Namespace, run: FinishedRun) -> list[NDArray[np.uint8]]:
     """Batches of the run's own training images at the size asked for."""
-    dataset, batch = dataset_of(read_run(options.run), cache_directory(None)), TrainerConfig().val_batch_size
+    dataset, batch = dataset_of(run, cache_directory(None)), TrainerConfig().val_batch_size
     if dataset is None:
         raise ConfigError("The run's data set is gone, and nothing else can calibrate. Leave out --int8.")
     loader = calibration_loader(dataset, options.images, imgsz=options.imgsz, batch_size=batch, seed=0)

@@ -148,11 +148,6 @@ class Context:
         qdq = folder / "model.qdq.onnx"
         return qdq if engine != "deepsparse" and qdq.is_file() else folder / "model.onnx"
 
-    @property
-    def dense(self) -> Path:
-        """The dense fp32 baseline as ONNX; see `sparse_exp.export.square`."""
-        return self.run.path / "deployment" / "dense.onnx"
-
     def facts(self, stage: str) -> dict[str, Any]:
         """What a finished stage left for others; empty when it did not run."""
         record = self.run.records.get(stage)

@@ -50,8 +50,8 @@ _DEPENDS_ON: dict[str, tuple[str, ...]] = {
 
 # Stages during which others may measure: they wait for the network or a disk, or measure themselves.
 _LIGHT = ("fetch", "benchmark", "publish", "register")
-# Stages in which torch computes; with another number of threads it rounds otherwise.
-_COMPUTES = ("plan", "baseline", "train", "evaluate", "export", "verify")
+# Stages in which torch computes; with another number of threads it rounds otherwise. The plan sets its own.
+_COMPUTES = ("baseline", "train", "evaluate", "export", "verify")
 
 _KEPT_AT_THE_END = (
     "report.md",

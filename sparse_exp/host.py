@@ -52,6 +52,7 @@ class _Process:
         held: for each `exclusive` lock its descriptor and how often it was taken.
         depth: how often `working` was entered.
         doors: descriptors of turnstile and room while this process is in the room.
+        measuring: those while it has the host to itself.
         waited: seconds in all.
         warned: of locks that do not work here.
     """
@@ -59,6 +60,7 @@ class _Process:
     held: dict[Path, tuple[int, int]] = field(default_factory=dict)
     depth: int = 0
     doors: tuple[int, int] | None = None
+    measuring: tuple[int, ...] = ()
     waited: float = 0.0
     warned: bool = False
 
@@ -68,10 +70,11 @@ _process = _Process()
 
 def _forget() -> None:
     """In a forked child: the locks are its parent's, and end with it."""
-    for descriptor in [*(lock for lock, _ in _process.held.values()), *(_process.doors or ())]:
+    locks = [lock for lock, _ in _process.held.values()]
+    for descriptor in [*locks, *(_process.doors or ()), *_process.measuring]:
         with suppress(OSError):
             os.close(descriptor)
-    _process.held, _process.depth, _process.doors = {}, 0, None
+    _process.held, _process.depth, _process.doors, _process.measuring = {}, 0, None, ()
 
 
 os.register_at_fork(after_in_child=_forget)
@@ -351,6 +354,7 @@ def measuring_alone(path: Path) -> Iterator[None]:
         return f"Another run on this host is measuring: {holder}; {_me()} waits for it to end."
 
     with aside():
+        _process.measuring = turnstile, room
         try:
             _obtain(turnstile, fcntl.LOCK_EX, line)
             os.ftruncate(turnstile, 0)
@@ -358,5 +362,6 @@ def measuring_alone(path: Path) -> Iterator[None]:
             _obtain(room, fcntl.LOCK_EX, to_pause)
             yield
         finally:
-            os.close(room)
-            os.close(turnstile)
+            doors, _process.measuring = _process.measuring, ()  # none in a forked child
+            for descriptor in reversed(doors):
+                os.close(descriptor)

@@ -255,7 +255,7 @@ def benchmark(context: Context) -> Outcome:
             {**_accuracy_and_size(context, one.row()), "mismatch": list(context.mismatch)}
             for one in measurements
         ]
-        why = explain(rows, profiles_of(cells, rows, images))
+        why = explain(rows, profiles_of(cells, rows, images) if hardware.profile else None)
     finally:
         context.tracker.log(Resume())
     for line in console_lines(why):
@@ -312,19 +312,22 @@ def publish(context: Context) -> Outcome:
 
 def register(context: Context) -> Outcome:
     """Make the deployed file a version in the tracker's model registry, where that is asked for."""
+    from sparse_exp.export.square import FOLDER, MODEL, TORCH
     from sparse_exp.recovery import recovery_engine
 
-    experiment, run = context.experiment, context.run
-    name, file = experiment.tracker.register, run.path / "deployment" / "model.onnx"
+    experiment, run, name = context.experiment, context.run, context.experiment.tracker.register
     if name is None:
         return Outcome()
+    engine = recovery_engine(experiment.hardware.engines)
+    file = run.path / FOLDER / MODEL if engine == TORCH else context.deployed(engine)
     if "verify" not in run.records or not file.is_file():
         raise ConfigError(
             f"{run.path} has no verified deployment to register. Add export and verify to stages."
         )
-    result, engine = run.result(), recovery_engine(experiment.hardware.engines)
+    result = run.result()
+    map50 = result.get(f"deployed/{engine}/map50")  # torch alone cannot run what was quantized
     tags = {
-        "map50": f"{result[f'deployed/{engine}/map50']:.4f}",
+        **({} if map50 is None else {"map50": f"{map50:.4f}"}),
         "sparsity": f"{result['sparsity/onnx']:.4f}",
         "run": experiment.name,
         "sparse_exp.version": __version__,

@@ -44,7 +44,7 @@ def pruned(names: tuple[str, ...], share: float = 0.75, seed: int = 0) -> YOLOv5
 def finished_run(lively_model, deployment, digits, tmp_path_factory) -> Path:
     """The directory of a run that pruned, quantized, exported and verified; do not change it."""
     run = tmp_path_factory.mktemp("runs") / "run"
-    save(run / "weights/best_pruned.pt", pruned(digits.names), digits.names, phase="pruned")
+    before = save(run / "weights/best_pruned.pt", pruned(digits.names), digits.names, phase="pruned")
     last = run / "weights/best_pruned_quant.pt"
     save(last, lively_model, digits.names, phase="pruned_quant", recipe="modifiers: []")
     shutil.copytree(deployment, run / "deployment")
@@ -55,7 +55,9 @@ def finished_run(lively_model, deployment, digits, tmp_path_factory) -> Path:
     metrics = {"val/map50": 0.5, "sparsity/prunable": overall(layers), "size/onnx_gzip_mb": 1.5}
     stages = {
         "fetch": StageRecord("1", facts={"origin": "scratch", "dataset": digits.digest}),
-        "train": StageRecord("2", _digests(run, [last]), facts={"checkpoint": f"weights/{last.name}"}),
+        "train": StageRecord(
+            "2", _digests(run, [before, last]), facts={"checkpoint": f"weights/{last.name}"}
+        ),
         "evaluate": StageRecord("3", metrics=metrics),
         "export": StageRecord("4", _digests(run, exported), facts={"imgsz": IMGSZ}),
         "verify": StageRecord("5", metrics={"sparsity/onnx": _zeros(run / "deployment/model.onnx")}),

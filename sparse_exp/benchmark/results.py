@@ -39,7 +39,7 @@ class Round(NamedTuple):
         latencies: seconds of each inference; at least one.
         wall: seconds in which they ran.
         warmed: seconds of warm-up before.
-        stable: latencies had become stable when it began.
+        stable: latencies were stable when it began, or the warm-up was not to go on until then.
         steal: share of the time, 0..1, that a hypervisor gave to others.
     """
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ class _Slot:
         self.error: SparseExpError | None = None
         self.tuned = Tuned()
         self.rounds: list[Round] = []
-        self.discarded: list[list[float]] = []
+        self.discarded: list[float] = []
         self._peak, self._version = 0.0, ""
 
     @property
@@ -150,7 +151,7 @@ class _Slot:
             self.error = None
             return
         self.rounds, other = sorted((earlier, later), key=self._spread)
-        self.discarded.append(Measurement(self.cell, other).each)
+        self.discarded = Measurement(self.cell, other).each
 
     def _round(self) -> Round:
         setting, hardware = self.tuned.setting or Setting(), self._hardware
@@ -166,7 +167,8 @@ class _Slot:
             streams=setting.streams,
         )
         self._peak, self._version = max(self._peak, engine.peak_rss_mb()), engine.version
-        return Round(timing.latencies, timing.wall, timing.warmed, timing.stable, steal.share())
+        stable = timing.stable or not fresh  # a later warm-up does not go on until then
+        return Round(timing.latencies, timing.wall, timing.warmed, stable, steal.share())
 
     def _opened(self, setting: Setting) -> IsolatedEngine:
         assert self.cell.model is not None
@@ -185,7 +187,7 @@ class _Slot:
     def measurement(self, conditions: dict[str, Any]) -> Measurement:
         """What came out."""
         if not self.alive:
-            cell = Cell(**{**vars(self.cell), "impossible": self.cell.impossible or str(self.error)})
+            cell = replace(self.cell, impossible=self.cell.impossible or str(self.error))
             tries = {"tries": self.tuned.tries} if self.tuned.tries else {}
             return Measurement(cell, conditions={**tries, **conditions})
         setting = self.tuned.setting or Setting()
@@ -219,28 +221,38 @@ def _measure(slots: list[_Slot], hardware: HardwareConfig) -> None:
         for slot in slots:
             bar.advance(0, note=f"preparing {slot.cell.name}")
             slot.prepare()
-            keep = keep and free_memory_share() >= _SPARE_MEMORY
-            if not keep:
-                for loaded in slots:
-                    loaded.release()
+            keep = _kept(slots, keep=keep)
             bar.advance()
-        _in_turns(slots, hardware.repeats, keep=keep, bar=bar)
-    _again([slot for slot in slots if slot.spreads_too_much], hardware.repeats, keep=keep)
+        keep = _in_turns(slots, hardware.repeats, keep=keep, bar=bar)
+    _again(slots, hardware.repeats, keep=keep)
 
 
-def _in_turns(slots: Sequence[_Slot], repeats: int, *, keep: bool, bar: Any) -> None:
+def _kept(slots: Sequence[_Slot], *, keep: bool) -> bool:
+    """Whether engines stay loaded; from where memory becomes short on none does."""
+    keep = keep and free_memory_share() >= _SPARE_MEMORY
+    if not keep:
+        for slot in slots:
+            slot.release()
+    return keep
+
+
+def _in_turns(slots: Sequence[_Slot], repeats: int, *, keep: bool, bar: Any) -> bool:
+    """Measure each cell so often; returns whether engines still stay loaded."""
     for _ in range(repeats):
         for slot in slots:
             bar.advance(0, note=slot.cell.name)
             if slot.alive:
                 slot.measure()
-                if not keep:
-                    slot.release()
+                keep = _kept(slots, keep=keep)  # some take most of their memory in their first inference
             bar.advance()
+    return keep
 
 
-def _again(slots: Sequence[_Slot], repeats: int, *, keep: bool) -> None:
-    """Measure cells anew, and keep what spreads less: that says nothing of how fast it is."""
+def _again(all_slots: Sequence[_Slot], repeats: int, *, keep: bool) -> None:
+    """Measure cells anew that spread too much, and keep what spreads less: that says nothing of how fast."""
+    slots = [slot for slot in all_slots if slot.spreads_too_much]
+    for done in (slot for slot in all_slots if slot not in slots):
+        done.release()
     if not slots:
         return
     _log.info("Measuring again what spread too much: %s.", ", ".join(slot.cell.name for slot in slots))

@@ -167,7 +167,7 @@ def _failures(row: Row) -> str:
 
 def _load(row: Row) -> tuple[Any, ...]:
     """What two rows must share to be compared; of a network the part before the first hyphen."""
-    return str(row.get("network", "")).split("-")[0], key(row), row["cores"], row["imgsz"]
+    return str(row.get("network", "")).split("-")[0], key(row), row["cores"], row["imgsz"], row.get("cpu")
 
 
 def _decimal(value: float | None) -> str:

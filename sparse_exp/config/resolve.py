@@ -234,18 +234,22 @@ def out_of_bounds(node: Any, prefix: str) -> Iterator[str]:
 
 
 def _bound_problem(key: str, value: Any, metadata: Any) -> Iterator[str]:
-    choices = metadata.get("choices")
+    choices, values = metadata.get("choices"), value if isinstance(value, list) else [value]
     if choices:
-        wrong = [v for v in (value if isinstance(value, list) else [value]) if v not in choices]
+        wrong = [v for v in values if v not in choices]
         if wrong:
             yield expected(key, f"one of {', '.join(choices)}", wrong[0], f"Set {key} to one of them.")
         return
     low, high, above = (metadata.get(name) for name in ("low", "high", "above"))
-    within = (
-        (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
-    )
-    if not within:  # a value that is not a number lies in no range
-        yield expected(key, _range(low, high, above, metadata["unit"]), value, f"Change {key}.")
+    for number in values:
+        within = (
+            (low is None or number >= low)
+            and (high is None or number <= high)
+            and (above is None or number > above)
+        )
+        if not within:  # a value that is not a number lies in no range
+            range_ = _range(low, high, above, metadata["unit"]) + (" each" if value is values else "")
+            yield expected(key, range_, number, f"Change {key}.")
 
 
 def _range(low: float | None, high: float | None, above: float | None, unit: str) -> str:
@@ -267,9 +271,6 @@ def _cross_checks(experiment: Experiment) -> Iterator[str]:
 
 def _check_hardware(experiment: Experiment) -> Iterator[str]:
     hardware = experiment.hardware
-    for key in ("batch_sizes", "cores", "streams"):
-        for value in [value for value in getattr(hardware, key) if value < 1]:
-            yield expected(f"hardware.{key}", "at least 1 each", value, "Use positive numbers.")
     examples = {
         "batch_sizes": "[1]",
         "engines": "[onnxruntime]",

@@ -37,24 +37,26 @@ MISSING: Any = "???"
 
 def bounded(default: Any, low: float | None = None, high: float | None = None, *, above: float | None = None,
             unit: str = "", help: str = "") -> Any:  # fmt: skip
-    """A field with inclusive bounds ``low`` and ``high`` (``above`` excludes its end) and a unit."""
-    metadata = {"low": low, "high": high, "above": above, "unit": unit, "help": help}
-    return field(default=default, metadata=metadata)
+    """A field (a number, or a list of them) with inclusive bounds ``low`` and ``high`` (``above`` excludes
+    its end) and a unit.
+    """
+    return _field(default, {"low": low, "high": high, "above": above, "unit": unit, "help": help})
 
 
 def one_of(default: Any, choices: tuple[str, ...], help: str = "") -> Any:
     """A field (a string, or a list of them) that takes only the named choices."""
-    metadata = {"choices": choices, "help": help}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return _field(default, {"choices": choices, "help": help})
 
 
 def documented(default: Any, help: str) -> Any:
     """A field without bounds."""
+    return _field(default, {"help": help})
+
+
+def _field(default: Any, metadata: Dict[str, Any]) -> Any:
     if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -248,12 +250,17 @@ class HardwareConfig:
         "sync: one inference after the other; throughput: streams at once, as many as serve best; async: "
         "streams of one image each",
     )  # fmt: skip
-    cores: List[int] = documented(
-        [], "numbers of cores to measure on, the first being the target's; []: all physical ones"
+    cores: List[int] = bounded(
+        [],
+        1,
+        1024,
+        help="numbers of cores to measure on, the first being the target's; []: all physical ones",
     )
-    batch_sizes: List[int] = documented([1], "images of one inference, in sync and throughput")
-    streams: List[int] = documented(
-        [], "inferences at once; []: in throughput the search decides, in async one per core"
+    batch_sizes: List[int] = bounded(
+        [1], 1, 1024, unit="images", help="of one inference, in sync and throughput"
+    )
+    streams: List[int] = bounded(
+        [], 1, 1024, help="inferences at once; []: in throughput the search decides, in async one per core"
     )
     imgsz: Optional[int] = bounded(
         None, 64, 2048, unit="px", help="that the target is made for; null: dataset.imgsz"
@@ -277,6 +284,9 @@ class HardwareConfig:
         0.15, above=0.0, high=10.0,
         help="(max - min) / median over the repeats from which a cell is measured again, then marked noisy",
     )  # fmt: skip
+    profile: bool = documented(
+        True, "time the layers of what is deployed, and of the dense network, for the report"
+    )
 
 
 @dataclass

@@ -17,6 +17,7 @@ import numpy as np
 
 from sparse_exp.engines.profile import Profile
 from sparse_exp.engines.signature import Signature, check_detector, read_signature
+from sparse_exp.engines.timing import Timing, batches_of, time_engine
 from sparse_exp.errors import EngineError, MissingDependency, SparseExpError, expected
 
 Execute = Callable[[np.ndarray], list[np.ndarray]]
@@ -192,6 +193,20 @@ class LocalEngine:
         if len(parts) == 1:
             return parts[0]
         return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+
+    def measure(
+        self,
+        images: np.ndarray,
+        seconds: float,
+        *,
+        warmup: float = 0.0,
+        max_warmup: float | None = None,
+        streams: int = 1,
+    ) -> Timing:
+        """See `sparse_exp.engines.IsolatedEngine.measure`."""
+        self._check_images(images)
+        batches = batches_of(images, self._setup.batch_size)
+        return time_engine(self, batches, seconds, warmup=warmup, max_warmup=max_warmup, streams=streams)
 
     def profile(self, images: np.ndarray) -> Profile:
         """See `sparse_exp.engines.IsolatedEngine.profile`."""

@@ -30,6 +30,7 @@ class DeepSparseEngine(LocalEngine):
     requirement = "deepsparse==1.8.0"
     needs = "x86 with AVX2 or AVX-512"
     choices = MappingProxyType({"bind_threads": (False, True), "scheduler": ("multi_stream", "elastic")})
+    _supported = 0.0  # share of the operators, of what is loaded
 
     @classmethod
     def search_space(cls, *, batch_size: int, cores: int, streams: int) -> list[dict[str, Any]]:
@@ -52,6 +53,7 @@ class DeepSparseEngine(LocalEngine):
             num_streams=setup.lanes,
             scheduler=several if setup.lanes > 1 else "single_stream",
         )
+        self._supported = float(engine.fraction_of_supported_ops)
 
         def execute(batch: np.ndarray) -> list[np.ndarray]:
             outputs: list[np.ndarray] = engine.run([_known(batch)])
@@ -61,13 +63,16 @@ class DeepSparseEngine(LocalEngine):
 
     def _profile(self, library: Any, setup: Setup, batch: np.ndarray) -> Profile:
         """See `sparse_exp.engines.IsolatedEngine.profile`: the library's own analysis of layers."""
-        arguments = {"batch_size": setup.batch_size, "num_cores": setup.cores}
-        supported = library.Engine(str(setup.model), **arguments).fraction_of_supported_ops
         found = library.model_debug_analysis(
-            str(setup.model), [_known(batch)], num_iterations=RUNS, num_warmup_iterations=3, **arguments
+            str(setup.model),
+            [_known(batch)],
+            batch_size=setup.batch_size,
+            num_cores=setup.cores,
+            num_iterations=RUNS,
+            num_warmup_iterations=3,
         )
         times = [time for layer in found["layer_info"] for time in _times(layer)]
-        return Profile(merged(times), float(supported), "DeepSparse's analysis of layers, one stream")
+        return Profile(merged(times), self._supported, "DeepSparse's analysis of layers, one stream")
 
 
 def _known(batch: np.ndarray) -> np.ndarray:

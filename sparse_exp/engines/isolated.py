@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,9 +24,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from sparse_exp.engines.base import NO_OPTIONS, LocalEngine, Options, check_images, not_loaded, reason
+from sparse_exp.engines.base import NO_OPTIONS, Options, not_loaded, reason
 from sparse_exp.engines.profile import Profile
-from sparse_exp.engines.timing import Timing, batches_of, time_engine
+from sparse_exp.engines.timing import Timing
 from sparse_exp.errors import EngineError, MissingDependency, SparseExpError, expected
 
 # The interrupt belongs to the parent, which then closes its engines. Whatever is imported may start
@@ -92,7 +93,14 @@ class IsolatedEngine:
         self.close()
         self._start(_usable(pin))
         try:
-            self.version = self._ask("load", Path(model), batch_size, cores, streams, dict(options))
+            self.version = self._ask(
+                "load",
+                Path(model),
+                batch_size=batch_size,
+                cores=cores,
+                streams=streams,
+                options=dict(options),
+            )
         except SparseExpError:
             self.close()
             raise
@@ -125,7 +133,9 @@ class IsolatedEngine:
         Raises:
             EngineError: see `Engine.run`; also when the child died.
         """
-        timing: Timing = self._ask("measure", images, seconds, warmup, max_warmup, streams)
+        timing: Timing = self._ask(
+            "measure", images, seconds, warmup=warmup, max_warmup=max_warmup, streams=streams
+        )
         return timing
 
     def peak_rss_mb(self) -> float:
@@ -173,15 +183,15 @@ class IsolatedEngine:
     def _start(self, pin: str) -> None:
         self._process, self._pipe, self._output = start_child(_CHILD, self.name, pin)
 
-    def _ask(self, method: str, *arguments: Any) -> Any:
+    def _ask(self, method: str, *arguments: Any, **named: Any) -> Any:
         with self._asking:
-            return self._answer(method, arguments)
+            return self._answer((method, arguments, named))
 
-    def _answer(self, method: str, arguments: tuple[Any, ...]) -> Any:
+    def _answer(self, question: tuple[str, tuple[Any, ...], dict[str, Any]]) -> Any:
         if self._pipe is None:
             raise EngineError(not_loaded(self.name))
         try:
-            self._pipe.send((method, arguments))
+            self._pipe.send(question)
             kind, value = self._pipe.recv()
         except (EOFError, OSError) as error:
             raise self._died() from error
@@ -190,7 +200,7 @@ class IsolatedEngine:
             raise
         if kind == "value":
             return value
-        raise MissingDependency(value) if kind == "MissingDependency" else EngineError(value)
+        raise error_of(kind, value)
 
     def _died(self) -> EngineError:
         text = obituary(self.name, self._process.wait() if self._process else None, self._output)
@@ -214,62 +224,50 @@ def serve(descriptor: int, name: str) -> None:
         descriptor: file descriptor of the child's end of the pipe.
         name: engine to serve.
     """
+    from sparse_exp.engines import create_engine  # which imports this module
+
     if name != "torch":  # DeepSparse would import it if it could: 500 MB and seconds for nothing
         sys.modules["torch"] = None  # type: ignore[assignment]
     threading.Thread(target=exit_with_parent, args=(descriptor,), daemon=True).start()
     pipe: Connection[Any, Any] = Connection(descriptor)
-    server = _Server(name)
+    engine = cache(partial(create_engine, name, quiet=False))  # made when first asked: that may be refused
+
+    def ask(method: str, *arguments: Any, **named: Any) -> Any:
+        value = getattr(engine(), method)(*arguments, **named)
+        return engine().version if method == "load" else value
+
     while True:
         try:
-            method, arguments = pipe.recv()
+            method, arguments, named = pipe.recv()
         except EOFError:
             return
-        pipe.send(server.answer(method, arguments))
+        pipe.send(answer(f"The engine {name}", ask, method, *arguments, **named))
 
 
-class _Server:
-    """Turns questions into answers: ("value", value), or the error's class name and its message."""
+def answer(who: str, action: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[str, Any]:
+    """Do what was asked.
 
-    def __init__(self, name: str) -> None:
-        self._name, self._batch_size = name, 1
-        self._engine: LocalEngine | None = None
+    Args:
+        who: does it, as the beginning of a sentence.
+        action: what to do.
+        *arguments: of it.
+        **named: likewise.
 
-    def answer(self, method: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
-        from sparse_exp.engines import create_engine  # which imports this module
+    Returns:
+        What to send back, for `error_of` at the other end: ("value", value), or the name of an error's class
+        and its message.
+    """
+    try:
+        return "value", action(*arguments, **named)
+    except SparseExpError as error:
+        return type(error).__name__, str(error)
+    except Exception as error:
+        return "EngineError", f"{who} failed: {reason(error)}"
 
-        try:
-            self._engine = self._engine or create_engine(self._name, quiet=False)
-            return "value", getattr(self, method)(self._engine, *arguments)
-        except SparseExpError as error:
-            return type(error).__name__, str(error)
-        except Exception as error:
-            return "EngineError", f"The engine {self._name} failed: {reason(error)}"
 
-    def load(
-        self, engine: LocalEngine, model: Path, batch_size: int, cores: int, streams: int, options: Options
-    ) -> str:
-        engine.load(model, batch_size=batch_size, cores=cores, streams=streams, options=options)
-        self._batch_size = batch_size
-        return engine.version
-
-    def run(self, engine: LocalEngine, images: np.ndarray) -> list[np.ndarray]:
-        return engine.run(images)
-
-    def measure(
-        self,
-        engine: LocalEngine,
-        images: np.ndarray,
-        seconds: float,
-        warmup: float,
-        max_warmup: float | None,
-        streams: int,
-    ) -> Timing:
-        check_images(images)
-        batches = batches_of(images, self._batch_size)
-        return time_engine(engine, batches, seconds, warmup=warmup, max_warmup=max_warmup, streams=streams)
-
-    def profile(self, engine: LocalEngine, images: np.ndarray) -> Profile:
-        return engine.profile(images)
+def error_of(kind: str, message: str) -> SparseExpError:
+    """The error that an `answer` tells of."""
+    return (MissingDependency if kind == "MissingDependency" else EngineError)(message)
 
 
 def start_child(code: str, *words: str) -> tuple[subprocess.Popen[bytes], Connection[Any, Any], IO[bytes]]:

@@ -4,6 +4,7 @@ Names in ``result.json``: ``deployed/<engine>/<variant>/map50`` and ``.../map50_
 the variant ``sparse``, keeps its ``deployed/<engine>/map50``. Sizes in MB of 1e6 bytes:
 
 - ``size/onnx_mb``, ``size/onnx_gzip_mb``, ``size/nonzero_mb``: of ``model.onnx``;
+- ``size/qdq/onnx_mb``, ...: of ``model.qdq.onnx``, which other engines than DeepSparse run;
 - ``size/dense_onnx_mb``, ...: of ``dense.onnx``; ``size/dense_checkpoint_mb`` of its checkpoint;
 - ``size/sparse_fp32/onnx_mb``, ...: of ``sparse.fp32.onnx``;
 - ``size/dense_int8/<engine>/onnx_mb``, ...: of the file of that engine.
@@ -176,7 +177,7 @@ def _nonzero_of_bin(file: Path) -> int:
 
 
 def size_metrics(sizes: Mapping[str, FileSizes]) -> dict[str, float]:
-    """The metrics of files, whose names are those of `sparse_exp.export.square`; the QDQ file has none."""
+    """The metrics of files, whose names are those of `sparse_exp.export.square`."""
     metrics: dict[str, float] = {}
     for file, values in sizes.items():
         prefix = size_prefix(file)

@@ -17,11 +17,20 @@ from sparse_exp.context import Context
 from sparse_exp.engines.base import reason
 from sparse_exp.errors import Impossible
 from sparse_exp.export.metadata import describe
-from sparse_exp.export.networks import Network, dense_network, sparse_network
+from sparse_exp.export.networks import Network, dense_network, initial_network, sparse_network
 from sparse_exp.export.onnx import export_float, export_quantized
 from sparse_exp.export.post_training import Images, quantize_onnxruntime, quantize_openvino
 from sparse_exp.export.reference import with_whole_biases
-from sparse_exp.export.square import DENSE, FOLDER, MODEL, QDQ, SPARSE_FP32, dense_int8, wanted_files
+from sparse_exp.export.square import (
+    DENSE,
+    FOLDER,
+    MODEL,
+    QDQ,
+    SPARSE_FP32,
+    before_quantization,
+    dense_int8,
+    wanted_files,
+)
 from sparse_exp.progress import progress
 from sparse_exp.sparsity.recipe import Recipe, is_quantized
 from sparse_exp.training.checkpoints import restore
@@ -95,9 +104,7 @@ def export_deployment(
     Returns:
         The files.
     """
-    if dense is None:
-        torch.manual_seed(0)
-        dense = YOLOv5(model.size, model.num_classes).eval()
+    dense = dense or initial_network(model)
     form: dict[str, Any] = {"imgsz": imgsz, "opset": opset, "names": names}
     export_float(dense, folder / DENSE, **form)
     return [folder / DENSE, *_export_deployed(model, folder, form)]
@@ -154,7 +161,8 @@ class _Exports:
 
     @cached_property
     def sparse(self) -> Network | str:
-        return sparse_network(self.context, self.model)
+        before = before_quantization(self.context.checkpoint, self.context.run.records)
+        return sparse_network(self.model, before)
 
     @cached_property
     def images(self) -> Images:
@@ -194,7 +202,8 @@ class _Exports:
         found = {"dense": self.dense}
         if "sparse_fp32" in self.context.experiment.hardware.variants and isinstance(self.sparse, Network):
             found["sparse_fp32"] = self.sparse
-        return {variant: _described(network) for variant, network in found.items()}
+        files = {"dense": "dense.pt", "sparse_fp32": "sparse.fp32.pt"}
+        return {name: _described(network, self.folder / files[name]) for name, network in found.items()}
 
     def _sparse(self) -> Network:
         if isinstance(self.sparse, str):
@@ -236,8 +245,9 @@ def _attempt(file: Path, make: Callable[[], None]) -> None:
         make()
     except Impossible:
         raise
-    except ImportError as error:
-        raise Impossible(f"{error.name or error} is not installed. Run: pip install {error.name}.") from error
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        raise Impossible(f"{package} is not installed. Run: pip install {package}.") from error
     except Exception as error:
         _log.debug("%s failed", file.name, exc_info=True)
         raise Impossible(f"{file.name} could not be made: {reason(error)}") from error
@@ -259,6 +269,8 @@ def _save_checkpoint(path: Path, network: Network, checkpoint: Checkpoint, imgsz
     )
 
 
-def _described(network: Network) -> dict[str, Any]:
-    size = network.checkpoint.stat().st_size / 1e6 if network.checkpoint else None
+def _described(network: Network, saved: Path) -> dict[str, Any]:
+    """``saved``: where its checkpoint was written for torch, if it was; it counts where it has no other."""
+    file = network.checkpoint or (saved if saved.is_file() else None)
+    size = file.stat().st_size / 1e6 if file else None
     return {"origin": network.origin, "trained": network.trained, "checkpoint_mb": size}

@@ -12,14 +12,13 @@ import torch
 
 from sparse_exp.context import Context
 from sparse_exp.errors import CheckpointError
-from sparse_exp.export.square import FLOATING_POINT
+from sparse_exp.export.square import before_quantization
 from sparse_exp.plan import SPARSE_FROM
 from sparse_exp.recovery import baseline_checkpoint
 from sparse_exp.sparsity.measure import layer_sparsity, overall
 from sparse_exp.sparsity.recipe import is_quantized
 from sparse_exp.training.checkpoints import restore
 from sparse_exp.yolov5 import YOLOv5
-from sparse_exp.zoo.local import BEFORE_QAT
 
 _log = logging.getLogger(__name__)
 INITIAL = "initial weights"
@@ -63,27 +62,34 @@ def dense_network(context: Context, deployed: YOLOv5) -> Network:
         alike = (model.size, model.num_classes) == (deployed.size, deployed.num_classes)
         if alike and not _is_quantized(model) and zeros(model) < SPARSE_FROM:
             return Network(model, origin, file)
+    return Network(initial_network(deployed), INITIAL, trained=False)
+
+
+def initial_network(alike: YOLOv5) -> YOLOv5:
+    """A detector of the same architecture and classes with initial weights, always the same."""
     torch.manual_seed(0)
-    return Network(YOLOv5(deployed.size, deployed.num_classes).eval(), INITIAL, trained=False)
+    return YOLOv5(alike.size, alike.num_classes).eval()
 
 
 def _dense_candidates(context: Context, deployed: YOLOv5) -> Iterator[tuple[Path, str]]:
     if baseline := baseline_checkpoint(context):
         yield baseline, f"the dense baseline {baseline}"
-    own = _before_quantization(context) if _is_quantized(deployed) else context.checkpoint
+    own: Path | None = context.checkpoint
+    if _is_quantized(deployed):
+        own = before_quantization(context.checkpoint, context.run.records)
     if own:
         yield own, f"the run's own {own.name}"
 
 
-def sparse_network(context: Context, deployed: YOLOv5) -> Network | str:
+def sparse_network(deployed: YOLOv5, before: Path | None) -> Network | str:
     """The sparse network as it was before it was quantized.
 
     It is the best checkpoint of the last phase in floating point; where there is none, as after a recipe
     that was applied at once, it is the deployed network without its quantizers.
 
     Args:
-        context: of the run, its training finished.
-        deployed: what it deploys.
+        deployed: what the run deploys.
+        before: that checkpoint, see `sparse_exp.export.square.before_quantization`.
 
     Returns:
         The network, or why there is none.
@@ -93,20 +99,11 @@ def sparse_network(context: Context, deployed: YOLOv5) -> Network | str:
     wanted = zeros(deployed)
     if wanted < SPARSE_FROM:
         return "The run's network has no zeros: in fp32 it is the variant dense."
-    if file := _before_quantization(context):
-        model, _ = restore(file)
+    if before:
+        model, _ = restore(before)
         if not _is_quantized(model) and zeros(model) >= wanted - _AS_SPARSE:
-            return Network(model, f"the run's own {file.name}", file)
+            return Network(model, f"the run's own {before.name}", before)
     return Network(without_quantizers(deployed), "the deployed weights without quantizers")
-
-
-def _before_quantization(context: Context) -> Path | None:
-    """The best checkpoint of the last phase in floating point: of this run, or beside ``checkpoint=``."""
-    folder, record = context.checkpoint.parent, context.run.records.get("train")
-    names = [f"best_{phase}.pt" for phase in FLOATING_POINT]
-    if record:
-        names = [name for name in names if f"weights/{name}" in record.outputs]
-    return next((folder / name for name in [*names, BEFORE_QAT] if (folder / name).is_file()), None)
 
 
 @torch.no_grad()

@@ -22,13 +22,15 @@ why others cannot be. Nothing heavy is imported here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparse_exp.errors import Impossible, expected
+from sparse_exp.zoo.local import BEFORE_QAT
 
 if TYPE_CHECKING:
+    from sparse_exp.artifacts import StageRecord
     from sparse_exp.context import Context
 
 FOLDER = "deployment"
@@ -38,8 +40,7 @@ TORCH_INT8 = (
     "torch has no int8 convolutions for a network that was quantized in training or by another engine: "
     "it would simulate them in fp32"
 )
-# Phases that train in floating point, the last of a training first.
-FLOATING_POINT = ("pruned", "pruning", "dense")
+_FLOATING_POINT = ("pruned", "pruning", "dense")  # phases, the last of a training first
 
 
 def dense_int8(engine: str) -> str:
@@ -108,6 +109,22 @@ def _require_possible_in_torch(context: Context, variant: str) -> None:
         raise Impossible(TORCH_INT8)
 
 
+def before_quantization(checkpoint: Path, records: Mapping[str, StageRecord]) -> Path | None:
+    """The best checkpoint of the last phase in floating point, which lies beside what is deployed.
+
+    Args:
+        checkpoint: what the run deploys: of its own training, or what ``checkpoint=`` names.
+        records: of the run's stages, by name. Where it trained itself only what that training wrote counts.
+
+    Returns:
+        The file of a run's ``weights`` or of a published model; None where there is none.
+    """
+    names = [*(f"best_{phase}.pt" for phase in _FLOATING_POINT), BEFORE_QAT]
+    if "train" in records:
+        names = [name for name in names if f"weights/{name}" in records["train"].outputs]
+    return next((file for file in map(checkpoint.with_name, names) if file.is_file()), None)
+
+
 def weights_are_trained(context: Context, variant: str) -> bool:
     """Whether a variant's weights mean something: those of the dense baseline may be initial ones."""
     trained = bool(context.facts("export").get("dense", {}).get("trained"))
@@ -118,11 +135,11 @@ def size_prefix(file: str) -> str | None:
     """What the names of a file's sizes begin with after ``size/``; None of a file whose sizes have none.
 
     Args:
-        file: name of an exported file; of two files of one quantized network ``model.onnx`` counts.
+        file: name of an exported file.
     """
     if file.startswith("dense.int8."):
         return f"dense_int8/{file.split('.')[2]}/"
-    return {MODEL: "", DENSE: "dense_", SPARSE_FP32: "sparse_fp32/"}.get(file)
+    return {MODEL: "", QDQ: "qdq/", DENSE: "dense_", SPARSE_FP32: "sparse_fp32/"}.get(file)
 
 
 def accuracy_prefix(engine: str, variant: str) -> str:

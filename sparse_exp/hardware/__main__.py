@@ -186,13 +186,21 @@ def _engine_table(engines: list[dict[str, Any]]) -> Table:
 
 
 def _target_table(targets: list[dict[str, Any]]) -> Table:
-    table = _table("Target", "fits", "measures", "recipes, best first")
+    table = _table("Target", "fits", "needs", "measures", "recipes, best first")
     for row in targets:
         batches = ", ".join(map(str, row["batch_sizes"]))
-        size = f", {row['imgsz']} px" if row["imgsz"] else ""
-        measures = f"{', '.join(row['scenarios'])}; batch {batches}{size}"
-        table.add_row(row["target"], "yes" if row["fits"] else "no", measures, ", ".join(row["recipes"][:2]))
+        measures = f"{', '.join(row['scenarios'])}\nbatch {batches}"
+        fits, recipes = "yes" if row["fits"] else "no", "\n".join(row["recipes"][:2])
+        table.add_row(row["target"], fits, _needs(row), measures, recipes)
     return table
+
+
+def _needs(target: dict[str, Any]) -> str:
+    """What the host, the data and the licences must be like for a target, beside its engines."""
+    cores = [f"{max(target['cores'])} cores"] if target["cores"] else []
+    size = [f"{target['imgsz']} px"] if target["imgsz"] else []
+    licence = ["production use"] if target["production"] else []
+    return ", ".join([*target["isa"], *cores, *size, *licence])
 
 
 def _table(*columns: str) -> Table:

@@ -184,7 +184,21 @@ def advice(hardware: HardwareConfig, recipe: str, facts: HostFacts | None = None
             f"hardware={hardware.name} is for CPUs without 8-bit dot products (VNNI), and this one has them: "
             "what is quantized will be faster here than there."
         )
-    return found
+    return [*found, *_unused(hardware)]
+
+
+def _unused(hardware: HardwareConfig) -> Iterator[str]:
+    """Settings that none of the scenarios looks at."""
+    if hardware.streams and hardware.scenarios == ["sync"]:
+        yield (
+            f"hardware.streams={hardware.streams} is not used: sync is one inference after the other. Add "
+            "throughput or async to hardware.scenarios."
+        )
+    if hardware.batch_sizes != [1] and hardware.scenarios == ["async"]:
+        yield (
+            f"hardware.batch_sizes={hardware.batch_sizes} is not used: async is one image per inference. Add "
+            "sync or throughput to hardware.scenarios."
+        )
 
 
 def _missing_isa(hardware: HardwareConfig, facts: HostFacts) -> Iterator[Mismatch]:

@@ -22,6 +22,7 @@ from sparse_exp.recovery import recovery_engine
 from sparse_exp.report import plots
 from sparse_exp.report.markdown import ReportData, write_report
 from sparse_exp.report.results import recovery
+from sparse_exp.runs import read_run
 
 _ULTRALYTICS = "Start weights: Ultralytics YOLOv5 (GPL-3.0), fetched at run time, not part of this project."
 _ATTRIBUTIONS = {
@@ -176,7 +177,7 @@ def _report_data(context: Context, pictures: dict[str, Path]) -> ReportData:
     transferred = f" {start['transferred']} taken." if start.get("transferred") else ""
     return ReportData(
         title=experiment.name,
-        command="python -m sparse_exp " + " ".join(context.run.state.get("overrides", [])),
+        command=_command(context),
         result=context.run.result(),
         summary=_summary(context),
         origin=f"{_origin(fetched)}.{transferred}" if "origin" in fetched else "",
@@ -185,13 +186,18 @@ def _report_data(context: Context, pictures: dict[str, Path]) -> ReportData:
         recovery=_recovery(context),
         layers=context.run.path / "sparsity.csv",
         speeds=_rows(context),
-        conditions=_conditions(_rows(context)),
+        conditions=_conditions(context),
         why=context.facts("benchmark").get("why", ""),
         warnings=_warnings(context),
         pictures=pictures,
         attributions=_attributions(context),
         environment=environment(),
     )
+
+
+def _command(context: Context) -> str:
+    run = read_run(context.run.path)
+    return run.command if run else ""
 
 
 def _origin(fetched: dict[str, Any]) -> str:
@@ -233,8 +239,8 @@ def _shown(context: Context) -> str:
     return str(path.relative_to(context.run.path) if path.is_relative_to(context.run.path) else path)
 
 
-def _conditions(rows: list[dict[str, Any]]) -> dict[str, str]:
-    found = measured(rows)
+def _conditions(context: Context) -> dict[str, str]:
+    found = measured(_rows(context))
     if not found:
         return {}
     first, versions = found[0], {row["engine"]: row["version"] for row in found}
@@ -242,7 +248,7 @@ def _conditions(rows: list[dict[str, Any]]) -> dict[str, str]:
         "engines": ", ".join(f"{engine} {number}" for engine, number in versions.items()),
         "host": f"{first['cpu']}; {', '.join(first['isa'])}",
         "does not fit the target": "; ".join(first.get("mismatch", ())) or "nothing",
-        "images": f"{first['imgsz']} px, uint8, real photos of the validation split",
+        "images": f"{first['imgsz']} px, uint8, of the validation split",
         "scenarios": "; ".join(_SCENARIOS[name] for name in dict.fromkeys(row["scenario"] for row in found)),
         "protocol": f"{first['repeats']} repeats in turns of {first['duration_s']:g} s each after at least "
         f"{first['warmup_s']:g} s of warm-up; median, spread = (max - min) / median over the repeats",
@@ -250,7 +256,17 @@ def _conditions(rows: list[dict[str, Any]]) -> dict[str, str]:
         "other load after": _state(first["after"]),
         "stolen meanwhile": f"at most {max(row['steal'] for row in found):.1%} of the time",
         "variants": "; ".join(_VARIANTS[name] for name in dict.fromkeys(row["variant"] for row in found)),
+        **_dense(context, found),
     }
+
+
+def _dense(context: Context, rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Whose weights the dense network has, where it was measured: without training it has no accuracy."""
+    dense = context.facts("export").get("dense")
+    if dense is None or not any(row["variant"].startswith("dense") for row in rows):
+        return {}
+    untrained = "; its speed and size count, and it has no accuracy: recovery.baseline=auto trains it"
+    return {"weights of the dense network": dense["origin"] + ("" if dense["trained"] else untrained)}
 
 
 def _state(state: dict[str, Any]) -> str:

@@ -12,11 +12,11 @@ from sparse_exp.artifacts import write_text
 from sparse_exp.benchmark.results import Row
 from sparse_exp.benchmark.table import impossible_lines, options_table, speed_table
 from sparse_exp.report.results import (
-    SIZES,
     SPARSITIES,
     Result,
     accuracies,
     number,
+    sizes,
     verifications,
 )
 from sparse_exp.report.summary import decimal, percent
@@ -166,8 +166,8 @@ def _sparsity(result: Result) -> str:
 
 
 def _sizes(result: Result) -> str:
-    rows = [(label, decimal(number(result, key), 2)) for key, label in SIZES.items() if key in result]
-    return markdown_table(("file", "MB (1e6 bytes)"), rows)
+    rows = [(label, *(decimal(size, 2) for size in megabytes)) for label, megabytes in sizes(result)]
+    return markdown_table(("MB (1e6 bytes)", "checkpoint", "file", "file, gzip", "weights not zero"), rows)
 
 
 def _benchmark(rows: Sequence[Row]) -> list[str]:

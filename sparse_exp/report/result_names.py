@@ -8,7 +8,7 @@ from sparse_exp.benchmark import NUMBERS, loads_of
 from sparse_exp.compare.names import full_name
 from sparse_exp.config.schema import STAGES, Experiment
 from sparse_exp.errors import ConfigError
-from sparse_exp.export.square import DENSE, MODEL, TORCH, accuracy_prefix, file_name, size_prefix
+from sparse_exp.export.square import DENSE, MODEL, QDQ, TORCH, accuracy_prefix, file_name, size_prefix
 from sparse_exp.hardware import usable_physical_cores
 from sparse_exp.report.results import SPARSITIES
 
@@ -95,6 +95,7 @@ def _square(experiment: Experiment) -> Names:
     hardware = experiment.hardware
     others = [variant for variant in hardware.variants if variant != "sparse"]
     yield "size/dense_checkpoint_mb"
+    yield from (f"size/{size_prefix(QDQ)}{name}" for name in _SIZES)  # of a quantized network
     if "sparse_fp32" in others:
         yield "size/sparse_fp32/checkpoint_mb"
     for engine in hardware.engines:

@@ -26,6 +26,18 @@ _BENCHMARK = re.compile(
 )
 _VARIANT_ORDER = {variant: place for place, variant in enumerate(VARIANTS)}
 _DEPLOYED = re.compile(r"deployed/(?P<engine>[^/]+)(?:/(?P<variant>[^/]+))?/map50")
+_SIZE = re.compile(
+    r"size/(?P<network>dense_int8/|sparse_fp32/|qdq/|dense_|)(?P<engine>[^/]+/|)"
+    r"(?P<kind>checkpoint|onnx|onnx_gzip|nonzero)_mb"
+)
+_NETWORKS = {
+    "dense_": "dense fp32",
+    "dense_int8/": "dense int8,",
+    "sparse_fp32/": "sparse fp32",
+    "": "deployed",
+    "qdq/": "deployed, as QDQ graph",
+}
+SIZE_KINDS = ("checkpoint", "onnx", "onnx_gzip", "nonzero")
 _VERIFIED = re.compile(r"verify/(?P<engine>.+)/score_mean")
 
 
@@ -94,15 +106,30 @@ def _throughput(result: Result, match: re.Match[str], items: float, best: float 
     )
 
 
+def sizes(result: Result) -> list[tuple[str, list[float | None]]]:
+    """Of each network its sizes of `SIZE_KINDS` in MB (1e6 bytes): checkpoint, ONNX, compressed, not zero."""
+    places, found = list(_NETWORKS), dict[tuple[int, str], dict[str, float]]()
+    for match in filter(None, map(_SIZE.fullmatch, result)):
+        network = places.index(match["network"]), match["engine"].rstrip("/")
+        found.setdefault(network, {})[match["kind"]] = float(result[match[0]])
+    return [
+        (f"{_NETWORKS[places[place]]} {engine}".strip(), [sizes.get(kind) for kind in SIZE_KINDS])
+        for (place, engine), sizes in sorted(found.items())
+    ]
+
+
 def accuracies(result: Result) -> list[tuple[str, float | None, float | None, str]]:
     """Where the model ran (torch first), its mAP50 and mAP50-95 (0..1), and how far mAP50 is from torch's.
 
-    Of variants other than what is deployed the name says which, and they are compared with nothing.
+    All are of the validation split but one of torch's, which says so. Of variants other than what is deployed
+    the name says which, and they are compared with nothing.
     """
     rows: list[tuple[str, float | None, float | None, str]] = []
     reference = number(result, "val/map50")
     if reference is not None:
         rows.append(("torch", reference, number(result, "val/map50_95"), ""))
+    if (held_out := number(result, "test/map50")) is not None:
+        rows.append(("torch, test split", held_out, number(result, "test/map50_95"), "-"))
     found = [match for key in result if (match := _DEPLOYED.fullmatch(key))]
     for match in sorted(found, key=lambda match: (match["variant"] or "", match["engine"])):
         map50 = number(result, match[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -28,10 +29,17 @@ def main() -> None:
     # One worker starts in half the time, and one person looks.
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     environment = {"PYTHONWARNINGS": "ignore", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ}
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    # The server starts processes of its own, which it leaves behind when it is told to end: end its session.
+    server = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
-        sys.exit(subprocess.run(command, check=False, env=environment).returncode)
+        sys.exit(server.wait())
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
 
 
 def _page(uri: str) -> str:

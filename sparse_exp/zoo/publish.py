@@ -16,7 +16,7 @@ from sparse_exp import __version__
 from sparse_exp.artifacts import MANIFEST, StageRecord, sha256_of, write_json
 from sparse_exp.data.attributions import ATTRIBUTIONS
 from sparse_exp.errors import ConfigError, SparseExpError, expected
-from sparse_exp.export.square import FLOATING_POINT
+from sparse_exp.export.square import before_quantization
 from sparse_exp.zoo.card import write_card
 from sparse_exp.zoo.landing import changed_files, put
 from sparse_exp.zoo.local import (
@@ -266,10 +266,9 @@ def _copy_files(run: FinishedRun, directory: Path, measured: Measured) -> None:
     for folder in (TRAINING, DEPLOYMENT, "logs"):
         (directory / folder).mkdir()
     shutil.copyfile(run.checkpoint, directory / TRAINING / FINAL)
-    before = [run.path / "weights" / f"best_{phase}.pt" for phase in FLOATING_POINT]
-    before = [path for path in before if measured.quantized and path.is_file()]
+    before = before_quantization(run.checkpoint, run.records) if measured.quantized else None
     if before:
-        shutil.copyfile(before[0], directory / TRAINING / BEFORE_QAT)
+        shutil.copyfile(before, directory / TRAINING / BEFORE_QAT)
     for path in sorted((run.path / DEPLOYMENT).glob("model*.onnx")):
         shutil.copyfile(path, directory / DEPLOYMENT / path.name)
     shutil.copyfile(run.path / DEPLOYMENT / "model.onnx", directory / "model.onnx")

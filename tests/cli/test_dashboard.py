@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 
+import psutil
 import pytest
 
 from sparse_exp.config.schema import TrackerConfig
@@ -17,7 +20,7 @@ PATIENCE_S = 180  # a server of many modules, on a machine that may be busy
 
 
 @pytest.mark.slow
-def test_the_dashboard_serves_the_store_at_the_address_it_prints(tmp_path):
+def test_the_dashboard_serves_the_store_at_the_address_it_prints_and_leaves_nothing_behind(tmp_path):
     tracker = create_tracker(TrackerConfig(system_metrics=False), tmp_path / "store")
     tracker.start(RunInfo("a", "sparse_exp", {}, {}, tmp_path))
     tracker.finish("FINISHED")
@@ -30,8 +33,14 @@ def test_the_dashboard_serves_the_store_at_the_address_it_prints(tmp_path):
     try:
         [address] = re.findall(r"http://127\.0\.0\.1:\d+", server.stdout.readline())
         assert "mlflow" in page(address).lower()
+        started = psutil.Process(server.pid).children(recursive=True)
+        assert started
+        server.terminate()
+        assert server.wait(60) == 128 + signal.SIGTERM
+        assert psutil.wait_procs(started, timeout=10)[1] == []
     finally:
-        os.killpg(server.pid, 9)
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, 9)
         server.wait()
 
 

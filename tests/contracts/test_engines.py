@@ -365,7 +365,6 @@ def test_loading_prints_nothing(name, model, checkpoint, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@each_isolated
 def test_measure_times_each_batch(loaded):
     engine, _ = loaded
     before = time.perf_counter()
@@ -379,7 +378,6 @@ def test_measure_times_each_batch(loaded):
     assert len(engine.measure(some_images(1), 1e-9).latencies) == 1
 
 
-@each_isolated
 def test_measure_refuses_other_images(loaded):
     with pytest.raises(EngineError, match="image"):
         loaded[0].measure(some_images(2).astype(np.float32), 0.01)

@@ -297,6 +297,18 @@ def test_a_child_does_not_keep_the_lock_of_a_killed_parent(tmp_path, start):
         os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
 
 
+def test_a_child_that_was_forked_while_its_parent_measured_does_not_keep_the_host(lock, start):
+    def measure():
+        with measuring_alone(lock):
+            pass
+
+    with measuring_alone(lock):
+        start(time.sleep, 60)
+    following = start(measure)
+    following.join(20)
+    assert following.exitcode == 0
+
+
 def test_nobody_who_waits_for_another_keeps_a_measurement_waiting(lock, tmp_path, start):
     """A works and holds what B wants, who works too; were B still in the room, A would pause for a
     measurement that waits for B, who waits for A."""

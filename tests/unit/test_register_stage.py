@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from sparse_exp import __version__
 from sparse_exp.artifacts import RunDirectory, StageRecord, sha256_of
 from sparse_exp.config.schema import Experiment
+from sparse_exp.context import Context
 from sparse_exp.errors import ConfigError
 from sparse_exp.recovery import dense_experiment
 from sparse_exp.stages import register
@@ -27,7 +29,9 @@ def context(tmp_path):
     (run.path / "deployment" / "model.onnx").write_bytes(b"graph")
     logged: list = []
     tracker = SimpleNamespace(log=logged.append)
-    return SimpleNamespace(experiment=experiment, run=run, tracker=tracker, logged=logged)
+    made = SimpleNamespace(experiment=experiment, run=run, tracker=tracker, logged=logged)
+    made.deployed = partial(Context.deployed, made)
+    return made
 
 
 @pytest.mark.parametrize(
@@ -41,6 +45,29 @@ def test_the_deployed_file_goes_with_what_was_measured_of_it(context, engines, m
     tags = {"map50": map50, "sparsity": "0.7500", "run": "a run", "sparse_exp.version": __version__}
     assert context.logged == [Model(file, "crowns", "candidate", tags)]
     assert outcome.facts == {"name": "crowns", "alias": "candidate", "sha256": sha256_of(file)}
+
+
+@pytest.mark.parametrize(
+    ("engines", "file"),
+    [
+        (["onnxruntime", "deepsparse"], "model.onnx"),
+        (["openvino"], "model.qdq.onnx"),
+        (["torch"], "model.onnx"),
+    ],
+)
+def test_of_a_quantized_run_the_file_goes_whose_accuracy_is_told(context, engines, file):
+    (context.run.path / "deployment" / "model.qdq.onnx").write_bytes(b"pairs")
+    context.experiment.hardware.engines = engines
+    context.run.record("verify", StageRecord("mark", metrics=VERIFIED))
+    register(context)
+    assert context.logged[0].path.name == file
+
+
+def test_a_quantized_file_for_which_only_torch_was_asked_has_no_accuracy(context):
+    context.experiment.hardware.engines = ["torch"]
+    context.run.record("verify", StageRecord("mark", metrics=VERIFIED))
+    register(context)
+    assert context.logged[0].tags == {"sparsity": "0.7500", "run": "a run", "sparse_exp.version": __version__}
 
 
 def test_what_was_not_verified_is_not_registered(context):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 from datetime import datetime
@@ -28,6 +29,7 @@ class Lab:
     def __init__(self):
         self.log, self.speeds, self.broken = [], {}, {}
         self.space, self.loaded, self.most, self.settings = [{}], set(), 0, []
+        self.stable = {"until stable": True, "for a while": True}
 
     def engine(self, name):
         lab = self
@@ -51,7 +53,10 @@ class Lab:
                 latency = script.pop(0) if len(script) > 1 else script[0]
                 if isinstance(latency, Exception):
                     raise latency
-                return SimpleNamespace(latencies=(latency,) * 4, wall=4 * latency, warmed=warmup, stable=True)
+                stable = lab.stable["for a while" if max_warmup is None else "until stable"]
+                return SimpleNamespace(
+                    latencies=(latency,) * 4, wall=4 * latency, warmed=warmup, stable=stable
+                )
 
             def peak_rss_mb(self):
                 return 100.0 + len([what for what in lab.log if what[0] == "measure"])
@@ -130,12 +135,30 @@ def test_where_memory_is_short_an_engine_is_loaded_for_each_turn_and_warmed_anew
     assert not lab.loaded
 
 
+def test_an_engine_that_takes_its_memory_when_it_runs_is_released_then(lab, measure, monkeypatch):
+    monkeypatch.setattr(rounds, "free_memory_share", lambda: 0.1 if lab.measured() else 1.0)
+    measure(cell("a"), cell("b"))
+    assert lab.log[:5] == [
+        ("load", "a"), ("load", "b"), ("measure", "a", 2.0, 0.5, 3.0, 1), ("close", "a"), ("close", "b"),
+    ]  # fmt: skip
+    assert [entry[4] for entry in lab.log if entry[0] == "measure"] == [3.0] * 4  # each in a fresh process
+
+
+@pytest.mark.parametrize(("which", "expected"), [("until stable", False), ("for a while", True)])
+def test_only_a_warm_up_that_goes_on_until_latencies_are_stable_can_fail_to_get_there(
+    lab, measure, which, expected
+):
+    lab.stable[which] = False
+    (found,) = measure(cell("a"))
+    assert found.row()["stable"] is expected
+
+
 def test_what_spreads_too_much_is_measured_again_and_the_steadier_set_counts(lab, measure, caplog):
     lab.speeds = {"a": [0.5], "b": [0.5, 0.25, 0.4, 0.41]}
     steady, again = measure(cell("a"), cell("b"), max_spread=0.1)
     assert lab.measured() == ["a", "b", "a", "b", "b", "b"]
     assert again.row()["each"] == pytest.approx([1 / 0.4, 1 / 0.41])
-    assert again.row()["discarded"] == [pytest.approx([2.0, 4.0])]
+    assert again.row()["discarded"] == pytest.approx([2.0, 4.0])
     assert not again.noisy
     assert steady.row()["discarded"] == []
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
@@ -147,7 +170,7 @@ def test_what_still_spreads_too_much_is_noisy(lab, measure, caplog):
     assert len(lab.measured()) == 4
     assert noisy.row()["noisy"]
     assert noisy.row()["each"] == pytest.approx([2.0, 2.5])  # of two sets the steadier
-    assert len(noisy.row()["discarded"]) == 1
+    assert noisy.row()["discarded"] == pytest.approx([2.0, 4.0])
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert "openvino/dense/b1" in warning
 
@@ -205,6 +228,14 @@ def test_a_row_carries_its_conditions(lab, measure):
     assert row["before"] == row["after"] == QUIET.as_dict()
     assert datetime.fromisoformat(row["started"]) <= datetime.fromisoformat(row["ended"])
     assert row["warmed_s"] == [0.5, 0.5]
+
+
+def test_every_field_of_a_row_is_in_the_documentation(lab, measure):
+    rows = [one.row() for one in measure(cell("a", network="n"), cell("c", impossible="It cannot be."))]
+    page = (Path(__file__).parents[3] / "docs" / "benchmark.md").read_text()
+    table = page.split("| field | meaning |")[1].split("\n\n")[0]
+    told = set(re.findall(r"`(\w+)`", table))
+    assert {name for row in rows for name in row if not name.startswith("latency_")} <= told
 
 
 def test_warns_when_other_programs_are_busy(lab, measure, monkeypatch, caplog):

@@ -3,16 +3,21 @@
 import argparse
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from sparse_exp.errors import SparseExpError
 
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "square.py"
 ABSENT = (
     "torch",
     "torchvision",
+    "filelock",
     "hydra",
     "omegaconf",
     "mlflow",
@@ -91,8 +96,46 @@ def test_tables_of_several_files_are_one_and_need_none_of_the_trainings_librarie
 
 
 def test_a_file_without_an_image_size_is_refused_in_one_line(tmp_path):
+    (tmp_path / "a.pt").touch()
     words = [SCRIPT, "--cell", f"s=torch:dense:{tmp_path / 'a.pt'}"]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "--imgsz" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--cell=s=openvino:dense:none.onnx"], "none.onnx"),
+        (["--cell=s=openvino:dense:text.onnx"], "text.onnx"),
+        (["--cell=s=openvino:dense:text.onnx", "--cores", "4096"], "at most the"),
+        (["--cell=s=openvino:dense:text.onnx", "--images", "text.onnx"], "npy"),
+        (["--cell=s=openvino:dense:text.onnx", "--images", "floats.npy"], "uint8"),
+        (["--table", "none.json"], "none.json"),
+        (["--table", "text.onnx"], "text.onnx"),
+        (["--table", "other.json"], "other.json"),
+        (["--table", "rows.json", "--write", "none.md"], "none.md"),
+        (["--table", "rows.json", "--write", "text.onnx"], "<!-- square -->"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_measured(square, words, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.onnx").write_text("not a model")
+    Path("other.json").write_text('{"a": 1}')
+    Path("rows.json").write_text(json.dumps([ROW]))
+    np.save("floats.npy", np.zeros((1, 3, 32, 32), np.float32))
+    monkeypatch.setattr(sys, "argv", ["square.py", *words])
+    with pytest.raises(SparseExpError, match=re.escape(told)) as error:
+        square.main()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "words", [["--batch", "0"], ["--repeats", "x"], ["--seconds", "-1"], ["--tune-s", "nan"]]
+)
+def test_nonsense_numbers_are_refused(square, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["square.py", "--cell=s=openvino:dense:a.onnx", *words])
+    with pytest.raises(SystemExit):
+        square.main()
+    assert "at least" in capsys.readouterr().err

@@ -41,6 +41,7 @@ SPEEDS = {  # items/s; 3 and 5: the square of zeros and 8 bits is not one of equ
 def row(engine, variant, speed, *, batch=1, cores=2, key=None, **more) -> dict:
     precision = "int8" if variant in ("dense_int8", "sparse") else "fp32"
     given = {"engine": engine, "variant": variant, "items_per_s": speed, "precision": precision}
+    given["model"] = f"{variant}.onnx"
     place = {"scenario": "sync", "batch": batch, "cores": cores, "key": key or f"b{batch}"}
     return {**given, **place, "isa": ["avx2", "avx512", "vnni"], **more}
 
@@ -222,11 +223,18 @@ def test_what_the_rows_show_becomes_advice():
     rows.append(row("deepsparse", "sparse", 21.0, batch=16, isa=["avx2"], noisy=True))
     text = advice_of(rows)
     assert "openvino runs dense_int8 1.17 times as fast as deepsparse" in text
+    assert "deploy dense_int8.onnx with openvino instead" in text
     assert "8 bits make it only 1.24" not in text
     assert "Batch 16 gives 1.02 times" in text
     assert "transfer_quant_vnni" in text
     assert "onnxruntime runs the quantized network at 0.50 of the speed of its dense fp32" in text
     assert f"1 of {len(rows)} cells are noisy" in text
+
+
+def test_another_engine_that_runs_the_deployed_network_faster_comes_first():
+    text = advice_of(rows_of({**SPEEDS, ("openvino", "sparse"): 90.0}))
+    assert "openvino runs sparse 1.50 times as fast as deepsparse" in text
+    assert "put openvino first in hardware.engines" in text
 
 
 def test_eight_bits_that_gain_nothing_without_vnni():

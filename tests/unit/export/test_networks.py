@@ -18,6 +18,7 @@ from sparse_exp.export.networks import (
     without_quantizers,
     zeros,
 )
+from sparse_exp.export.square import before_quantization
 from sparse_exp.training.checkpoints import CheckpointWriter
 from sparse_exp.yolov5 import YOLOv5
 
@@ -46,6 +47,10 @@ def context(tmp_path, float_model):
         facts=lambda stage: facts.get(stage, {}),
         all_facts=facts,
     )
+
+
+def sparse_of(context, deployed: YOLOv5) -> Network | str:
+    return sparse_network(deployed, before_quantization(context.checkpoint, context.run.records))
 
 
 def same(a: YOLOv5, b: YOLOv5) -> bool:
@@ -105,13 +110,13 @@ def test_the_sparse_network_is_that_of_the_last_phase_before_quantization(contex
     with torch.no_grad():
         sparse.head.m[0].bias.add_(1.0)
     file = save(context.run.path / "weights" / "best_pruned.pt", sparse, "pruned")
-    found = sparse_network(context, lively_model)
+    found = sparse_of(context, lively_model)
     assert isinstance(found, Network)
     assert same(found.model, sparse)
     assert found.checkpoint == file
     # Of the training's record, and not what lies there by chance.
     context.run.records["train"] = SimpleNamespace(outputs={"weights/best_dense.pt": ""})
-    found = sparse_network(context, lively_model)
+    found = sparse_of(context, lively_model)
     assert isinstance(found, Network)
     assert same(found.model, without_quantizers(lively_model))
     assert found.checkpoint is None
@@ -123,15 +128,15 @@ def test_a_checkpoint_from_the_zoo_lies_beside_the_final_one(context, lively_mod
     (tmp_path / "training").mkdir()
     shutil.move(file, tmp_path / "training" / "checkpoint_preqat.pt")
     context.checkpoint = tmp_path / "training" / "model.pt"
-    found = sparse_network(context, lively_model)
+    found = sparse_of(context, lively_model)
     assert isinstance(found, Network)
     assert found.checkpoint == tmp_path / "training" / "checkpoint_preqat.pt"
 
 
 def test_where_there_is_no_sparse_network_in_fp32_it_says_why(context, float_model, lively_model):
-    assert "does not quantize" in sparse_network(context, float_model)
+    assert "does not quantize" in sparse_of(context, float_model)
     dense = copy.deepcopy(lively_model)
     with torch.no_grad():
         for conv in dense.prunable_convolutions().values():
             conv.weight.add_(0.01)
-    assert "no zeros" in sparse_network(context, dense)
+    assert "no zeros" in sparse_of(context, dense)

@@ -119,6 +119,7 @@ def test_the_square_of_a_quantized_run(quantized_run, digits, baseline):
     assert all(cell["map50"] is not None for name, cell in cells.items() if name not in impossible)
     maps = {cell["map50"] for name, cell in cells.items() if name[1] == "sparse_fp32"}
     assert max(maps) - min(maps) < 1e-3  # the same weights in fp32
+    assert verified.metrics["size/qdq/onnx_mb"] == cells["openvino", "sparse"]["sizes"]["onnx_mb"]
     assert set(verified.metrics) <= expected_names(context.experiment)
 
 
@@ -214,6 +215,17 @@ def test_the_export_depends_on_the_files_that_are_wanted_and_on_the_baseline(run
     trained = mark(["onnxruntime"], ["dense", "sparse"])
     baseline.write_bytes(b"another")
     assert len({two, trained, mark(["onnxruntime"], ["dense", "sparse"])}) == 3
+
+
+def test_initial_weights_have_a_checkpoint_where_one_was_written_for_torch(run, digits, monkeypatch):
+    monkeypatch.setattr(exporting, "export_float", lambda _, path, **__: path.touch())
+    (run.path / "deployment").mkdir()
+    for engines, size in ((["onnxruntime"], None), (["torch"], True)):
+        context = context_of(run, digits, engines, ["dense", "sparse"])
+        dense = do(context, export).facts["dense"]
+        file = run.path / "deployment" / "dense.pt"
+        assert dense["checkpoint_mb"] == (size and file.stat().st_size / 1e6)
+        assert not dense["trained"]
 
 
 def test_sizes_of_a_file(deployment):

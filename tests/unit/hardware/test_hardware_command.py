@@ -35,6 +35,11 @@ def test_the_tables_name_the_host_the_engines_and_what_does_not_fit(machine, sai
     missing = "without openvino: not installed."
     assert f"avx512_vnni does not fit: the CPU lacks avx512 and vnni (it has avx2); {missing}" in lines
     assert f"edge2 does not fit: 1 of 2 cores; {missing}" in lines
+    rows = [line.split() for line in lines]
+    assert [row[1:6] for row in rows if row[:1] == ["edge2"]] == [
+        ["no", "2", "cores,", "320", "px"],
+        ["does", "not", "fit:", "1", "of"],
+    ]
 
 
 def test_as_json_it_is_complete(machine, said):

@@ -153,6 +153,23 @@ def test_a_host_that_has_more_than_the_target_is_told_of(machine):
     assert advice(TARGETS["avx512_vnni"], "transfer_quant") == []
 
 
+@pytest.mark.parametrize(
+    ("scenarios", "unused"),
+    [
+        (["sync"], ["hardware.streams=[4]"]),
+        (["async"], ["hardware.batch_sizes=[16]"]),
+        (["throughput"], []),
+        (["sync", "async"], []),
+    ],
+)
+def test_settings_that_no_scenario_looks_at_are_told_of(machine, scenarios, unused):
+    machine(ZEN3)
+    target = HardwareConfig(name="mine", scenarios=scenarios, streams=[4], batch_sizes=[16])
+    found = advice(target, "dense")
+    assert [line.split(" is not used: ")[0] for line in found] == unused
+    assert advice(HardwareConfig(name="mine", scenarios=scenarios), "dense") == []
+
+
 def test_the_licence_and_what_to_install_are_known_of_each_engine():
     assert set(RUNTIMES) == set(ENGINES)
     assert {name: create_engine(name).requirement for name in ENGINES} == {

@@ -74,7 +74,7 @@ def test_the_page_holds_the_given_facts(report, tmp_path):
     assert ["deepsparse", "0.5453", "-", "-0.0028"] in rows
     assert ["deepsparse", "0.0021 / 0.073", "0.37 / 5.4", "97.1% / 96.8%", "-0.0016 ± 0.0019"] in rows
     assert ["prunable weights, exported file", "75.02%"] in rows
-    assert ["sparse ONNX, compressed", "2.91"] in rows
+    assert ["deployed", "-", "-", "2.91", "-"] in rows
     assert [
         "deepsparse", "sparse", "sync", "1", "1", "2", "40.00", "3.4%", "25.13", "-", "-", "0.550", "7.3",
         "2.50", "noisy",

@@ -64,8 +64,11 @@ def test_each_measured_name_is_expected(tmp_path):
     certain = certain_names(experiment())
     cells = cells_of(experiment().hardware, 1, lambda *_: tmp_path)
     assert set().union(*(speeds_of(cell) for cell in cells)) <= certain
-    files = {name: FileSizes(1.0, 1.0, 1.0) for name in ("model.onnx", "model.qdq.onnx", "dense.onnx")}
+    files = {name: FileSizes(1.0, 1.0, 1.0) for name in ("model.onnx", "dense.onnx")}
     assert set(size_metrics(files)) <= certain
+    quantized = set(size_metrics({"model.qdq.onnx": FileSizes(1.0, 1.0, 1.0)}))
+    assert quantized == {"size/qdq/onnx_mb", "size/qdq/onnx_gzip_mb", "size/qdq/nonzero_mb"}
+    assert quantized <= expected_names(experiment()) - certain
     compared = {**Differences().result(), **matched_shares([], [])}
     assert {f"verify/deepsparse/{name}" for name in compared} <= certain
     recovered = recovery_metrics({"map50": 0.5}, {"deployed/onnxruntime/map50": 0.4}, ["onnxruntime"])

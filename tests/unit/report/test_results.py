@@ -1,6 +1,6 @@
 import pytest
 
-from sparse_exp.report.results import accuracies, number, recovery, throughputs, verifications
+from sparse_exp.report.results import accuracies, number, recovery, sizes, throughputs, verifications
 
 RESULT = {
     "val/map50": 0.548,
@@ -52,6 +52,40 @@ def test_accuracies():
         ("deepsparse dense", 0.6, None, "-"),
     ]
     assert accuracies({"deployed/openvino/map50": 0.5}) == [("openvino", 0.5, None, "-")]
+
+
+def test_the_held_out_split_stands_beside_the_validation_split():
+    result = {"val/map50": 0.5, "test/map50": 0.4, "test/map50_95": 0.1, "deployed/openvino/map50": 0.5}
+    assert accuracies(result) == [
+        ("torch", 0.5, None, ""),
+        ("torch, test split", 0.4, 0.1, "-"),
+        ("openvino", 0.5, None, "+0.0000"),
+    ]
+
+
+def test_sizes_of_each_network_the_dense_first():
+    result = {
+        "size/checkpoint_mb": 29.0,
+        "size/onnx_mb": 7.0,
+        "size/onnx_gzip_mb": 2.0,
+        "size/nonzero_mb": 1.5,
+        "size/qdq/onnx_mb": 28.5,
+        "size/sparse_fp32/nonzero_mb": 6.0,
+        "size/dense_onnx_mb": 28.0,
+        "size/dense_nonzero_mb": 27.9,
+        "size/dense_int8/openvino/onnx_mb": 8.0,
+        "size/dense_int8/deepsparse/onnx_mb": 7.5,
+        "val/map50": 0.5,
+    }
+    assert sizes(result) == [
+        ("dense fp32", [None, 28.0, None, 27.9]),
+        ("dense int8, deepsparse", [None, 7.5, None, None]),
+        ("dense int8, openvino", [None, 8.0, None, None]),
+        ("sparse fp32", [None, None, None, 6.0]),
+        ("deployed", [29.0, 7.0, 2.0, 1.5]),
+        ("deployed, as QDQ graph", [None, 28.5, None, None]),
+    ]
+    assert sizes({"val/map50": 0.5}) == []
 
 
 def test_a_text_is_no_number():
