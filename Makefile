@@ -17,7 +17,7 @@ help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 .PHONY: setup
-setup: $(RUNTIME) $(TOOLS) ## Install into .venv (needs Python 3.11 or 3.10); a second call does nothing
+setup: $(RUNTIME) $(TOOLS) ## Install into .venv (needs Python 3.11); a second call does nothing
 
 # --no-compile: bytecode of the few modules that are used is made when they are first imported.
 $(RUNTIME): pyproject.toml constraints.txt

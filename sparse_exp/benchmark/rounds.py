@@ -15,7 +15,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +67,14 @@ def benchmark(
         EngineError: nothing could be measured.
     """
     with measuring_alone(lock_path or default_lock_path()):
-        started = datetime.now(timezone.utc)
+        started = datetime.now(UTC)
         before = look_around()
         _warn_of_others(before)
         _log.info("Measuring %d cells alone on this host.", sum(not cell.impossible for cell in cells))
         with _slots(cells, images, hardware) as slots:
             _measure(slots, hardware)
         after = look_around()
-        ended = datetime.now(timezone.utc)
+        ended = datetime.now(UTC)
         _log.info("Measured in %.1f s.", (ended - started).total_seconds())
     conditions = {
         **_host(before, after),

@@ -128,7 +128,7 @@ async def read_uploads(request: Request, limits: Limits) -> list[Upload]:
     try:
         form = _Form(boundary, limits)
         await asyncio.wait_for(_feed(form, _chunks(request, limits)), limits.timeout)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         do = "Send it faster, or in smaller requests."
         raise Refused(408, f"The body did not arrive within {limits.timeout:g} s. {do}") from None
     except ClientDisconnect:
