@@ -59,12 +59,13 @@ def export_quantized(
         opset: ONNX operator set, at least 13.
         names: as of `export_float`.
     """
-    from sparse_exp.export.quantized import to_integer_graph, unsign_activations
+    from sparse_exp.export.quantized import store_integers, to_integer_graph, unsign_activations
 
     pixels = torch.zeros(1, 3, imgsz, imgsz, dtype=torch.uint8)
     with model.export_mode(imgsz), landing(qdq) as pairs, landing(integer) as integers:
         _write(_Pixels(model), pixels, pairs, opset)
         unsign_activations(pairs)
+        store_integers(pairs)
         _write(model, pixels.float(), integers, opset)
         to_integer_graph(integers, integers)
         for file in (pairs, integers):

@@ -13,6 +13,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper, numpy_helper  # type: ignore[attr-defined]
 
+from sparse_exp.sparsity.measure import quantized_weight
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # sparseml 1.8 imports pkg_resources, which warns
     from sparseml.exporters.onnx_to_deepsparse import ONNXToDeepsparse
@@ -118,6 +120,39 @@ def unsign_activations(path: Path) -> None:
         quantize.input[2] = consumers[quantize.output[0]].input[2] = moved[zero]
     _make_scalar(model)
     onnx.save(model, str(path))
+
+
+def store_integers(path: Path) -> None:
+    """Store the weights of a quantize-dequantize graph as the integers that they are rounded to, in place.
+
+    PyTorch exports them in fp32 with a node that rounds them whenever the file is loaded. The numbers are
+    the same, in a quarter of the bytes.
+
+    Args:
+        path: ONNX file, as PyTorch exports fake quantization.
+    """
+    model = onnx.load(str(path))
+    graph, arrays = model.graph, _arrays(model)
+    for rounding in [node for node in graph.node if node.op_type == "QuantizeLinear"]:
+        if rounding.input[0] in arrays:
+            integers = quantized_weight(rounding, arrays)
+            graph.initializer.append(numpy_helper.from_array(integers, rounding.output[0]))
+            graph.node.remove(rounding)
+    _drop_unused(model)
+    onnx.save(model, str(path))
+
+
+def _drop_unused(model: ModelProto) -> None:
+    """Remove nodes and initializers that nothing reads, in place."""
+    graph = model.graph
+    read = {output.name for output in graph.output}
+    for node in reversed(list(graph.node)):
+        if read.isdisjoint(node.output):
+            graph.node.remove(node)
+        else:
+            read.update(node.input)
+    for item in [item for item in graph.initializer if item.name not in read]:
+        graph.initializer.remove(item)
 
 
 def _make_scalar(model: ModelProto) -> None:

@@ -285,19 +285,27 @@ def _weight_of(
     if dequantize is None or dequantize.op_type != "DequantizeLinear":
         return arrays[inputs[1]], np.zeros(()), False
     stored, _, *zeros = list(dequantize.input)
-    weight = arrays[stored] if stored in arrays else _quantized_weight(producers[stored], arrays)
+    weight = arrays[stored] if stored in arrays else quantized_weight(producers[stored], arrays)
     zero = arrays[zeros[0]] if zeros else np.zeros(())
     feeder = producers.get(inputs[0])
     input_is_quantized = feeder is not None and feeder.op_type == "DequantizeLinear"
     return weight, _per_channel(zero), input_is_quantized
 
 
-def _quantized_weight(node: Any, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-    """The integers that a QuantizeLinear node makes of a stored floating-point weight."""
+def quantized_weight(node: Any, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    """The integers that a QuantizeLinear node makes of a stored floating-point weight.
+
+    Args:
+        node: the node; its scale and zero point are for the whole weight or for each output channel.
+        arrays: all constants of the graph by name.
+
+    Returns:
+        The shape of the weight, in the type of the zero point.
+    """
     weight, scale, zero = (arrays[name] for name in node.input)
     bounds = np.iinfo(zero.dtype)
     steps = np.rint(weight / _per_channel(scale)) + _per_channel(zero)
-    integers: NDArray[Any] = np.clip(steps, bounds.min, bounds.max)
+    integers: NDArray[Any] = np.clip(steps, bounds.min, bounds.max).astype(zero.dtype)
     return integers
 
 

@@ -14,7 +14,7 @@ from sparse_exp.export import onnx as exporting
 from sparse_exp.export import quantized
 from sparse_exp.export.deployment import DENSE, MODEL, QDQ
 from sparse_exp.export.onnx import export_float, export_quantized
-from sparse_exp.export.quantized import keep_large_biases, unsign_activations
+from sparse_exp.export.quantized import keep_large_biases, store_integers, unsign_activations
 from sparse_exp.export.verification import layer_name
 from sparse_exp.sparsity.measure import layer_sparsity, onnx_facts, overall
 from sparse_exp.yolov5 import YOLOv5
@@ -112,13 +112,14 @@ def test_a_float_export_that_fails_leaves_no_file(tmp_path, monkeypatch):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("failing", ["unsign_activations", "to_integer_graph"])
+@pytest.mark.parametrize("failing", ["unsign_activations", "store_integers", "to_integer_graph"])
 def test_a_quantized_export_that_fails_leaves_no_file(tmp_path, monkeypatch, failing):
     def fail(*_arguments):
         raise RuntimeError("no such graph")
 
     monkeypatch.setattr(exporting, "_write", lambda _model, _sample, path, _opset: path.write_bytes(b"graph"))
-    monkeypatch.setattr(quantized, "unsign_activations", lambda _path: None)
+    for name in ("unsign_activations", "store_integers"):
+        monkeypatch.setattr(quantized, name, lambda _path: None)
     monkeypatch.setattr(quantized, failing, fail)
     with pytest.raises(RuntimeError, match="no such graph"):
         export_quantized(YOLOv5("n", 1), tmp_path / MODEL, tmp_path / QDQ, imgsz=IMGSZ, opset=13)
@@ -191,6 +192,25 @@ def test_unsigned_activations_twice_is_once(tmp_path):
     once = path.read_bytes()
     unsign_activations(path)
     assert path.read_bytes() == once
+
+
+@pytest.mark.parametrize("scale", [1 / 127, [1 / 127, 0.004, 0.02, 1.0]], ids=["per tensor", "per channel"])
+def test_weights_stored_as_integers_compute_the_same(tmp_path, scale):
+    model = pair_graph(bias=0.5, scale=0.01)
+    constants = {item.name: item for item in model.graph.initializer}
+    constants["sw"].CopyFrom(numpy_helper.from_array(np.array(scale, np.float32), "sw"))
+    constants["zw"].CopyFrom(numpy_helper.from_array(np.zeros(np.shape(scale), np.int8), "zw"))
+    for linear in [n for n in model.graph.node if n.name.startswith("w")]:
+        linear.attribute.append(helper.make_attribute("axis", 0))
+    onnx.save(model, str(tmp_path / "m.onnx"))
+    store_integers(tmp_path / "m.onnx")
+    changed = onnx.load(str(tmp_path / "m.onnx"))
+    images = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
+    np.testing.assert_array_equal(run(changed, images), run(model, images))
+    stored = {item.name: numpy_helper.to_array(item) for item in changed.graph.initializer}
+    rounded = numpy_helper.to_array(constants["w"]) / np.reshape(scale, (-1, 1, 1, 1)).astype(np.float32)
+    np.testing.assert_array_equal(stored["wq"], rounded.round().clip(-128, 127))
+    assert (stored["wq"].dtype, "w" in stored) == (np.int8, False)
 
 
 def test_only_biases_beyond_32_bits_are_split_off():
