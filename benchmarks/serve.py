@@ -61,7 +61,7 @@ class Load:
     """What the clients saw.
 
     Attributes:
-        latencies: seconds of each answered request.
+        latencies: seconds of each request with status 200.
         statuses: how many answers of each status.
         errors: requests without an answer, by the kind of error.
         wrong: answers that differ from the one that was given alone.
@@ -153,9 +153,9 @@ def _measure(
         load = _load(port, bodies, alone, options.clients, options.seconds)
         refused = abuse.stop() if abuse else {}
     bare.append(_bare(model, batch, streams, squares, options.bare_seconds))
-    p50, p90, p99 = np.percentile(load.latencies, [50, 90, 99]) * 1e3
+    p50, p90, p99 = np.percentile(load.latencies or [np.nan], [50, 90, 99]) * 1e3
     items_per_s = len(load.latencies) / load.wall
-    answered = vars(load) | {"requests": len(load.latencies) + sum(load.errors.values())}
+    answered = vars(load) | {"requests": sum(load.statuses.values()) + sum(load.errors.values())}
     return answered | {
         "batch": batch, "streams": streams, "items_per_s": items_per_s, "p50_ms": p50, "p90_ms": p90,
         "p99_ms": p99, "bare": bare, "share": items_per_s / statistics.mean(bare), "abuse": refused,
@@ -245,7 +245,7 @@ def _load(
             took = time.perf_counter() - sent
             wrong = status == 200 and not _alike(_detections(answer), alone[index])
             with lock:
-                load.latencies.append(took)
+                load.latencies += [took] if status == 200 else []
                 load.statuses[status] += 1
                 load.wrong += wrong
 

@@ -52,8 +52,8 @@ class StandIn:
 
     def __init__(self, model: Model, settings: DetectorSettings) -> None:
         type(self).made += 1
-        self.version, self.names, self.pid = "1.2", ("tree", "car"), 1
-        self.died = asyncio.Event()
+        self.version, self.names = "1.2", ("tree", "car")
+        self.died, self.obituary = asyncio.Event(), "The process of the engine died."
 
     async def start(self) -> None:
         if self.error:

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_exp.command import run_command
-from sparse_exp.errors import ConfigError, DataError, expected
+from sparse_exp.errors import ConfigError, DataError, SparseExpError, expected
+from sparse_exp.predict.options import Parser, add_detector_options, add_model_options, detector_settings
 
 if TYPE_CHECKING:
     from sparse_exp.data.detection import Listing
+    from sparse_exp.predict.detector import Detector
     from sparse_exp.predict.models import Model
     from sparse_exp.predict.outputs import Results
     from sparse_exp.predict.sources import Sources
 
-_INTERRUPTED = 130
+_log = logging.getLogger(__name__)
 _MOST_STREAMS = 8
 _STRIDE = 32  # px
 _TEXT = """
@@ -38,22 +40,23 @@ def main() -> int:
     """Predict, write what was found, and say where."""
     options = _options()
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    _check(options)
     data, model, sources = _asked_for(options)
-    from sparse_exp.predict.outputs import check_formats, new_directory
+    from sparse_exp.predict.outputs import check_formats, new_directory, require_replaceable
 
     formats = check_formats(options.formats)
     if not formats and not options.pictures:
         raise ConfigError("Nothing would be written. Leave out --no-pictures, or name --formats.")
     out = options.out and options.out.expanduser()
     files = [*sources.images, *sources.videos]
-    folder = new_directory(out, overwrite=options.overwrite, sources=files)
-    try:
-        results = _predict(options, model, sources, folder)
-        _write(results, folder, formats, data)
-    finally:
-        with suppress(OSError):  # it holds something
-            folder.rmdir()
+    require_replaceable(out, overwrite=options.overwrite, sources=files)
+    with closing(_load(options, model, sources)) as detector:
+        folder = new_directory(out, overwrite=options.overwrite, sources=files)
+        try:
+            results = _predict(options, detector, sources, folder)
+            _write(results, folder, formats, data)
+        finally:
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
     return _say(results, folder)
 
 
@@ -70,6 +73,8 @@ def _asked_for(options: argparse.Namespace) -> tuple[Listing | None, Model, Sour
             do = "Give the data set that it was trained on."
             what = f"the classes of {options.data}"
             raise ConfigError(expected(what, f"the {len(model.names)} of the model", len(data.names), do))
+        if model.names and model.names != data.names:
+            _log.warning("The classes of %s are named otherwise than those of the model.", options.data)
         model = replace(model, names=data.names)
     return data, model, find_sources(options.sources, data)
 
@@ -87,29 +92,30 @@ def _of_size(model: Model, imgsz: int | None) -> Model:
     raise ConfigError(expected("--imgsz", f"{model.imgsz}, which {model.path} was exported for", imgsz, do))
 
 
-def _predict(options: argparse.Namespace, model: Model, sources: Sources, folder: Path) -> Results:
-    """What was found; on Ctrl-C so far."""
+def _load(options: argparse.Namespace, model: Model, sources: Sources) -> Detector:
     from sparse_exp.predict.detector import Detector, make_room
+
+    make_room()
+    settings = detector_settings(options)
+    if settings["streams"] is None:
+        many = len(sources.images) > 1 or bool(sources.videos)
+        settings["streams"] = default_streams(options.cores) if many else 1
+    return Detector(model, **settings, multi_label=options.multi_label)
+
+
+def _predict(options: argparse.Namespace, detector: Detector, sources: Sources, folder: Path) -> Results:
+    """What was found; where it ended early, so far."""
     from sparse_exp.predict.outputs import Results
     from sparse_exp.predict.run import Prediction
 
-    make_room()
-    many = len(sources.images) > 1 or bool(sources.videos)
-    streams = options.streams or (default_streams(options.cores) if many else 1)
-    with closing(
-        Detector(
-            model, batch_size=options.batch, cores=options.cores, streams=streams, conf=options.conf,
-            iou=options.iou, max_det=options.max_det, multi_label=options.multi_label,
-        )
-    ) as detector:  # fmt: skip
-        results = Results(detector, _settings(options, detector))
-        prediction = Prediction(detector, folder, options.pictures, results, threads=detector.cores)
-        started = time.monotonic()
-        try:
-            prediction.run(sources)
-        except KeyboardInterrupt:
-            results.complete = False
-        results.seconds = time.monotonic() - started
+    results = Results(detector, _settings(detector))
+    prediction = Prediction(detector, folder, options.pictures, results, threads=detector.cores)
+    started = time.monotonic()
+    try:
+        prediction.run(sources)
+    except (KeyboardInterrupt, SparseExpError) as error:
+        results.ended_by = error
+    results.seconds = time.monotonic() - started
     return results
 
 
@@ -128,7 +134,7 @@ def default_streams(cores: int | None) -> int:
     return max(number for number in range(1, _MOST_STREAMS + 1) if usable % number == 0)
 
 
-def _settings(options: argparse.Namespace, detector: Any) -> dict[str, Any]:
+def _settings(detector: Detector) -> dict[str, Any]:
     names = ("conf", "iou", "max_det", "multi_label", "batch_size", "cores", "streams")
     return {name: getattr(detector, name) for name in names}
 
@@ -147,62 +153,41 @@ def _say(results: Results, folder: Path) -> int:
     classes = ", ".join(f"{count} {name}" for name, count in counts.most_common(10))
     print(f"{images} images in {seconds:.1f} s: {results.detections} detections", end="")
     print(f" ({classes})" if classes else "")
-    if not results.complete:
-        print(f"Interrupted: {folder} holds what was complete.")
-        return _INTERRUPTED
+    if results.ended_by is not None:
+        what = "Interrupted" if isinstance(results.ended_by, KeyboardInterrupt) else "Incomplete"
+        print(f"{what}: {folder} holds what was complete.")
+        raise results.ended_by
+    print(f"Written: {folder}")
     if skipped:
         first = f"The first: {skipped[0]['reason']}"
         raise DataError(f"{len(skipped)} of {images + len(skipped)} images cannot be used. {first}")
-    print(f"Written: {folder}")
     return 0
 
 
-def _check(options: argparse.Namespace) -> None:
-    from sparse_exp.hardware import usable_physical_cores
-
-    for name in ("conf", "iou"):
-        if not 0 <= getattr(options, name) <= 1:
-            raise ConfigError(expected(f"--{name}", "0 to 1", getattr(options, name), "Change it."))
-    usable = usable_physical_cores()
-    for name in ("max_det", "batch", "streams", "cores"):
-        value, flag = getattr(options, name), f"--{name.replace('_', '-')}"
-        if value is not None and value < 1:
-            raise ConfigError(expected(flag, "at least 1", value, "Change it."))
-        if name == "cores" and value is not None and value > usable:
-            do = "Leave it out to use all there are."
-            raise ConfigError(expected(flag, f"at most the {usable} of this host", value, do))
-
-
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sparse_exp.predict",
         description="What a model sees in images and videos: annotated copies, JSON, CSV and COCO results.",
         epilog=_TEXT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="run, stub, directory or file, see below")
+    add_model_options(parser)
     add("sources", metavar="SOURCE", nargs="+", help="image, video, folder, pattern; with --data a split")
-    add("--engine", help="deepsparse, onnxruntime, openvino or torch (default: the run's first)")
     add("--out", metavar="DIR", type=Path, help="where to write (default: outputs/predict/1, 2, ...)")
     add("--overwrite", action="store_true", help="replace an earlier prediction in --out")
-    add("--conf", type=float, default=0.25, help="lowest confidence, 0..1 (%(default)s)")
-    add("--iou", type=float, default=0.45, help="overlap at which the weaker box goes, 0..1 (%(default)s)")
-    add("--max-det", metavar="N", type=int, default=300, help="detections of an image (%(default)s)")
-    add("--multi-label", action="store_true", help="a box may have several classes, as when mAP is measured")
-    add("--batch", metavar="N", type=int, default=1, help="images of one inference (%(default)s)")
-    add("--streams", metavar="N", type=int, help="inferences at once (default: one per core, at most 8)")
-    add("--cores", metavar="N", type=int, help="physical cores for the engine (default: all)")
+    add("--no-pictures", dest="pictures", action="store_false", help="no annotated pictures and videos")
+    add("--formats", default="json,csv,coco", help="of predictions (%(default)s); none: pictures alone")
+    add("--data", metavar="YAML", type=Path, help="data set: its class names, splits, and labels for COCO")
     add(
         "--imgsz",
         metavar="PX",
         type=int,
         help="of an exported model: refuse another size; of torch: the size to take",
     )
-    add("--no-pictures", dest="pictures", action="store_false", help="no annotated pictures and videos")
-    add("--formats", default="json,csv,coco", help="of predictions (%(default)s); none: pictures alone")
-    add("--data", metavar="YAML", type=Path, help="data set: its class names, splits, and labels for COCO")
-    add("--zoo", metavar="DIR", type=Path, help="the local zoo (default: SPARSE_EXP_ZOO, outputs/zoo)")
+    several = "a box may have several classes, as when mAP is measured"
+    add("--multi-label", action="store_true", help=several)
+    add_detector_options(parser, streams=None)
     return parser.parse_args()
 
 

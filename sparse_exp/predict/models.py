@@ -80,8 +80,11 @@ def _place(name: str, zoo: Path | None) -> Path:
             do = "python -m sparse_exp.zoo list shows what it holds."
             raise SourceUnavailable(f"{name} is not in the local zoo {zoo or zoo_directory()}. {do}")
         return directory
-    place = Path(name).expanduser()
-    return place if place.exists() else _named_run(name)
+    try:
+        place = Path(name).expanduser()
+        return place if place.exists() else _named_run(name)
+    except OSError as error:
+        raise ConfigError(f"Cannot read {name}: {error.strerror}. Allow it, or correct the name.") from error
 
 
 def _named_run(name: str) -> Path:

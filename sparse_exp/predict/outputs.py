@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ FORMATS = ("json", "csv", "coco")
 DEFAULT = Path("outputs/predict")
 _COLUMNS = ("file", "frame", "class_id", "class", "confidence", "x1", "y1", "x2", "y2")
 _PIXELS, _SHARE = 3, 6  # decimals
+_LONGEST_STEM = 200  # bytes
 
 
 def new_directory(out: Path | None, *, overwrite: bool, sources: Sequence[Path]) -> Path:
@@ -34,20 +36,53 @@ def new_directory(out: Path | None, *, overwrite: bool, sources: Sequence[Path])
         sources: files that must not be deleted with it.
 
     Raises:
-        ConfigError: it exists and holds something, or cannot be made.
+        ConfigError: see `require_replaceable`; or it cannot be made.
     """
     try:
         if out is None:
             return _numbered(DEFAULT)
-        if out.is_dir() and any(out.iterdir()):
-            _require_replaceable(out, sources, overwrite=overwrite)
-            shutil.rmtree(out)
+        require_replaceable(out, overwrite=overwrite, sources=sources)
         out.mkdir(parents=True, exist_ok=True)
+        for path in out.iterdir():  # and not the directory itself, which may be a link or a mount
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     except OSError as error:
         do = "Choose another with --out DIR."
         where = out or DEFAULT
         raise ConfigError(f"Cannot make the directory {where}: {error.strerror}. {do}") from error
     return out
+
+
+def require_replaceable(out: Path | None, *, overwrite: bool, sources: Sequence[Path]) -> None:
+    """Refuse a directory that holds something, unless it is an earlier prediction that may be replaced.
+
+    Args:
+        out: see `new_directory`, as the others.
+        overwrite: whether it may be replaced.
+        sources: files that must not be in it then.
+
+    Raises:
+        ConfigError: it may not be replaced.
+    """
+    if out is None or not out.is_dir() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise ConfigError(f"{out} exists. Choose another directory, or replace what is in it: --overwrite.")
+    if not _is_prediction(out):
+        do = "Delete it yourself, or choose another --out."
+        raise ConfigError(f"{out} holds no {PREDICTIONS} of ours, so it is no prediction. {do}")
+    inside = [path for path in sources if out.resolve() in path.resolve().parents]
+    if inside:
+        raise ConfigError(f"{inside[0]} lies in {out}, which would be replaced. Choose another --out.")
+
+
+def _is_prediction(folder: Path) -> bool:
+    """Whether the file that others may call ``predictions.json``, too, begins as ours."""
+    start = json.dumps({"format": FORMAT})[:-1].encode()
+    try:
+        with (folder / PREDICTIONS).open("rb") as stream:
+            return stream.read(len(start)) == start
+    except OSError:
+        return False
 
 
 def _numbered(parent: Path) -> Path:
@@ -64,18 +99,12 @@ def _numbered(parent: Path) -> Path:
             return parent / str(number)
 
 
-def _require_replaceable(out: Path, sources: Sequence[Path], *, overwrite: bool) -> None:
-    if not overwrite:
-        raise ConfigError(f"{out} exists. Choose another directory, or replace what is in it: --overwrite.")
-    if not (out / PREDICTIONS).is_file():
-        raise ConfigError(f"{out} holds no {PREDICTIONS}, so it is no prediction and is not replaced.")
-    inside = [path for path in sources if out.resolve() in path.resolve().parents]
-    if inside:
-        raise ConfigError(f"{inside[0]} lies in {out}, which would be replaced. Choose another --out.")
-
-
 class PictureNames:
-    """Names for annotated files: that of the source with another ending, numbered where it is taken."""
+    """Names for annotated files: that of the source with another ending, numbered where it is taken.
+
+    Bytes that are no UTF-8 are left out, and what is longer than 200 bytes: file systems bear 255, and a
+    file that is being written has a longer name.
+    """
 
     def __init__(self) -> None:
         self._taken: set[str] = set()
@@ -87,9 +116,10 @@ class PictureNames:
             source: image or video.
             suffix: of the new file, such as ``.jpg``.
         """
-        name, number = f"{source.stem}{suffix}", 2
+        stem = os.fsencode(source.stem)[:_LONGEST_STEM].decode(errors="ignore") or "image"
+        name, number = f"{stem}{suffix}", 2
         while name.lower() in self._taken:  # some file systems do not tell A from a
-            name, number = f"{source.stem}-{number}{suffix}", number + 1
+            name, number = f"{stem}-{number}{suffix}", number + 1
         self._taken.add(name.lower())
         return name
 
@@ -107,7 +137,7 @@ class Results:
         skipped: file and reason of each image that cannot be read.
         detections: number of all.
         seconds: that it took, without loading the model.
-        complete: all was looked at.
+        ended_by: why not all was looked at: an error, or Ctrl-C; None: all was.
     """
 
     detector: Detector
@@ -116,7 +146,7 @@ class Results:
     skipped: list[dict[str, str]] = field(default_factory=list)
     detections: int = 0
     seconds: float = 0.0
-    complete: bool = True
+    ended_by: BaseException | None = None
 
     def add(self, number: int, found: Found[Any], picture: str | None, fps: float | None = None) -> None:
         """Take in one image.
@@ -146,15 +176,19 @@ class Results:
             folder: where.
             formats: of `FORMATS`.
             data: a data set; with ``coco`` its labels of these images are written, too.
+
+        Raises:
+            DataError: a label file of it is damaged; all else is written.
+            OSError: a file cannot be written.
         """
+        if "json" in formats:
+            _write_compact(folder / PREDICTIONS, self._as_data())
         if "csv" in formats:
             write_text(folder / TABLE, self._table())
         if "coco" in formats:
             _write_compact(folder / COCO, list(_coco_results(self.images)))
-            if data is not None:
-                _write_compact(folder / TRUTH, coco_truth(self.images, data))
-        if "json" in formats:
-            _write_compact(folder / PREDICTIONS, self._as_data())
+        if "coco" in formats and data is not None:  # last: a label file may be damaged
+            _write_compact(folder / TRUTH, coco_truth(self.images, data))
 
     def _as_data(self) -> dict[str, Any]:
         model = self.detector.model
@@ -163,8 +197,8 @@ class Results:
             "version": self.detector.version, "imgsz": model.imgsz, "names": list(self.detector.names),
         }  # fmt: skip
         return {
-            "format": FORMAT, "complete": self.complete, "seconds": round(self.seconds, 3), "model": about,
-            "settings": self.settings, "images": self.images, "skipped": self.skipped,
+            "format": FORMAT, "complete": self.ended_by is None, "seconds": round(self.seconds, 3),
+            "model": about, "settings": self.settings, "images": self.images, "skipped": self.skipped,
         }  # fmt: skip
 
     def _table(self) -> str:
@@ -175,7 +209,8 @@ class Results:
             for found in image["detections"]:
                 both = {**image, **found}
                 writer.writerow([both.get(column, "") for column in _COLUMNS])
-        return stream.getvalue()
+        # Of file names that are no UTF-8 the odd bytes are written as JSON writes them: \\udcfc.
+        return stream.getvalue().encode(errors="backslashreplace").decode()
 
 
 def described(row: Sequence[float], names: Sequence[str]) -> dict[str, Any]:

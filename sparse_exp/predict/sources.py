@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +40,21 @@ def find_sources(words: Sequence[str], data: Listing | None = None) -> Sources:
     Raises:
         DataError: a word means nothing, or no image or video.
     """
-    files = list(dict.fromkeys(file for word in words for file in _files(word, data)))
-    return Sources(tuple(file for file in files if not _is_video(file)), tuple(filter(_is_video, files)))
+    files: dict[str, Path] = {}
+    for word in words:
+        for file in _found(word, data):
+            files.setdefault(os.path.abspath(file), file)  # noqa: PTH100 - links count as files of their own
+    every = tuple(files.values())
+    return Sources(tuple(file for file in every if not _is_video(file)), tuple(filter(_is_video, every)))
+
+
+def _found(word: str, data: Listing | None) -> list[Path]:
+    try:
+        return _files(word, data)
+    except OSError as error:
+        raise DataError(
+            f"Cannot read {error.filename or word}: {error.strerror}. Allow it, or correct the name."
+        ) from error
 
 
 def _files(word: str, data: Listing | None) -> list[Path]:
@@ -68,10 +82,7 @@ def _split(name: str, data: Listing) -> list[Path]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    try:
-        found = list(_meant(folder.iterdir()))
-    except OSError as error:
-        raise DataError(f"Cannot read the folder {folder}: {error.strerror}. Allow it.") from error
+    found = list(_meant(folder.iterdir()))
     if not found:
         do = f"For images in folders below it give '{folder}/**/*'."
         raise DataError(expected(f"the folder {folder}", "one with images or videos", "none", do))

@@ -18,6 +18,7 @@ from sparse_exp.errors import DataError, expected
 
 _log = logging.getLogger(__name__)
 _USUAL_FPS = 25.0
+_FPS = (0.01, 1000.0)  # what MPEG-4 can hold; some files say 90000, or nan
 _QUIET = "-8"  # AV_LOG_QUIET of FFmpeg
 
 
@@ -28,7 +29,7 @@ class Video:
         path: of the file.
 
     Attributes:
-        fps: frames per second; 25 where the file says none.
+        fps: frames per second; 25 where the file says none, or none that a video can have.
         count: frames that the file says it has; 0 where it says none.
 
     Raises:
@@ -38,8 +39,9 @@ class Video:
     def __init__(self, path: Path) -> None:
         cv2 = _opencv()
         self._path = path
-        self._capture = cv2.VideoCapture(str(path))
-        self.fps = float(self._capture.get(cv2.CAP_PROP_FPS)) or _USUAL_FPS
+        self._capture = cv2.VideoCapture(_name(path))
+        fps = float(self._capture.get(cv2.CAP_PROP_FPS))
+        self.fps = fps if _FPS[0] <= fps <= _FPS[1] else _USUAL_FPS
         self.count = max(0, int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)))
         self._first = self._read()
         if self._first is None:
@@ -102,7 +104,7 @@ class VideoWriter:
     def _open(self, size: tuple[int, int]) -> None:
         cv2 = _opencv()
         code = cv2.VideoWriter_fourcc(*"mp4v")  # MPEG-4 part 2: in every build of OpenCV
-        self._writer = cv2.VideoWriter(str(self._path), code, self._fps, size)
+        self._writer = cv2.VideoWriter(_name(self._path), code, self._fps, size)
         if not self._writer.isOpened():
             message = "OpenCV cannot write MPEG-4 there"
             raise OSError(None, message, str(self._path))
@@ -141,10 +143,25 @@ def _require_whole(path: Path) -> None:
         raise OSError(None, message, str(path)) from error
 
 
+def _name(path: Path) -> str:
+    """A path as OpenCV can take it.
+
+    FFmpeg reads a name such as 12:30.mp4 as a protocol and an address, and OpenCV crashes on one that is no
+    UTF-8.
+    """
+    name = str(path.absolute())
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        do = "Rename it."
+        raise DataError(expected("the name of the video", "UTF-8", str(path), do)) from error
+    return name
+
+
 def _opencv() -> Any:
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", _QUIET)  # our one line says it
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     import cv2
 
+    cv2.setLogLevel(0)
     cv2.setNumThreads(1)
     return cv2

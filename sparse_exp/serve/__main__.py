@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import signal
 import socket
@@ -11,9 +12,20 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from sparse_exp.command import run_command
-from sparse_exp.errors import ConfigError, expected, first_line
+from sparse_exp.errors import ConfigError, first_line
+from sparse_exp.predict.options import (
+    Parser,
+    add_detector_options,
+    add_model_options,
+    checked,
+    detector_settings,
+    number,
+    whole,
+)
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from sparse_exp.serve.service import Service
 
 _EPILOG = """MODEL is the directory of a run, a stub of the local zoo (zoo:...), a directory with
@@ -23,11 +35,13 @@ model.onnx, or an ONNX file.
   curl -F images=@photo.jpg http://127.0.0.1:8000/predict
 
 GET /health, GET /metrics (Prometheus), GET /docs (all answers and errors). See docs/serve.md."""
+_INTERRUPTED = 130
+MOST_PIXELS = 178_956_970  # twice `PIL.Image.MAX_IMAGE_PIXELS`
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
 def main() -> int:
-    """Serve until SIGTERM (exit code 0) or Ctrl-C (130).
+    """Serve until SIGTERM (exit code 0) or Ctrl-C (130); a second Ctrl-C ends it at once.
 
     Raises:
         SparseExpError: what the user can put right, one line.
@@ -54,7 +68,7 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError, UnicodeError) as error:
         do = "Choose others with --host and --port; port 0 takes a free one."
-        reason = getattr(error, "strerror", None) or first_line(error)
+        reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
         raise ConfigError(f"Cannot listen on {host} port {port}: {reason}. {do}") from error
 
 
@@ -64,15 +78,8 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
     from sparse_exp.serve.service import Service
     from sparse_exp.serve.worker import DetectorSettings
 
-    model = find_model(options.model, engine=options.engine)
-    settings = DetectorSettings(
-        batch_size=options.batch,
-        cores=options.cores,
-        streams=options.streams,
-        conf=options.conf,
-        iou=options.iou,
-        max_det=options.max_det,
-    )
+    model = find_model(options.model, engine=options.engine, zoo=options.zoo)
+    settings = DetectorSettings(**detector_settings(options))
     limits = Limits(options.max_bytes, options.max_pixels, options.max_files, options.queue, options.timeout)
     _run(Service(model, settings, limits, options.max_wait_ms / 1e3), listener)
 
@@ -81,6 +88,13 @@ def _run(service: Service, listener: socket.socket) -> None:
     import uvicorn
 
     from sparse_exp.serve.app import create_app
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if self.should_exit and sig == signal.SIGINT:  # for the second time: whoever asks means it
+                service.kill_engine()  # it would see the end of this process, unless it hangs
+                os._exit(_INTERRUPTED)
+            super().handle_exit(sig, frame)
 
     def announce() -> None:
         host, port = listener.getsockname()[:2]
@@ -99,87 +113,61 @@ def _run(service: Service, listener: socket.socket) -> None:
         # No request takes longer: when it is over all are answered.
         timeout_graceful_shutdown=int(service.limits.timeout) + 1,
     )
-    server = uvicorn.Server(config)
+    server = Server(config)
     server.run(sockets=[listener])
     if service.failure:
         raise service.failure
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sparse_exp.serve",
         description="Serve a detector over HTTP: POST images to /predict.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL")
-    add("--engine", metavar="E", help="deepsparse, onnxruntime, openvino or torch (default: the run's first)")
+    add_model_options(parser)
     add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     add("--port", type=int, default=8000, help="port to listen on; 0: a free one (%(default)s)")
-    _add_engine(parser)
+    add_detector_options(parser, streams=1)
     _add_limits(parser)
     return parser.parse_args()
 
 
-def _add_engine(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("engine").add_argument
-    add("--batch", metavar="N", type=_whole, default=1, help="images of one inference (%(default)s)")
-    wait = "how long an image waits for others to fill its batch (%(default)s)"
-    add("--max-wait-ms", metavar="MS", type=_amount, default=5.0, help=wait)
-    add("--streams", metavar="S", type=_whole, default=1, help="inferences at once (%(default)s)")
-    add("--cores", metavar="N", type=_whole, help="physical cores of the engine (default: all)")
-    add("--conf", type=_share, default=0.25, help="lowest confidence of a detection (%(default)s)")
-    add("--iou", type=_share, default=0.45, help="overlap above which the worse box is dropped (%(default)s)")
-    add("--max-det", metavar="N", type=_whole, default=300, help="detections of an image (%(default)s)")
-
-
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("limits; sizes as in 500k, 10MB, 1G").add_argument
+    wait = "how long an image waits for others to fill its batch (%(default)s)"
+    add("--max-wait-ms", metavar="MS", type=_amount, default=5.0, help=wait)
     add("--max-bytes", metavar="SIZE", type=_size, default="10MB", help="length of a body (%(default)s)")
     pixels = "width times height of an image (%(default)s)"
-    add("--max-pixels", metavar="SIZE", type=_size, default="50M", help=pixels)
-    add("--max-files", metavar="N", type=_whole, default=16, help="images of a request (%(default)s)")
+    add("--max-pixels", metavar="SIZE", type=_pixels, default="50M", help=pixels)
+    add("--max-files", metavar="N", type=whole, default=16, help="images of a request (%(default)s)")
     queue = "requests inside at once; more get status 503 (%(default)s)"
-    add("--queue", metavar="N", type=_whole, default=128, help=queue)
+    add("--queue", metavar="N", type=whole, default=128, help=queue)
     timeout = "a request takes no longer (%(default)s)"
     add("--timeout", metavar="SECONDS", type=_seconds, default=60.0, help=timeout)
 
 
-def _whole(text: str) -> int:
-    return int(_bounded(text, text.isdecimal() and int(text) >= 1, "a whole number of at least 1"))
-
-
-def _share(text: str) -> float:
-    return float(_bounded(text, 0 <= _number(text) <= 1, "between 0 and 1"))
-
-
 def _amount(text: str) -> float:
-    return float(_bounded(text, 0 <= _number(text) < 1e5, "between 0 and 100000"))
+    return number(text, lambda value: 0 <= value < 1e5, "between 0 and 100000")
 
 
 def _seconds(text: str) -> float:
-    return float(_bounded(text, 0 < _number(text) < 1e5, "above 0 and below 100000"))
+    return number(text, lambda value: 0 < value < 1e5, "above 0 and below 100000")
 
 
 def _size(text: str) -> int:
     found = re.fullmatch(r"(\d+)([kmg]?)b?", text.strip().lower())
     size = int(found[1]) * _UNITS[found[2]] if found else 0
-    _bounded(text, size >= 1, "a size such as 10MB or 500k")
+    checked(text, size >= 1, "a size such as 10MB or 500k")
     return size
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
-
-
-def _bounded(text: str, good: bool, should_be: str) -> str:  # noqa: FBT001
-    if not good:
-        raise argparse.ArgumentTypeError(expected("it", should_be, text, "Correct it."))
-    return text
+def _pixels(text: str) -> int:
+    size = _size(text)
+    checked(text, size <= MOST_PIXELS, f"at most {MOST_PIXELS}, which Pillow decodes")
+    return size
 
 
 if __name__ == "__main__":

@@ -80,10 +80,10 @@ class Service:
         """Whether the engine has run, and runs."""
         return self._worker is not None
 
-    @property
-    def worker_pid(self) -> int | None:
-        """Process id of the engine; None while it is not ready."""
-        return self._worker.pid if self._worker else None
+    def kill_engine(self) -> None:
+        """End the process of the engine, as if it had died."""
+        if self._worker:
+            self._worker.kill()
 
     @asynccontextmanager
     async def open(
@@ -139,7 +139,7 @@ class Service:
         every = asyncio.gather(*map(self._detect_one, uploads), return_exceptions=True)
         try:
             found = await asyncio.wait_for(every, timeout)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             do = "Send the request again later, or start the service with a larger --timeout."
             raise Refused(503, f"No answer within {self.limits.timeout:g} s. {do}", 1) from None
         self.metrics.images.inc(sum(isinstance(one, Found) for one in found))
@@ -184,7 +184,7 @@ class Service:
             raise WorkerDied("The engine is not running.")
         try:
             return await asyncio.wait_for(worker.detect(squares, boxes), self.limits.timeout)
-        except asyncio.TimeoutError:  # it hangs, and would for ever
+        except TimeoutError:  # it hangs, and would for ever
             worker.kill()
             raise WorkerDied(f"The engine did not answer within {self.limits.timeout:g} s.") from None
 
@@ -219,7 +219,7 @@ class Service:
             if first:
                 on_ready()
             await worker.died.wait()
-            _log.warning("The process of the engine %s died; it is started again.", self.model.engine)
+            _log.warning("%s It is started again.", worker.obituary)
         finally:
             self._worker = None
             worker.close()

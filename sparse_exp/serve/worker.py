@@ -65,22 +65,19 @@ class Worker:
         version: of the engine; empty until `start`.
         names: of the classes; empty until `start`.
         died: set when the child has ended, however that came.
+        obituary: how it ended, one line; empty until then.
     """
 
     def __init__(self, model: Model, settings: DetectorSettings) -> None:
         self._model, self._settings = model, settings
-        self.version, self.names, self.died = "", tuple[str, ...](), asyncio.Event()
+        self.version, self.names, self.died, self.obituary = "", tuple[str, ...](), asyncio.Event(), ""
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection[Any, Any] | None = None
         self._output: IO[bytes] | None = None
+        self._listener: threading.Thread | None = None
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._numbers = count()
         self._sending = ThreadPoolExecutor(1, "send")
-
-    @property
-    def pid(self) -> int | None:
-        """Process id of the child; None before `start` and after `close`."""
-        return self._process.pid if self._process else None
 
     async def start(self) -> None:
         """Start the child; when this returns it has loaded the model and run it once.
@@ -89,9 +86,15 @@ class Worker:
             EngineError: the engine cannot run the model here; also when the child died.
             MissingDependency: the engine is not installed.
         """
-        self._process, self._pipe, self._output = start_child(_CHILD)
-        loop = asyncio.get_running_loop()
-        threading.Thread(target=self._listen, args=(loop, self._pipe), daemon=True).start()
+        try:
+            self._process, self._pipe, self._output = start_child(_CHILD)
+            arguments = (asyncio.get_running_loop(), self._pipe)
+            listener = threading.Thread(target=self._listen, args=arguments, daemon=True)
+            listener.start()
+            self._listener = listener
+        except (OSError, RuntimeError) as error:
+            do = "Free memory, processes or open files."
+            raise EngineError(f"Cannot start a process for the engine: {first_line(error)}. {do}") from error
         self.version, self.names = await self._ask((self._model, asdict(self._settings)))
 
     async def detect(self, squares: Sequence[Square], boxes: Sequence[Letterbox]) -> list[Detections]:
@@ -111,23 +114,28 @@ class Worker:
 
     def close(self) -> None:
         """End the child; it is gone when this returns. Closing twice does nothing."""
-        process, pipe, output = self._process, self._pipe, self._output
-        self._process = self._pipe = self._output = None
+        process, pipe, output, listener = self._process, self._pipe, self._output, self._listener
+        self._process = self._pipe = self._output = self._listener = None
         self._sending.shutdown(wait=False)
         if process and pipe and output:
             process.kill()  # it has nothing to save, and may be deep in native code
             process.wait()
+            if listener:
+                listener.join(1.0)  # or it might read from whatever gets the pipe's number next
             pipe.close()
             output.close()
 
     async def _ask(self, question: tuple[Any, ...]) -> Any:
         pipe, number, loop = self._pipe, next(self._numbers), asyncio.get_running_loop()
         if pipe is None or self.died.is_set():
-            raise WorkerDied(self._obituary())
+            raise WorkerDied(self.obituary)
         answer = self._answers[number] = loop.create_future()
-        with suppress(OSError):  # the listener sees the end, too, and says so
-            await loop.run_in_executor(self._sending, pipe.send, (number, *question))
-        return await answer
+        try:
+            with suppress(OSError):  # the listener sees the end, too, and says so
+                await loop.run_in_executor(self._sending, pipe.send, (number, *question))
+            return await answer
+        finally:
+            answer.cancel()  # given up before it was sent whole: nobody waits for it any more
 
     def _listen(self, loop: asyncio.AbstractEventLoop, pipe: Connection[Any, Any]) -> None:
         """In a thread of its own: pass answers on until the child has no more."""
@@ -147,16 +155,14 @@ class Worker:
             answer.set_exception((MissingDependency if kind == "MissingDependency" else EngineError)(value))
 
     def _bury(self) -> None:
+        code = _exit_code(self._process) if self._process else None
+        self.obituary = obituary(self._model.engine, code, self._output)
         self.died.set()
-        error = WorkerDied(self._obituary())
+        error = WorkerDied(self.obituary)
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(error)
         self._answers.clear()
-
-    def _obituary(self) -> str:
-        code = _exit_code(self._process) if self._process else None
-        return obituary(self._model.engine, code, self._output)
 
 
 def _exit_code(process: subprocess.Popen[bytes]) -> int:

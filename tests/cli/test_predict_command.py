@@ -22,8 +22,9 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_convert
 
 from sparse_exp.data.loader import make_loader
-from sparse_exp.errors import SparseExpError
+from sparse_exp.errors import EngineError, SparseExpError
 from sparse_exp.predict.__main__ import main
+from sparse_exp.predict.detector import Detector
 from sparse_exp.predict.models import find_model
 from sparse_exp.predict.outputs import Results
 from sparse_exp.training.evaluation import evaluate
@@ -120,12 +121,13 @@ def evaluated_detections(deployment, digits) -> tuple[float, float]:
     return float(values["map_50"]), float(values["map"])
 
 
-def test_what_cannot_be_read_is_told_and_skipped(predict, photos_folder, tmp_path):
+def test_what_cannot_be_read_is_told_and_skipped(predict, photos_folder, tmp_path, capsys):
     (photos_folder / "2.jpg").write_bytes(b"no image")
     (photos_folder / "3.jpg").write_bytes((photos_folder / "3.jpg").read_bytes()[:400])
     with pytest.raises(SparseExpError, match="2 of 5 images cannot be used") as caught:
         predict("MODEL", "photos", "--out", "out")
     assert "\n" not in str(caught.value)
+    assert "Written: out" in capsys.readouterr().out
     found = record(tmp_path / "out")
     assert [image["id"] for image in found["images"]] == [1, 2, 5]
     assert [Path(one["file"]).name for one in found["skipped"]] == ["2.jpg", "3.jpg"]
@@ -165,11 +167,26 @@ def test_of_an_interrupted_video_the_predictions_stay(predict, clip, tmp_path, m
         add(self, number, *others)
 
     monkeypatch.setattr(Results, "add", interrupted)
-    assert predict("MODEL", "clip.mp4", "--out", "out") == 130
+    with pytest.raises(KeyboardInterrupt):
+        predict("MODEL", "clip.mp4", "--out", "out")
     assert not list((tmp_path / "out").glob("*.mp4"))
     assert not list((tmp_path / "out").glob(".*"))
     found = record(tmp_path / "out")
     assert (found["complete"], [frame["picture"] for frame in found["images"]]) == (False, [None] * 3)
+
+
+def test_names_of_classes_that_differ_are_told(predict, photos_folder, tmp_path, deployment, caplog):
+    for folder, names in (("named", "0123456789"), ("other", "0123456798")):
+        shutil.copytree(deployment, tmp_path / folder)
+        (tmp_path / folder / "class_names.json").write_text(json.dumps(list(names)), encoding="utf-8")
+    (tmp_path / "data.yaml").write_text(
+        f"{{train: photos, val: photos, names: {json.dumps(list('0123456789'))}}}", encoding="utf-8"
+    )
+    words = ["photos/0.jpg", "--data", "data.yaml", "--no-pictures"]
+    assert predict("named", *words) == 0
+    assert "named otherwise" not in caplog.text
+    assert predict("other", *words) == 0
+    assert "named otherwise" in caplog.text
 
 
 def test_a_full_disk_is_one_line_and_leaves_whole_files(predict, photos_folder, tmp_path, monkeypatch):
@@ -185,7 +202,51 @@ def test_a_full_disk_is_one_line_and_leaves_whole_files(predict, photos_folder, 
     with pytest.raises(SparseExpError, match="No space left on device") as caught:
         predict("MODEL", "photos", "--out", "out")
     assert "\n" not in str(caught.value)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.jpg", "1.jpg", "2.jpg"]
+    found = record(tmp_path / "out")
+    assert (found["complete"], [image["id"] for image in found["images"]]) == (False, [1, 2, 3])
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.jpg")) == ["0.jpg", "1.jpg", "2.jpg"]
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_of_an_engine_that_fails_what_was_found_stays(predict, photos_folder, tmp_path, monkeypatch, capsys):
+    for number in range(5, 30):
+        (photos_folder / f"{number}.jpg").symlink_to(photos_folder / "0.jpg")
+    infer, asked = Detector.infer, []
+
+    def fail(self, squares):
+        asked.append(len(squares))
+        if len(asked) == 25:
+            raise EngineError("No more memory.")
+        return infer(self, squares)
+
+    monkeypatch.setattr(Detector, "infer", fail)
+    with pytest.raises(EngineError, match="No more memory"):
+        predict("MODEL", "photos", "--out", "out", "--streams", "1", "--cores", "1")
+    assert "Incomplete: out holds" in capsys.readouterr().out
+    found = record(tmp_path / "out")
+    assert found["complete"] is False
+    ids = [image["id"] for image in found["images"]]
+    assert ids == list(range(1, len(ids) + 1))
+    assert 10 < len(ids) < 24  # without those that were on their way
+    assert len(list((tmp_path / "out").glob("*.jpg"))) == len(ids)
+
+
+def test_an_earlier_prediction_stays_where_the_model_cannot_be_loaded(predict, photos_folder, monkeypatch):
+    assert predict("MODEL", "photos", "--out", "out", "--no-pictures") == 0
+    before = record(Path("out"))
+    with pytest.raises(SparseExpError, match="exists"):
+        predict("MODEL", "photos", "--out", "out")
+
+    def fail(self, squares):
+        raise EngineError("It cannot run here.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Detector, "infer", fail)
+        with pytest.raises(EngineError, match="cannot run"):
+            predict("MODEL", "photos", "--out", "out", "--overwrite")
+    assert record(Path("out")) == before
+    assert predict("MODEL", "photos/0.jpg", "--out", "out", "--overwrite") == 0
+    assert len(record(Path("out"))["images"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -201,9 +262,6 @@ def test_a_full_disk_is_one_line_and_leaves_whole_files(predict, photos_folder, 
         (["MODEL", "photos", "--out", "photos"], "photos exists"),
         (["MODEL", "photos", "--out", "photos", "--overwrite"], "is no prediction"),
         (["MODEL", "photos", "--imgsz", "640"], "64, which"),
-        (["MODEL", "photos", "--conf", "25"], "0 to 1"),
-        (["MODEL", "photos", "--batch", "0"], "at least 1"),
-        (["MODEL", "photos", "--cores", "4096"], "of this host"),
         (["MODEL", "photos", "--formats", "xml"], "json, csv, coco"),
         (["MODEL", "photos", "--formats", "none", "--no-pictures"], "Nothing would be written"),
         (["MODEL", "photos", "--data", "two.yaml"], "the 10 of the model"),

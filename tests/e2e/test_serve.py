@@ -105,7 +105,7 @@ def service(model):
     """One service for all tests of this module that leave it as it was."""
     process = Process(model, 0, "--batch", "4", "--max-bytes", "1MB")
     yield process
-    assert process.end(signal.SIGTERM)[0] == 0
+    assert process.end(signal.SIGINT)[0] == 130
 
 
 @pytest.fixture(scope="module")
@@ -245,8 +245,29 @@ def test_killed_in_mid_request_it_starts_anew_and_ended_in_mid_request_it_answer
         refused = {type(a.exception()) for a in answers if a.exception()}
         assert refused <= {ConnectionRefusedError, ConnectionResetError}  # they came too late
 
-    interrupted = Process(model, killed.port)
-    assert interrupted.end(signal.SIGINT) == (130, "")
+
+@pytest.mark.slow
+def test_an_engine_that_hangs_is_replaced_and_a_second_ctrl_c_waits_for_nobody(model, photos):
+    process = Process(model, 0, "--timeout", "2", "--batch", "16")
+    before = process.detections(photos[0])[0]
+    process.children()[0].suspend()
+    status, answer = process.ask("POST", "/predict", form(*photos[:16]))  # more than the pipe holds
+    assert status == 503
+    assert "--timeout" in json.loads(answer)["error"]
+    until(lambda: process.ask("POST", "/predict", form(photos[0]))[0] == 200, 120)
+    assert same(process.detections(photos[0])[0], before)
+
+    (engine,) = process.children()
+    engine.suspend()
+    waiting = threading.Thread(target=_ignoring, args=(process, photos[:1]))
+    waiting.start()
+    until(lambda: _inside(process) > 0)
+    process.process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    code, said = process.end(signal.SIGINT)
+    waiting.join()
+    assert code == 130
+    assert said == f"The process of the engine {ENGINE} died (signal 9). It is started again.\n"
 
 
 def _ignoring(process: Process, photos: list[bytes]) -> None:

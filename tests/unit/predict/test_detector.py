@@ -154,6 +154,7 @@ def test_what_is_no_model(run, tmp_path, monkeypatch):
     shutil.copytree(run, tmp_path / "outputs" / "runs" / "later" / "12-00-00-digits")
     for name, engine, kind, said in (
         ("nowhere", None, ConfigError, "Expected MODEL to be"),
+        ("x" * 300, None, ConfigError, "File name too long"),
         (str(tmp_path), None, ConfigError, "holds no model.onnx"),
         ("12-00-00-digits", None, ConfigError, "one run"),
         (str(text), None, EngineError, "ONNX file"),

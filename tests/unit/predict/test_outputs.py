@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from sparse_exp.errors import ConfigError
-from sparse_exp.predict.outputs import PictureNames, Results, check_formats, new_directory
+from sparse_exp.data.detection import list_dataset
+from sparse_exp.errors import ConfigError, DataError
+from sparse_exp.predict.outputs import FORMATS, PictureNames, Results, check_formats, new_directory
 from sparse_exp.predict.pipeline import Found, Input
 
 
@@ -69,7 +72,13 @@ def test_nothing_is_replaced_without_a_word(tmp_path):
     for overwrite, said in ((False, "--overwrite"), (True, "is no prediction")):
         with pytest.raises(ConfigError, match=said):
             new_directory(out, overwrite=overwrite, sources=[])
-    (out / "predictions.json").touch()
+    (out / "predictions.json").write_text('[{"image_id": 1}]', encoding="utf-8")
+    with pytest.raises(ConfigError, match="of ours"):  # others give files that name, too
+        new_directory(out, overwrite=True, sources=[])
+    (out / "predictions.json").write_text(
+        '{"format": "sparse_exp.predict/1", "images": []}', encoding="utf-8"
+    )
+    (out / "below").mkdir()
     with pytest.raises(ConfigError, match="lies in"):
         new_directory(out, overwrite=True, sources=[out / "photo.jpg"])
     assert new_directory(out, overwrite=True, sources=[]) == out
@@ -77,6 +86,47 @@ def test_nothing_is_replaced_without_a_word(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="Cannot make"):
         new_directory(tmp_path / "file" / "out", overwrite=False, sources=[])
+
+
+def test_a_link_to_a_directory_stays_one(results, tmp_path):
+    link, real = tmp_path / "link", tmp_path / "real"
+    real.mkdir()
+    link.symlink_to(real)
+    (real / "other").symlink_to(tmp_path)
+    results.write(real, ("json",), None)
+    assert new_directory(link, overwrite=True, sources=[]) == link
+    assert link.is_symlink()
+    assert not any(real.iterdir())
+    assert tmp_path.exists()
+
+
+def test_names_of_files_that_are_no_utf_8(results, tmp_path):
+    odd = Path(os.fsdecode(b"\xfcber.jpg"))
+    results.add(5, Found(Input(odd), (9, 9), np.ones((1, 6), np.float32)), "ber.jpg")
+    results.write(tmp_path, ("json", "csv"), None)
+    assert json.loads((tmp_path / "predictions.json").read_text())["images"][-1]["file"] == str(odd)
+    assert "\\udcfcber.jpg" in (tmp_path / "predictions.csv").read_text(encoding="utf-8")
+
+
+def test_what_was_found_is_written_even_where_labels_are_damaged(results, digits, tmp_path):
+    folder = tmp_path / "digits"
+    shutil.copytree(digits.root, folder)
+    data = list_dataset(folder / "data.yaml")
+    sample = data.splits["val"][0]
+    results.add(5, Found(Input(sample.image), (9, 9), np.ones((1, 6), np.float32)), None)
+    for label in (folder / "labels").rglob(f"{sample.image.stem}.txt"):
+        label.write_text("no label", encoding="utf-8")
+    with pytest.raises(DataError, match="label"):
+        results.write(tmp_path, FORMATS, data)
+    assert {"predictions.json", "predictions.csv", "coco.json"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_long_names_leave_room_for_an_ending():
+    names = PictureNames()
+    for source in (Path("ä" * 125 + ".png"), Path("x" * 250 + ".png"), Path("x" * 250 + ".bmp")):
+        assert len(names.name(source, ".jpg").encode()) < 215
+    assert names.name(Path(os.fsdecode(b"\xfcber.png")), ".jpg") == "ber.jpg"
+    assert names.name(Path(os.fsdecode(b"\xfc.png")), ".jpg") == "image.jpg"
 
 
 def test_names_of_pictures():

@@ -37,6 +37,18 @@ def test_what_is_meant(here, words, images, videos):
     assert [str(path) for path in found.videos] == videos
 
 
+def test_each_file_once_however_it_is_called(here):
+    found = find_sources(["b.jpg", str(here / "b.jpg"), "below/../b.jpg"])
+    assert [str(path) for path in found.images] == ["b.jpg"]
+
+
+def test_names_with_spaces_and_letters_of_all_kinds(here):
+    (here / "Große Fahrt").mkdir()
+    (here / "Große Fahrt" / "日本 1.jpg").touch()
+    assert [path.name for path in find_sources(["Große Fahrt"]).images] == ["日本 1.jpg"]
+    assert [path.name for path in find_sources(["Große */*.jpg"]).images] == ["日本 1.jpg"]
+
+
 def test_names_with_brackets_are_names_first(here):
     (here / "a[1].jpg").touch()
     assert [path.name for path in find_sources(["a[1].jpg"]).images] == ["a[1].jpg"]
@@ -50,6 +62,7 @@ def test_names_with_brackets_are_names_first(here):
         ("empty", r"give 'empty/\*\*/\*'"),
         ("*.gif", "Correct the pattern"),
         ("val", "no such file"),
+        ("x" * 300, "File name too long"),
     ],
 )
 def test_what_is_nothing(here, word, said):

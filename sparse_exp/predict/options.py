@@ -1,0 +1,101 @@
+"""What ``predict`` and ``serve`` take on the command line alike, and how they refuse it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sparse_exp.errors import ConfigError
+
+_SETTINGS = ("batch_size", "cores", "streams", "conf", "iou", "max_det")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with an option as every error is said: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"{message[:1].upper()}{message[1:].rstrip('.')}. See --help.")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the positional ``model``, ``--engine`` and ``--zoo``: what `find_model` takes."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="run, stub, directory or file, see below")
+    add("--engine", help="deepsparse, onnxruntime, openvino or torch (default: the run's first)")
+    add("--zoo", metavar="DIR", type=Path, help="the local zoo (default: SPARSE_EXP_ZOO, outputs/zoo)")
+
+
+def add_detector_options(parser: argparse.ArgumentParser, *, streams: int | None) -> None:
+    """Add how a detector is loaded; `detector_settings` gives it to `Detector`.
+
+    Args:
+        parser: of the command.
+        streams: the default of ``--streams``; None: the command finds one.
+    """
+    add = parser.add_argument_group("detector").add_argument
+    add("--conf", type=share, default=0.25, help="lowest confidence, 0..1 (%(default)s)")
+    add("--iou", type=share, default=0.45, help="overlap at which the weaker box goes, 0..1 (%(default)s)")
+    add("--max-det", metavar="N", type=whole, default=300, help="detections of an image (%(default)s)")
+    images = "images of one inference (%(default)s)"
+    add("--batch", metavar="N", dest="batch_size", type=whole, default=1, help=images)
+    default = "one for each core, at most 8" if streams is None else "%(default)s"
+    at_once = f"inferences at once, which share the cores ({default})"
+    add("--streams", metavar="N", type=whole, default=streams, help=at_once)
+    add("--cores", metavar="N", type=_cores, help="physical cores for the engine (default: all)")
+
+
+def detector_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_detector_options` as `sparse_exp.predict.detector.Detector` takes them."""
+    return {name: getattr(options, name) for name in _SETTINGS}
+
+
+def whole(text: str) -> int:
+    """A whole number of at least 1.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none; likewise those below.
+    """
+    return int(checked(text, text.isdecimal() and int(text) >= 1, "a whole number of at least 1"))
+
+
+def share(text: str) -> float:
+    """A number between 0 and 1."""
+    return number(text, lambda value: 0 <= value <= 1, "a number between 0 and 1")
+
+
+def number(text: str, good: Callable[[float], bool], should_be: str) -> float:
+    """A number with a condition.
+
+    Args:
+        text: as it was given.
+        good: the condition; false of what is no number.
+        should_be: the condition in words.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    checked(text, good(value), should_be)
+    return value
+
+
+def checked(text: str, good: bool, should_be: str) -> str:  # noqa: FBT001
+    """The text, if it is good."""
+    if not good:
+        raise argparse.ArgumentTypeError(f"expected {should_be}, but got {text!r}")
+    return text
+
+
+def _cores(text: str) -> int:
+    from sparse_exp.hardware import usable_physical_cores
+
+    usable = usable_physical_cores()
+    checked(text, whole(text) <= usable, f"at most the {usable} of this host")
+    return int(text)
