@@ -31,7 +31,8 @@ from sparse_exp.config.resolve import CONF_DIRECTORY
 from sparse_exp.config.schema import HardwareConfig, ModelConfig, SourceConfig
 from sparse_exp.data import digits, load_dataset
 from sparse_exp.data.loader import make_loader
-from sparse_exp.errors import EngineError
+from sparse_exp.engines.signature import read_signature
+from sparse_exp.errors import ConfigError, EngineError, expected
 from sparse_exp.export.onnx import export_quantized
 from sparse_exp.hardware import usable_physical_cores
 from sparse_exp.sparsity.measure import onnx_facts, overall
@@ -43,6 +44,7 @@ from sparse_exp.zoo.start import cached_start
 
 _COCO_CLASSES = 80
 _OPSET = 13
+_STRIDE = 32
 _SEED = 0
 _HARDWARE = HardwareConfig(name="blocks")
 _PATTERNS = {"unstructured": 1, "block4": BLOCK}
@@ -68,8 +70,9 @@ class Pair(NamedTuple):
 def main() -> int:
     """Build, measure and print a table."""
     options = _options()
+    imgsz = _imgsz(options)
     with tempfile.TemporaryDirectory() as scratch:
-        images = _images(Path(scratch), options.imgsz)
+        images = _images(Path(scratch), imgsz)
         given = [Pair("given", *options.files)] if options.files else None
         pairs = given or _build(options, images, Path(scratch))
         rows, conditions = _measure(pairs, images, options)
@@ -85,7 +88,9 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="s", choices=list("nsmlx"), help="of YOLOv5")
-    parser.add_argument("--imgsz", type=whole, default=640, help="side of the images, px, a multiple of 32")
+    parser.add_argument(
+        "--imgsz", type=whole, default=640, help="side of the images, px, where no --files tell it"
+    )
     parser.add_argument("--sparsity", nargs="+", type=_share, default=[0.75, 0.85], help="shares of zeros")
     parser.add_argument("--shares", nargs="+", default=list(SHARES), choices=list(SHARES))
     parser.add_argument("--batches", nargs="+", type=whole, default=[1, 32], help="batch sizes")
@@ -100,6 +105,14 @@ def _share(text: str) -> float:
     if not 0 <= float(text) < 1:  # argparse words what is no number
         raise argparse.ArgumentTypeError(f"expected a share of at least 0 and below 1, got {text}")
     return float(text)
+
+
+def _imgsz(options: argparse.Namespace) -> int:
+    given = read_signature(options.files[0]).size if options.files else None
+    size: int = given[0] if given else options.imgsz
+    if size < _STRIDE * 2 or size % _STRIDE:
+        raise ConfigError(expected("--imgsz", f"a multiple of {_STRIDE} from 64 on", size, "Correct it."))
+    return size
 
 
 def _images(scratch: Path, imgsz: int) -> NDArray[np.uint8]:

@@ -7,7 +7,8 @@ fully convolutional, and its speed does not depend on what it has learnt, so tha
     python benchmarks/square_files.py RUN --dense DENSE_RUN --imgsz 640 --out files/s
 
 Written are `dense.onnx` (of DENSE_RUN, else with initial weights), with `--int8` each engine's
-`dense.int8.*` (see `sparse_exp.export.square`), `sparse.fp32.onnx`, `model.onnx` and `model.qdq.onnx`.
+`dense.int8.*` (see `sparse_exp.export.square`), `model.onnx`, and of a quantized run
+`model.qdq.onnx` and, where it has zeros, `sparse.fp32.onnx`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from sparse_exp.command import run_command, whole
@@ -43,14 +43,16 @@ def main() -> int:
     options = _options()
     if options.imgsz % _STRIDE:
         raise ConfigError(expected("--imgsz", f"a multiple of {_STRIDE}", options.imgsz, "Correct it."))
-    model, checkpoint = restore(_checkpoint(options.run))
-    dense = restore(_checkpoint(options.dense))[0] if options.dense else _initial(model)
-    images = _images(options) if options.int8 else []
+    run = _read(options.run)
+    model, checkpoint = restore(run.checkpoint)
+    dense = restore(_read(options.dense).checkpoint)[0] if options.dense else initial_network(model)
+    images = _images(options, run) if options.int8 else []
     options.out.mkdir(parents=True, exist_ok=True)
     form = {"imgsz": options.imgsz, "opset": OPSET, "names": checkpoint.names}
     export_deployment(model, options.out, dense=dense, **form)
-    if before := _before_quantization(options.run):
-        export_float(restore(before)[0], options.out / SPARSE_FP32, **form)
+    sparse = sparse_network(model, before_quantization(run.checkpoint, run.records))
+    if isinstance(sparse, Network):
+        export_float(sparse.model, options.out / SPARSE_FP32, **form)
     if options.int8:
         _write_int8(options, dense, images, checkpoint.names)
     for file in sorted(options.out.iterdir()):
@@ -69,23 +71,11 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _checkpoint(run: Path) -> Path:
-    """What the run deploys."""
-    record = read_run(run).records.get("train")
-    if record is None:
-        raise ConfigError(expected("the run", "one that trained", str(run), "Give another."))
-    return run / str(record.facts["checkpoint"])
-
-
-def _before_quantization(run: Path) -> Path | None:
-    files = [run / "weights" / f"best_{phase}.pt" for phase in FLOATING_POINT]
-    return next((file for file in files if file.is_file()), None)
-
-
-def _initial(model: YOLOv5) -> YOLOv5:
-    """A dense detector of the same architecture, with initial weights."""
-    torch.manual_seed(0)
-    return YOLOv5(model.size, model.num_classes).eval()
+def _read(path: Path) -> FinishedRun:
+    run = read_run(path)
+    if "train" not in run.records:
+        raise ConfigError(expected("the run", "one that trained", str(path), "Give another."))
+    return run
 
 
 def _write_int8(

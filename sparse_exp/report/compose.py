@@ -174,7 +174,7 @@ def _sheet_batch(context: Context) -> Any:
 def _report_data(context: Context, pictures: dict[str, Path]) -> ReportData:
     experiment, start = context.experiment, context.facts("plan")
     fetched = context.facts("fetch")
-    transferred = f" {start['transferred']} taken." if start.get("transferred") else ""
+    transferred = f" {start['transferred']} taken." if start.get("transferred", "none") != "none" else ""
     return ReportData(
         title=experiment.name,
         command=_command(context),

@@ -7,7 +7,7 @@ import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -305,7 +305,7 @@ def _describe(stub: str, measured: Measured, metrics: Mapping[str, Any]) -> dict
         "recipe": "",
         "metrics": dict(metrics),
         "samples": {},
-        "published": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "published": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "by": source_tags()["mlflow.user"],
         "sparse_exp": __version__,
         "engines": _engine_versions(),

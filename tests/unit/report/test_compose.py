@@ -1,0 +1,37 @@
+"""What a report says of a run, from its records alone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from sparse_exp.artifacts import RunDirectory, write_text
+from sparse_exp.report import compose
+
+
+def context_of(tmp_path, **facts) -> SimpleNamespace:
+    run = RunDirectory.create(tmp_path / "run", overwrite=False)
+    return SimpleNamespace(run=run, facts=lambda stage: facts.get(stage, {}))
+
+
+def test_the_command_can_be_pasted_into_a_shell(tmp_path):
+    context = context_of(tmp_path)
+    words = ["hardware.engines=[openvino,torch]", "name=two words", "seed=1", "paths.run=elsewhere"]
+    context.run.update(overrides=words)
+    options = """hydra: {runtime: {config_sources: [{provider: command-line, path: /my conf}]}}"""
+    write_text(context.run.path / ".hydra" / "hydra.yaml", options)
+    assert compose._command(context) == (
+        "python -m sparse_exp --config-dir '/my conf' 'hardware.engines=[openvino,torch]' 'name=two words' "
+        "seed=1"
+    )
+
+
+def test_whose_weights_the_dense_network_has(tmp_path):
+    dense = {"origin": "initial weights", "trained": False}
+    context = context_of(tmp_path, export={"dense": dense})
+    rows = [{"variant": "sparse"}, {"variant": "dense_int8"}]
+    (text,) = compose._dense(context, rows).values()
+    assert text.startswith("initial weights;")
+    assert "recovery.baseline=auto" in text
+    assert compose._dense(context, rows[:1]) == {}
+    dense |= {"origin": "the dense baseline x.pt", "trained": True}
+    assert list(compose._dense(context, rows).values()) == ["the dense baseline x.pt"]
