@@ -25,7 +25,7 @@ from sparse_exp.conditions import current, packages
 from sparse_exp.config.resolve import as_dict, as_yaml, recipe_path
 from sparse_exp.config.schema import Experiment
 from sparse_exp.context import Context, SweepMember
-from sparse_exp.errors import SparseExpError, StageFailed
+from sparse_exp.errors import ConfigError, SparseExpError, StageFailed
 from sparse_exp.host import waited_seconds, working
 from sparse_exp.plan import fit_to_host, mismatch_sentence
 from sparse_exp.runs import JOB_TAG, OVERRIDES_TAG
@@ -39,7 +39,8 @@ _DEPENDS_ON: dict[str, tuple[str, ...]] = {
     "plan": ("recipe", "seed", "trainer"),  # of the recipe what it says, see _said_by_the_recipe
     "baseline": ("recovery",),
     "train": (),
-    "evaluate": ("checkpoint",),
+    # From here on the checkpoint, where no stage before says which, see _given_checkpoint.
+    "evaluate": (),
     "export": ("export",),  # the files that the target asks for, and the dense baseline
     "verify": (),  # the engines and variants, and the accuracy of the baseline
     "benchmark": ("hardware",),
@@ -48,6 +49,7 @@ _DEPENDS_ON: dict[str, tuple[str, ...]] = {
     "register": ("tracker",),
 }
 
+_UP_TO_TRAINING = ("fetch", "plan", "baseline", "train")
 # Stages during which others may measure: they wait for the network or a disk, or measure themselves.
 _LIGHT = ("fetch", "benchmark", "publish", "register")
 # Stages in which torch computes; with another number of threads it rounds otherwise. The plan sets its own.
@@ -303,6 +305,8 @@ def _fingerprint(context: Context, stage: str, before: str) -> str:
         parts["recipe"] = _said_by_the_recipe(context, config["recipe"])
     if stage == "train" and _trains_on_baseline(context):
         parts["teacher"] = _teacher(context)
+    if stage not in _UP_TO_TRAINING:
+        parts["checkpoint"] = _given_checkpoint(context)
     if stage == "export":
         parts |= _exported(context)
     if stage == "verify":
@@ -310,6 +314,16 @@ def _fingerprint(context: Context, stage: str, before: str) -> str:
         parts["engines"] = context.experiment.hardware.engines
         parts["variants"] = sorted(context.experiment.hardware.variants)
     return fingerprint(stage, before, parts, __version__)
+
+
+def _given_checkpoint(context: Context) -> str | None:
+    """Digest of a checkpoint that was trained before; None where this training makes it, or there is none."""
+    if "train" in context.experiment.stages and not context.experiment.checkpoint:
+        return None
+    try:
+        return sha256_of(context.checkpoint)
+    except (ConfigError, OSError):  # the stage that needs it says so
+        return None
 
 
 def _said_by_the_recipe(context: Context, config: Mapping[str, Any]) -> dict[str, Any]:

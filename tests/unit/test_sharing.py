@@ -5,6 +5,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from finished_run import pruned, save
 
 from sparse_exp import experiment as experiments
 from sparse_exp import host, recovery, stages
@@ -165,6 +167,17 @@ def test_where_and_how_a_job_runs_is_in_no_fingerprint_of_what_is_shared(done, c
 def test_what_a_stage_depends_on_is_in_its_fingerprint(done, changes, differing):
     one, other = marks(run(job(0))), marks(run(job(1, **changes)))
     assert [stage for stage in SHARED if one[stage] != other[stage]] == differing
+
+
+def test_jobs_without_a_training_share_what_was_made_of_the_same_checkpoint(done, tmp_path):
+    for name, seed in (("a", 0), ("b", 1), ("c", 0)):
+        save(tmp_path / f"{name}.pt", pruned(("digit",), seed=seed), ("digit",), phase="pruned")
+    words = [{"stages": ["export", "verify"], "checkpoint": str(tmp_path / f"{name}.pt")} for name in "abc"]
+    one, other, copy = (run(job(number, **changes)) for number, changes in enumerate(words))
+    assert origins(other) == {"export": None, "verify": None}
+    assert origins(copy) == {"export": one.name, "verify": one.name}
+    shutil.copy(tmp_path / "b.pt", tmp_path / "a.pt")  # the same path says nothing
+    assert origins(run(job(3, **words[0]))) == dict.fromkeys(("export", "verify"), other.name)
 
 
 def test_outside_of_a_sweep_nothing_is_shared(done):
