@@ -17,6 +17,8 @@ from sparse_exp.data.letterbox import Letterbox, fitted_size, letterbox
 from sparse_exp.errors import DataError, first_line
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+# Of what Pillow reads, what people photograph and draw with: some of its other formats start programs.
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 # What Pillow's decoders raise on damaged or hostile files.
 _UNREADABLE = (
@@ -105,7 +107,7 @@ def _opened(file: Path | BytesIO, path: Path) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about odd metadata, and images of 90 and more megapixels
-            with Image.open(file) as image:
+            with Image.open(file, formats=IMAGE_FORMATS) as image:
                 yield image
     except _UNREADABLE as error:
         unknown = isinstance(error, UnidentifiedImageError)  # its text is about Python objects

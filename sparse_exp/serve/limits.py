@@ -22,9 +22,9 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from sparse_exp.data.images import IMAGE_FORMATS
+
 FIELD = "images"
-# Of what Pillow reads, what people photograph and draw with: some of its other formats start programs.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 _LONGEST_NAME = 100
 _BODY_READ = "sparse_exp.body_read"  # in the scope of a request
 _LINGER_SECONDS, _LINGER_BYTES = 2.0, 64 * 2**20
@@ -272,7 +272,7 @@ def _header_of(upload: Upload) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(upload.content), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(upload.content), formats=IMAGE_FORMATS) as image:
                 yield image
     except Image.DecompressionBombError:
         do = "Scale it down."

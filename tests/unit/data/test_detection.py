@@ -140,6 +140,15 @@ def test_damaged_image_is_named(tmp_path: Path, damage: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", b"P6 1 1 255 abc"]
+)
+def test_formats_that_pillow_starts_programs_for_are_no_images(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "photo.jpg").write_bytes(content)
+    with pytest.raises(DataError, match="its content is no image"):
+        read_image(tmp_path / "photo.jpg")
+
+
 def test_bad_label_is_named(tmp_path: Path) -> None:
     yaml = make_dataset(tmp_path)
     (tmp_path / "labels/val/a.txt").write_text("7 0.5 0.5 0.5 0.5")
