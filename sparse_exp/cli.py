@@ -28,6 +28,7 @@ OmegaConfKeyError = (ConfigKeyError, ConfigAttributeError)
 # process found is kept with the configuration: the words of the others are not those of the command.
 OmegaConf.register_new_resolver("sweep_name", lambda: sweep_name(sys.argv[1:]), use_cache=True, replace=True)
 _PLUGIN = re.compile(r"Could not find 'hydra/launcher/(\w+)'")
+_PLACE = re.compile(r"In '(.+?)': ")
 _EXTRAS = {"joblib": "joblib", "ray": "ray", "submitit_slurm": "slurm"}  # by Hydra's name of the launcher
 _NO_OPTION = "Config group override must be"  # Hydra's ValueError for group=null
 
@@ -237,15 +238,20 @@ def log_to_console(prefix: str = "") -> None:
 
 def _one_line(error: HydraException | OmegaConfBaseException) -> str:
     """What Hydra or OmegaConf spread over several lines, with what to do about it."""
+    where = ""
+    if (place := _PLACE.match(str(error))) and isinstance(error.__context__, OmegaConfBaseException):
+        where, error = f"{place[1]}.yaml: ", error.__context__  # Hydra raises it without a cause
     while isinstance(error.__cause__, HydraException | OmegaConfBaseException):
         error = error.__cause__
     if isinstance(error, OmegaConfKeyError):
         parent = OmegaConf.to_container(error.parent_node) if error.parent_node is not None else {}
         keys = ", ".join(str(key) for key in parent if key != "hydra") if isinstance(parent, dict) else ""
-        return f"Unknown key {error.full_key}. Keys there: {keys}."
+        return f"{where}Unknown key {error.full_key}. Keys there: {keys}."
     if isinstance(error, OmegaConfBaseException):
-        first = str(error).splitlines()[0].rstrip(".")
-        return f"{error.full_key or 'configuration'}: {first}. Correct the value; --help lists all keys."
+        first, key = str(error).splitlines()[0].rstrip("."), error.full_key or "configuration"
+        if "is not a ListConfig" in first:
+            return f"{where}Expected {key} to be a list. Write it in brackets: {key}=[...]."
+        return f"{where}{key}: {first}. Correct the value; --help lists all keys."
     text = str(error).partition("Config search path")[0]
     if (plugin := _PLUGIN.search(text)) and (extra := _EXTRAS.get(plugin[1])):
         return f"launcher={extra} is not installed. Install it with: pip install 'sparse-exp[{extra}]'"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sparse_exp.config.schema import Experiment
 from sparse_exp.hardware import has_bf16
-from sparse_exp.plan import Plan, Start, make_plan, with_mismatch
+from sparse_exp.plan import Plan, Start, make_plan, plan_without_training, with_mismatch
 from sparse_exp.report.console import show_plan
 from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.training.precision import choose_precision
@@ -31,7 +31,9 @@ def show(experiment: Experiment, recipe: Recipe, mismatch: Sequence[str] = ()) -
     Raises:
         SparseExpError: what would refuse the run before epoch 0, as far as it can be known offline.
     """
-    show_plan(with_mismatch(_plan(experiment, recipe), experiment.hardware.name, mismatch))
+    trains = not {"plan", "train"}.isdisjoint(experiment.stages)
+    plan = _plan(experiment, recipe) if trains else plan_without_training(experiment)
+    show_plan(with_mismatch(plan, experiment.hardware.name, mismatch))
 
 
 def _plan(experiment: Experiment, recipe: Recipe) -> Plan:

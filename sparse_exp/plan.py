@@ -172,6 +172,17 @@ def make_plan(
     )
 
 
+def plan_without_training(experiment: Experiment) -> Plan:
+    """Lay out a run that takes a checkpoint as it is: no recipe is applied.
+
+    Args:
+        experiment: the checked configuration.
+    """
+    origin = experiment.checkpoint or "the run's own training"
+    facts = {"checkpoint": origin, **_setting(experiment)}
+    return Plan(Start(origin, None), None, [], facts, warnings=_advice(experiment))
+
+
 def with_trial(plan: Plan, trial: Trial, recipe: Recipe, data: Data, trainer: TrainerConfig) -> Plan:
     """The plan with what a few timed steps add: the batch of each phase and its time.
 
@@ -357,10 +368,7 @@ def _facts(
         "grown": f"from {start.grown_from}: no checkpoint of {experiment.model.name} can be had; this "
         "smaller one is made larger so that it computes nearly the same",
         "left": f"{len(start.left)} tensors keep initial class scores: {_shortened(start.left)}",
-        "data": f"{experiment.dataset.name}, {experiment.dataset.imgsz} px",
-        "engines": ", ".join(experiment.hardware.engines),
-        "target": _target(experiment.hardware),
-        "stages": " -> ".join(experiment.stages),
+        **_setting(experiment),
         "recipe": f"{recipe.name}, {'in one shot, without training' if config.oneshot else trained}",
         "teacher": f"{config.teacher}",
         "learning rate": _schedule(recipe, experiment.trainer),
@@ -381,6 +389,15 @@ def _facts(
         "baseline": experiment.recovery.baseline == "none",
     }
     return {label: text for label, text in facts.items() if not without.get(label)}
+
+
+def _setting(experiment: Experiment) -> dict[str, str]:
+    return {
+        "data": f"{experiment.dataset.name}, {experiment.dataset.imgsz} px",
+        "engines": ", ".join(experiment.hardware.engines),
+        "target": _target(experiment.hardware),
+        "stages": " -> ".join(experiment.stages),
+    }
 
 
 def _target(hardware: HardwareConfig) -> str:
@@ -476,10 +493,11 @@ def render(plan: Plan) -> list[Table | str]:
     from rich.table import Table
 
     table = Table(title="Plan", title_justify="left", box=None, pad_edge=False)
-    for column in plan.phases[0]:
+    for column in next(iter(plan.phases), ()):
         table.add_column(column)
     for row in plan.phases:  # several learning rates of a phase go below each other
         table.add_row(*(text.replace(", ", "\n") for text in row.values()))
     lines = [f"{label}: {text}" for label, text in plan.facts.items()]
     sentences = [plan.pruning] if plan.pruning else []
-    return [*lines, *sentences, *(f"Warning: {warning}" for warning in plan.warnings), table]
+    tables = [table] if plan.phases else []
+    return [*lines, *sentences, *(f"Warning: {warning}" for warning in plan.warnings), *tables]

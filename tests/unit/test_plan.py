@@ -6,6 +6,7 @@ from finished_run import save
 
 from sparse_exp.config.resolve import recipe_path
 from sparse_exp.config.schema import Experiment, HardwareConfig, ModelConfig, RecipeConfig, TrainerConfig
+from sparse_exp.dry_run import show
 from sparse_exp.errors import CheckpointError, ConfigError, RecipeError
 from sparse_exp.plan import (
     SPARSE_FROM,
@@ -367,3 +368,14 @@ def test_a_grown_start_says_what_from(dense):
     assert "model: yolov5n from grown:yolov5n(coco)" in lines
     assert any("grown: from /zoo/n.pt (sha256 0123...)" in str(line) for line in lines)
     assert "grown" not in make_plan(experiment(), recipe("dense"), DENSE, FP32, dense).facts
+
+
+def test_without_a_training_the_checkpoint_is_named_and_no_recipe(caplog):
+    asked = experiment()
+    asked.stages, asked.checkpoint = ["export", "benchmark"], "runs/a/weights/last.pt"
+    with caplog.at_level("INFO", logger="sparse_exp"):
+        show(asked, Recipe(NOTHING, name="nothing"), [])
+    lines = caplog.text.splitlines()
+    assert any("checkpoint: runs/a/weights/last.pt" in line for line in lines)
+    assert "stages: export -> benchmark" in lines
+    assert not [line for line in lines if line.startswith(("recipe:", "phase", "time:", "expected sizes:"))]
