@@ -8,25 +8,61 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from sparse_exp.errors import SparseExpError, expected
+from sparse_exp.errors import ConfigError, SparseExpError
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with an option as every error is said: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"{message[:1].upper()}{message[1:].rstrip('.')}. See --help.")
 
 
 def whole(text: str) -> int:
-    """A type of `argparse`: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(expected("it", "a whole number of at least 1", text, "Correct it."))
-    return int(text)
+    """A type of `argparse`: a whole number of at least 1.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none; likewise those below.
+    """
+    return int(checked(text, text.isdecimal() and int(text) >= 1, "a whole number of at least 1"))
+
+
+def share(text: str) -> float:
+    """A number between 0 and 1."""
+    return number(text, lambda value: 0 <= value <= 1, "a number between 0 and 1")
 
 
 def amount(text: str) -> float:
-    """A type of `argparse`: a number of at least 0."""
+    """A number of at least 0."""
+    return number(text, lambda value: 0 <= value < float("inf"), "a number of at least 0")
+
+
+def number(text: str, good: Callable[[float], bool], should_be: str) -> float:
+    """A number with a condition.
+
+    Args:
+        text: as it was given.
+        good: the condition; false of what is no number.
+        should_be: the condition in words.
+    """
     try:
-        found = float(text)
+        value = float(text)
     except ValueError:
-        found = float("nan")
-    if not 0 <= found < float("inf"):
-        raise argparse.ArgumentTypeError(expected("it", "a number of at least 0", text, "Correct it."))
-    return found
+        value = float("nan")
+    checked(text, good(value), should_be)
+    return value
+
+
+def checked(text: str, good: bool, should_be: str) -> str:  # noqa: FBT001
+    """The text, if it is good."""
+    if not good:
+        raise argparse.ArgumentTypeError(f"expected {should_be}, but got {text!r}")
+    return text
 
 
 def run_command(command: Callable[[], int]) -> NoReturn:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_exp.artifacts import MANIFEST, sha256_of
-from sparse_exp.command import run_command
+from sparse_exp.command import Parser, run_command
 from sparse_exp.conditions import (
     NOT_RECORDED,
     Difference,
@@ -249,7 +249,7 @@ def _as_yaml_list(words: Sequence[str]) -> str:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sparse_exp.rerun",
         description="A past run once more, from its record; says first what is not as it was then.",
         epilog=_TEXT,
@@ -257,7 +257,7 @@ def _options() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="directory of a run, or its MLflow id")
-    add("overrides", nargs="*", metavar="KEY=VALUE", help="values to change")
+    add("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="values to change")
     add("--dry-run", action="store_true", help="only say what differs (also: dry_run=true)")
     add_store_options(parser)
     return parser.parse_intermixed_args()

@@ -8,7 +8,7 @@ import logging
 import sys
 from pathlib import Path
 
-from sparse_exp.command import run_command
+from sparse_exp.command import Parser, run_command
 from sparse_exp.compare.comparison import Comparison, compare
 from sparse_exp.compare.files import write_files
 from sparse_exp.compare.table import as_data, said, shown_rows, terminal_table
@@ -61,7 +61,7 @@ def _show(comparison: Comparison, limit: int, written: list[Path]) -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sparse_exp.compare",
         description="Runs beside each other: a table, the Pareto front, pictures, and the one to ship.",
         epilog=_TEXT,

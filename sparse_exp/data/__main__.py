@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparse_exp.command import run_command
+from sparse_exp.command import Parser, run_command
 from sparse_exp.errors import DataError, expected
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m sparse_exp.data", description="Convert and check data sets.")
+    parser = Parser("python -m sparse_exp.data", description="Convert and check data sets.")
     commands = parser.add_subparsers(dest="command", required=True)
     checks = commands.add_parser(
         "check", help="report all that is wrong with a data set; exit code 1 on errors"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from sparse_exp.command import run_command
+from sparse_exp.command import Parser, run_command
 from sparse_exp.config.resolve import options
 from sparse_exp.config.schema import ENGINES, HardwareConfig
 from sparse_exp.hardware import HostFacts, host_facts, quota_cores, usable_physical_cores
@@ -32,7 +32,7 @@ A target is chosen with hardware=NAME, for example:
 
 def main() -> int:
     """Print what `facts_of_host`, `engines_here` and `targets_here` find."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sparse_exp.hardware",
         description="Facts of this host, the engines that run on it, and the hardware targets that fit it.",
         epilog=_TEXT,

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparse_exp.command import run_command
+from sparse_exp.command import Parser, run_command
 from sparse_exp.errors import ConfigError, DataError, SparseExpError, expected
-from sparse_exp.predict.options import Parser, add_detector_options, add_model_options, detector_settings
+from sparse_exp.predict.options import add_detector_options, add_model_options, detector_settings
 
 if TYPE_CHECKING:
     from sparse_exp.data.detection import Listing

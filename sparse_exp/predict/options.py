@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from sparse_exp.errors import ConfigError
+from sparse_exp.command import checked, share, whole
 
 _SETTINGS = ("batch_size", "cores", "streams", "conf", "iou", "max_det")
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong with an option as every error is said: in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Refuse the command line.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError(f"{message[:1].upper()}{message[1:].rstrip('.')}. See --help.")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -54,43 +41,6 @@ def add_detector_options(parser: argparse.ArgumentParser, *, streams: int | None
 def detector_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The options of `add_detector_options` as `sparse_exp.predict.detector.Detector` takes them."""
     return {name: getattr(options, name) for name in _SETTINGS}
-
-
-def whole(text: str) -> int:
-    """A whole number of at least 1.
-
-    Raises:
-        argparse.ArgumentTypeError: it is none; likewise those below.
-    """
-    return int(checked(text, text.isdecimal() and int(text) >= 1, "a whole number of at least 1"))
-
-
-def share(text: str) -> float:
-    """A number between 0 and 1."""
-    return number(text, lambda value: 0 <= value <= 1, "a number between 0 and 1")
-
-
-def number(text: str, good: Callable[[float], bool], should_be: str) -> float:
-    """A number with a condition.
-
-    Args:
-        text: as it was given.
-        good: the condition; false of what is no number.
-        should_be: the condition in words.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    checked(text, good(value), should_be)
-    return value
-
-
-def checked(text: str, good: bool, should_be: str) -> str:  # noqa: FBT001
-    """The text, if it is good."""
-    if not good:
-        raise argparse.ArgumentTypeError(f"expected {should_be}, but got {text!r}")
-    return text
 
 
 def _cores(text: str) -> int:

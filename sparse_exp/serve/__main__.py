@@ -11,17 +11,9 @@ import socket
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from sparse_exp.command import run_command
+from sparse_exp.command import Parser, checked, number, run_command, whole
 from sparse_exp.errors import ConfigError, first_line
-from sparse_exp.predict.options import (
-    Parser,
-    add_detector_options,
-    add_model_options,
-    checked,
-    detector_settings,
-    number,
-    whole,
-)
+from sparse_exp.predict.options import add_detector_options, add_model_options, detector_settings
 
 if TYPE_CHECKING:
     from types import FrameType

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparse_exp.command import run_command
+from sparse_exp.command import Parser, run_command
 from sparse_exp.runs import DEFAULT_DIRECTORIES
 from sparse_exp.tracking.sync import Sync, count, find_waiting
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sparse_exp.tracking", description="Runs and the store that they are tracked in."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

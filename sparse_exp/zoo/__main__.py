@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_exp.command import run_command
+from sparse_exp.command import Parser, run_command
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.zoo.local import Published, find, published, read_metadata, stub_of, zoo_directory
 from sparse_exp.zoo.query import KEYS, parse_query
@@ -44,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = Parser(add_help=False)
     shared.add_argument("--zoo", metavar="DIR", help="the local zoo")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m sparse_exp.zoo",
         description=_DESCRIPTION,
         epilog=_EPILOG,
