@@ -163,13 +163,23 @@ def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
 def in_order(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[Result]:
-    """Results in the order of items, of which at most ``ahead`` are being worked on or wait."""
+    """Results in the order of items, of which at most ``ahead`` are being worked on or wait.
+
+    Where getting an item fails, the results of those before it come first.
+    """
     items, running = iter(items), deque[Future[Result]]()
+    failure: Exception | None = None
     while True:
-        running.extend(pool.submit(function, item) for item in islice(items, ahead - len(running)))
-        if not running:
+        try:
+            running.extend(pool.submit(function, item) for item in islice(items, ahead - len(running)))
+        except Exception as error:
+            items, failure = iter(()), error
+        if running:
+            yield running.popleft().result()
+        elif failure:
+            raise failure
+        else:
             return
-        yield running.popleft().result()
 
 
 def in_batches(items: Iterable[Item], size: int, counts: Callable[[Item], bool]) -> Iterator[list[Item]]:

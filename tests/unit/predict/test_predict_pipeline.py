@@ -51,6 +51,19 @@ def test_an_error_comes_in_its_turn():
             next(results)
 
 
+def test_what_came_before_an_error_comes_through_all_steps_before_it():
+    def fail_at_three(item: int) -> int:
+        if item == 3:
+            raise ValueError("three")
+        return item
+
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        results = in_order(second, lambda item: item * 10, in_order(first, fail_at_three, range(10), 2), 8)
+        assert [next(results) for _ in range(3)] == [0, 10, 20]
+        with pytest.raises(ValueError, match="three"):
+            next(results)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_batches_count_only_what_counts(size):
     items = list(range(20))
