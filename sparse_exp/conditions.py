@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,13 @@ def packages() -> list[str]:
 
     Copies that setuptools carries for itself, and puts on the path once it was imported, do not count.
     """
-    found = [each for each in distributions() if "_vendor" not in str(each.locate_file(""))]
-    installed = {f"{each.metadata['Name']}=={each.version}" for each in found}
-    return [f"python=={sys.version.split()[0]}", *sorted(installed, key=str.lower)]
+    return [f"python=={sys.version.split()[0]}", *_installed()]
+
+
+@cache  # reading them takes half a second; the jobs of a sweep may share a process
+def _installed() -> tuple[str, ...]:
+    found = [each.metadata for each in distributions() if "_vendor" not in str(each.locate_file(""))]
+    return tuple(sorted({f"{each['Name']}=={each['Version']}" for each in found}, key=str.lower))
 
 
 def current(recipe: Path) -> dict[str, Any]:

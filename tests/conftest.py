@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data import DetectionDataset, load_dataset
@@ -16,6 +20,7 @@ from sparse_exp.data.digits import materialize
 from sparse_exp.data.loader import make_loader
 
 torch.set_num_threads(1)  # the models are tiny, and several tests may run beside each other
+gc.set_threshold(50_000, 20, 50)  # a collection walks over a million objects of the libraries
 CONF = Path(__file__).parents[1] / "conf"
 IMGSZ, CLASSES, BATCH, STEPS_PER_EPOCH = 64, 10, 4, 4
 
@@ -32,6 +37,23 @@ class TinyRun:
     @property
     def model(self):
         return self.trainer.model
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A function that has a directory of that name filled by the first worker that asks for it."""
+    base = tmp_path_factory.getbasetemp()
+    common = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def directory(name: str, fill: Callable[[Path], object]) -> Path:
+        with FileLock(common / f"{name}.lock"):
+            if not (common / name).is_dir():
+                part = tmp_path_factory.mktemp(name)
+                fill(part)
+                part.rename(common / name)
+        return common / name
+
+    return directory
 
 
 @pytest.fixture(scope="session")
@@ -166,13 +188,21 @@ def _enliven(model, batches) -> None:
 
 
 @pytest.fixture(scope="session")
-def deployment(lively_model, tmp_path_factory) -> Path:
-    """The exported files of `lively_model`."""
+def deployment(lively_model, made_once) -> Path:
+    """The exported files of `lively_model`; do not change them."""
     from sparse_exp.export.deployment import export_deployment
 
-    folder = tmp_path_factory.mktemp("deployment")
-    export_deployment(lively_model, folder, imgsz=IMGSZ, opset=13)
-    return folder
+    return made_once(
+        "deployment", lambda folder: export_deployment(lively_model, folder, imgsz=IMGSZ, opset=13)
+    )
+
+
+@pytest.fixture(scope="session")
+def new_database(made_once) -> Path:
+    """MLflow's database of a store without runs, to copy: making one takes seconds."""
+    from sparse_exp.tracking.mlflow import connect
+
+    return made_once("new-store", lambda folder: connect(f"sqlite:///{folder}/mlflow.db")) / "mlflow.db"
 
 
 @pytest.fixture(autouse=True)

@@ -6,31 +6,22 @@ Most cases call the command line inside this process, which saves its start-up; 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from command import Ended, command_line
 
-from sparse_exp import cli
 from sparse_exp.data.digits import materialize
 from sparse_exp.yolov5 import YOLOv5, save_checkpoint
 
+__all__ = ["command_line"]
+
 TINY = ["model=yolov5n", "model.weights=scratch", "tracker=none"]
-
-
-@dataclass
-class Ended:
-    """How a command line ended."""
-
-    code: int
-    error: str
-    console: str
 
 
 @pytest.fixture
@@ -48,32 +39,16 @@ def cache(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def sx(cwd, cache, monkeypatch, capsys):
+def sx(cwd, cache, monkeypatch, command_line):
     """Calls the command line in this process, as ``sparse-exp WORDS`` in the directory `cwd`."""
     monkeypatch.setenv("SPARSE_EXP_CACHE", str(cache))
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    logger = logging.getLogger("sparse_exp")
-    state = logger.handlers[:], logger.propagate, logger.level
-
-    def call(*words: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["sparse-exp", *words])
-        code, error = 0, ""
-        try:
-            cli.main()
-        except SystemExit as exit_:  # Python prints a text and exits with 1
-            code, error = (exit_.code, "") if isinstance(exit_.code, int) else (1, str(exit_.code))
-        printed = capsys.readouterr()
-        return Ended(code, error, printed.out + printed.err)
-
-    yield call
-    logger.handlers[:], logger.propagate = state[0], state[1]
-    logger.setLevel(state[2])
+    return command_line
 
 
 def check_message(ended: Ended, *fragments: str) -> None:
     assert ended.code != 0
     assert re.fullmatch(r"Error: [^\n]+\.", ended.error), ended.error
-    assert "Traceback" not in ended.console
+    assert "Traceback" not in ended.output
     for fragment in fragments:
         assert fragment in ended.error
 
@@ -98,6 +73,23 @@ def failed(ended: Ended, cwd: Path, *fragments: str, stage: str) -> Path:
 
 
 @pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("core: [2]", "Error: hardware/mine.yaml: Unknown key hardware.core. Keys there: name, engines, "),
+        (
+            "cores: 2",
+            "Error: hardware/mine.yaml: Expected hardware.cores to be a list. Write it in brackets: ",
+        ),
+    ],
+)
+def test_a_mistake_in_a_users_own_file_names_the_file(sx, cwd, line, message):
+    (cwd / "own/hardware").mkdir(parents=True)
+    (cwd / "own/hardware/mine.yaml").write_text(f"defaults:\n  - cpu\n{line}\n")
+    ended = sx(f"hydra.searchpath=[file://{cwd}/own]", "hardware=mine", *TINY)
+    assert (ended.code, ended.error[: len(message)]) == (1, message)
+
+
+@pytest.mark.parametrize(
     ("words", "fragments"),
     [
         (["model=yolov9"], ["model/yolov9", "yolov5l, yolov5m, yolov5n, yolov5s, yolov5x"]),
@@ -111,7 +103,10 @@ def failed(ended: Ended, cwd: Path, *fragments: str, stage: str) -> Path:
         (["trainer.batch_size=abc"], ["trainer.batch_size", "'abc'", "Integer"]),
         (["recipe.variables.num_epochs=abc"], ["recipe.variables.num_epochs", "Float"]),
         (["dry_run=perhaps"], ["dry_run", "'perhaps'"]),
-        (["hardware.engines=onnxruntime"], ["hardware.engines"]),
+        (
+            ["hardware.engines=onnxruntime"],
+            ["Expected hardware.engines to be a list", "hardware.engines=[...]"],
+        ),
         (["paths.run=null"], ["paths.run"]),
         (["name=${nope}"], ["nope"]),
         (["trainer.batch_size=0"], ["trainer.batch_size", "at least 1 and at most 1024 images", "got 0"]),
@@ -140,10 +135,21 @@ def failed(ended: Ended, cwd: Path, *fragments: str, stage: str) -> Path:
         (["--config-dir", "/nowhere"], ["/nowhere"]),
     ],
 )
-@pytest.mark.parametrize("dry_run", [False, True])
-def test_refused_before_anything_begins(sx, cwd, words, fragments, dry_run):
-    also = ["dry_run=true"] if dry_run and not any(word.startswith("dry_run") for word in words) else []
-    refused(sx(*words, *also), cwd, *fragments)
+def test_refused_before_anything_begins(sx, cwd, words, fragments):
+    refused(sx(*words), cwd, *fragments)
+
+
+@pytest.mark.parametrize(
+    ("word", "fragment"),  # one of each kind: Hydra's, a value, the recipe, the host
+    [
+        ("model=yolov9", "model/yolov9"),
+        ("trainer.batch_size=0", "at least 1 and at most 1024 images"),
+        ("recipe.variables.num_epoch=3", "no variable 'num_epoch'"),
+        ("hardware.cores=[1000]", "hardware.cores=[]"),
+    ],
+)
+def test_a_dry_run_refuses_the_same(sx, cwd, word, fragment):
+    refused(sx(word, "dry_run=true"), cwd, fragment)
 
 
 def test_model_that_was_deleted(sx, cwd):
@@ -165,7 +171,7 @@ def test_all_problems_are_named_at_once(sx, cwd):
 def test_a_target_that_does_not_fit_is_planned_all_the_same_where_that_is_asked_for(sx, cwd):
     words = ("hardware.cores=[1000]", "hardware.strict=false", "dry_run=true", "model.weights=scratch")
     ended = sx("model=yolov5n", *words)
-    shown = " ".join(ended.console.split())
+    shown = " ".join(ended.output.split())
     assert ended.code == 0, ended.error
     assert re.search(r"Warning: hardware=cpu does not fit here: \d+ of 1000 cores\.", shown)
     assert not list(cwd.iterdir())
@@ -242,7 +248,7 @@ def test_recipe_that_warns(sx, cwd, tmp_path):
     mine = ["recipe=custom", f"recipe.file={tmp_path}/mine.yaml", "recipe.teacher=self", "dry_run=true"]
     ended = sx(*TINY, "dataset=digits", *mine)
     assert ended.code == 0
-    assert "Warning: recipe.teacher=self is not used: mine.yaml does not distill." in ended.console
+    assert "Warning: recipe.teacher=self is not used: mine.yaml does not distill." in ended.output
 
 
 def test_existing_run_directory(sx, cwd, tmp_path):

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from command import command_line
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 
 from sparse_exp import cli
 
+__all__ = ["command_line"]
+
 TINY = ["-m", "model=yolov5n", "dataset=digits", "model.weights=scratch", "tracker=none", "stages=[fetch]"]
 TWO = [*TINY, "sweep.name=two", "trainer.lr=0.001,0.002"]
-
-
-@dataclass
-class Ended:
-    """How a command line ended: its exit code, the line it ended with, and all that was printed or logged."""
-
-    code: int
-    error: str
-    output: str
 
 
 @pytest.fixture(scope="module")
@@ -36,35 +27,23 @@ def cache(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def sx(tmp_path, cache, monkeypatch, capsys):
+def sx(tmp_path, cache, monkeypatch, command_line):
     """Calls the command line in this process and in a directory of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SPARSE_EXP_CACHE", str(cache))
-    logger = logging.getLogger("sparse_exp")
-    state = logger.handlers[:], logger.propagate, logger.level
-
-    def call(*words: str) -> Ended:
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-        monkeypatch.setattr(sys, "argv", ["sparse-exp", *words])
-        code, error = 0, ""
-        try:
-            cli.main()
-        except SystemExit as end:
-            code, error = (end.code, "") if isinstance(end.code, int) else (1, str(end.code or ""))
-            code = 0 if end.code is None else code
-        shown = capsys.readouterr()
-        return Ended(code, error, shown.out + shown.err)
-
-    yield call
-    logger.handlers[:], logger.propagate, logger.level = state
+    return command_line
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, cache) -> Path:
     """What the sweep `TWO` leaves; do not change it."""
     place = tmp_path_factory.mktemp("finished")
-    environment = {**os.environ, "SPARSE_EXP_CACHE": str(cache)}
-    subprocess.run([sys.executable, "-m", "sparse_exp", *TWO], cwd=place, env=environment, check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setenv("SPARSE_EXP_CACHE", str(cache))
+        patch.setenv("HYDRA_FULL_ERROR", "0")
+        patch.setattr(sys, "argv", ["sparse-exp", *TWO])
+        cli.main()
     return place / "outputs"
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
+from command import command_line
 
 from sparse_exp.data.digits import materialize
+
+__all__ = ["command_line"]
 
 
 @pytest.fixture(scope="module")
@@ -22,25 +23,26 @@ def damaged(tmp_path_factory):
     return yaml
 
 
-def _run(folder, damaged, *words):
-    command = [sys.executable, "-m", "sparse_exp", "experiment=smoke", "tracker=none", "paths.run=run"]
-    command += ["dataset=custom", f"dataset.path='{damaged}'", "dataset.imgsz=64", "stages=[fetch,report]"]
-    return subprocess.run([*command, *words], cwd=folder, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def run(tmp_path, damaged, monkeypatch, command_line):
+    """A function that runs two stages on that data set, in a directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    words = ["experiment=smoke", "tracker=none", "paths.run=run", "stages=[fetch,report]", "dataset=custom"]
+    return lambda *more: command_line(*words, f"dataset.path='{damaged}'", "dataset.imgsz=64", *more)
 
 
-def test_refused_with_one_line_that_says_what_to_do(tmp_path, damaged):
-    done = _run(tmp_path, damaged)
-    assert done.returncode == 1
-    error = done.stderr.strip().splitlines()[-1]
-    assert error.startswith("Error: Cannot read the image")
-    assert "2 of 14 images" in error
-    assert "dataset.on_corrupt=skip" in error
+def test_refused_with_one_line_that_says_what_to_do(run):
+    ended = run()
+    assert ended.code == 1
+    assert len(ended.error.splitlines()) == 1
+    assert ended.error.startswith("Error: Cannot read the image")
+    assert "2 of 14 images" in ended.error
+    assert "dataset.on_corrupt=skip" in ended.error
 
 
-@pytest.mark.slow
-def test_skipped_with_a_count_in_manifest_and_report(tmp_path, damaged):
-    done = _run(tmp_path, damaged, "dataset.on_corrupt=skip")
-    assert done.returncode == 0, done.stderr
+def test_skipped_with_a_count_in_manifest_and_report(run, tmp_path):
+    ended = run("dataset.on_corrupt=skip")
+    assert ended.code == 0, ended.output
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["stages"]["fetch"]["facts"]["skipped"] == 2
     assert "2 images were left out" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")

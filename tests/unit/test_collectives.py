@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from sparse_exp.errors import RecipeError
 from sparse_exp.sparsity.distillation import detection_distillation
 from sparse_exp.yolov5 import DetectionLoss
 
+FORK = multiprocessing.get_context("fork")  # torch is imported then
 SHARES = {"3 and 1": (3, 1), "all and none": (4, 0)}  # images of each process
 ANCHORS = torch.tensor([[[1.2, 1.6], [2.0, 3.8], [4.1, 2.9]]] * 3)
 TARGETS = torch.tensor(
@@ -97,18 +96,14 @@ def meet(rank: int, folder: Path) -> None:
 def met(tmp_path_factory) -> list[dict[Any, Any]]:
     """What the two found."""
     folder = tmp_path_factory.mktemp("meeting")
-    code = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[3])\n"
-        "import test_collectives as t; t.meet(int(sys.argv[1]), Path(sys.argv[2]))"
-    )
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(folder), str(Path(__file__).parent)], env=environment
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    processes = [FORK.Process(target=meet, args=(rank, folder), daemon=True) for rank in range(2)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        for process in processes:
+            process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -89,11 +89,13 @@ def manifest(run: str | Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def first(place) -> dict:
+def first(place, new_database) -> dict:
     """The facts of the first run, which finds nothing and trains its counterpart, tracked in MLflow."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        (place / "mlflow").mkdir()
+        shutil.copy(new_database, place / "mlflow")
         only_dense_runs_train(patch)
         return baseline_of(sparse("first", "mlflow"))
 

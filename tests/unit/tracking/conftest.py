@@ -1,4 +1,4 @@
-"""Stores for the tests: making a database takes MLflow seconds, so one is made and copied."""
+"""Stores for the tests, and what keeps them apart."""
 
 from __future__ import annotations
 
@@ -6,16 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-
-
-@pytest.fixture(scope="session")
-def new_database(tmp_path_factory) -> Path:
-    """The database of a store without runs."""
-    from sparse_exp.tracking.mlflow import connect
-
-    path = tmp_path_factory.mktemp("new") / "mlflow.db"
-    connect(f"sqlite:///{path}")
-    return path
 
 
 @pytest.fixture(scope="session")
