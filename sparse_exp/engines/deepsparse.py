@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -13,6 +15,8 @@ import numpy as np
 from sparse_exp.engines.base import Execute, LocalEngine, Setup
 from sparse_exp.engines.profile import RUNS, Profile, merged
 
+# It imports these where they are installed, for what is not used here: three seconds and hundreds of MB.
+_NOT_NEEDED = ("torch", "matplotlib", "matplotlib.pyplot")
 _BIND = "NM_BIND_THREADS_TO_CORES"
 _KINDS = {"ks_gemm": "sparse convolution", "pyramid": "several layers, tile by tile"}
 
@@ -39,7 +43,8 @@ class DeepSparseEngine(LocalEngine):
         return bound if streams == 1 else [*bound, {"scheduler": "elastic"}]
 
     def _library(self) -> tuple[Any, str]:
-        import deepsparse
+        with _without(*_NOT_NEEDED):
+            import deepsparse
 
         return deepsparse, str(deepsparse.__version__)
 
@@ -73,6 +78,18 @@ class DeepSparseEngine(LocalEngine):
         )
         times = [time for layer in found["layer_info"] for time in _times(layer)]
         return Profile(merged(times), self._supported, "DeepSparse's analysis of layers, one stream")
+
+
+@contextmanager
+def _without(*names: str) -> Iterator[None]:
+    """Let modules that are not imported yet seem not to be installed."""
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 def _known(batch: np.ndarray) -> np.ndarray:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,7 @@ from sparse_exp.sparsity.measure import quantized_weight
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # sparseml 1.8 imports pkg_resources, which warns
     from sparseml.exporters.onnx_to_deepsparse import ONNXToDeepsparse
+    from sparseml.exporters.transforms import onnx_transform
 
 logging.getLogger("sparseml").setLevel(logging.WARNING)  # it reports every transformation
 
@@ -38,11 +41,22 @@ def to_integer_graph(qdq: Path, destination: Path) -> None:
     kinds = [type(transform).__name__ for transform in exporter.transforms]
     keeper = SimpleNamespace(apply=keep_large_biases)  # all that SparseML wants of a transformation
     exporter.transforms.insert(kinds.index("ConvToConvIntegerAddCastMul"), keeper)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _unchecked():
         warnings.simplefilter("ignore")
         model = exporter.apply(onnx.load(str(qdq)))
     _broadcast_scales(model)
+    onnx.checker.check_model(model)
     onnx.save(model, str(destination))
+
+
+@contextmanager
+def _unchecked() -> Iterator[None]:
+    """SparseML checks the whole model before and after each of its 19 steps, which takes longer than they."""
+    check, onnx_transform.validate_onnx = onnx_transform.validate_onnx, lambda model: None
+    try:
+        yield
+    finally:
+        onnx_transform.validate_onnx = check
 
 
 def _broadcast_scales(model: ModelProto) -> None:
