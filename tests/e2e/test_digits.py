@@ -127,7 +127,8 @@ def test_the_names_of_the_result_are_known_before(smoke):
     experiment, _ = rebuild((run / "config.yaml").read_text(encoding="utf-8"), [])
     measured = set(load(run / "result.json"))
     assert certain_names(experiment) <= measured <= expected_names(experiment)
-    assert measured - certain_names(experiment) == {"test/map50", "test/map50_95"} & measured
+    not_sure = {name for name in measured if name.startswith(("test/map50", "size/qdq/"))}
+    assert measured - certain_names(experiment) == not_sure
 
 
 def test_files_of_a_run(smoke):

@@ -188,7 +188,7 @@ def test_large_splits_are_not_kept_in_memory(
     monkeypatch.setattr("sparse_exp.data.loader._CACHE_BYTES", 0)
     read = []
     original = Image.open
-    monkeypatch.setattr(Image, "open", lambda path: read.append(path) or original(path))
+    monkeypatch.setattr(Image, "open", lambda path, **options: read.append(path) or original(path, **options))
     assert same(epoch(dataset, 0), kept)
     assert len(read) >= 11
 
