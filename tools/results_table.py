@@ -89,9 +89,6 @@ def _accuracy(result: dict[str, Any]) -> str:
         (where, decimal(map50, 3), decimal(map50_95, 3), difference)
         for where, map50, map50_95, difference in accuracies(result)
     ]
-    if "test/map50" in result:
-        map50, map50_95 = (decimal(number(result, f"test/{name}"), 3) for name in ("map50", "map50_95"))
-        rows.append(("torch, test split", map50, map50_95, ""))
     return _table(("validation split, run in", "mAP50", "mAP50-95", "mAP50 against torch"), rows)
 
 
