@@ -15,6 +15,7 @@ from sparse_exp.errors import SparseExpError
 
 _log = logging.getLogger(__name__)
 _BETTER = 1.02  # than what was found so far: what differs less is noise, and the plainer choice stays
+_TURNS = 3  # a program that wakes up spoils one of them, not the choice
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,10 @@ Space = Callable[[int], Sequence[Mapping[str, Any]]]
 def tune(cell: Cell, images: np.ndarray, hardware: HardwareConfig, open_engine: Open, space: Space) -> Tuned:
     """Find the setting under which a cell is fastest, first its streams, then its options.
 
-    Batch 1 one after the other counts by its median latency, all else by items per second. With
-    ``hardware.tune`` off, or where there is one candidate only, it is loaded and nothing measured.
+    Each candidate is measured in turns with the best so far, so that a drift of the machine hits both, and
+    takes its place where it is clearly faster in most turns. Batch 1 one after the other counts by its median
+    latency, all else by items per second. With ``hardware.tune`` off, or where there is one candidate only,
+    it is loaded and nothing measured.
 
     Args:
         cell: whose engine and load it is.
@@ -107,7 +110,6 @@ class _Search:
     def __init__(self, cell: Cell, images: np.ndarray, hardware: HardwareConfig, open_engine: Open) -> None:
         self.found = Tuned()
         self._cell, self._images, self._hardware, self._open = cell, images, hardware, open_engine
-        self._best = 0.0
 
     def attempt(self, setting: Setting, *, timed: bool) -> None:
         note: dict[str, Any] = {"streams": setting.streams, "options": dict(setting.options)}
@@ -115,7 +117,7 @@ class _Search:
         engine = None
         try:
             engine = self._open(setting)
-            speed = self._measured(engine, setting, note) if timed else 1.0
+            better = self._is_better(engine, setting, note) if timed else True
         except SparseExpError as error:
             if engine is not None:
                 engine.close()
@@ -123,23 +125,36 @@ class _Search:
             self.found.error = error
             _log.debug("%s with %s: %s", self._cell.name, note, error)
             return
-        self._keep(setting, engine, speed)
+        loser = self.found.engine if better else engine
+        if loser is not None:
+            loser.close()
+        if better:
+            self.found.setting, self.found.engine = setting, engine
 
-    def _keep(self, setting: Setting, engine: Any, speed: float) -> None:
-        if self.found.engine is not None and speed <= self._best * _BETTER:
-            engine.close()
-            return
-        if self.found.engine is not None:
-            self.found.engine.close()
-        self.found.setting, self.found.engine, self._best = setting, engine, speed
-
-    def _measured(self, engine: Ready, setting: Setting, note: dict[str, Any]) -> float:
-        """The speed, of which more is better."""
-        seconds = self._hardware.tune_s
-        warmup = min(self._hardware.warmup_s, seconds)
-        timing = engine.measure(self._images, seconds, warmup=warmup, streams=setting.streams)
-        load = self._cell.load
-        items = load.batch_size * len(timing.latencies) / timing.wall
-        median = float(np.median(timing.latencies))
+    def _is_better(self, engine: Ready, setting: Setting, note: dict[str, Any]) -> bool:
+        """Whether it is clearly faster than the best so far, measured beside it."""
+        mine, ratios = [], []
+        for turn in range(_TURNS):
+            mine.append(self._timing(engine, setting, warm=turn > 0))
+            if self.found.setting is not None:
+                best = self._timing(self.found.engine, self.found.setting, warm=True)
+                ratios.append(self._speed(mine[-1]) / self._speed(best))
+            if mine[-1].wall > self._hardware.tune_s:  # one inference is longer than a try should be
+                break
+        latencies = np.concatenate([timing.latencies for timing in mine])
+        items = self._cell.load.batch_size * len(latencies) / sum(timing.wall for timing in mine)
+        median = float(np.median(latencies))
         note.update(items_per_s=round(items, 3), latency_p50_ms=round(1e3 * median, 4))
-        return 1 / median if load.scenario == "sync" and load.batch_size == 1 else items
+        return not ratios or float(np.median(ratios)) > _BETTER
+
+    def _timing(self, engine: Ready, setting: Setting, *, warm: bool) -> Any:
+        seconds = self._hardware.tune_s / _TURNS
+        warmup = 0.0 if warm else min(self._hardware.warmup_s, self._hardware.tune_s)
+        return engine.measure(self._images, seconds, warmup=warmup, streams=setting.streams)
+
+    def _speed(self, timing: Any) -> float:
+        """Of which more is better."""
+        load = self._cell.load
+        if load.scenario == "sync" and load.batch_size == 1:
+            return 1 / float(np.median(timing.latencies))
+        return len(timing.latencies) / float(timing.wall)

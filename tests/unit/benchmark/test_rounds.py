@@ -117,7 +117,7 @@ def test_without_pinning_an_engine_may_run_anywhere(lab, measure):
 
 
 def test_the_setting_that_the_search_found_is_measured_and_recorded(lab, measure):
-    lab.space, lab.speeds = [{}, {"fast": True}], {"a": [0.5, 0.1, 0.2]}
+    lab.space, lab.speeds = [{}, {"fast": True}], {"a": [0.5, *[0.1, 0.5] * 3, 0.2]}  # in turns
     (found,) = measure(cell("a"), tune=True, repeats=1)
     row = found.row()
     assert row["options"] == {"fast": True}

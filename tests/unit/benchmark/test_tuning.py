@@ -10,7 +10,7 @@ from sparse_exp.config.schema import HardwareConfig
 from sparse_exp.errors import EngineError
 
 IMAGES = np.zeros((1, 3, 32, 32), np.uint8)
-HARDWARE = HardwareConfig("x", tune_s=0.25, warmup_s=1.0)
+HARDWARE = HardwareConfig("x", tune_s=3.0, warmup_s=5.0)
 SYNC, MANY = Load("b1", "sync", 1, 1, 4), Load("b8_throughput", "throughput", 8, None, 4)
 
 
@@ -51,7 +51,38 @@ def test_the_fastest_option_is_chosen_and_only_its_engine_stays_open():
         ({"a": 2}, 40.0),
     ]
     assert found.tries[1]["items_per_s"] == pytest.approx(100)
-    assert set(bench.calls) == {(0.25, 0.25, 1)}  # the warm-up of a try is no longer than the try
+    cold, warm = (1.0, 3.0, 1), (1.0, 0.0, 1)  # a third of a try each; the warm-up is no longer than the try
+    beside_the_best = [cold, *[warm] * 5]
+    assert bench.calls == [cold, warm, warm, *beside_the_best, *beside_the_best]
+
+
+def test_where_one_inference_is_longer_than_a_try_one_turn_is_enough():
+    bench = Bench({(1, None): 4.0, (1, 1): 3.5}, wall=7.0)
+    assert search(SYNC, bench, [{}, {"a": 1}]).setting == Setting(1, {"a": 1})
+    assert len(bench.calls) == 1 + 2
+
+
+@pytest.mark.parametrize("slow_turns", [{1}, {2}, {3, 4, 5, 6, 7, 8}])
+def test_neither_a_disturbance_nor_a_drift_of_the_machine_changes_the_choice(slow_turns):
+    bench = Bench({(1, None): 0.02, (1, 1): 0.015})
+    opened, turns = bench.__call__, []
+
+    def drifting(setting):
+        engine = opened(setting)
+        quiet = engine.measure
+
+        def measure(*arguments, **options):
+            turns.append(setting)
+            timing = quiet(*arguments, **options)
+            slower = 2.0 if len(turns) - 1 in slow_turns else 1.0
+            timing.latencies = tuple(slower * latency for latency in timing.latencies)
+            return timing
+
+        engine.measure = measure
+        return engine
+
+    cell = Cell("openvino", "dense", Path("m.onnx"), SYNC)
+    assert tune(cell, IMAGES, HARDWARE, drifting, lambda _: [{}, {"a": 1}]).setting == Setting(1, {"a": 1})
 
 
 def test_the_defaults_stay_where_nothing_is_clearly_faster():
