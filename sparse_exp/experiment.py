@@ -305,6 +305,8 @@ def _fingerprint(context: Context, stage: str, before: str) -> str:
         parts["recipe"] = _said_by_the_recipe(context, config["recipe"])
     if stage == "train" and _trains_on_baseline(context):
         parts["teacher"] = _teacher(context)
+    if not before and stage != "fetch":  # whose mark would say it
+        parts |= {key: config[key] for key in ("dataset", "seed")}
     if stage not in _UP_TO_TRAINING:
         parts["checkpoint"] = _given_checkpoint(context)
     if stage == "export":

@@ -6,11 +6,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_exp.config.schema import Experiment, HardwareConfig, TrainerConfig
-from sparse_exp.errors import ConfigError, RecipeError, expected
+from sparse_exp.errors import ConfigError, RecipeError
 from sparse_exp.zoo.start import SCRATCH
 
 if TYPE_CHECKING:
@@ -436,13 +435,10 @@ def fit_to_host(experiment: Experiment) -> tuple[Experiment, tuple[str, ...]]:
         The experiment with what can run here of its target, and what does not fit, a clause each.
 
     Raises:
-        ConfigError: every problem found, unless ``hardware.strict`` is false; or no engine can run; or
-            ``checkpoint=`` is of another image size than the data.
-        CheckpointError: it cannot be read.
+        ConfigError: every problem found, unless ``hardware.strict`` is false; or no engine can run.
     """
     from sparse_exp.hardware.targets import ALL_THE_SAME, compare, fitted
 
-    _require_its_size(experiment)
     hardware = experiment.hardware
     found = compare(hardware, imgsz=experiment.dataset.imgsz) if _measures(experiment) else []
     if not found:
@@ -450,18 +446,6 @@ def fit_to_host(experiment: Experiment) -> tuple[Experiment, tuple[str, ...]]:
     if hardware.strict:
         raise ConfigError([f"{mismatch.refusal} {ALL_THE_SAME}" for mismatch in found])
     return replace(experiment, hardware=fitted(hardware)), tuple(mismatch.said for mismatch in found)
-
-
-def _require_its_size(experiment: Experiment) -> None:
-    """Refuse data of another image size than ``checkpoint=`` is exported for."""
-    if experiment.checkpoint is None or not _measures(experiment):
-        return
-    from sparse_exp.yolov5 import read_checkpoint
-
-    own, given = read_checkpoint(Path(experiment.checkpoint).expanduser()).imgsz, experiment.dataset.imgsz
-    if own and own != given:
-        do = f"Set dataset.imgsz={own}."
-        raise ConfigError([expected("dataset.imgsz", f"the {own} px of {experiment.checkpoint}", given, do)])
 
 
 def _measures(experiment: Experiment) -> bool:

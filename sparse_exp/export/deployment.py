@@ -151,7 +151,10 @@ class _Exports:
     def __post_init__(self) -> None:
         self.folder = self.context.run.path / FOLDER
         self.model, self.checkpoint = restore(self.context.checkpoint)
-        self.imgsz = self.checkpoint.imgsz or self.context.experiment.dataset.imgsz
+        self.imgsz = self.context.experiment.dataset.imgsz
+        if self.checkpoint.imgsz not in (None, self.imgsz):
+            trained = f"{self.checkpoint.imgsz} px"
+            _log.warning("The checkpoint was trained at %s, and is exported for %d px.", trained, self.imgsz)
         opset = self.context.experiment.export.opset
         self.form: dict[str, Any] = {"imgsz": self.imgsz, "opset": opset, "names": self.checkpoint.names}
 

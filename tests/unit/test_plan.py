@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from finished_run import save
 
 from sparse_exp.config.resolve import recipe_path
 from sparse_exp.config.schema import Experiment, HardwareConfig, ModelConfig, RecipeConfig, TrainerConfig
 from sparse_exp.dry_run import show
-from sparse_exp.errors import CheckpointError, ConfigError, RecipeError
+from sparse_exp.errors import ConfigError, RecipeError
 from sparse_exp.plan import (
     SPARSE_FROM,
     Data,
@@ -305,20 +304,6 @@ def test_host_is_checked_only_for_stages_that_use_engines(monkeypatch):
     assert all("hardware.strict=false" in problem for problem in raised.value.problems)
     checked.stages = ["fetch", "plan", "train", "evaluate", "export"]
     assert fit_to_host(checked) == (checked, ())
-
-
-def test_a_checkpoint_of_another_image_size_than_the_data_is_refused(tmp_path, dense):
-    file = save(tmp_path / "weights" / "best_dense.pt", dense, ("tree",), phase="dense")  # of 64 px
-    given = experiment()
-    given.stages, given.checkpoint, given.dataset.imgsz = ["export", "verify"], str(file), 320
-    given.hardware = HardwareConfig(name="mine", engines=["torch"], imgsz=64, strict=False)
-    with pytest.raises(ConfigError, match=rf"dataset\.imgsz to be the 64 px of {file}, but got 320\. Set"):
-        fit_to_host(given)
-    given.dataset.imgsz = 64
-    assert fit_to_host(given) == (given, ())
-    file.write_bytes(b"nothing")
-    with pytest.raises(CheckpointError):
-        fit_to_host(given)
 
 
 def test_what_does_not_fit_is_measured_all_the_same_where_that_is_asked_for(monkeypatch):

@@ -178,6 +178,8 @@ def test_jobs_without_a_training_share_what_was_made_of_the_same_checkpoint(done
     assert origins(copy) == {"export": one.name, "verify": one.name}
     shutil.copy(tmp_path / "b.pt", tmp_path / "a.pt")  # the same path says nothing
     assert origins(run(job(3, **words[0]))) == dict.fromkeys(("export", "verify"), other.name)
+    larger = DatasetConfig(name="digits", generator="digits", imgsz=96)
+    assert origins(run(job(4, **words[1], dataset=larger))) == {"export": None, "verify": None}
 
 
 def test_outside_of_a_sweep_nothing_is_shared(done):

@@ -21,6 +21,7 @@ from sparse_exp.config.schema import (
     TrainerConfig,
 )
 from sparse_exp.context import Context
+from sparse_exp.engines.signature import read_signature
 from sparse_exp.errors import Impossible
 from sparse_exp.export import deployment as exporting
 from sparse_exp.export.cells import file_sizes
@@ -99,6 +100,15 @@ def baseline(tmp_path, digits):
     (tmp_path / "dense").mkdir()
     writer = CheckpointWriter(tmp_path / "dense", digits.names, 64, "")
     return writer.save("best_dense.pt", YOLOv5("n", 10), "dense", {"epoch": 1.0}, {})
+
+
+def test_files_are_exported_for_images_of_the_datas_size(run, digits, caplog):
+    context = context_of(run, digits, ["onnxruntime"], ["dense", "sparse"])
+    context.experiment.dataset.imgsz = 96  # and the training's was 64
+    assert do(context, export).facts["imgsz"] == 96
+    sizes = {read_signature(run.path / "deployment" / name).size for name in ("model.onnx", "dense.onnx")}
+    assert sizes == {(96, 96)}
+    assert "The checkpoint was trained at 64 px, and is exported for 96 px." in caplog.text
 
 
 @pytest.mark.slow
