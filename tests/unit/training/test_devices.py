@@ -117,8 +117,8 @@ def test_two_processes_train_as_one_does(tmp_path, monkeypatch, recipe, variable
         for count in (1, 2)
     )
     assert len(alone) == 20
-    # A value that is rounded to the other side of a tie moves many behind it, and of two weights of nearly the
-    # same magnitude one is pruned: see docs/architecture.md.
+    # A value that is rounded to the other side of a tie moves many behind it, and of two weights of nearly
+    # the same magnitude one is pruned: see docs/architecture.md.
     calm = {"prune": 5, "transfer_quant": 13, "prune_quant": 13}.get(recipe, 20)
     for number, (mine, theirs) in enumerate(zip(alone, together, strict=True)):
         assert mine == pytest.approx(theirs, rel=0, abs=1e-4 if number < calm else 5e-3)
