@@ -26,7 +26,7 @@ from torch import nn
 
 from sparse_exp.artifacts import write_json
 from sparse_exp.benchmark import Cell, Measurement, benchmark, loads_of
-from sparse_exp.command import amount, run_command, whole
+from sparse_exp.command import amount, number, run_command, whole
 from sparse_exp.config.resolve import CONF_DIRECTORY
 from sparse_exp.config.schema import HardwareConfig, ModelConfig, SourceConfig
 from sparse_exp.data import digits, load_dataset
@@ -102,9 +102,7 @@ def _options() -> argparse.Namespace:
 
 
 def _share(text: str) -> float:
-    if not 0 <= float(text) < 1:  # argparse words what is no number
-        raise argparse.ArgumentTypeError(f"expected a share of at least 0 and below 1, got {text}")
-    return float(text)
+    return number(text, lambda value: 0 <= value < 1, "a share of at least 0 and below 1")
 
 
 def _imgsz(options: argparse.Namespace) -> int:

@@ -21,8 +21,8 @@ from multiprocessing.connection import Connection
 from typing import IO, Any
 
 from sparse_exp.data.letterbox import Letterbox
-from sparse_exp.engines.isolated import exit_with_parent, obituary, start_child
-from sparse_exp.errors import EngineError, MissingDependency, SparseExpError, first_line
+from sparse_exp.engines.isolated import answer, error_of, exit_with_parent, obituary, start_child
+from sparse_exp.errors import EngineError, first_line
 from sparse_exp.predict.models import Model
 from sparse_exp.serve.batching import Detections, Square
 
@@ -129,13 +129,13 @@ class Worker:
         pipe, number, loop = self._pipe, next(self._numbers), asyncio.get_running_loop()
         if pipe is None or self.died.is_set():
             raise WorkerDied(self.obituary)
-        answer = self._answers[number] = loop.create_future()
+        future = self._answers[number] = loop.create_future()
         try:
             with suppress(OSError):  # the listener sees the end, too, and says so
                 await loop.run_in_executor(self._sending, pipe.send, (number, *question))
-            return await answer
+            return await future
         finally:
-            answer.cancel()  # given up before it was sent whole: nobody waits for it any more
+            future.cancel()  # given up before it was sent whole: nobody waits for it any more
 
     def _listen(self, loop: asyncio.AbstractEventLoop, pipe: Connection[Any, Any]) -> None:
         """In a thread of its own: pass answers on until the child has no more."""
@@ -146,22 +146,22 @@ class Worker:
             loop.call_soon_threadsafe(self._bury)
 
     def _settle(self, number: int, kind: str, value: Any) -> None:
-        answer = self._answers.pop(number)
-        if answer.done():  # given up
+        future = self._answers.pop(number)
+        if future.done():  # given up
             return
         if kind == "value":
-            answer.set_result(value)
+            future.set_result(value)
         else:
-            answer.set_exception((MissingDependency if kind == "MissingDependency" else EngineError)(value))
+            future.set_exception(error_of(kind, value))
 
     def _bury(self) -> None:
         code = _exit_code(self._process) if self._process else None
         self.obituary = obituary(self._model.engine, code, self._output)
         self.died.set()
         error = WorkerDied(self.obituary)
-        for answer in self._answers.values():
-            if not answer.done():
-                answer.set_exception(error)
+        for future in self._answers.values():
+            if not future.done():
+                future.set_exception(error)
         self._answers.clear()
 
 
@@ -183,26 +183,21 @@ def work(descriptor: int) -> None:
     pipe: Connection[Any, Any] = Connection(descriptor)
     sending = threading.Lock()
 
-    def answer(number: int, action: Any, *arguments: Any) -> Any:
-        try:
-            kind, value = "value", action(*arguments)
-        except SparseExpError as error:
-            kind, value = type(error).__name__, str(error)
-        except Exception as error:
-            kind, value = "EngineError", f"The engine failed: {first_line(error)}"
+    def reply(number: int, action: Any, *arguments: Any) -> None:
+        kind, value = answer("The engine", action, *arguments)
         with sending:
             pipe.send((number, kind, value))
 
     number, model, settings = pipe.recv()
     detectors: list[Any] = []
-    answer(number, _load, detectors, model, settings)
+    reply(number, _load, detectors, model, settings)
     with ThreadPoolExecutor(settings["streams"]) as threads:
         while True:
             try:
                 number, squares, boxes = pipe.recv()
             except EOFError:
                 return
-            threads.submit(answer, number, detectors[0].detect, squares, boxes)
+            threads.submit(reply, number, detectors[0].detect, squares, boxes)
 
 
 def _load(detectors: list[Any], model: Model, settings: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
