@@ -307,8 +307,8 @@ def _fingerprint(context: Context, stage: str, before: str) -> str:
         parts["teacher"] = _teacher(context)
     if not before and stage != "fetch":  # whose mark would say it
         parts |= {key: config[key] for key in ("dataset", "seed")}
-    if stage not in _UP_TO_TRAINING:
-        parts["checkpoint"] = _given_checkpoint(context)
+    if stage == next((s for s in context.experiment.stages if s not in _UP_TO_TRAINING), None):
+        parts["checkpoint"] = _given_checkpoint(context)  # the stages behind it build on its mark
     if stage == "export":
         parts |= _exported(context)
     if stage == "verify":
