@@ -24,23 +24,23 @@ import yaml
 from numpy.typing import NDArray
 from torch import nn
 
-from sparse_exp.artifacts import write_json
 from sparse_exp.benchmark import Cell, Measurement, benchmark, loads_of
 from sparse_exp.command import amount, number, run_command, whole
-from sparse_exp.config.resolve import CONF_DIRECTORY
+from sparse_exp.config.plain import CONF_DIRECTORY
 from sparse_exp.config.schema import HardwareConfig, ModelConfig, SourceConfig
 from sparse_exp.data import digits, load_dataset
 from sparse_exp.data.loader import make_loader
 from sparse_exp.engines.signature import read_signature
 from sparse_exp.errors import ConfigError, EngineError, expected
 from sparse_exp.export.onnx import export_quantized
+from sparse_exp.files import write_json
 from sparse_exp.hardware import usable_physical_cores
+from sparse_exp.sources.cache import cache_directory
+from sparse_exp.sources.start import cached_start
 from sparse_exp.sparsity.measure import onnx_facts, overall
 from sparse_exp.sparsity.prune import BLOCK, prune_by_magnitude, prune_layer_adaptively
 from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.yolov5 import YOLOv5, read_checkpoint, transfer_weights
-from sparse_exp.zoo.sources import cache_directory
-from sparse_exp.zoo.start import cached_start
 
 _COCO_CLASSES = 80
 _OPSET = 13

@@ -42,9 +42,9 @@ from sparse_exp.data.loader import make_loader
 from sparse_exp.data.trees import PHOTOS
 from sparse_exp.data.writing import write_yaml
 from sparse_exp.hardware import host_facts
-from sparse_exp.host import default_lock_path, measuring_alone
+from sparse_exp.locks import default_lock_path, measuring_alone
+from sparse_exp.sources.cache import cache_directory, fetch
 from sparse_exp.yolov5 import DetectionLoss, YOLOv5
-from sparse_exp.zoo.sources import cache_directory, fetch
 
 _WHEEL = SourceConfig(
     uri="index:deepforest==2.1.0", sha256="8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54"

@@ -28,13 +28,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparse_exp.artifacts import write_json
 from sparse_exp.command import run_command, whole
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.engines.signature import read_signature
 from sparse_exp.errors import ConfigError, EngineError, expected, first_line
+from sparse_exp.files import write_json
 from sparse_exp.hardware import host_facts, physical_cpus
-from sparse_exp.host import default_lock_path, measuring_alone
+from sparse_exp.locks import default_lock_path, measuring_alone
 
 _WITHIN = 0.05
 _WARMUP_S = 2

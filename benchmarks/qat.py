@@ -24,10 +24,10 @@ import torch
 from torch.ao.nn.intrinsic.qat import freeze_bn_stats, update_bn_stats
 from torch.ao.quantization import disable_observer, enable_observer
 
-from sparse_exp.config.resolve import CONF_DIRECTORY
+from sparse_exp.config.plain import CONF_DIRECTORY
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.hardware import has_bf16, host_facts
-from sparse_exp.host import default_lock_path, measuring_alone
+from sparse_exp.locks import default_lock_path, measuring_alone
 from sparse_exp.progress import progress
 from sparse_exp.sparsity.fast_qat import accelerate
 from sparse_exp.sparsity.recipe import Recipe

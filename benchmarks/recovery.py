@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparse_exp.hardware import host_facts, usable_physical_cores
-from sparse_exp.report.markdown import between_marks
+from sparse_exp.text import between_marks
 
 MARK = "recovery"
 ENGINES = ("deepsparse", "onnxruntime", "openvino")

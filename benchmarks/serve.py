@@ -43,9 +43,9 @@ from sparse_exp.data import prepare
 from sparse_exp.data.images import IMAGE_SUFFIXES, read_square
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.hardware import host_facts, usable_physical_cores
-from sparse_exp.host import default_lock_path, measuring_alone
+from sparse_exp.locks import default_lock_path, measuring_alone
 from sparse_exp.predict.models import Model, find_model
-from sparse_exp.zoo.sources import cache_directory
+from sparse_exp.sources.cache import cache_directory
 
 _WHEEL = SourceConfig(
     uri="index:deepforest==2.1.0", sha256="8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54"

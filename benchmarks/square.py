@@ -23,7 +23,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout that is not installed
 
-from sparse_exp.artifacts import write_json, write_text
 from sparse_exp.benchmark import Cell, Row, benchmark, loads_of
 from sparse_exp.benchmark.table import impossible_lines, measured, options_table, speed_table
 from sparse_exp.command import amount, run_command, whole
@@ -31,8 +30,9 @@ from sparse_exp.config.schema import ENGINES, SCENARIOS, VARIANTS, HardwareConfi
 from sparse_exp.engines.base import check_images
 from sparse_exp.engines.signature import read_signature
 from sparse_exp.errors import ConfigError, expected
+from sparse_exp.files import write_json, write_text
 from sparse_exp.hardware import usable_physical_cores
-from sparse_exp.report.markdown import between_marks, markdown_table
+from sparse_exp.text import between_marks, markdown_table
 
 MARK = "square"
 

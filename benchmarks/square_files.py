@@ -28,11 +28,11 @@ from sparse_exp.export.networks import Network, initial_network, sparse_network
 from sparse_exp.export.onnx import export_float
 from sparse_exp.export.post_training import quantize_onnxruntime, quantize_openvino
 from sparse_exp.export.square import DENSE, SPARSE_FP32, before_quantization, dense_int8
-from sparse_exp.training.checkpoints import restore
+from sparse_exp.sources.cache import cache_directory
+from sparse_exp.sparsity.checkpoints import restore
 from sparse_exp.training.oneshot import calibration_loader
 from sparse_exp.yolov5 import YOLOv5
 from sparse_exp.zoo.publish import FinishedRun, dataset_of, read_run
-from sparse_exp.zoo.sources import cache_directory
 
 OPSET = 13
 _STRIDE = 32

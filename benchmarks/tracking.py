@@ -25,9 +25,10 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from sparse_exp.artifacts import RunDirectory, StageRecord, write_json
 from sparse_exp.config.schema import TrackerConfig
+from sparse_exp.files import write_json
 from sparse_exp.hardware import host_facts
+from sparse_exp.runs.directory import RunDirectory, StageRecord
 from sparse_exp.tracking import Artifact, Metrics, RunInfo, Tags
 from sparse_exp.tracking.mlflow import MlflowTracker, import_client
 

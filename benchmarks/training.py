@@ -25,19 +25,19 @@ import yaml
 from torch.ao.nn.intrinsic.qat import freeze_bn_stats, update_bn_stats
 from torch.ao.quantization import disable_observer, enable_observer
 
-from sparse_exp.config.resolve import CONF_DIRECTORY
+from sparse_exp.config.plain import CONF_DIRECTORY
 from sparse_exp.config.schema import DatasetConfig, SourceConfig, TrainerConfig
 from sparse_exp.data import DetectionDataset, digits, load_dataset, prepare
 from sparse_exp.data.loader import Batch, DetectionLoader, make_loader
 from sparse_exp.hardware import has_bf16, host_facts
-from sparse_exp.host import default_lock_path, measuring_alone
+from sparse_exp.locks import default_lock_path, measuring_alone
 from sparse_exp.progress import progress
+from sparse_exp.sources.cache import cache_directory
 from sparse_exp.sparsity.prune import prune_by_magnitude
 from sparse_exp.sparsity.recipe import Phase, Recipe
 from sparse_exp.training.loop import Trainer, TrainingData
 from sparse_exp.training.precision import Precision, choose_precision
 from sparse_exp.yolov5 import DetectionLoss, YOLOv5
-from sparse_exp.zoo.sources import cache_directory
 
 _EPOCHS, _BEFORE_QAT = 1000.0, 10.0  # long enough that no phase ends while it is measured
 _WARMUP_STEPS = 2

@@ -17,9 +17,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from sparse_exp.config.resolve import CONF_DIRECTORY, group, resolve
+from sparse_exp.config.plain import CONF_DIRECTORY, group
 from sparse_exp.config.schema import Experiment, TrackerConfig
 from sparse_exp.errors import ConfigError, SparseExpError, StageFailed, first_line
+from sparse_exp.resolve import resolve
 from sparse_exp.sweep.naming import sweep_name
 
 _log = logging.getLogger("sparse_exp")

@@ -11,24 +11,18 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import Any
 
-from sparse_exp import __version__, sharing
-from sparse_exp.artifacts import (
-    RunDirectory,
-    StageRecord,
-    fingerprint,
-    locked,
-    sha256_of,
-    write_json,
-    write_text,
-)
-from sparse_exp.conditions import current, packages
-from sparse_exp.config.resolve import as_dict, as_yaml, recipe_path
+from sparse_exp import __version__
+from sparse_exp.config.plain import as_dict, as_yaml, recipe_path
 from sparse_exp.config.schema import Experiment
-from sparse_exp.context import Context, SweepMember
 from sparse_exp.errors import ConfigError, SparseExpError, StageFailed
-from sparse_exp.host import waited_seconds, working
-from sparse_exp.plan import fit_to_host, mismatch_sentence
-from sparse_exp.runs import JOB_TAG, OVERRIDES_TAG
+from sparse_exp.files import fingerprint, sha256_of, write_json, write_text
+from sparse_exp.hardware.targets import fit_to_host, mismatch_sentence
+from sparse_exp.locks import waited_seconds, working
+from sparse_exp.runs.conditions import current, packages
+from sparse_exp.runs.directory import RunDirectory, StageRecord, locked
+from sparse_exp.runs.past import JOB_TAG, OVERRIDES_TAG
+from sparse_exp.stages import sharing
+from sparse_exp.stages.base import Context, SweepMember
 from sparse_exp.tracking import PARENT_TAG, Artifact, Metrics, RunInfo, create_tracker
 
 _log = logging.getLogger(__name__)
@@ -93,7 +87,7 @@ def run(
     recipe = Recipe.from_file(_recipe_file(experiment), chosen.variables, num_epochs=chosen.num_epochs)
     asked, (experiment, mismatch) = experiment, fit_to_host(experiment)
     if experiment.dry_run:
-        from sparse_exp.dry_run import show
+        from sparse_exp.planning.dry_run import show
 
         show(experiment, recipe, mismatch)
         return None
@@ -110,9 +104,10 @@ def run(
 
 def _recipe_file(experiment: Experiment) -> Path:
     """Where the recipe lies: shipped, one's own, or fetched by its stub."""
-    from sparse_exp.zoo.local import zoo_directory
-    from sparse_exp.zoo.sources import cache_directory
-    from sparse_exp.zoo.stub import STUB_PREFIX, fetch_recipe
+    from sparse_exp.sources.cache import cache_directory
+    from sparse_exp.sources.local import zoo_directory
+    from sparse_exp.sources.recipes import fetch_recipe
+    from sparse_exp.sources.stub import STUB_PREFIX
 
     file = experiment.recipe.file
     if file.startswith(STUB_PREFIX):
@@ -159,8 +154,8 @@ def _run_tracked(context: Context) -> None:
 
 def _run_stages(context: Context, *, tell_all: bool) -> None:
     """Run one stage after the other; ``tell_all``: the tracker knows nothing of those that are kept."""
-    from sparse_exp.recovery import STAGES as OF_A_BASELINE
-    from sparse_exp.recovery import as_baseline
+    from sparse_exp.stages.baseline import STAGES as OF_A_BASELINE
+    from sparse_exp.stages.baseline import as_baseline
 
     mark = ""
     with ExitStack() as others_wait:
@@ -233,7 +228,7 @@ def _run_stage(context: Context, stage: str, before: str, *, tell_kept: bool) ->
 
 def _work(context: Context, stage: str, mark: str) -> None:
     """Do a stage and record it."""
-    from sparse_exp.stages import STAGES
+    from sparse_exp.stages.registry import STAGES
 
     started = time.monotonic() - waited_seconds()
     try:
@@ -258,14 +253,14 @@ def _threads(context: Context, stage: str) -> AbstractContextManager[None]:
     """The threads that torch computes a stage with; all of them where a training shares them out."""
     if stage not in _COMPUTES:
         return nullcontext()
-    from sparse_exp.training.devices import using_threads
+    from sparse_exp.training.threads import using_threads
 
     return using_threads(context.threads * context.experiment.trainer.devices)
 
 
 def _tell(context: Context, stage: str, *, replay: bool) -> None:
     """Let the tracker know what a stage found; ``replay``: of one that was not done now, epochs included."""
-    from sparse_exp.stages import announce
+    from sparse_exp.stages.registry import announce
 
     announce(context, stage, replay=replay)
     record = context.run.records[stage]
@@ -337,7 +332,7 @@ def _said_by_the_recipe(context: Context, config: Mapping[str, Any]) -> dict[str
 def _exported(context: Context) -> dict[str, Any]:
     """What the exported files depend on beside the training: which are wanted, and the dense baseline."""
     from sparse_exp.export.square import wanted_files
-    from sparse_exp.recovery import baseline_checkpoint
+    from sparse_exp.stages.baseline import baseline_checkpoint
 
     hardware, baseline = context.experiment.hardware, baseline_checkpoint(context)
     wanted = wanted_files(hardware.engines, hardware.variants)
@@ -346,7 +341,7 @@ def _exported(context: Context) -> dict[str, Any]:
 
 def _teacher(context: Context) -> list[Any]:
     """The baseline that a training learns from, wherever it lies and however it was found."""
-    from sparse_exp.recovery import baseline_checkpoint
+    from sparse_exp.stages.baseline import baseline_checkpoint
 
     facts, file = context.facts("baseline"), baseline_checkpoint(context)
     return [facts.get("map50"), sha256_of(file) if file else facts.get("checkpoint")]
@@ -361,7 +356,7 @@ def _write_conditions(
     context: Context, asked: Experiment, hydra_files: Mapping[str, str], overrides: list[str]
 ) -> None:
     """Record what was asked for, whatever of it this host can run, and with what it runs."""
-    from sparse_exp.stages import write_recipe
+    from sparse_exp.stages.train import write_recipe
 
     directory = context.run.path
     for name, text in hydra_files.items():

@@ -11,20 +11,22 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparse_exp.artifacts import MANIFEST, sha256_of
 from sparse_exp.command import Parser, run_command
-from sparse_exp.conditions import (
+from sparse_exp.config.plain import recipe_path
+from sparse_exp.config.schema import Experiment, TrackerConfig
+from sparse_exp.errors import ConfigError, expected
+from sparse_exp.files import read_json, sha256_of
+from sparse_exp.resolve import rebuild
+from sparse_exp.runs.conditions import (
     NOT_RECORDED,
     Difference,
     code_differences,
-    data_differences,
+    difference,
     host_differences,
     package_differences,
 )
-from sparse_exp.config.resolve import rebuild, recipe_path
-from sparse_exp.config.schema import Experiment, TrackerConfig
-from sparse_exp.errors import ConfigError, expected
-from sparse_exp.runs import add_store_options, is_run_id, local_directory, read_json, tagged_overrides
+from sparse_exp.runs.directory import MANIFEST
+from sparse_exp.runs.past import add_store_options, is_run_id, local_directory, tagged_overrides
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -265,3 +267,23 @@ def _options() -> argparse.Namespace:
 
 if __name__ == "__main__":
     run_command(main)
+
+
+def data_differences(experiment: Experiment, then: str | None) -> Iterator[Difference]:
+    """Whether the data set is another now; it is read where it is on this machine, never fetched.
+
+    Args:
+        experiment: names the data set.
+        then: its digest; None: not recorded.
+    """
+    from sparse_exp.data import is_prepared, prepare
+    from sparse_exp.errors import SparseExpError
+    from sparse_exp.sources.cache import cache_directory
+
+    name, cache = f"digest of {experiment.dataset.name}", cache_directory(experiment.paths.cache)
+    try:
+        there = is_prepared(experiment.dataset, cache)
+        now = prepare(experiment.dataset, cache).digest if there else "not on this machine yet"
+    except SparseExpError as error:
+        now = f"cannot be read: {error}"
+    yield from difference("data", name, then, now)

@@ -230,7 +230,7 @@ PHOTOS = {
 def photos() -> dict[str, Path]:
     """scikit-image's photos of a person, a cat and a cup, by name; fetched (14 MB each) where not cached."""
     from sparse_exp.config.schema import SourceConfig
-    from sparse_exp.zoo.sources import cache_directory, fetch
+    from sparse_exp.sources.cache import cache_directory, fetch
 
     return {
         name: fetch(

@@ -11,9 +11,11 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from sparse_exp.artifacts import StageRecord, sha256_of
 from sparse_exp.cli import _register_schema
-from sparse_exp.config.resolve import CONF_DIRECTORY, as_yaml, resolve
+from sparse_exp.config.plain import CONF_DIRECTORY, as_yaml
+from sparse_exp.files import sha256_of
+from sparse_exp.resolve import resolve
+from sparse_exp.runs.directory import StageRecord
 from sparse_exp.sparsity.measure import layer_sparsity, onnx_facts, overall
 from sparse_exp.sparsity.prune import prune_by_magnitude
 from sparse_exp.yolov5 import YOLOv5, save_checkpoint

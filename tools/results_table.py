@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sparse_exp.benchmark.table import measured
-from sparse_exp.report.markdown import between_marks
-from sparse_exp.report.results import SIZES, SPARSITIES, accuracies, number, throughputs
-from sparse_exp.report.summary import decimal, percent
+from sparse_exp.metrics.results import SIZES, SPARSITIES, accuracies, number, throughputs
+from sparse_exp.text import between_marks, decimal, percent
 
 MARK = "numbers"
 # Where files of this run lie is of no interest to a reader.

@@ -28,8 +28,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from hydra_plugins.sparse_exp_search._space import Space
-from sparse_exp.artifacts import write_json
 from sparse_exp.errors import ConfigError, StageFailed, expected, first_line
+from sparse_exp.files import write_json
 
 FILE = "study.db"
 _JOB, _TASK, _FAILURE = "job", "task", "failure"

@@ -111,7 +111,7 @@ class SearchSweeper(Sweeper):
 
     def _experiment(self, words: Sequence[str]) -> Experiment:
         """The checked configuration of a job."""
-        from sparse_exp.config.resolve import resolve
+        from sparse_exp.resolve import resolve
 
         assert self.config is not None
         assert self.hydra_context is not None
@@ -141,8 +141,8 @@ def _objectives(experiments: Sequence[Experiment]) -> list[Objective]:
     """
     from hydra_plugins.sparse_exp_search._study import Objective
     from sparse_exp.errors import ConfigError
-    from sparse_exp.report.pareto import less_is_better
-    from sparse_exp.report.result_names import resolve_objective
+    from sparse_exp.metrics.pareto import less_is_better
+    from sparse_exp.stages.names import resolve_objective
 
     short = experiments[0].sweep.objectives
     if not short:

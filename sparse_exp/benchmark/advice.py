@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from sparse_exp.benchmark.results import Row
 
 if TYPE_CHECKING:
-    from sparse_exp.benchmark.why import Costs, Split
+    from sparse_exp.benchmark.gain import Split
+    from sparse_exp.benchmark.layers import Costs
 
 _LAYOUT = 0.15  # shares of the time from which a kind of layer is worth a word
 _DENSE = 0.15

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparse_exp.artifacts import write_json, write_text
 from sparse_exp.benchmark.cells import Cell
-from sparse_exp.export.square import files_of
+from sparse_exp.engines.base import files_of
+from sparse_exp.files import write_json, write_text
 
 Row = dict[str, Any]
 PERCENTILES = {

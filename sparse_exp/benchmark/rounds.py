@@ -2,7 +2,7 @@
 
 So that two numbers can be compared:
 
-- one run of this program at a time measures on a host, and no other works meanwhile (`sparse_exp.host`);
+- one run of this program at a time measures on a host, and no other works meanwhile (`sparse_exp.locks`);
 - every cell is tuned before (`sparse_exp.benchmark.tuning`), the baselines like the others;
 - the repeats of a cell are not taken one after the other: each repeat goes once through all cells, so
   that a drift of the machine hits them all;
@@ -29,7 +29,7 @@ from sparse_exp.config.schema import HardwareConfig
 from sparse_exp.engines import IsolatedEngine, search_space
 from sparse_exp.errors import EngineError, SparseExpError
 from sparse_exp.hardware import host_facts, physical_cpus
-from sparse_exp.host import default_lock_path, measuring_alone
+from sparse_exp.locks import default_lock_path, measuring_alone
 from sparse_exp.progress import progress
 
 _log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from sparse_exp.compare.files import write_files
 from sparse_exp.compare.table import as_data, said, shown_rows, terminal_table
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import ConfigError, expected
-from sparse_exp.runs import add_store_options, select_runs
+from sparse_exp.runs.past import add_store_options, select_runs
 
 _ROWS = 40
 _TEXT = """

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sparse_exp.compare.names import Limit, full_name, parse_limits
 from sparse_exp.errors import ConfigError, SparseExpError, expected
-from sparse_exp.report.pareto import less_is_better, pareto_front
-from sparse_exp.runs import PastRun
+from sparse_exp.metrics.names import Limit, full_name, parse_limits
+from sparse_exp.metrics.pareto import less_is_better, pareto_front
+from sparse_exp.runs.past import PastRun
 
 FINISHED = "FINISHED"
 
@@ -107,7 +107,7 @@ def compare(
 
     Args:
         runs: at least one.
-        x: metric, in full or short; see `sparse_exp.compare.names.full_name`.
+        x: metric, in full or short; see `sparse_exp.metrics.names.full_name`.
         y: likewise.
         limits: what the best must keep, such as ``map50>=0.6, size<=4``; None or empty: nothing.
         by: metric that the best is best in; None: ``y``. Of equals the better in y is, then the first.

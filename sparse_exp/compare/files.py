@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sparse_exp.artifacts import write_text
 from sparse_exp.compare.comparison import Comparison
 from sparse_exp.compare.table import as_csv, as_markdown
+from sparse_exp.files import write_text
 
 
 def write_files(comparison: Comparison, folder: Path) -> list[Path]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from sparse_exp.artifacts import write_text
 from sparse_exp.compare.comparison import FINISHED, Column, Comparison, Row
+from sparse_exp.compare.scatter import page
 from sparse_exp.compare.table import as_cells, number, said
-from sparse_exp.report.pareto import Axis, Point
-from sparse_exp.report.scatter import page
+from sparse_exp.files import write_text
+from sparse_exp.metrics.pareto import Axis, Point
 
 
 def draw(comparison: Comparison, folder: Path) -> list[Path]:

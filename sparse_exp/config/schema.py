@@ -1,12 +1,13 @@
 """Every configuration key with its type, unit and bounds.
 
 Only the standard library is imported here, so that ``--help`` stays fast. Bounds and units live in
-the fields' metadata (see `bounded`) and are checked by `sparse_exp.config.resolve`.
+the fields' metadata (see `bounded`) and are checked by `sparse_exp.resolve`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 STAGES = (
@@ -374,3 +375,6 @@ class Experiment:
     sweep: SweepConfig = field(default_factory=SweepConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+
+
+DEFAULT_DIRECTORIES = (Path("outputs/runs"), Path("outputs/sweeps"))

@@ -25,7 +25,7 @@ def prepare(dataset: DatasetConfig, cache: Path) -> DetectionDataset:
 
     Args:
         dataset: ``path`` is read where it lies; else ``generator`` builds it in the cache.
-        cache: see `sparse_exp.zoo.sources.cache_directory`. It also keeps what was found out about
+        cache: see `sparse_exp.sources.cache.cache_directory`. It also keeps what was found out about
             images and labels, so that the next start only looks at what has changed.
 
     Raises:
@@ -74,7 +74,7 @@ def _materialize(dataset: DatasetConfig, cache: Path) -> Path:
 
 
 def _fetch_sources(dataset: DatasetConfig, cache: Path) -> list[Path]:
-    from sparse_exp.zoo.sources import fetch
+    from sparse_exp.sources.cache import fetch
 
     if not dataset.sources:
         do = "Set dataset.sources to the files that it is made from."

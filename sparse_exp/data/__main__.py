@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 def check(options: argparse.Namespace) -> int:
     """Check a data set and print what was found; 1 where there are errors."""
     from sparse_exp.data.check import inspect
-    from sparse_exp.zoo.sources import cache_directory
+    from sparse_exp.sources.cache import cache_directory
 
     if options.imgsz < 1:
         raise DataError(expected("--imgsz", "at least 1 px", options.imgsz, "Change it."))

@@ -18,10 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from sparse_exp.artifacts import landing
 from sparse_exp.data.images import measure_image
 from sparse_exp.data.labels import parse_labels
 from sparse_exp.errors import DataError
+from sparse_exp.files import landing
 from sparse_exp.progress import progress
 
 Item = TypeVar("Item")

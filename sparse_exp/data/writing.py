@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sparse_exp.artifacts import sha256_of, write_text
+from sparse_exp.files import sha256_of, write_text
 
 _STAMP = "stamp.json"
 

@@ -361,3 +361,8 @@ def silence() -> Iterator[None]:
         for descriptor, copy in zip((1, 2), saved, strict=True):
             os.dup2(copy, descriptor)
             os.close(copy)
+
+
+def files_of(model: Path) -> list[Path]:
+    """The files that a model consists of: OpenVINO's own format has its weights in a second, ``.bin``."""
+    return [model, model.with_suffix(".bin")] if model.suffix == ".xml" else [model]

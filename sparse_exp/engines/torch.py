@@ -144,7 +144,7 @@ def _restored(path: Path) -> YOLOv5:
         model.load_state_dict(checkpoint.state_dict)
         return model.eval()
     # quantized weights have other names, and need SparseML: seconds and 200 MB that others are spared
-    from sparse_exp.training.checkpoints import restore
+    from sparse_exp.sparsity.checkpoints import restore
 
     return restore(path)[0]
 

@@ -22,18 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparse_exp.context import Context
 from sparse_exp.engines import IsolatedEngine
+from sparse_exp.engines.base import files_of
 from sparse_exp.errors import EngineError, Impossible, MissingDependency
-from sparse_exp.export.square import (
-    FOLDER,
-    accuracy_prefix,
-    files_of,
-    model_for,
-    size_prefix,
-    weights_are_trained,
-)
+from sparse_exp.export.square import FOLDER, accuracy_prefix, model_for, size_prefix, weights_are_trained
 from sparse_exp.sparsity.measure import MEGABYTE, gzip_bytes, nonzero_bytes
+from sparse_exp.stages.base import Context
 from sparse_exp.training.evaluation import Evaluation, evaluate
 
 _log = logging.getLogger(__name__)

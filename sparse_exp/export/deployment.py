@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from sparse_exp.context import Context
 from sparse_exp.engines.base import reason
 from sparse_exp.errors import Impossible
 from sparse_exp.export.metadata import describe
@@ -32,8 +31,9 @@ from sparse_exp.export.square import (
     wanted_files,
 )
 from sparse_exp.progress import progress
+from sparse_exp.sparsity.checkpoints import restore
 from sparse_exp.sparsity.recipe import Recipe, is_quantized
-from sparse_exp.training.checkpoints import restore
+from sparse_exp.stages.base import Context
 from sparse_exp.training.oneshot import calibration_loader
 from sparse_exp.yolov5 import Checkpoint, YOLOv5, save_checkpoint
 

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import torch
 
-from sparse_exp.context import Context
 from sparse_exp.errors import CheckpointError
 from sparse_exp.export.square import before_quantization
-from sparse_exp.plan import SPARSE_FROM
-from sparse_exp.recovery import baseline_checkpoint
-from sparse_exp.sparsity.measure import layer_sparsity, overall
+from sparse_exp.sparsity.checkpoints import restore
+from sparse_exp.sparsity.measure import SPARSE_FROM, layer_sparsity, overall
 from sparse_exp.sparsity.recipe import is_quantized
-from sparse_exp.training.checkpoints import restore
+from sparse_exp.stages.base import Context
+from sparse_exp.stages.baseline import baseline_checkpoint
 from sparse_exp.yolov5 import YOLOv5
 
 _log = logging.getLogger(__name__)

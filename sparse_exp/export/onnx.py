@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sparse_exp.artifacts import landing
 from sparse_exp.export.metadata import describe, write_metadata
+from sparse_exp.files import landing
 from sparse_exp.yolov5 import YOLOv5
 
 INPUT, OUTPUT = "images", "predictions"

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparse_exp.artifacts import landing
 from sparse_exp.engines.base import silence
 from sparse_exp.export.metadata import write_metadata
+from sparse_exp.files import landing
 
 Images = Sequence[NDArray[np.uint8]]
 # Numbers of data types that ONNX has since 1.16; ONNX Runtime's quantizer wants to know their names.

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparse_exp.errors import Impossible, expected
-from sparse_exp.zoo.local import BEFORE_QAT
+from sparse_exp.sources.layout import BEFORE_QAT
 
 if TYPE_CHECKING:
-    from sparse_exp.artifacts import StageRecord
-    from sparse_exp.context import Context
+    from sparse_exp.runs.directory import StageRecord
+    from sparse_exp.stages.base import Context
 
 FOLDER = "deployment"
 MODEL, QDQ, DENSE, SPARSE_FP32 = "model.onnx", "model.qdq.onnx", "dense.onnx", "sparse.fp32.onnx"
@@ -145,8 +145,3 @@ def size_prefix(file: str) -> str | None:
 def accuracy_prefix(engine: str, variant: str) -> str:
     """What the names of a cell's accuracies begin with; what the run deploys is named by its engine alone."""
     return f"deployed/{engine}/" if variant == "sparse" else f"deployed/{engine}/{variant}/"
-
-
-def files_of(model: Path) -> list[Path]:
-    """The files that a model consists of: OpenVINO's own format has its weights in a second, ``.bin``."""
-    return [model, model.with_suffix(".bin")] if model.suffix == ".xml" else [model]

@@ -23,15 +23,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparse_exp.config.schema import ExportConfig
-from sparse_exp.context import Context
 from sparse_exp.data.loader import Batch, DetectionLoader
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.errors import ExportError, expected
 from sparse_exp.export.comparison import Differences, matched_shares
 from sparse_exp.export.reference import as_deployed
 from sparse_exp.export.square import FOLDER, MODEL, QDQ, TORCH
+from sparse_exp.sparsity.checkpoints import restore
 from sparse_exp.sparsity.measure import (
     LayerSparsity,
+    layer_name,
     layer_sparsity,
     listed,
     onnx_facts,
@@ -40,7 +41,7 @@ from sparse_exp.sparsity.measure import (
     require_sparsity,
 )
 from sparse_exp.sparsity.recipe import is_quantized, quantized_layers
-from sparse_exp.training.checkpoints import restore
+from sparse_exp.stages.base import Context
 from sparse_exp.training.evaluation import Evaluation, as_input, evaluate
 from sparse_exp.yolov5 import YOLOv5
 
@@ -193,15 +194,6 @@ def check_graph(path: Path, model: YOLOv5) -> list[LayerSparsity]:
         )
     _check_zeros(path, layers, wanted)
     return [replace(layers[name], name=name) for name in model.prunable_convolutions()]
-
-
-def layer_name(node: str) -> str:
-    """The model's name of a convolution from its node's: ``/model/model.2/cv1/conv/module/Conv_quant``."""
-    parts = [part for part in node.strip("/").split("/")[:-1] if part != "module"]
-    following = [*parts[1:], ""]
-    # A container's own name comes again in its children's: model/model.8/m/m.0.
-    kept = [part for part, after in zip(parts, following, strict=True) if not after.startswith(f"{part}.")]
-    return ".".join(kept).removesuffix(".module")
 
 
 def _check_zeros(path: Path, layers: dict[str, LayerSparsity], wanted: list[LayerSparsity]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from sparse_exp.command import Parser, run_command
-from sparse_exp.config.resolve import options
+from sparse_exp.config.plain import options
 from sparse_exp.config.schema import ENGINES, HardwareConfig
 from sparse_exp.hardware import HostFacts, host_facts, quota_cores, usable_physical_cores
 from sparse_exp.hardware.targets import RUNTIMES, mismatches, prefers, unusable

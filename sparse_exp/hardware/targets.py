@@ -6,12 +6,12 @@ imported, and no engine: whether one is installed is looked up, not tried.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from types import MappingProxyType
 
-from sparse_exp.config.schema import HardwareConfig
+from sparse_exp.config.schema import Experiment, HardwareConfig
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.hardware import HostFacts, host_facts, usable_physical_cores
 
@@ -270,3 +270,44 @@ def _other_imgsz(hardware: HardwareConfig, imgsz: int | None) -> Iterator[Mismat
 def _and(names: Collection[str]) -> str:
     *most, last = names
     return f"{', '.join(most)} and {last}" if most else last
+
+
+def fit_to_host(experiment: Experiment) -> tuple[Experiment, tuple[str, ...]]:
+    """Hold the hardware target against this host, before anything is trained for it.
+
+    Args:
+        experiment: the checked configuration; the target counts where it verifies or measures.
+
+    Returns:
+        The experiment with what can run here of its target, and what does not fit, a clause each.
+
+    Raises:
+        ConfigError: every problem found, unless ``hardware.strict`` is false; or no engine can run.
+    """
+    from sparse_exp.hardware.targets import ALL_THE_SAME, compare, fitted
+
+    hardware = experiment.hardware
+    found = compare(hardware, imgsz=experiment.dataset.imgsz) if measures(experiment) else []
+    if not found:
+        return experiment, ()
+    if hardware.strict:
+        raise ConfigError([f"{mismatch.refusal} {ALL_THE_SAME}" for mismatch in found])
+    return replace(experiment, hardware=fitted(hardware)), tuple(mismatch.said for mismatch in found)
+
+
+def measures(experiment: Experiment) -> bool:
+    """Whether a run measures anything on the hardware target."""
+    return bool({"verify", "benchmark"} & set(experiment.stages))
+
+
+def mismatch_sentence(target: str, mismatch: Sequence[str]) -> str:
+    """What is said of a target that is measured although it does not fit the host.
+
+    Args:
+        target: its name.
+        mismatch: what differs, a clause each, at least one.
+    """
+    return (
+        f"hardware={target} does not fit here: {'; '.join(mismatch)}. What can run is measured all the same "
+        "(hardware.strict=false); its numbers are not those of the target."
+    )

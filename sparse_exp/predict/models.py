@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_exp.artifacts import MANIFEST
-from sparse_exp.config.schema import ENGINES
+from sparse_exp.config.schema import DEFAULT_DIRECTORIES, ENGINES
 from sparse_exp.errors import ConfigError, EngineError, SourceUnavailable, expected
-from sparse_exp.runs import DEFAULT_DIRECTORIES, find_directories, read_json
-from sparse_exp.zoo.local import DEPLOYMENT, checkpoint_in, find, zoo_directory
-from sparse_exp.zoo.stub import STUB_PREFIX
+from sparse_exp.files import read_json
+from sparse_exp.runs.directory import MANIFEST, find_directories
+from sparse_exp.sources.layout import DEPLOYMENT, checkpoint_in
+from sparse_exp.sources.local import find, zoo_directory
+from sparse_exp.sources.stub import STUB_PREFIX
 
 _CHECKPOINTS = (".pt", ".pth", ".safetensors")
 _FORMS = "a run, a stub (zoo:...), a directory with model.onnx, or an ONNX file"
@@ -48,7 +49,7 @@ def find_model(name: str, *, engine: str | None = None, zoo: Path | None = None)
             file; a checkpoint, which torch runs.
         engine: one of `sparse_exp.config.schema.ENGINES`. None: the first engine of the run; of what is no
             run DeepSparse where it can run here, else ONNX Runtime; for a checkpoint torch.
-        zoo: the local zoo; None: see `sparse_exp.zoo.local.zoo_directory`.
+        zoo: the local zoo; None: see `sparse_exp.sources.local.zoo_directory`.
 
     Returns:
         The model; of a quantized run or published model the file that suits the engine.
@@ -143,7 +144,7 @@ def _file_in(directory: Path, engine: str) -> Path:
 
 
 def suited(folder: Path, engine: str) -> Sequence[Path]:
-    """The deployed files that an engine runs fast, best first: see `sparse_exp.context.Context.deployed`."""
+    """The deployed files that an engine runs fast, best first."""
     model, pairs = folder / "model.onnx", folder / "model.qdq.onnx"
     return (model, pairs) if engine == "deepsparse" else (pairs, model)
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparse_exp.artifacts import landing, write_text
 from sparse_exp.data.detection import Listing
 from sparse_exp.errors import ConfigError, expected
+from sparse_exp.files import landing, write_text
 from sparse_exp.predict.detector import Detector
 from sparse_exp.predict.pipeline import Found
 

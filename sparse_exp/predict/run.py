@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from sparse_exp.artifacts import landing
 from sparse_exp.errors import DataError
+from sparse_exp.files import landing
 from sparse_exp.predict.detector import Detector
 from sparse_exp.predict.drawing import encode
 from sparse_exp.predict.outputs import PictureNames, Results

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sparse_exp.artifacts import landing
 from sparse_exp.errors import DataError, expected
+from sparse_exp.files import landing
 
 _log = logging.getLogger(__name__)
 _USUAL_FPS = 25.0

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 
 from sparse_exp.benchmark.table import label, measured
-from sparse_exp.context import Context
 from sparse_exp.data.attributions import ATTRIBUTIONS
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.hardware import host_facts
-from sparse_exp.plan import mismatch_sentence
-from sparse_exp.recovery import recovery_engine
+from sparse_exp.hardware.targets import mismatch_sentence
+from sparse_exp.metrics.recovery import recovery_engine
+from sparse_exp.metrics.results import recovery
 from sparse_exp.report import plots
 from sparse_exp.report.markdown import ReportData, write_report
-from sparse_exp.report.results import recovery
-from sparse_exp.runs import read_run
+from sparse_exp.runs.past import read_run
+from sparse_exp.stages.base import Context
 
 _ULTRALYTICS = "Start weights: Ultralytics YOLOv5 (GPL-3.0), fetched at run time, not part of this project."
 _ATTRIBUTIONS = {

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
-from sparse_exp.artifacts import write_text
 from sparse_exp.benchmark.results import Row
 from sparse_exp.benchmark.table import impossible_lines, options_table, speed_table
-from sparse_exp.report.results import (
+from sparse_exp.files import write_text
+from sparse_exp.metrics.results import (
     SPARSITIES,
     Result,
     accuracies,
@@ -19,7 +19,7 @@ from sparse_exp.report.results import (
     sizes,
     verifications,
 )
-from sparse_exp.report.summary import decimal, percent
+from sparse_exp.text import decimal, in_one_line, markdown_table, percent
 
 _HOW_VERIFIED = (
     "Against torch on the whole validation split. Scores and boxes: absolute differences of the predictions "
@@ -34,20 +34,6 @@ _HOW_MEASURED = (
     "int8: than the fastest of the engines with the dense network in fp32, in 8 bits. All percentiles are in "
     "benchmark.csv."
 )
-
-
-def between_marks(page: str, mark: str, text: str) -> str:
-    """A page with ``text`` between ``<!-- MARK -->`` and ``<!-- /MARK -->``.
-
-    Raises:
-        ValueError: the marks are not there, once each and in order.
-    """
-    first, last = f"<!-- {mark} -->", f"<!-- /{mark} -->"
-    before, start, rest = page.partition(first)
-    _, end, after = rest.partition(last)
-    if not start or not end or first in rest or last in after:
-        raise ValueError(f"The page must hold {first} and {last} once each, in this order")
-    return f"{before}{first}\n\n{text.strip()}\n\n{last}{after}"
 
 
 @dataclass(frozen=True)
@@ -102,13 +88,13 @@ def write_report(path: Path, report: ReportData) -> None:
         OSError: the file cannot be written.
     """
     parts = [
-        f"# {_line(report.title)}\n",
+        f"# {in_one_line(report.title)}\n",
         _section("Warnings", _bullets(report.warnings)),
         _section("Summary", _facts(report.summary)),
         _section("How to reproduce", _code(report.command)),
         _section("Start weights", "\n\n".join(filter(None, (report.origin, report.pruning)))),
         _section("Phases", _phases(report.phases)),
-        _section("Accuracy", _accuracy(report.result), _line(report.recovery)),
+        _section("Accuracy", _accuracy(report.result), in_one_line(report.recovery)),
         _section("Verification", *_verification(report.result)),
         _section("Sparsity", _sparsity(report.result), _layers(report.layers, path.parent)),
         _section("Sizes", _sizes(report.result)),
@@ -192,7 +178,7 @@ def _pictures(pictures: Mapping[str, Path], start: Path) -> str:
     for caption, picture in pictures.items():
         if picture.is_file():
             address = quote(Path(os.path.relpath(picture, start)).as_posix())
-            lines.append(f"### {_line(caption)}\n\n![{_line(caption)}]({address})")
+            lines.append(f"### {in_one_line(caption)}\n\n![{in_one_line(caption)}]({address})")
     return "\n\n".join(lines)
 
 
@@ -201,36 +187,8 @@ def _facts(facts: Mapping[str, str]) -> str:
 
 
 def _bullets(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {_line(line)}" for line in lines)
+    return "\n".join(f"- {in_one_line(line)}" for line in lines)
 
 
 def _code(command: str) -> str:
     return f"```sh\n{command.strip()}\n```" if command.strip() else ""
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, align: bool = True) -> str:
-    """A Markdown table, its columns of numbers right-aligned if ``align``; empty without rows."""
-    cells = [[_cell(cell) for cell in row] for row in rows]
-    if not cells:
-        return ""
-    marks = [
-        "---:" if align and all(_is_number(row[i]) for row in cells) else "---" for i in range(len(header))
-    ]
-    lines = [[_cell(name) for name in header], marks, *cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text.rstrip("%"))
-    except ValueError:
-        return text in ("", "-")
-    return True
-
-
-def _cell(text: str) -> str:
-    return _line(text).replace("|", "\\|")
-
-
-def _line(text: str) -> str:
-    return " ".join(str(text).split())

@@ -25,11 +25,11 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from sparse_exp.artifacts import landing
 from sparse_exp.benchmark.results import PERCENTILES, Row
 from sparse_exp.benchmark.table import load_text
 from sparse_exp.config.schema import VARIANTS
-from sparse_exp.report.pareto import Axis, Point, staircase
+from sparse_exp.files import landing
+from sparse_exp.metrics.pareto import Axis, Point, staircase
 
 DPI = 130
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"

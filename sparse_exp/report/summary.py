@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from sparse_exp.benchmark.results import Row
 from sparse_exp.benchmark.table import impossible_lines
 from sparse_exp.benchmark.table import label as label_of
-from sparse_exp.report.results import SIZES, SPARSITIES, Result, accuracies, number, recovery, throughputs
+from sparse_exp.metrics.results import SIZES, SPARSITIES, Result, accuracies, number, recovery, throughputs
+from sparse_exp.text import decimal, percent
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -101,13 +102,3 @@ def _table(first: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="left" if column in ("variant", "load") else "right", no_wrap=True)
     return table
-
-
-def decimal(value: float | None, digits: int) -> str:
-    """A number with that many decimals; a dash when there is none."""
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """A share as percentage with that many decimals; a dash when there is none."""
-    return "-" if value is None else f"{value:.{digits}%}"

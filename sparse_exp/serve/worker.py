@@ -20,8 +20,9 @@ from itertools import count
 from multiprocessing.connection import Connection
 from typing import IO, Any
 
+from sparse_exp.children import exit_with_parent, obituary, start_child
 from sparse_exp.data.letterbox import Letterbox
-from sparse_exp.engines.isolated import answer, error_of, exit_with_parent, obituary, start_child
+from sparse_exp.engines.isolated import answer, error_of
 from sparse_exp.errors import EngineError, first_line
 from sparse_exp.predict.models import Model
 from sparse_exp.serve.batching import Detections, Square
@@ -33,7 +34,6 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 sys.path[:] = sys.argv[2:]
-from sparse_exp.serve.worker import work
 work(int(sys.argv[1]))
 """
 

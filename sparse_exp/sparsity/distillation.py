@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
-from sparse_exp.collectives import batch_mean, total, total_of
 from sparse_exp.config.schema import LossConfig
+from sparse_exp.distributed.collectives import batch_mean, total, total_of
 from sparse_exp.errors import RecipeError
 
 _log = logging.getLogger(__name__)

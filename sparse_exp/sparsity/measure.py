@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sparse_exp.errors import SparsityError, expected
+from sparse_exp.yolov5 import YOLOv5
+
+if TYPE_CHECKING:
+    from sparse_exp.yolov5 import YOLOv5
 
 MEGABYTE = 1e6
 
@@ -317,3 +321,31 @@ def _per_channel(values: NDArray[Any]) -> NDArray[Any]:
 def gzip_bytes(path: Path) -> int:
     """Size of a file compressed with gzip at its usual level, in bytes; nothing is written."""
     return len(gzip.compress(path.read_bytes(), compresslevel=6, mtime=0))
+
+
+SPARSE_FROM = 0.10  # share of zeros from which a checkpoint counts as pruned; SparseML's own threshold
+
+
+_IN_BLOCKS_FROM = 0.99  # share of the zeros that lie in whole blocks; single ones may be so by chance
+
+
+def in_blocks(model: YOLOv5) -> bool:
+    """Whether zeros come in groups of four input channels (of layers whose number of them allows it)."""
+    from sparse_exp.sparsity.prune import BLOCK, blocks
+
+    zeros, whole = 0, 0
+    for conv in model.prunable_convolutions().values():
+        groups = (conv.weight == 0).flatten()[blocks(conv.weight, BLOCK)]
+        if groups.shape[1] == BLOCK:
+            zeros += int(groups.sum())
+            whole += BLOCK * int(groups.all(dim=1).sum())
+    return whole >= _IN_BLOCKS_FROM * zeros
+
+
+def layer_name(node: str) -> str:
+    """The model's name of a convolution from its node's: ``/model/model.2/cv1/conv/module/Conv_quant``."""
+    parts = [part for part in node.strip("/").split("/")[:-1] if part != "module"]
+    following = [*parts[1:], ""]
+    # A container's own name comes again in its children's: model/model.8/m/m.0.
+    kept = [part for part, after in zip(parts, following, strict=True) if not after.startswith(f"{part}.")]
+    return ".".join(kept).removesuffix(".module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sparse_exp.artifacts import MANIFEST, locked
+from sparse_exp.runs.directory import MANIFEST, locked
 
 _ASIDE = "superseded.json"
 

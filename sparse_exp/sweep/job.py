@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from sparse_exp import __version__
-from sparse_exp.artifacts import MANIFEST, RunDirectory, empty, fingerprint, locked, sha256_of, write_json
 from sparse_exp.compare.comparison import FINISHED
-from sparse_exp.conditions import code_differences
-from sparse_exp.config.resolve import as_dict, recipe_path
+from sparse_exp.config.plain import as_dict, recipe_path
 from sparse_exp.config.schema import Experiment, TrackerConfig
-from sparse_exp.context import SweepMember
 from sparse_exp.errors import ConfigError, SparseExpError, StageFailed, first_line
-from sparse_exp.report.result_names import resolve_objective
-from sparse_exp.runs import JOB_TAG, OVERRIDES_TAG, read_json
+from sparse_exp.files import fingerprint, read_json, sha256_of, write_json
+from sparse_exp.runs.conditions import code_differences
+from sparse_exp.runs.directory import MANIFEST, RunDirectory, empty, locked
+from sparse_exp.runs.past import JOB_TAG, OVERRIDES_TAG
+from sparse_exp.stages.base import SweepMember
+from sparse_exp.stages.names import resolve_objective
 from sparse_exp.sweep.aside import aside_of
 from sparse_exp.sweep.parent import parent_of
 from sparse_exp.tracking import PARENT_TAG, RunInfo, create_tracker, delete_run
@@ -145,7 +146,7 @@ def counted(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that the outcome of a job depends on.
 
     Args:
-        config: nested plain values, as `sparse_exp.config.resolve.as_dict` has them.
+        config: nested plain values, as `sparse_exp.config.plain.as_dict` has them.
     """
     tracker = config.get("tracker", {})
     registered = {key: tracker.get(key) for key in ("register", "alias")}

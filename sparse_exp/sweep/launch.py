@@ -14,16 +14,17 @@ from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
-from sparse_exp.artifacts import LOCK
 from sparse_exp.compare.comparison import FINISHED
-from sparse_exp.config.resolve import group, out_of_bounds, resolve
+from sparse_exp.config.plain import group, out_of_bounds
 from sparse_exp.config.schema import LauncherConfig, RayConfig, SweepConfig, TrackerConfig
 from sparse_exp.errors import ConfigError, SparseExpError
-from sparse_exp.host import exclusive
-from sparse_exp.launchers import check_launcher, start_launcher
-from sparse_exp.report.result_names import resolve_objective
-from sparse_exp.runs import PastRun
+from sparse_exp.locks import exclusive
+from sparse_exp.resolve import resolve
+from sparse_exp.runs.directory import LOCK
+from sparse_exp.runs.past import PastRun
+from sparse_exp.stages.names import resolve_objective
 from sparse_exp.sweep.aside import put_back, set_aside
+from sparse_exp.sweep.launchers import check_launcher, start_launcher
 from sparse_exp.sweep.parent import STATE, note_state, open_parent, read_state
 from sparse_exp.sweep.summary import FOLDER, Summary, summarize
 from sparse_exp.tracking import Artifact, Metrics, Status, Tags, end_open_runs

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sparse_exp import __version__
-from sparse_exp.artifacts import write_json
 from sparse_exp.config.schema import TrackerConfig
-from sparse_exp.host import exclusive
-from sparse_exp.runs import read_json
+from sparse_exp.files import read_json, write_json
+from sparse_exp.locks import exclusive
 from sparse_exp.tracking import RunInfo, Tracker, create_tracker
 
 STATE = "sweep.json"

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparse_exp.artifacts import MANIFEST
 from sparse_exp.compare.comparison import FINISHED, Comparison, compare
 from sparse_exp.compare.files import write_files
 from sparse_exp.compare.table import as_markdown, said, terminal_table
 from sparse_exp.errors import ConfigError
-from sparse_exp.runs import PastRun, find_directories, read_json, read_run
+from sparse_exp.files import read_json
+from sparse_exp.runs.directory import MANIFEST, find_directories
+from sparse_exp.runs.past import PastRun, read_run
 
 FOLDER = "compare"
 # What is laid against each other where no objectives are given: the first that the jobs have.

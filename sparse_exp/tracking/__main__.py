@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparse_exp.command import Parser, run_command
-from sparse_exp.runs import DEFAULT_DIRECTORIES
+from sparse_exp.config.schema import DEFAULT_DIRECTORIES
 from sparse_exp.tracking.sync import Sync, count, find_waiting
 
 

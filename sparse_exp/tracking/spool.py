@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_exp.artifacts import write_text
 from sparse_exp.errors import SparseExpError, expected
+from sparse_exp.files import write_text
 from sparse_exp.tracking import Artifact, Dataset, Finish, Metrics, Model, Tags
 
 UNSENT = "unsent_tracking.jsonl"

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from sparse_exp.collectives import total_of
 from sparse_exp.data.loader import Batch
+from sparse_exp.distributed.collectives import total_of
 
 
 def split_batch(batch: Batch, parts: int) -> Iterator[Batch]:

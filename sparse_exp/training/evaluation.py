@@ -16,7 +16,7 @@ from torch.ao.quantization import FakeQuantizeBase
 
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data.loader import Batch, DetectionLoader
-from sparse_exp.host import give_way, waited_seconds
+from sparse_exp.locks import give_way, waited_seconds
 from sparse_exp.progress import progress
 from sparse_exp.yolov5 import YOLOv5, non_max_suppression
 

@@ -17,18 +17,18 @@ from lightning_fabric import seed_everything
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from sparse_exp import collectives
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data.loader import Batch, DetectionLoader
-from sparse_exp.host import give_way, waited_seconds
+from sparse_exp.distributed import collectives
+from sparse_exp.distributed.peers import make_fabric, require_equal, told_by_first
+from sparse_exp.locks import give_way, waited_seconds
 from sparse_exp.progress import Bar, progress
+from sparse_exp.sparsity.checkpoints import CheckpointWriter
 from sparse_exp.sparsity.measure import SparsityContract, layer_sparsity, overall
 from sparse_exp.sparsity.recipe import Phase, Recipe, pin_input_quantizer
 from sparse_exp.sparsity.sparsifier import Sparsifier
 from sparse_exp.training.averaging import exponential, zero_where_zero
 from sparse_exp.training.batches import Buffers, no_images, weighted_parts
-from sparse_exp.training.checkpoints import CheckpointWriter
-from sparse_exp.training.devices import make_fabric, require_equal, told_by_first
 from sparse_exp.training.evaluation import as_input, evaluate_model
 from sparse_exp.training.memory import is_out_of_memory
 from sparse_exp.training.optimizer import BIASES, WEIGHTS, make_optimizer

@@ -10,9 +10,9 @@ from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data import DetectionDataset
 from sparse_exp.data.loader import DetectionLoader, make_loader
 from sparse_exp.errors import RecipeError
+from sparse_exp.sparsity.checkpoints import CheckpointWriter
 from sparse_exp.sparsity.measure import SparsityContract, layer_sparsity, overall
 from sparse_exp.sparsity.recipe import Recipe
-from sparse_exp.training.checkpoints import CheckpointWriter
 from sparse_exp.training.evaluation import as_input, evaluate_model
 from sparse_exp.training.loop import TrainingData, TrainingResult
 from sparse_exp.training.phases import Best

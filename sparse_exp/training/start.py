@@ -6,20 +6,23 @@ import copy
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from sparse_exp.config.schema import Experiment, RecipeConfig
 from sparse_exp.data import DetectionDataset
 from sparse_exp.errors import CheckpointError, ConfigError, expected
-from sparse_exp.plan import Start
-from sparse_exp.sparsity.measure import layer_sparsity, listed, overall, state_sparsity
+from sparse_exp.sources.local import zoo_directory
+from sparse_exp.sources.start import SCRATCH, cached_start, fetch_start, locate
+from sparse_exp.sparsity.checkpoints import restore
+from sparse_exp.sparsity.measure import SPARSE_FROM, layer_sparsity, listed, overall, state_sparsity
 from sparse_exp.sparsity.prune import BLOCK, prune_by_magnitude, prune_layer_adaptively
 from sparse_exp.sparsity.recipe import is_quantized
-from sparse_exp.training.checkpoints import restore
 from sparse_exp.yolov5 import Checkpoint, TransferReport, YOLOv5, read_checkpoint, transfer_weights
-from sparse_exp.zoo.local import zoo_directory
-from sparse_exp.zoo.start import SCRATCH, cached_start, fetch_start, locate
+
+if TYPE_CHECKING:
+    from sparse_exp.yolov5 import YOLOv5
 
 _log = logging.getLogger(__name__)
 
@@ -128,7 +131,7 @@ def load_teacher(
 
     Args:
         teacher: ``self`` (the start, as it is now), ``baseline``, or where a checkpoint can be had, as
-            `sparse_exp.zoo.start.locate` takes it.
+            `sparse_exp.sources.start.locate` takes it.
         model: the start, before it is pruned.
         loaded: where its weights came from.
         baseline: the dense counterpart's checkpoint, where one was trained or found.
@@ -173,3 +176,27 @@ def _load_detector(path: Path) -> YOLOv5:
     model = YOLOv5(checkpoint.size, checkpoint.num_classes)
     transfer_weights(model, checkpoint)
     return model
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is known of the start checkpoint.
+
+    Attributes:
+        origin: where it comes from.
+        sparsity: share of zeros in its prunable convolutions; None when it is not on this machine yet.
+        quantized: whether it went through QAT.
+        left: names of the tensors that it does not fill.
+        grown_from: origin of the smaller checkpoint that it is grown from; "" where it is not.
+    """
+
+    origin: str
+    sparsity: float | None
+    quantized: bool = False
+    left: tuple[str, ...] = ()
+    grown_from: str = ""
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it is known to be pruned."""
+        return self.sparsity is not None and self.sparsity >= SPARSE_FROM

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparse_exp.artifacts import landing
 from sparse_exp.errors import CheckpointError, first_line
+from sparse_exp.files import landing
 
 STATE = Path("weights") / "state.pt"
 """The state's file in a run directory, there until the train stage is recorded."""

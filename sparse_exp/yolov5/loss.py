@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torchvision.ops import box_convert, complete_box_iou_loss
 
-from sparse_exp.collectives import batch_mean, total_of
 from sparse_exp.config.schema import LossConfig
+from sparse_exp.distributed.collectives import batch_mean, total_of
 
 _BALANCE = (4.0, 1.0, 0.4)  # of objectness, at strides 8, 16, 32
 _SMALLEST_SIDE = 1e-4  # cells; keeps the CIoU's gradient finite

@@ -11,9 +11,9 @@ from typing import Any
 
 from sparse_exp.command import Parser, run_command
 from sparse_exp.errors import ConfigError, expected
-from sparse_exp.zoo.local import Published, find, published, read_metadata, stub_of, zoo_directory
+from sparse_exp.sources.local import Published, find, published, read_metadata, stub_of, zoo_directory
+from sparse_exp.sources.stub import STUB_PREFIX
 from sparse_exp.zoo.query import KEYS, parse_query
-from sparse_exp.zoo.stub import STUB_PREFIX
 
 _WIDE = 1000  # columns
 _DESCRIPTION = "The local zoo: models that runs have published, to start from again."
@@ -104,9 +104,9 @@ def _add_json(command: argparse.ArgumentParser) -> None:
 
 
 def _publish(options: argparse.Namespace, zoo: Path) -> int:
-    from sparse_exp.zoo.landing import require_free, require_writable
+    from sparse_exp.sources.cache import cache_directory
+    from sparse_exp.sources.local import require_free, require_writable
     from sparse_exp.zoo.publish import AUTO, dataset_of, publish_run, read_run
-    from sparse_exp.zoo.sources import cache_directory
 
     run = read_run(options.source)
     require_writable(zoo)
@@ -117,7 +117,7 @@ def _publish(options: argparse.Namespace, zoo: Path) -> int:
 
 
 def _import(options: argparse.Namespace, zoo: Path) -> int:
-    from sparse_exp.zoo.landing import require_writable
+    from sparse_exp.sources.local import require_writable
     from sparse_exp.zoo.publish import import_checkpoint, import_directory
 
     source = options.source.expanduser()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparse_exp.zoo.local import CARD
+from sparse_exp.sources.local import CARD
 
 _SHOWN = {
     "val/map50": "mAP50, validation split, torch",

@@ -17,9 +17,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sparse_exp.artifacts import sha256_of
-from sparse_exp.errors import ConfigError, expected
-from sparse_exp.zoo.local import METADATA, SUMS, Published, directory_of, read_metadata, stub_of
+from sparse_exp.errors import ConfigError
+from sparse_exp.files import sha256_of
+from sparse_exp.sources.local import (
+    METADATA,
+    SUMS,
+    Published,
+    directory_of,
+    read_metadata,
+    require_free,
+    stub_of,
+)
 
 _log = logging.getLogger(__name__)
 _LOCK, _STAGING, _REPLACED = ".lock", ".publishing", ".replaced"
@@ -34,7 +42,7 @@ def put(stub: str, zoo: Path, fill: Fill, *, force: bool = False, numbered: bool
 
     Args:
         stub: where it belongs; of either grammar.
-        zoo: see `sparse_exp.zoo.local.zoo_directory`; made where it is not there.
+        zoo: see `sparse_exp.sources.local.zoo_directory`; made where it is not there.
         fill: is given the stub and an empty directory, and writes all files of the model into it,
             ``model.json`` among them.
         force: replace a model that is there. Readers see the old one or the new one, whole; where the file
@@ -60,29 +68,6 @@ def put(stub: str, zoo: Path, fill: Fill, *, force: bool = False, numbered: bool
         do = "Free or allow the space, or choose another zoo with paths.zoo=PATH (--zoo PATH)."
         raise ConfigError(f"Cannot publish in {zoo}: {error.strerror or error}. {do}") from error
     return Published(stub, target, read_metadata(target))
-
-
-def require_free(stub: str, zoo: Path, *, force: bool) -> None:
-    """Refuse a stub that a model is published under, unless it is to be replaced.
-
-    Raises:
-        ConfigError: the stub is malformed, or taken.
-    """
-    if directory_of(stub, zoo).exists() and not force:
-        do = "Publish under another one (--as STUB, publish=STUB), or replace it (--force, overwrite=true)."
-        raise ConfigError(f"{stub} is published already in {zoo}. {do}")
-
-
-def require_writable(zoo: Path) -> None:
-    """Refuse a zoo that this user cannot write, or make.
-
-    Raises:
-        ConfigError: that is so.
-    """
-    there = next(folder for folder in (zoo, *zoo.parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        do = "Ask for the permission, or choose another zoo with paths.zoo=PATH (--zoo PATH)."
-        raise ConfigError(expected("the local zoo", "a directory that you can write", str(zoo), do))
 
 
 def write_sums(directory: Path) -> None:

@@ -13,21 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_exp import __version__
-from sparse_exp.artifacts import MANIFEST, StageRecord, sha256_of, write_json
 from sparse_exp.data.attributions import ATTRIBUTIONS
 from sparse_exp.errors import ConfigError, SparseExpError, expected
 from sparse_exp.export.square import before_quantization
-from sparse_exp.zoo.card import write_card
-from sparse_exp.zoo.landing import changed_files, put
-from sparse_exp.zoo.local import (
-    BEFORE_QAT,
-    DEPLOYMENT,
-    FINAL,
+from sparse_exp.files import sha256_of, write_json
+from sparse_exp.runs.directory import MANIFEST, StageRecord
+from sparse_exp.sources.layout import BEFORE_QAT, DEPLOYMENT, FINAL, TRAINING
+from sparse_exp.sources.local import (
     FORMAT,
     METADATA,
     METRICS,
     SUMS,
-    TRAINING,
     Published,
     default_stub,
     find,
@@ -35,6 +31,8 @@ from sparse_exp.zoo.local import (
     short_name,
     sparse_tag,
 )
+from sparse_exp.zoo.card import write_card
+from sparse_exp.zoo.landing import changed_files, put
 
 if TYPE_CHECKING:
     from sparse_exp.data import DetectionDataset
@@ -126,7 +124,7 @@ def publish_run(
 
     Args:
         run: with the stages evaluate and export behind it.
-        zoo: see `sparse_exp.zoo.local.zoo_directory`.
+        zoo: see `sparse_exp.sources.local.zoo_directory`.
         stub: to publish it under; ``auto``: named after its size, data set, zeros and quantization.
         force: replace a model that is published there.
         numbered: if it is taken, take the next free one.
@@ -155,7 +153,7 @@ def publish_run(
 
 def dataset_of(run: FinishedRun, cache: Path) -> DetectionDataset | None:
     """The data set that a run was made with, if it can still be had; a warning says so if not."""
-    from sparse_exp.config.resolve import from_dict
+    from sparse_exp.config.plain import from_dict
     from sparse_exp.config.schema import DatasetConfig
     from sparse_exp.data import prepare
 
@@ -171,7 +169,7 @@ def import_checkpoint(file: Path, zoo: Path, *, stub: str | None = None, force: 
 
     Args:
         file: any checkpoint that `sparse_exp.yolov5.read_checkpoint` reads.
-        zoo: see `sparse_exp.zoo.local.zoo_directory`.
+        zoo: see `sparse_exp.sources.local.zoo_directory`.
         stub: to publish it under; None: named after its content, the data set after the file.
         force: replace a model that is published there.
 
@@ -206,7 +204,7 @@ def import_directory(folder: Path, zoo: Path, *, stub: str | None = None, force:
 
     Args:
         folder: the directory.
-        zoo: see `sparse_exp.zoo.local.zoo_directory`.
+        zoo: see `sparse_exp.sources.local.zoo_directory`.
         stub: to publish it under; None: its own, or one named after its content.
         force: replace a model that is published there.
 
@@ -215,8 +213,8 @@ def import_directory(folder: Path, zoo: Path, *, stub: str | None = None, force:
         CheckpointError: its checkpoint cannot be read.
         ConfigError: its files are not what its list of hashes says, or see `sparse_exp.zoo.landing.put`.
     """
+    from sparse_exp.sources.layout import checkpoint_in
     from sparse_exp.zoo.facts import measure_checkpoint
-    from sparse_exp.zoo.local import checkpoint_in
 
     damaged = changed_files(folder)
     if damaged:

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from sparse_exp.artifacts import RunDirectory, StageRecord, write_json
+from sparse_exp.files import write_json
+from sparse_exp.runs.directory import RunDirectory, StageRecord
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from sparse_exp.config.resolve import CONF_DIRECTORY, resolve
+from sparse_exp.config.plain import CONF_DIRECTORY
 from sparse_exp.config.schema import SIZES, Experiment
 from sparse_exp.errors import ConfigError
+from sparse_exp.resolve import resolve
 
 EXPECTED = {
     "dataset": {"custom", "digits", "trees"},

@@ -12,9 +12,10 @@ from omegaconf import OmegaConf
 
 from hydra_plugins.sparse_exp_search._space import parse_space
 from sparse_exp.cli import _register_schema
-from sparse_exp.config.resolve import CONF_DIRECTORY, resolve
+from sparse_exp.config.plain import CONF_DIRECTORY
 from sparse_exp.config.schema import SIZES, Experiment
-from sparse_exp.report.result_names import resolve_objective
+from sparse_exp.resolve import resolve
+from sparse_exp.stages.names import resolve_objective
 
 PRESETS = sorted(path.stem for path in (CONF_DIRECTORY / "sweep").glob("*.yaml"))
 LAUNCHERS = {"serial": "basic", "joblib": "joblib", "ray": "ray", "slurm": "submitit_slurm"}

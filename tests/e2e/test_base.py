@@ -12,9 +12,9 @@ import pytest
 
 from sparse_exp.data import load_dataset
 from sparse_exp.data.digits import materialize
+from sparse_exp.sources.local import published
 from sparse_exp.sparsity.measure import onnx_facts
 from sparse_exp.yolov5 import read_checkpoint
-from sparse_exp.zoo.local import published
 
 COMMON = [
     "model=yolov5n", "tracker=none", "hardware.engines=[onnxruntime]", "hardware.warmup_s=0",

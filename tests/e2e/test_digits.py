@@ -19,9 +19,9 @@ import psutil
 import pytest
 
 from sparse_exp import cli
-from sparse_exp.artifacts import sha256_of
-from sparse_exp.config.resolve import rebuild
-from sparse_exp.report.result_names import certain_names, expected_names
+from sparse_exp.files import sha256_of
+from sparse_exp.resolve import rebuild
+from sparse_exp.stages.names import certain_names, expected_names
 
 EXPERIMENT = "digits-test"
 SMOKE = ["experiment=smoke", f"tracker.experiment={EXPERIMENT}"]
@@ -375,7 +375,7 @@ def test_a_failing_stage_ends_the_run_with_its_reason(smoke, again, client):
 
 
 def test_an_unforeseen_error_is_one_line_too(place, again, monkeypatch):
-    from sparse_exp import stages
+    from sparse_exp.stages.registry import registry as stages
 
     def breaks(context):
         raise ZeroDivisionError("division by zero\nand more")
@@ -394,7 +394,7 @@ def test_an_unforeseen_error_is_one_line_too(place, again, monkeypatch):
 
 
 def test_ctrl_c_that_a_library_turns_into_an_error(place, again, monkeypatch):
-    from sparse_exp import stages
+    from sparse_exp.stages.registry import registry as stages
 
     def saves(context):
         try:

@@ -9,13 +9,13 @@ import pytest
 import torch
 import yaml
 
-from sparse_exp.config.resolve import CONF_DIRECTORY
+from sparse_exp.config.plain import CONF_DIRECTORY
 from sparse_exp.config.schema import ENGINES, SourceConfig
 from sparse_exp.data.images import read_square
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.export.deployment import export_deployment
+from sparse_exp.sources.cache import cache_directory, fetch
 from sparse_exp.yolov5 import YOLOv5, non_max_suppression, read_checkpoint, transfer_weights
-from sparse_exp.zoo.sources import cache_directory, fetch
 
 pytestmark = pytest.mark.slow
 IMGSZ = 640

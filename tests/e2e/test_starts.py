@@ -10,8 +10,7 @@ import torch
 from foreign import save_fork, save_ultralytics
 from webserver import server
 
-from sparse_exp.artifacts import RunDirectory
-from sparse_exp.config.resolve import recipe_path
+from sparse_exp.config.plain import recipe_path
 from sparse_exp.config.schema import (
     DatasetConfig,
     Experiment,
@@ -25,6 +24,7 @@ from sparse_exp.config.schema import (
 from sparse_exp.data.digits import materialize
 from sparse_exp.errors import RecipeError, SourceUnavailable
 from sparse_exp.experiment import run
+from sparse_exp.runs.directory import RunDirectory
 from sparse_exp.sparsity.prune import prune_by_magnitude
 from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.tracking import Tags

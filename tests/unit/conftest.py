@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sparse_exp.artifacts import RunDirectory, StageRecord, write_json
+from sparse_exp.files import write_json
+from sparse_exp.runs.directory import RunDirectory, StageRecord
 
 
 @pytest.fixture

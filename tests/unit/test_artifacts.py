@@ -5,17 +5,9 @@ import json
 
 import pytest
 
-from sparse_exp.artifacts import (
-    MANIFEST,
-    RunDirectory,
-    StageRecord,
-    fingerprint,
-    landing,
-    sha256_of,
-    write_json,
-    write_text,
-)
 from sparse_exp.errors import ConfigError
+from sparse_exp.files import fingerprint, landing, sha256_of, write_json, write_text
+from sparse_exp.runs.directory import MANIFEST, RunDirectory, StageRecord
 
 
 def names(folder) -> set[str]:

@@ -16,8 +16,8 @@ from torch.ao.quantization import (
     MovingAverageMinMaxObserver,
 )
 
-from sparse_exp import collectives
 from sparse_exp.config.schema import LossConfig
+from sparse_exp.distributed import collectives
 from sparse_exp.errors import RecipeError
 from sparse_exp.sparsity.distillation import detection_distillation
 from sparse_exp.yolov5 import DetectionLoss

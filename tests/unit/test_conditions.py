@@ -1,7 +1,7 @@
 import pytest
 
-from sparse_exp import conditions
-from sparse_exp.conditions import (
+from sparse_exp.runs import conditions
+from sparse_exp.runs.conditions import (
     NOT_RECORDED,
     Difference,
     code_differences,

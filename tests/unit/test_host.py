@@ -14,16 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from sparse_exp import host
+from sparse_exp import locks as host
 from sparse_exp.errors import ConfigError, EngineError
-from sparse_exp.host import aside, exclusive, give_way, is_held, measuring_alone, waited_seconds, working
+from sparse_exp.locks import aside, exclusive, give_way, is_held, measuring_alone, waited_seconds, working
 
 FORK = multiprocessing.get_context("fork")
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from sparse_exp.host import measuring_alone
+from sparse_exp.locks import measuring_alone
 with measuring_alone(Path(sys.argv[1])):
     start = time.monotonic()
     print(start, flush=True)

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from sparse_exp import launchers
 from sparse_exp.config.schema import LauncherConfig, RayConfig
 from sparse_exp.errors import ConfigError, MissingDependency
-from sparse_exp.launchers import check_launcher, start_launcher
+from sparse_exp.sweep import launchers
+from sparse_exp.sweep.launchers import check_launcher, start_launcher
 
 
 @pytest.fixture

@@ -1,9 +1,10 @@
 import pytest
 
-from sparse_exp.artifacts import write_text
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import ConfigError
-from sparse_exp.runs import find_directories, read_run, select_runs
+from sparse_exp.files import write_text
+from sparse_exp.runs.directory import find_directories
+from sparse_exp.runs.past import read_run, select_runs
 
 
 @pytest.fixture(autouse=True)

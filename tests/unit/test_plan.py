@@ -3,26 +3,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_exp.config.resolve import recipe_path
+from sparse_exp.config.plain import recipe_path
 from sparse_exp.config.schema import Experiment, HardwareConfig, ModelConfig, RecipeConfig, TrainerConfig
-from sparse_exp.dry_run import show
 from sparse_exp.errors import ConfigError, RecipeError
-from sparse_exp.plan import (
-    SPARSE_FROM,
-    Data,
-    Start,
-    duration,
-    fit_to_host,
-    make_plan,
-    render,
-    with_mismatch,
-    with_trial,
-)
-from sparse_exp.report.console import show_plan
+from sparse_exp.hardware.targets import fit_to_host
+from sparse_exp.planning.dry_run import show
+from sparse_exp.planning.plan import Data, duration, make_plan, render, with_mismatch, with_trial
+from sparse_exp.planning.show import show_plan
+from sparse_exp.planning.trial import Trial
+from sparse_exp.sparsity.measure import SPARSE_FROM
 from sparse_exp.sparsity.prune import prune_by_magnitude, prune_layer_adaptively
 from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.training.precision import Precision
-from sparse_exp.training.trial import Trial
+from sparse_exp.training.start import Start
 from sparse_exp.yolov5 import YOLOv5
 
 FP32 = Precision(autocast=False, channels_last=True)

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 
 from sparse_exp import experiment as experiments
-from sparse_exp import recovery, stages
-from sparse_exp.artifacts import MANIFEST
 from sparse_exp.config.schema import (
     DatasetConfig,
     Experiment,
@@ -21,9 +19,13 @@ from sparse_exp.config.schema import (
     RecoveryConfig,
     TrackerConfig,
 )
-from sparse_exp.context import Outcome
 from sparse_exp.errors import ConfigError, StageFailed
-from sparse_exp.recovery import TAG, dense_experiment, read_baseline, recovery_metrics
+from sparse_exp.metrics.recovery import recovery_metrics
+from sparse_exp.runs.directory import MANIFEST
+from sparse_exp.stages.base import Outcome
+from sparse_exp.stages.baseline import TAG, dense_experiment, read_baseline
+from sparse_exp.stages.baseline import baseline as recovery
+from sparse_exp.stages.registry import registry as stages
 
 
 @pytest.fixture(scope="module")

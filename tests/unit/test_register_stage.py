@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import pytest
 
 from sparse_exp import __version__
-from sparse_exp.artifacts import RunDirectory, StageRecord, sha256_of
 from sparse_exp.config.schema import Experiment
-from sparse_exp.context import Context
 from sparse_exp.errors import ConfigError
-from sparse_exp.recovery import dense_experiment
-from sparse_exp.stages import register
+from sparse_exp.files import sha256_of
+from sparse_exp.runs.directory import RunDirectory, StageRecord
+from sparse_exp.stages.base import Context
+from sparse_exp.stages.baseline import dense_experiment
+from sparse_exp.stages.register import register
 from sparse_exp.tracking import Model
 
 VERIFIED = {"deployed/onnxruntime/map50": 0.51234, "deployed/deepsparse/map50": 0.5, "sparsity/onnx": 0.75}

@@ -4,11 +4,11 @@ import sys
 import pytest
 
 from sparse_exp import rerun
-from sparse_exp.artifacts import write_text
-from sparse_exp.conditions import Difference
-from sparse_exp.config.resolve import rebuild
 from sparse_exp.config.schema import Experiment
 from sparse_exp.errors import ConfigError, SparseExpError
+from sparse_exp.files import write_text
+from sparse_exp.resolve import rebuild
+from sparse_exp.runs.conditions import Difference
 
 CONFIG = """
 name: least

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from sparse_exp import experiment as experiments
-from sparse_exp import host, stages
-from sparse_exp.artifacts import LOCK, MANIFEST, RunDirectory, is_abandoned, locked, write_text
+from sparse_exp import locks as host
 from sparse_exp.config.schema import (
     DatasetConfig,
     Experiment,
@@ -22,9 +21,12 @@ from sparse_exp.config.schema import (
     RecipeConfig,
     TrackerConfig,
 )
-from sparse_exp.context import Outcome, SweepMember
 from sparse_exp.errors import ConfigError
-from sparse_exp.runs import read_run
+from sparse_exp.files import write_text
+from sparse_exp.runs.directory import LOCK, MANIFEST, RunDirectory, is_abandoned, locked
+from sparse_exp.runs.past import read_run
+from sparse_exp.stages.base import Outcome, SweepMember
+from sparse_exp.stages.registry import registry as stages
 
 FORK = multiprocessing.get_context("fork")
 

@@ -18,8 +18,7 @@ import pytest
 from finished_run import pruned, save
 
 from sparse_exp import experiment as experiments
-from sparse_exp import host, recovery, stages
-from sparse_exp.artifacts import MANIFEST, write_text
+from sparse_exp import locks as host
 from sparse_exp.config.schema import (
     DatasetConfig,
     Experiment,
@@ -33,8 +32,12 @@ from sparse_exp.config.schema import (
     SweepConfig,
     TrackerConfig,
 )
-from sparse_exp.context import Outcome, SweepMember
 from sparse_exp.errors import StageFailed
+from sparse_exp.files import write_text
+from sparse_exp.runs.directory import MANIFEST
+from sparse_exp.stages.base import Outcome, SweepMember
+from sparse_exp.stages.baseline import baseline as recovery
+from sparse_exp.stages.registry import registry as stages
 from sparse_exp.tracking import Artifact, Dataset, Metrics, NoTracker, Tags
 
 importlib.import_module("sparse_exp.sparsity.recipe")  # forked processes then have it

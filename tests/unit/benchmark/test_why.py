@@ -10,22 +10,12 @@ import pytest
 
 from sparse_exp.benchmark.advice import advise
 from sparse_exp.benchmark.cells import Cell, Load
-from sparse_exp.benchmark.why import (
-    BOTH,
-    CORES,
-    INT8,
-    RUNTIME,
-    ZEROS,
-    console_lines,
-    costs_of,
-    explain,
-    family,
-    profiles_of,
-    short,
-    to_markdown,
-)
+from sparse_exp.benchmark.gain import BOTH, CORES, INT8, RUNTIME, ZEROS
+from sparse_exp.benchmark.layers import costs_of, family, profiles_of, short
+from sparse_exp.benchmark.why import console_lines, explain
 from sparse_exp.engines.profile import LayerTime, Profile
 from sparse_exp.errors import EngineError
+from sparse_exp.report.why import to_markdown
 
 SPEEDS = {  # items/s; 3 and 5: the square of zeros and 8 bits is not one of equal factors
     ("deepsparse", "dense"): 10.0,

@@ -1,7 +1,7 @@
 import pytest
 
-from sparse_exp.compare.names import Limit, full_name, parse_limits
 from sparse_exp.errors import ConfigError
+from sparse_exp.metrics.names import Limit, full_name, parse_limits
 
 CELLS = [
     f"benchmark/{engine}/{variant}/b{batch}/{value}"

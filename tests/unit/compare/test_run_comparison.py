@@ -8,7 +8,7 @@ from sparse_exp.compare.comparison import compare
 from sparse_exp.compare.pictures import draw
 from sparse_exp.compare.table import as_csv, as_data, as_markdown, said
 from sparse_exp.errors import ConfigError, SparseExpError
-from sparse_exp.runs import PastRun
+from sparse_exp.runs.past import PastRun
 
 
 def run(name, speed=None, map50=None, size=None, status="FINISHED", words=()):

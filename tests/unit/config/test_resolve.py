@@ -4,9 +4,10 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sparse_exp.config.resolve import as_dict, as_yaml, recipe_path, resolve
+from sparse_exp.config.plain import as_dict, as_yaml, recipe_path
 from sparse_exp.config.schema import STAGES, Experiment, SourceConfig
 from sparse_exp.errors import ConfigError
+from sparse_exp.resolve import resolve
 
 # The least that a run needs, without any file.
 LEAST = {

@@ -205,7 +205,7 @@ def test_prepare_without_path_or_generator(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_real_trees(tmp_path: Path) -> None:
-    from sparse_exp.zoo.sources import cache_directory, fetch
+    from sparse_exp.sources.cache import cache_directory, fetch
 
     source = SourceConfig(uri="index:deepforest==2.1.0", sha256=TREES_SHA256)
     wheel = fetch(source, cache_directory())

@@ -19,7 +19,7 @@ from sparse_exp.export.networks import (
     zeros,
 )
 from sparse_exp.export.square import before_quantization
-from sparse_exp.training.checkpoints import CheckpointWriter
+from sparse_exp.sparsity.checkpoints import CheckpointWriter
 from sparse_exp.yolov5 import YOLOv5
 
 CLASSES, IMGSZ = 10, 64

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from sparse_exp import experiment as running
-from sparse_exp.artifacts import RunDirectory, StageRecord
 from sparse_exp.config.schema import (
     VARIANTS,
     DatasetConfig,
@@ -20,16 +19,18 @@ from sparse_exp.config.schema import (
     RecipeConfig,
     TrainerConfig,
 )
-from sparse_exp.context import Context
 from sparse_exp.engines.signature import read_signature
 from sparse_exp.errors import Impossible
 from sparse_exp.export import deployment as exporting
 from sparse_exp.export.cells import file_sizes
 from sparse_exp.export.square import MODEL, QDQ, model_for, wanted_files
-from sparse_exp.report.result_names import expected_names
+from sparse_exp.runs.directory import RunDirectory, StageRecord
+from sparse_exp.sparsity.checkpoints import CheckpointWriter
 from sparse_exp.sparsity.measure import gzip_bytes, nonzero_bytes
-from sparse_exp.stages import export, verify
-from sparse_exp.training.checkpoints import CheckpointWriter
+from sparse_exp.stages.base import Context
+from sparse_exp.stages.export import export
+from sparse_exp.stages.names import expected_names
+from sparse_exp.stages.verify import verify
 from sparse_exp.yolov5 import YOLOv5
 
 ALL = list(VARIANTS)

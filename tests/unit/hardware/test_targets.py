@@ -8,7 +8,7 @@ import sys
 import pytest
 from cpus import ALDER_LAKE, ICE_LAKE, OLD, SAPPHIRE_RAPIDS, ZEN3
 
-from sparse_exp.config.resolve import CONF_DIRECTORY, options
+from sparse_exp.config.plain import CONF_DIRECTORY, options
 from sparse_exp.config.schema import ENGINES, HardwareConfig
 from sparse_exp.engines import create_engine
 from sparse_exp.errors import ConfigError

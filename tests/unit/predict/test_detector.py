@@ -13,10 +13,10 @@ import onnx
 import pytest
 import torch
 
-from sparse_exp.artifacts import write_json
 from sparse_exp.data.loader import make_loader
 from sparse_exp.engines import create_engine
 from sparse_exp.errors import ConfigError, EngineError, SourceUnavailable
+from sparse_exp.files import write_json
 from sparse_exp.predict.detector import Detector, find_model
 from sparse_exp.training.evaluation import evaluate
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from sparse_exp.artifacts import RunDirectory, write_text
+from sparse_exp.files import write_text
 from sparse_exp.report import compose
+from sparse_exp.runs.directory import RunDirectory
 
 
 def context_of(tmp_path, **facts) -> SimpleNamespace:

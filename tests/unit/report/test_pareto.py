@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_exp.report.pareto import less_is_better, pareto_front, staircase
+from sparse_exp.metrics.pareto import less_is_better, pareto_front, staircase
 
 VALUES = st.one_of(st.integers(-3, 3).map(float), st.just(math.nan), st.none())
 

@@ -19,9 +19,9 @@ from sparse_exp.errors import ConfigError
 from sparse_exp.export.cells import FileSizes, size_metrics
 from sparse_exp.export.comparison import Differences, matched_shares
 from sparse_exp.export.square import wanted_files
-from sparse_exp.recovery import recovery_metrics
-from sparse_exp.report import result_names
-from sparse_exp.report.result_names import certain_names, expected_names, resolve_objective
+from sparse_exp.metrics.recovery import recovery_metrics
+from sparse_exp.stages.names import certain_names, expected_names, resolve_objective
+from sparse_exp.stages.registry import names as result_names
 
 STAGES = ["fetch", "plan", "train", "evaluate", "export", "verify", "benchmark", "report"]
 

@@ -6,8 +6,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from sparse_exp.report.pareto import Axis, Point
-from sparse_exp.report.scatter import page, svg, ticks
+from sparse_exp.compare.scatter import page, svg, ticks
+from sparse_exp.metrics.pareto import Axis, Point
 
 X, Y = Axis("size/onnx_mb", less=True), Axis("val/map50", less=False)
 POINTS = [

@@ -12,7 +12,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra_plugins.sparse_exp_search._space import parse_space
 from hydra_plugins.sparse_exp_search._study import Job, Objective, Search, open_study
 from sparse_exp.errors import ConfigError, StageFailed
-from sparse_exp.report.pareto import pareto_front
+from sparse_exp.metrics.pareto import pareto_front
 
 UP, DOWN = Objective("val/map50", less=False), Objective("size/onnx_gzip_mb", less=True)
 WORDS = ("model=n,s", "x=interval(0.0,1.0)", "lr=0.1")

@@ -19,7 +19,7 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from sparse_exp.cli import _register_schema
-from sparse_exp.config.resolve import CONF_DIRECTORY
+from sparse_exp.resolve import CONF_DIRECTORY
 
 def task(config):
     job = HydraConfig.get()

@@ -5,7 +5,7 @@ import pytest
 
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import SparseExpError
-from sparse_exp.runs import select_runs
+from sparse_exp.runs.past import select_runs
 from sparse_exp.tracking import PARENT_TAG, Artifact, Metrics, RunInfo
 from sparse_exp.tracking.mlflow import MlflowTracker
 from sparse_exp.tracking.reading import _ask, fetch_files, read_runs

@@ -17,20 +17,22 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from sparse_exp.cli import _register_schema
-from sparse_exp.config.resolve import CONF_DIRECTORY, resolve
+from sparse_exp.config.plain import CONF_DIRECTORY
 from sparse_exp.config.schema import Experiment, LauncherConfig, RayConfig, TrainerConfig
 from sparse_exp.data import load_dataset, prepare
 from sparse_exp.data.digits import materialize
 from sparse_exp.data.loader import make_loader
 from sparse_exp.errors import StageFailed
+from sparse_exp.resolve import resolve
+from sparse_exp.sources.cache import cache_directory
+from sparse_exp.sources.start import fetch_start
 from sparse_exp.sparsity.prune import prune_by_magnitude
 from sparse_exp.sparsity.recipe import Recipe
-from sparse_exp.training import devices, loop
+from sparse_exp.training import loop
+from sparse_exp.training import processes as devices
 from sparse_exp.training.precision import Precision
 from sparse_exp.training.start import load_start
 from sparse_exp.yolov5 import YOLOv5, read_checkpoint
-from sparse_exp.zoo.sources import cache_directory
-from sparse_exp.zoo.start import fetch_start
 
 RECIPES = Path(__file__).parents[3] / "conf" / "recipe"
 # Small rates: at large ones the rounding of another order of sums grows tenfold in every step, and even

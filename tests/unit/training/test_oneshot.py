@@ -5,9 +5,9 @@ import torch
 
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.errors import SparsityError
+from sparse_exp.sparsity.checkpoints import CheckpointWriter, restore
 from sparse_exp.sparsity.prune import prune_by_magnitude
 from sparse_exp.sparsity.recipe import Recipe
-from sparse_exp.training.checkpoints import CheckpointWriter, restore
 from sparse_exp.training.loop import TrainingData
 from sparse_exp.training.oneshot import apply_at_once, calibration_loader
 from sparse_exp.training.precision import Precision

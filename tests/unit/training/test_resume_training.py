@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_exp import stages
-from sparse_exp.artifacts import RunDirectory
 from sparse_exp.config.schema import DatasetConfig, Experiment, ModelConfig, RecipeConfig, TrainerConfig
-from sparse_exp.context import Context
+from sparse_exp.runs.directory import RunDirectory
 from sparse_exp.sparsity.recipe import Recipe
+from sparse_exp.stages.base import Context
+from sparse_exp.stages.registry import registry as stages
 from sparse_exp.tracking import Metrics
 from sparse_exp.training import loop, state
 from sparse_exp.training.evaluation import Evaluation

@@ -7,14 +7,14 @@ import logging
 
 import pytest
 
-from sparse_exp import stages
-from sparse_exp.artifacts import RunDirectory, StageRecord
 from sparse_exp.config.schema import DatasetConfig, Experiment, ModelConfig, RecipeConfig, TrainerConfig
-from sparse_exp.context import Context
 from sparse_exp.errors import SparsityError
+from sparse_exp.runs.directory import RunDirectory, StageRecord
 from sparse_exp.sparsity.recipe import Recipe
+from sparse_exp.stages.base import Context
+from sparse_exp.stages.registry import registry as stages
+from sparse_exp.stages.train import run_training
 from sparse_exp.tracking import Artifact
-from sparse_exp.training.run import run_training
 from sparse_exp.yolov5 import read_checkpoint
 
 EPOCHS = "training_modifiers:\n  - !EpochRangeModifier\n    start_epoch: 0.0\n    end_epoch: 1.0\n"

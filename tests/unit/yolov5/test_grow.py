@@ -13,11 +13,11 @@ from torchvision.ops import box_iou
 from sparse_exp.config.schema import SourceConfig
 from sparse_exp.data.images import read_square
 from sparse_exp.errors import CheckpointError
+from sparse_exp.sources.cache import cache_directory, fetch
 from sparse_exp.sparsity.prune import prune_layer_adaptively
 from sparse_exp.yolov5 import Checkpoint, YOLOv5, non_max_suppression, read_checkpoint, transfer_weights
 from sparse_exp.yolov5.grow import grow
 from sparse_exp.yolov5.model import C3
-from sparse_exp.zoo.sources import cache_directory, fetch
 
 CONF = Path(__file__).parents[3] / "conf"
 

@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 
 from sparse_exp.errors import ConfigError, SourceUnavailable
-from sparse_exp.zoo.local import (
-    checkpoint_in,
+from sparse_exp.sources.layout import checkpoint_in, recipe_in
+from sparse_exp.sources.local import (
     default_stub,
     directory_of,
     find,
     published,
-    recipe_in,
     short_name,
     sparse_tag,
     zoo_directory,

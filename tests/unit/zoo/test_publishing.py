@@ -21,10 +21,11 @@ from sparse_exp.errors import CheckpointError, ConfigError, SourceUnavailable
 from sparse_exp.export.comparison import matched_shares
 from sparse_exp.export.reference import as_deployed
 from sparse_exp.export.verification import predict
+from sparse_exp.sources.layout import checkpoint_in
+from sparse_exp.sources.local import find, read_metadata
 from sparse_exp.yolov5 import non_max_suppression, read_checkpoint
 from sparse_exp.zoo import landing
 from sparse_exp.zoo.landing import put
-from sparse_exp.zoo.local import checkpoint_in, find, read_metadata
 from sparse_exp.zoo.publish import (
     dataset_of,
     import_checkpoint,

@@ -18,8 +18,9 @@ from webserver import CONTENT, SHA256
 
 from sparse_exp.config.schema import SourceConfig
 from sparse_exp.errors import ConfigError, SourceUnavailable
-from sparse_exp.zoo import download, package_index, sources
-from sparse_exp.zoo.sources import cache_directory, cached, fetch
+from sparse_exp.sources import cache as sources
+from sparse_exp.sources import download, package_index
+from sparse_exp.sources.cache import cache_directory, cached, fetch
 
 
 @pytest.fixture

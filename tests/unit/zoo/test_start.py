@@ -10,8 +10,8 @@ import webserver
 
 from sparse_exp.config.schema import ModelConfig, SourceConfig
 from sparse_exp.errors import ConfigError, SourceUnavailable, SparseExpError
+from sparse_exp.sources.start import SCRATCH, cached_start, fetch_start, locate, require_place
 from sparse_exp.yolov5 import YOLOv5, save_checkpoint
-from sparse_exp.zoo.start import SCRATCH, cached_start, fetch_start, locate, require_place
 
 CONTENT = b"weights"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -75,7 +75,7 @@ def test_the_first_source_that_serves_is_taken(places, tmp_path, file, caplog):
 
 
 def test_what_is_here_is_taken_before_anything_is_fetched(places, file, monkeypatch):
-    monkeypatch.setattr("sparse_exp.zoo.start.fetch", lambda *_: pytest.fail("asked the network"))
+    monkeypatch.setattr("sparse_exp.sources.start.fetch", lambda *_: pytest.fail("asked the network"))
     assert fetch_start(model(DEAD, str(file)), *places).file.path == file
 
 

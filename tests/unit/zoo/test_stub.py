@@ -10,10 +10,11 @@ import pytest
 
 from sparse_exp.config.schema import SourceConfig
 from sparse_exp.errors import ConfigError, SourceUnavailable
-from sparse_exp.zoo import stub as module
-from sparse_exp.zoo.sources import cached, fetch
-from sparse_exp.zoo.start import locate
-from sparse_exp.zoo.stub import fetch_recipe, parse_stub
+from sparse_exp.sources import stub as module
+from sparse_exp.sources.cache import cached, fetch
+from sparse_exp.sources.recipes import fetch_recipe
+from sparse_exp.sources.start import locate
+from sparse_exp.sources.stub import parse_stub
 
 V1 = "zoo:cv/detection/yolov5-s/pytorch/ultralytics/coco/pruned75_quant-none"
 V2 = "zoo:yolov5-l-coco-pruned90_quantized"

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from finished_run import STUB, pruned, save
 
-from sparse_exp.artifacts import write_json
 from sparse_exp.errors import ConfigError
+from sparse_exp.files import write_json
+from sparse_exp.sources.local import read_metadata
 from sparse_exp.zoo.__main__ import main
 from sparse_exp.zoo.landing import write_sums
-from sparse_exp.zoo.local import read_metadata
 
 
 @pytest.fixture

@@ -1,0 +1,255 @@
+"""What the processes of one training tell each other, so that together they compute what one would.
+
+Everything here is about torch's default process group. Where there is none the process trains alone: sums
+over processes are then the values themselves, and nothing is replaced. See `sparse_exp.training.processes`,
+which starts the processes.
+
+Each process sees its share of every batch. What one process would take over the whole batch - the mean
+and variance of a batch norm, the range that an observer sees, the number of matches that a loss is divided
+by - is taken over all shares; the gradients of the shares add up to those of the whole batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.ao.quantization import FakeQuantizeBase, MinMaxObserver
+from torch.nn.functional import batch_norm
+
+from sparse_exp.errors import RecipeError, StageFailed
+
+
+class Disconnected(StageFailed):
+    """Another process of the training is gone, or has not answered in time."""
+
+    def __init__(self) -> None:
+        super().__init__("Another process of the training is gone. Set trainer.devices=1.")
+
+    def __reduce__(self) -> tuple[type[Disconnected], tuple[()]]:
+        """An exception is otherwise made anew from its message."""
+        return type(self), ()
+
+
+def size() -> int:
+    """How many processes train together; 1: this one is alone."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this one is, 0 to `size` - 1. The first one evaluates, tracks and writes files."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, without gradient; itself where a process is alone."""
+    if size() == 1:
+        return values
+    summed = values.detach().clone(memory_format=torch.contiguous_format)
+    _exchange(dist.all_reduce, summed)
+    return summed
+
+
+def total_of(numbers: Sequence[float]) -> list[float]:
+    """The sums of some numbers over all processes; exact for whole numbers up to 2^53."""
+    if size() == 1:
+        return list(numbers)
+    return cast(list[float], total(torch.tensor(numbers, dtype=torch.float64, device=_device())).tolist())
+
+
+def batch_mean(values: Tensor, images: float) -> Tensor:
+    """This process's part of a mean over the whole batch; the parts of all processes add up to it.
+
+    Args:
+        values: (n, ...) of this process's n images, with gradient; n may be 0.
+        images: of all processes together.
+    """
+    return values.sum() / (values.shape[1:].numel() * images)
+
+
+def sum_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Add up the gradients of all processes, in one message.
+
+    Not by hooks that run during the backward pass, as in `DistributedDataParallel`: QAT replaces modules
+    in the middle of a training, and a batch in parts runs backward several times in one step.
+    """
+    if size() == 1:
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = total(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+    for gradient, summed in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+        gradient.copy_(summed.view(gradient.shape))
+
+
+def differing(state: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors whose bits are not the same in all processes.
+
+    Compared are sums over the bytes, not the bytes: what drifted apart differs in them.
+    """
+    if size() == 1:
+        return []
+    sums = torch.stack([_bytes(tensor).sum(dtype=torch.int64) for tensor in state.values()]).to(_device())
+    both = torch.cat([sums, -sums])
+    _exchange(dist.all_reduce, both, dist.ReduceOp.MAX)
+    highest, lowest = both[: len(sums)], -both[len(sums) :]
+    return [name for name, differs in zip(state, (highest != lowest).tolist(), strict=True) if differs]
+
+
+def join_modules(model: nn.Module) -> None:
+    """Let batch norms and quantizers of a model in training look at the whole batch, in place.
+
+    Modules keep their class, parameters, buffers and flags. Called again it takes in modules that came
+    since, as QAT makes them; alone it does nothing. In evaluation mode nothing is exchanged.
+
+    Raises:
+        RecipeError: see `check_observers`.
+    """
+    if size() == 1:
+        return
+    check_observers(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.forward = MethodType(_batch_norm, module)  # type: ignore[method-assign]
+    for observer in _observers(model).values():
+        observer.forward = MethodType(_observe, observer)
+
+
+def check_observers(model: nn.Module) -> None:
+    """Refuse quantizers whose ranges cannot be found together.
+
+    Raises:
+        RecipeError: an activation's range is found by something else than a minimum and a maximum.
+    """
+    for name, observer in _observers(model).items():
+        if not isinstance(observer, MinMaxObserver):  # those that average are such, too
+            do = "Use a MinMaxObserver or MovingAverageMinMaxObserver, or set trainer.devices=1."
+            kind = type(observer).__name__
+            raise RecipeError(
+                f"The recipe finds the range of {name} with a {kind}, which processes cannot share. {do}"
+            )
+
+
+def _observers(model: nn.Module) -> dict[str, Any]:
+    """What finds the ranges of activations, by name; those of weights see the same in every process."""
+    return {
+        name: module.activation_post_process
+        for name, module in model.named_modules()
+        if isinstance(module, FakeQuantizeBase) and not name.endswith("weight_fake_quant")
+    }
+
+
+def _observe(self: MinMaxObserver, x: Tensor) -> Tensor:
+    """Observe the least and the greatest value of all processes instead of ``x``: to a range they are it."""
+    both = x.new_full((2,), -math.inf)  # of a share without images
+    if x.numel():
+        low, high = torch.aminmax(x.detach())
+        both = torch.stack([-low, high])
+    _exchange(dist.all_reduce, both, dist.ReduceOp.MAX)
+    type(self).forward(self, both * both.new_tensor([-1.0, 1.0]))  # type: ignore[no-untyped-call]
+    return x
+
+
+def _batch_norm(self: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """What ``BatchNorm2d.forward`` does, with the statistics of the whole batch."""
+    if not self.training:
+        return nn.BatchNorm2d.forward(self, x)
+    mean, variance, count = _statistics(x)
+    _move_averages(self, mean, variance, count)
+    normalized: Tensor = _Normalize.apply(x, self.weight, self.bias, mean, variance, count, self.eps)
+    return normalized
+
+
+@torch.no_grad()
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance of each channel over all processes, (C,) each, and the number of values."""
+    own = _own_statistics(x.detach())
+    rows = [torch.empty_like(own) for _ in range(size())]
+    _exchange(dist.all_gather, rows, own)
+    every = torch.stack(rows)
+    counts, means, variances = every[:, :1], *every[:, 1:].chunk(2, dim=1)
+    shares = counts / counts.sum()
+    mean = (shares * means).sum(0)
+    variance = (shares * (variances + (means - mean).square())).sum(0)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return mean.to(dtype), variance.to(dtype), counts.sum().to(dtype)
+
+
+def _own_statistics(x: Tensor) -> Tensor:
+    """Number of values, means and variances of this process's share, in float64 (1 + 2 C,)."""
+    channels, count = x.shape[1], x.numel() // x.shape[1]
+    row = torch.zeros(1 + 2 * channels, dtype=torch.float64, device=x.device)
+    if count:
+        # These set the type of the result; the sums themselves are at least float32.
+        kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+        unused = [torch.zeros(channels, dtype=kind, device=x.device) for _ in range(2)]
+        mean, variance = torch.ops.aten.batch_norm_update_stats(x, *unused, 0.0)
+        row.copy_(torch.cat([row.new_tensor([count]), mean.double(), variance.double()]))
+    return row
+
+
+@torch.no_grad()
+def _move_averages(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+    if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
+        return
+    norm.num_batches_tracked.add_(1)
+    momentum = norm.momentum if norm.momentum is not None else 1.0 / float(norm.num_batches_tracked)
+    norm.running_mean.lerp_(mean, momentum)
+    norm.running_var.lerp_(variance * (count / (count - 1.0).clamp(min=1.0)), momentum)
+
+
+class _Normalize(torch.autograd.Function):
+    """Normalize a share of a batch by statistics of the whole, which depend on every share."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, count: Tensor,
+        eps: float,
+    ) -> Tensor:  # fmt: skip
+        """``x`` (n, C, H, W), n may be 0; ``count`` values of a channel gave ``mean`` and ``variance``."""
+        ctx.save_for_backward(x, weight, mean, variance, count)
+        ctx.eps = eps
+        return _scaled(x, mean, variance, weight, bias, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of ``x`` in full, those of weight and bias as far as this share made them."""
+        x, weight, mean, variance, count = ctx.saved_tensors
+        of_x, of_weight, of_bias = torch.zeros_like(x), torch.zeros_like(weight), torch.zeros_like(weight)
+        if x.numel():
+            of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+                gradients[0], x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+            )
+        both = total(torch.cat([of_weight, of_bias])) / count
+        slope, shift = both.chunk(2)
+        # What mean and variance pass on: affine in the normalized values, hence a batch norm itself.
+        scale = weight * (variance + ctx.eps).rsqrt()
+        through = _scaled(x, mean, variance, scale * slope, scale * shift, ctx.eps)
+        return of_x - through, of_weight, of_bias, None, None, None, None
+
+
+def _scaled(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    if not x.numel():  # torch's divides by the size there, and crashes
+        return x.clone()
+    return batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def _exchange(function: Callable[..., Any], *arguments: Any) -> None:
+    try:
+        function(*arguments)
+    except RuntimeError as error:
+        raise Disconnected from error
+
+
+def _device() -> torch.device:
+    """Where small tensors lie that are exchanged."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

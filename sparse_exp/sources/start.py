@@ -1,0 +1,235 @@
+"""The start checkpoint of a run: where it is had, and what serves when its own size cannot be had.
+
+In order: a model that the local zoo holds under ``model.stub``; the model's sources, first those whose file
+is on this machine and then the others; and last the checkpoints of smaller sizes that one can be grown from.
+``model.weights`` takes the place of all of these.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparse_exp.config.schema import ModelConfig, SourceConfig
+from sparse_exp.errors import ConfigError, SourceUnavailable, expected
+from sparse_exp.files import sha256_of
+from sparse_exp.sources.cache import (
+    FetchedFile,
+    cached,
+    fetch,
+    is_remote,
+    origin_of,
+    require_form,
+    without_fragment,
+)
+from sparse_exp.sources.download import ADVICE
+from sparse_exp.sources.layout import checkpoint_in
+from sparse_exp.sources.local import find
+from sparse_exp.sources.stub import STUB_PREFIX, parse_stub
+
+_log = logging.getLogger(__name__)
+SCRATCH = "scratch"
+
+
+@dataclass(frozen=True)
+class StartFile:
+    """The file that a training starts from.
+
+    Attributes:
+        file: as it is on this machine.
+        name: where the start comes from, for people: the file's origin, or ``grown:yolov5s(coco)``.
+        grown: whether it is of a smaller size than the model, which is to be grown from it.
+    """
+
+    file: FetchedFile
+    name: str
+    grown: bool = False
+
+
+def cached_start(model: ModelConfig, cache: Path, zoo: Path) -> StartFile | None:
+    """The start checkpoint as far as it is on this machine; nothing is fetched.
+
+    Args:
+        model: names the sources.
+        cache: directory for downloads.
+        zoo: the local zoo.
+
+    Returns:
+        The first of the model's own size, else the first to grow it from; None where there is neither, and
+        for ``model.weights=scratch``.
+    """
+    if model.weights == SCRATCH:
+        return None
+    published = _published(model.stub, zoo) if model.stub and not model.weights else None
+    file = published or _first_here(_sources(model), cache, zoo)
+    if file:
+        return StartFile(file, file.origin)
+    return _grown_here(model, cache, zoo)
+
+
+def fetch_start(model: ModelConfig, cache: Path, zoo: Path) -> StartFile | None:
+    """Fetch the start checkpoint from the first source that serves.
+
+    Args:
+        model: names the sources.
+        cache: directory for downloads.
+        zoo: the local zoo.
+
+    Returns:
+        The file, or None where ``model.weights=scratch`` asks for random weights.
+
+    Raises:
+        SourceUnavailable: no source serves, nor is there a smaller size to grow from; the message names
+            each one's reason.
+        CheckpointError: what it is to be grown from is no checkpoint.
+    """
+    if model.weights == SCRATCH:
+        return None
+    here = cached_start(model, cache, zoo)
+    if here and not here.grown:
+        return here
+    reasons: list[str] = []
+    file = _first_fetched(_sources(model), cache, zoo, reasons)
+    if file:
+        return StartFile(file, file.origin)
+    grown = here or _grown_fetched(model, cache, zoo, reasons)
+    if grown is None:
+        raise SourceUnavailable(_nothing_serves(model, reasons))
+    _log.info("No %s can be had: its start is %s, from %s.", model.name, grown.name, grown.file.origin)
+    return grown
+
+
+def require_place(key: str, uri: str, word: str) -> None:
+    """Refuse what cannot be a checkpoint's place, as far as that is known without the network.
+
+    Args:
+        key: of the configuration.
+        uri: see `locate`.
+        word: that the key takes in a place's stead, for the message.
+
+    Raises:
+        ConfigError: the stub, hash or package is malformed, or there is no such file.
+        SourceUnavailable: a directory holds no checkpoint.
+    """
+    source = _checked(SourceConfig(uri=uri))
+    path = Path(source.uri).expanduser()
+    if is_remote(source.uri):
+        require_form(source.uri)
+    elif path.is_dir():
+        checkpoint_in(path)
+    elif not path.is_file():
+        do = f"Give a path, a directory in SparseZoo's layout, zoo:STUB, https://, index: or {word}."
+        raise ConfigError(expected(key, "an existing file", uri, do))
+
+
+def locate(uri: str, cache: Path, zoo: Path, *, sha256: str | None = None) -> FetchedFile:
+    """A checkpoint file on this machine, fetched where it is not here yet.
+
+    Args:
+        uri: a path; a directory in SparseZoo layout; a stub, which the local zoo is asked for first;
+            ``https://...`` or ``index:...``, with ``#sha256=...`` behind it or not.
+        cache: directory for downloads.
+        zoo: the local zoo.
+        sha256: that the file must have.
+
+    Raises:
+        ConfigError: the URI is malformed.
+        SourceUnavailable: it cannot be had, or is not the file that was promised.
+    """
+    return _located(SourceConfig(uri=uri, sha256=sha256), cache, zoo)
+
+
+def _located(source: SourceConfig, cache: Path, zoo: Path) -> FetchedFile:
+    return find_here(source, cache, zoo) or fetch(_checked(source), cache)
+
+
+def _checked(source: SourceConfig) -> SourceConfig:
+    """The source, its hash where hashes belong, once its stub is known to be that of a checkpoint."""
+    if source.uri.startswith(STUB_PREFIX) and parse_stub(source.uri).names_recipe:
+        do = "Leave out recipe and recipe_type."
+        raise ConfigError(expected("the stub of a checkpoint", "one that names no recipe", source.uri, do))
+    return without_fragment(source)
+
+
+def find_here(source: SourceConfig, cache: Path, zoo: Path) -> FetchedFile | None:
+    """The file of a source if it is on this machine: in the local zoo, in the cache, or where a path says.
+
+    Raises:
+        ConfigError: its URI is malformed.
+        SourceUnavailable: it is another file than promised.
+    """
+    source = _checked(source)
+    if source.uri.startswith(STUB_PREFIX):
+        return _published(source.uri, zoo) or cached(source, cache)
+    folder = Path(source.uri).expanduser()
+    if not is_remote(source.uri) and folder.is_dir():
+        return cached(SourceConfig(uri=str(checkpoint_in(folder)), sha256=source.sha256), cache)
+    return cached(source, cache)
+
+
+def _sources(model: ModelConfig) -> list[SourceConfig]:
+    return [SourceConfig(uri=model.weights)] if model.weights else list(model.sources)
+
+
+def _published(stub: str, zoo: Path) -> FetchedFile | None:
+    """The checkpoint that the local zoo holds under a stub."""
+    if not zoo.is_dir():
+        return None
+    folder = find(stub, zoo)
+    if folder is None:
+        return None
+    path = checkpoint_in(folder, parse_stub(stub).parameters.get("checkpoint"))
+    digest = sha256_of(path)
+    return FetchedFile(path, digest, origin_of(f"local zoo {stub}", digest), downloaded=False)
+
+
+def _first_here(sources: Sequence[SourceConfig], cache: Path, zoo: Path) -> FetchedFile | None:
+    return next((file for source in sources if (file := find_here(source, cache, zoo))), None)
+
+
+def _first_fetched(
+    sources: Sequence[SourceConfig], cache: Path, zoo: Path, reasons: list[str]
+) -> FetchedFile | None:
+    """The first that serves; the reasons of those before it are added to ``reasons``."""
+    for source in sources:
+        try:
+            return _located(source, cache, zoo)
+        except SourceUnavailable as error:
+            _log.info("%s", error)
+            reasons.append(str(error))
+    return None
+
+
+def _grown_here(model: ModelConfig, cache: Path, zoo: Path) -> StartFile | None:
+    for source in () if model.weights else model.grow_from:
+        file = find_here(source, cache, zoo)
+        if file:
+            return _grown(file, source)
+    return None
+
+
+def _grown_fetched(model: ModelConfig, cache: Path, zoo: Path, reasons: list[str]) -> StartFile | None:
+    for source in () if model.weights else model.grow_from:
+        file = _first_fetched([source], cache, zoo, reasons)
+        if file:
+            return _grown(file, source)
+    return None
+
+
+def _grown(file: FetchedFile, source: SourceConfig) -> StartFile:
+    from sparse_exp.yolov5 import read_checkpoint
+
+    checkpoint = read_checkpoint(file.path)
+    trained_on = source.trained_on or f"{checkpoint.num_classes} classes"
+    return StartFile(file, f"grown:yolov5{checkpoint.size}({trained_on})", grown=True)
+
+
+def _nothing_serves(model: ModelConfig, reasons: Sequence[str]) -> str:
+    tried = " ".join(reason.removesuffix(ADVICE).strip() for reason in reasons)
+    tried = tried or f"{model.name} names no source."
+    smaller = "" if model.weights or model.grow_from else " There is no smaller size to grow it from."
+    do = "Give a checkpoint with model.weights=PATH, or start from random weights: model.weights=scratch."
+    do = f"Check the network. {do}" if reasons else do
+    return f"{tried}{smaller} {do}"

@@ -1,0 +1,300 @@
+"""How much of its dense counterpart's accuracy a sparse run keeps.
+
+The counterpart has the same model, start weights, data, seed and trainer settings, and sees as many images;
+its recipe is the shipped ``dense``. It is looked for before it is trained: in MLflow, then in the run
+directories of this machine, by a fingerprint of everything its result depends on. While a run of that
+fingerprint trains, whether for its own sake or as a counterpart, others that need it wait for it.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparse_exp import __version__
+from sparse_exp.config.plain import as_dict, recipe_path
+from sparse_exp.config.schema import Experiment, RecipeConfig, RecoveryConfig
+from sparse_exp.errors import ConfigError, StageFailed, expected
+from sparse_exp.files import fingerprint, read_json
+from sparse_exp.locks import exclusive
+from sparse_exp.runs.directory import MANIFEST
+from sparse_exp.stages.base import Context, Outcome
+from sparse_exp.tracking import Tags, find_runs
+
+if TYPE_CHECKING:
+    from sparse_exp.sparsity.recipe import Recipe
+    from sparse_exp.stages.base import Context
+
+TAG = "fingerprint.dense"
+MAP50 = "val/map50"
+STAGES = ("fetch", "plan", "baseline", "train", "evaluate")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The dense counterpart of a run.
+
+    Attributes:
+        map50: COCO mAP50 of its torch model on the validation split, 0..1.
+        directory: of its run; empty for the start checkpoint itself.
+        checkpoint: path; None where the files are gone.
+        origin: how it was had: ``found in MLflow``, ``found on disk``, ``trained``, ``given``,
+            or ``the start``.
+    """
+
+    map50: float
+    directory: str
+    checkpoint: str | None
+    origin: str
+
+
+def is_dense(recipe: Recipe) -> bool:
+    """Whether a recipe neither prunes nor quantizes nor distills: a run of it is a baseline itself."""
+    return not (recipe.prunes or recipe.quantization_start is not None or recipe.distills)
+
+
+def find_or_train(context: Context) -> dict[str, Any]:
+    """What the baseline stage leaves.
+
+    Returns:
+        Facts: those of `Baseline`; for a dense run only ``dense_fingerprint``, which it is found by;
+        nothing where no baseline is wanted.
+
+    Raises:
+        ConfigError: ``recovery.baseline`` is no dense run on the same data.
+        SparseExpError: the counterpart's training stopped.
+    """
+    experiment, wanted = context.experiment, context.experiment.recovery.baseline
+    known = "sha256" in context.facts("fetch")
+    if known and is_dense(context.recipe) and not experiment.recipe.oneshot:
+        if wanted != "none":
+            _log.info("The recipe %s is dense: this run is a baseline itself.", context.recipe.name)
+        return {"dense_fingerprint": _fingerprint(context, experiment, context.recipe)}
+    if wanted == "none":
+        return {}
+    if wanted != "auto":
+        return asdict(_given(context, Path(wanted).expanduser()))
+    if not known:
+        _log.warning("No baseline: recovery.baseline=auto needs the train stage. Name a run instead.")
+        return {}
+    return asdict(_start_itself(context) if experiment.recipe.oneshot else _counterpart(context))
+
+
+def _counterpart(context: Context) -> Baseline:
+    from sparse_exp.sparsity.recipe import Recipe
+
+    dense = dense_experiment(context.experiment, context.recipe.epochs, context.run.path)
+    recipe = Recipe.from_file(recipe_path(dense.recipe.file), dense.recipe.variables)
+    mark = _fingerprint(context, dense, recipe)
+    if found := _found(context, mark):
+        return found
+    with _alone(context, mark):
+        return _found(context, mark) or _train(context, dense)
+
+
+def _found(context: Context, mark: str) -> Baseline | None:
+    needs_weights = context.experiment.recipe.teacher == "baseline"
+    for found in _candidates(context, mark):
+        if found.checkpoint or not needs_weights:
+            where = found.directory or "a run whose files are gone"
+            _log.info("The dense baseline was %s: %s, mAP50 %.3f.", found.origin, where, found.map50)
+            return found
+    return None
+
+
+@contextmanager
+def as_baseline(context: Context) -> Iterator[None]:
+    """Let others that need this run as their baseline wait while it trains and is evaluated.
+
+    Args:
+        context: of a run after its stage ``baseline``; nothing happens where it is not dense, or is done.
+    """
+    mark = context.facts("baseline").get("dense_fingerprint")
+    if mark is None or _mark_of(context.run.path) == mark:
+        yield
+        return
+    with _alone(context, mark):
+        yield
+
+
+def _alone(context: Context, mark: str) -> AbstractContextManager[None]:
+    """The lock of the dense runs of a fingerprint, for all processes that use this cache."""
+    lock = context.cache / "locks" / f"dense-{mark}.lock"
+    return exclusive(lock, "The dense baseline is being trained", label=f"the run {context.run.path.name}")
+
+
+def dense_experiment(experiment: Experiment, epochs: float, run: Path) -> Experiment:
+    """The dense counterpart of an experiment.
+
+    Args:
+        experiment: the sparse one.
+        epochs: length of its training.
+        run: its run directory; the counterpart's lies beside it.
+
+    Returns:
+        An experiment of its own. An unfinished run in its directory is gone on with.
+    """
+    dense = copy.deepcopy(experiment)
+    dense.name, dense.stages = f"{experiment.name}-dense", list(STAGES)
+    dense.recipe = RecipeConfig(name="dense", file="dense.md", variables={"num_epochs": float(epochs)})
+    dense.recovery = RecoveryConfig(baseline="none")
+    directory = run.with_name(f"{run.name}-dense")
+    dense.paths.run = str(directory)
+    dense.resume = str(directory) if (directory / MANIFEST).is_file() else None
+    dense.checkpoint, dense.overwrite, dense.publish = None, False, None
+    dense.tracker.register = dense.tracker.alias = None
+    return dense
+
+
+def _train(context: Context, dense: Experiment) -> Baseline:
+    from sparse_exp.experiment import run
+
+    _log.info("Training the dense baseline for %g epochs in %s.", context.recipe.epochs, dense.paths.run)
+    kept = [word for word in context.run.state.get("overrides", []) if not word.startswith(_REPLACED)]
+    own = ["recipe=dense", f"recipe.variables.num_epochs={context.recipe.epochs:g}"]
+    member = context.sweep and replace(context.sweep, job=None)
+    run(dense, {}, [*kept, *own, f"stages=[{','.join(STAGES)}]"], member)
+    trained = read_baseline(Path(dense.paths.run), "trained")
+    if trained is None:
+        raise StageFailed(f"The dense baseline in {dense.paths.run} left no result. Its log is there.")
+    _log.info("The dense baseline has mAP50 %.3f. Going on with the run itself.", trained.map50)
+    return trained
+
+
+_REPLACED = (
+    "recipe", "recovery", "stages", "name=", "paths.run", "resume", "overwrite", "publish=",
+    "tracker.register", "tracker.alias",
+)  # fmt: skip
+
+
+def _start_itself(context: Context) -> Baseline:
+    """Of a recipe that is applied without training: the start checkpoint, which then was trained before."""
+    from sparse_exp.sources.start import fetch_start
+    from sparse_exp.training.evaluation import evaluate_model
+    from sparse_exp.training.start import load_start
+
+    experiment, layout = context.experiment, context.precision.memory_format
+    model, _ = load_start(experiment, context.dataset, context.cache)
+    model.to(memory_format=layout)
+    loader, trainer = context.loader("val"), experiment.trainer
+    result = evaluate_model(model, loader, trainer, layout, description="Evaluating the start")
+    start = fetch_start(experiment.model, context.cache, context.zoo)
+    return Baseline(result.map50, "", str(start.file.path) if start else None, "the start")
+
+
+def _given(context: Context, directory: Path) -> Baseline:
+    baseline, stages = read_baseline(directory, "given"), read_json(directory / MANIFEST).get("stages", {})
+    do = "Give the directory of a finished run of recipe=dense, or set recovery.baseline=auto."
+    if baseline is None:
+        raise ConfigError(expected("recovery.baseline", "a run with a result", str(directory), do))
+    phase = stages["evaluate"]["facts"].get("phase")
+    if phase != "dense":
+        raise ConfigError(expected(f"the baseline {directory}", "a dense run", phase, do))
+    digest, own = stages.get("fetch", {}).get("facts", {}).get("dataset"), context.dataset.digest
+    if digest != own:
+        raise ConfigError(expected(f"the data of the baseline {directory}", f"{own[:12]}...", digest, do))
+    return baseline
+
+
+def _candidates(context: Context, mark: str) -> Iterator[Baseline]:
+    """Finished runs of that fingerprint: from MLflow, newest first, then from disk."""
+    experiment = context.experiment
+    for run in find_runs(experiment.tracker, Path(experiment.paths.mlflow), TAG, mark):
+        directory = Path(run.tags.get("run.directory", ""))
+        if _mark_of(directory) == mark and (local := read_baseline(directory, "found in MLflow")):
+            yield local
+        elif MAP50 in run.metrics:
+            yield Baseline(run.metrics[MAP50], "", None, "found in MLflow")
+    for directory in _neighbours(context):
+        if _mark_of(directory) == mark and (local := read_baseline(directory, "found on disk")):
+            yield local
+
+
+def _neighbours(context: Context) -> list[Path]:
+    """Directories of other runs, newest first: beside this one, and where runs lie by default."""
+    beside = context.run.path.parent.glob(f"*/{MANIFEST}")
+    by_default = Path(context.experiment.paths.output).glob(f"*/*/*/{MANIFEST}")  # runs/DAY, sweeps/NAME
+    manifests = {path.resolve() for path in (*beside, *by_default)}
+    return [path.parent for path in sorted(manifests, key=_written, reverse=True)]
+
+
+def _written(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # deleted just now
+        return 0.0
+
+
+def _mark_of(directory: Path) -> str | None:
+    """The fingerprint of a dense run that was evaluated, whatever became of it afterwards; None of others."""
+    manifest = read_json(directory / MANIFEST)
+    stages, finished = manifest.get("stages", {}), manifest.get("status") == "FINISHED"
+    mark = stages.get("evaluate", {}).get("facts", {}).get("dense_fingerprint")
+    if mark is None and finished:  # of a version that did not note it there
+        mark = stages.get("baseline", {}).get("facts", {}).get("dense_fingerprint")
+    return str(mark) if mark else None
+
+
+def read_baseline(directory: Path, origin: str) -> Baseline | None:
+    """The result of a run on disk.
+
+    Args:
+        directory: of the run.
+        origin: see `Baseline`.
+
+    Returns:
+        None where there is no manifest, or the run was not evaluated.
+    """
+    stages = read_json(directory / MANIFEST).get("stages", {})
+    map50 = stages.get("evaluate", {}).get("metrics", {}).get(MAP50)
+    if map50 is None:
+        return None
+    name = stages.get("train", {}).get("facts", {}).get("checkpoint")
+    checkpoint = (directory / name).resolve() if name else None
+    there = str(checkpoint) if checkpoint and checkpoint.is_file() else None
+    return Baseline(float(map50), str(directory.resolve()), there, origin)
+
+
+def _fingerprint(context: Context, dense: Experiment, recipe: Recipe) -> str:
+    """Of all that the result of a dense run depends on; the recipe counts as it runs."""
+    config, fetched = as_dict(dense), context.facts("fetch")
+    parts = {
+        "size": dense.model.size,
+        "start": fetched["sha256"] or fetched["origin"],
+        "data": context.dataset.digest,
+        "imgsz": dense.dataset.imgsz,
+        "trainer": config["trainer"],
+        "optimizer": dense.recipe.optimizer,
+        "precision": str(context.precision),
+        "seed": dense.seed,
+    }
+    return fingerprint(parts, recipe.text, __version__)
+
+
+def baseline_checkpoint(context: Context) -> Path | None:
+    """File of the dense counterpart that the baseline stage found or trained; None where there is none."""
+    checkpoint = context.facts("baseline").get("checkpoint")
+    file = context.run.path / checkpoint if checkpoint else None
+    return file if file and file.is_file() else None
+
+
+def baseline(context: Context) -> Outcome:
+    """Find or train the dense counterpart, where the configuration asks for it."""
+    from sparse_exp.stages.baseline import find_or_train
+
+    facts = find_or_train(context)
+    return Outcome(metrics={"baseline/map50": facts["map50"]} if "map50" in facts else {}, facts=facts)
+
+
+def _announce_baseline(context: Context) -> None:
+    from sparse_exp.stages.baseline import TAG
+
+    facts = context.facts("baseline")
+    if "dense_fingerprint" in facts:  # this run is one, and can be found by others
+        context.tracker.log(Tags({TAG: facts["dense_fingerprint"]}))

@@ -1,0 +1,52 @@
+"""Accuracy and sparsity of the final torch model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from sparse_exp.stages.base import Context, Outcome
+from sparse_exp.stages.sparsity_csv import write_sparsity
+
+
+def evaluate(context: Context) -> Outcome:
+    """Measure mAP of the final torch model on the validation split, and on the test split if there is one."""
+    from sparse_exp.export.reference import as_deployed
+    from sparse_exp.sparsity.checkpoints import restore
+    from sparse_exp.sparsity.measure import (
+        layer_sparsity,
+        overall,
+        require_layer_sparsity,
+        require_sparsity,
+        total_sparsity,
+    )
+    from sparse_exp.training.evaluation import evaluate_model
+
+    model, checkpoint = restore(context.checkpoint)
+    layers, where = layer_sparsity(model.prunable_convolutions()), f"in {context.checkpoint.name}"
+    require_sparsity(layers, context.planned_sparsity, where)
+    require_layer_sparsity(layers, context.facts("train").get("promised", {}), where)
+    trainer, layout = context.experiment.trainer, context.precision.memory_format
+    deployed = as_deployed(model).to(memory_format=layout)
+    result = evaluate_model(deployed, context.loader("val"), trainer, layout, description="Evaluating torch")
+    metrics: dict[str, Any] = {
+        "val/map50": result.map50,
+        "val/map50_95": result.map50_95,
+        "sparsity/prunable": overall(layers),
+        "sparsity/total": total_sparsity(model),
+        "size/checkpoint_mb": context.checkpoint.stat().st_size / 1e6,
+    }
+    if "test" in context.dataset.splits:
+        test = evaluate_model(
+            deployed, context.loader("test"), trainer, layout, description="Evaluating test"
+        )
+        metrics.update({"test/map50": test.map50, "test/map50_95": test.map50_95})
+    facts = {
+        "phase": checkpoint.phase,
+        "epoch": checkpoint.epoch,
+        "curve": {"recall": list(result.recall), "precision": list(result.precision), "ap": result.map50},
+        "layers": [asdict(layer) for layer in layer_sparsity(model.quantizable_convolutions())],
+        "dense_fingerprint": context.facts("baseline").get("dense_fingerprint"),
+    }
+    trained = "train" in context.experiment.stages
+    return Outcome([] if trained else [write_sparsity(context, context.checkpoint, {})], metrics, facts)
