@@ -17,6 +17,7 @@ from sparse_exp.config.schema import Experiment
 from sparse_exp.errors import ConfigError, SparseExpError, StageFailed
 from sparse_exp.files import fingerprint, sha256_of, write_json, write_text
 from sparse_exp.hardware.targets import fit_to_host, mismatch_sentence
+from sparse_exp.hints import resume_command
 from sparse_exp.locks import waited_seconds, working
 from sparse_exp.runs.conditions import current, packages
 from sparse_exp.runs.directory import RunDirectory, StageRecord, locked
@@ -63,16 +64,19 @@ _KEPT_AT_THE_END = (
 def run(
     experiment: Experiment,
     hydra_files: Mapping[str, str],
-    overrides: list[str],
+    overrides: list[str] | None,
     sweep: SweepMember | None = None,
+    *,
+    whole: Experiment | None = None,
 ) -> Mapping[str, Any] | None:
     """Run the stages of an experiment, or with ``dry_run`` only show its plan.
 
     Args:
         experiment: the checked configuration.
         hydra_files: what Hydra composed, kept below ``.hydra/`` of the run.
-        overrides: the command line, to make the run again.
+        overrides: the command line, to make the run again; None: it is not known.
         sweep: the sweep that the run is a job of, if it is one.
+        whole: what is recorded as the run's configuration, where this start does a part of it.
 
     Returns:
         What ``result.json`` holds; None for a dry run.
@@ -95,7 +99,7 @@ def run(
     with _opened(experiment, wait=sweep is not None) as directory:
         context = Context(experiment, directory, tracker, recipe, sweep, mismatch)
         with _logging_to(directory.path / "sparse_exp.log"), _terminated_as_interrupted():
-            _write_conditions(context, asked, hydra_files, overrides)
+            _write_conditions(context, whole or asked, hydra_files, overrides)
             if mismatch:
                 _log.warning("%s", mismatch_sentence(experiment.hardware.name, mismatch))
             _run_tracked(context)
@@ -187,7 +191,7 @@ def _run_info(context: Context) -> RunInfo:
         "host.cpu": host_facts().cpu,
         "sparse_exp.version": __version__,
         "run.directory": str(context.run.path),
-        OVERRIDES_TAG: json.dumps(context.run.state["overrides"]),
+        OVERRIDES_TAG: json.dumps(context.run.state.get("overrides")),
     }
     if context.sweep:
         tags["sweep"] = context.sweep.directory.name
@@ -284,15 +288,15 @@ def _failure(context: Context, stage: str, error: Exception) -> str:
         do = "Make trainer.batch_size smaller."
         return f"The stage {stage} ran out of memory. {do} Its traceback is in {log}."
     if isinstance(error, OSError) and error.errno == 28:
-        return (
-            f"The disk is full (stage {stage}). Free some space, then go on with resume={context.run.path}."
-        )
+        do = f"Free some space, then go on with: {resume_command(context.run.path)}"
+        return f"The disk is full (stage {stage}). {do}"
     return f"The stage {stage} failed: {type(error).__name__}: {first} Its traceback is in {log}."
 
 
 def _fingerprint(context: Context, stage: str, before: str) -> str:
     """Digest of all that a stage depends on: where it is the same, stages are kept, and shared by jobs."""
     config = as_dict(context.experiment)
+    del config["dataset"]["workers"]  # any number of them gives the same images: it may change half-way
     parts = {key: config[key] for key in _DEPENDS_ON[stage]}
     if stage == "fetch":
         parts["start"] = "train" in context.experiment.stages  # which is fetched for a training only
@@ -353,7 +357,7 @@ def _trains_on_baseline(context: Context) -> bool:
 
 
 def _write_conditions(
-    context: Context, asked: Experiment, hydra_files: Mapping[str, str], overrides: list[str]
+    context: Context, asked: Experiment, hydra_files: Mapping[str, str], overrides: list[str] | None
 ) -> None:
     """Record what was asked for, whatever of it this host can run, and with what it runs."""
     from sparse_exp.stages.train import write_recipe
@@ -366,7 +370,7 @@ def _write_conditions(
     write_text(directory / "environment.txt", "\n".join(packages()) + "\n")
     context.run.update(
         name=context.experiment.name,
-        overrides=overrides,
+        **({} if overrides is None else {"overrides": overrides}),
         version=__version__,
         conditions=current(_recipe_file(context.experiment)),
         job=context.sweep.job if context.sweep else None,

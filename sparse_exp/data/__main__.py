@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sparse_exp.command import Parser, run_command
 from sparse_exp.errors import DataError, expected
+from sparse_exp.hints import command_line
 
 if TYPE_CHECKING:
     from sparse_exp.data.check import Report
@@ -173,7 +174,7 @@ def _show_conversion(converted: Converted, dest: Path) -> None:
         if count:
             print(f"left out: {count} {kind}")
     print(f"Wrote {dest / 'data.yaml'} with {len(converted.names)} classes. Check it with")
-    print(f"  python -m sparse_exp.data check {dest / 'data.yaml'}")
+    print(f"  {command_line('check', str(dest / 'data.yaml'), module='sparse_exp.data')}")
     for split in ("train", "val"):
         if not converted.splits.get(split):
             print(f"It has no {split} split, which a training needs. Convert again with --val-share 0.2.")

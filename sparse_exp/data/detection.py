@@ -26,6 +26,7 @@ from sparse_exp.data.images import IMAGE_SUFFIXES
 from sparse_exp.data.labels import read_boxes
 from sparse_exp.data.scan import Scan, scan_files
 from sparse_exp.errors import DataError, expected
+from sparse_exp.hints import command_line
 
 _log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
@@ -174,7 +175,7 @@ def problems_of(image: Path, listing: Listing, scans: Mapping[Path, Scan]) -> li
 def _refuse_or_warn(
     listing: Listing, scans: Mapping[Path, Scan], corrupt: list[Path], on_corrupt: str
 ) -> None:
-    advice = f"python -m sparse_exp.data check {_quoted(listing.path)} lists all that is wrong."
+    advice = f"All that is wrong: {command_line('check', str(listing.path), module='sparse_exp.data')}"
     if on_corrupt != "skip":
         _, first = problems_of(corrupt[0], listing, scans)[0]
         others = f" {len(corrupt)} of {len(scans)} images cannot be used." if len(corrupt) > 1 else ""
@@ -184,12 +185,6 @@ def _refuse_or_warn(
     _log.warning(
         "Left out %d of %d images that cannot be used: %s. %s", len(corrupt), len(scans), named, advice
     )
-
-
-def _quoted(path: Path) -> str:
-    import shlex
-
-    return shlex.quote(str(path))
 
 
 def _require_images(splits: Mapping[str, tuple[Sample, ...]], yaml_path: Path) -> None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_exp.config.schema import DEFAULT_DIRECTORIES, ENGINES
+from sparse_exp.config.schema import DEFAULT_DIRECTORIES, ENGINES, STAGES
 from sparse_exp.errors import ConfigError, EngineError, SourceUnavailable, expected
 from sparse_exp.files import read_json
+from sparse_exp.hints import command_line, override, resume_command
 from sparse_exp.runs.directory import MANIFEST, find_directories
 from sparse_exp.sources.layout import DEPLOYMENT, checkpoint_in
 from sparse_exp.sources.local import find, zoo_directory
@@ -78,8 +79,9 @@ def _place(name: str, zoo: Path | None) -> Path:
     if name.startswith(STUB_PREFIX):
         directory = find(name, zoo or zoo_directory())
         if directory is None:
-            do = "python -m sparse_exp.zoo list shows what it holds."
-            raise SourceUnavailable(f"{name} is not in the local zoo {zoo or zoo_directory()}. {do}")
+            zoo = zoo or zoo_directory()
+            do = f"What it holds: {command_line('list', '--zoo', str(zoo), module='sparse_exp.zoo')}"
+            raise SourceUnavailable(f"{name} is not in the local zoo {zoo}. {do}")
         return directory
     try:
         place = Path(name).expanduser()
@@ -138,7 +140,9 @@ def _file_in(directory: Path, engine: str) -> Path:
             if path.is_file():
                 return path
     if is_run:
-        do = f"Export it first: python -m sparse_exp resume={directory} stages=[export]"
+        trained = _facts(directory, "train") or _config(directory).get("checkpoint")
+        stages = ["export"] if trained else STAGES[: STAGES.index("export") + 1]
+        do = f"Export it first: {resume_command(directory, override('stages', stages))}"
         raise ConfigError(f"The run {directory} has no exported model. {do}")
     raise ConfigError(expected("MODEL", _FORMS, str(directory), "It holds no model.onnx."))
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import MissingDependency, SparseExpError, expected
+from sparse_exp.hints import command_line
 from sparse_exp.tracking import (
     PARENT_TAG,
     Artifact,
@@ -114,11 +115,10 @@ class MlflowTracker:
         path = self._outbox.close()
         if self._outbox.waiting:
             _log.warning(
-                "%d events could not be sent to MLflow; they are kept in %s. "
-                "When it answers again: python -m sparse_exp.tracking sync %s",
+                "%d events could not be sent to MLflow; they are kept in %s. When it answers again: %s",
                 self._outbox.waiting,
                 path,
-                path.parent,
+                command_line("sync", str(path.parent), module="sparse_exp.tracking"),
             )
         self._outbox = None
 

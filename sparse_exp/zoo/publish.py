@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_exp import __version__
+from sparse_exp.config.schema import STAGES
 from sparse_exp.data.attributions import ATTRIBUTIONS
 from sparse_exp.errors import ConfigError, SparseExpError, expected
 from sparse_exp.export.square import before_quantization
 from sparse_exp.files import sha256_of, write_json
+from sparse_exp.hints import override, resume_command
 from sparse_exp.runs.directory import MANIFEST, StageRecord
 from sparse_exp.sources.layout import BEFORE_QAT, DEPLOYMENT, FINAL, TRAINING
 from sparse_exp.sources.local import (
@@ -106,7 +108,7 @@ def read_run(path: Path) -> FinishedRun:
     status = manifest.get("status")
     # Of a run that stopped when it was to be published everything else is done.
     if status != "FINISHED" and not (status == "FAILED" and manifest.get("stage") == "publish"):
-        do = f"Finish it with: python -m sparse_exp resume={path}."
+        do = f"Finish it with: {resume_command(path)}"
         raise ConfigError(expected(f"the run {path}", "FINISHED", status, do))
     return FinishedRun(path.resolve(), config, records, manifest)
 
@@ -246,7 +248,10 @@ def _require_whole(run: FinishedRun) -> None:
     """Refuse a run without deployment, and one whose files are no longer what its stages wrote."""
     missing = [stage for stage in _NEEDED if stage not in run.records]
     if missing:
-        do = "Only what was evaluated and exported can be published; run these stages with resume=RUN."
+        trained = run.facts("train") or run.config.get("checkpoint")
+        stages = missing if trained else STAGES[: STAGES.index(_NEEDED[-1]) + 1]
+        again = resume_command(run.path, override("stages", stages))
+        do = f"Only what was evaluated and exported can be published. Do it with: {again}"
         found = ", ".join(run.records)
         raise ConfigError(
             f"Expected {run.path} to have run {' and '.join(missing)}, but its stages are {found}. {do}"
@@ -256,7 +261,7 @@ def _require_whole(run: FinishedRun) -> None:
         for name, digest in outputs.items():
             file = run.path / name
             if not file.is_file() or sha256_of(file) != digest:
-                do = f"Run the stage {stage} again with resume={run.path}."
+                do = f"Run the stage {stage} again with: {resume_command(run.path)}"
                 raise ConfigError(f"{file} is missing or not what the run wrote. {do}")
 
 

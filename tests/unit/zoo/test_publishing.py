@@ -310,7 +310,7 @@ def test_only_a_finished_run_is_published(finished_run, tmp_path):
             read_run(run)
         assert str(raised.value) == (
             f"Expected the run {run} to be FINISHED, but got '{status}'. "
-            f"Finish it with: python -m sparse_exp resume={run}."
+            f"Finish it with: python -m sparse_exp resume={run}"
         )
     with_status(status="FAILED", stage="publish")  # all else is done
     assert read_run(run).checkpoint.name == "best_pruned_quant.pt"
