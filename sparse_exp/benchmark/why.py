@@ -54,11 +54,12 @@ def explain(rows: Sequence[Row], profiles: Profiles | None = None) -> Why:
     costs = tuple(costs_of(cell, profile) for cell, profile in (profiles or {}).items())
     if engine is None:
         return Why((), costs, ())
-    splits = [split for load in loads(measured) if (split := split(load, engine))]
+    found = [split(load, engine) for load in loads(measured)]
+    splits = [one for one in found if one is not None]
     return Why(tuple(splits), costs, tuple(advise(measured, engine, splits, costs)))
 
 
 def console_lines(why: Why) -> list[str]:
     """The same in a few lines: the gain of each load, and the first things to try."""
-    gains = [f"{split.load}: {headline(split)}" for split in why.splits]
+    gains = [f"{one.load}: {headline(one)}" for one in why.splits]
     return [*gains, *(f"Try next: {line}" for line in why.advice[:3])]
