@@ -3,9 +3,9 @@
     python tools/architecture.py            print picture and list
     python tools/architecture.py --write    put them into docs/architecture.md
 
-The page says on which floor a room stands; the picture and the checks of tests/unit/test_architecture.py follow from
-that and from the code. A room is a file or a folder of ``sparse_exp``; a file ``__main__.py`` is an entry point, in
-whatever folder it lies.
+The page says on which floor a room stands; the picture and the checks of tests/unit/test_architecture.py follow
+from that and from the code. A room is a file or a folder of ``sparse_exp``; a file ``__main__.py`` is an entry
+point, in whatever folder it lies.
 """
 
 from __future__ import annotations
@@ -105,7 +105,11 @@ def picture(page: str) -> str:
     for floor in sorted(set(floor_of.values()), reverse=True):
         names = [room for room in graph if floor_of.get(room) == floor]
         lines.append(f'  subgraph floor{floor}["{floor}"]')
-        lines += ["    direction LR", *(f"    {_id(name)}[{_label(name)}]" for name in sorted(names)), "  end"]
+        lines += [
+            "    direction LR",
+            *(f"    {_id(name)}[{_label(name)}]" for name in sorted(names)),
+            "  end",
+        ]
     for room, others in sorted(graph.items()):
         beyond = set().union(*(_reached(graph, other) for other in others))
         lines += [f"  {_id(room)} --> {_id(other)}" for other in sorted(others - beyond)]
@@ -149,7 +153,9 @@ def _id(room: str) -> str:
 
 
 def _label(room: str) -> str:
-    return '"entry points"' if room == ENTRY else f'"{room}/"' if (PACKAGE / room).is_dir() else f'"{room}.py"'
+    return (
+        '"entry points"' if room == ENTRY else f'"{room}/"' if (PACKAGE / room).is_dir() else f'"{room}.py"'
+    )
 
 
 def main() -> None:

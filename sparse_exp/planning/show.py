@@ -103,9 +103,7 @@ def _phase_row(phase: PlannedPhase) -> dict[str, str]:
     row = {
         "phase": phase.name,
         "epochs": f"{phase.start:g} to {phase.end:g}",
-        "learning rate": "trainer's"
-        if phase.rates is None
-        else ", ".join(dict.fromkeys(rates)) or "as before",
+        "learning rate": rates,
         "EMA": "off" if phase.quantized else "on",
         "precision": _precision(phase),
         "batch": f"{split} x {math.ceil(size / split)}" if split > 1 else str(size),

@@ -1,4 +1,4 @@
-"""The house plan of docs/architecture.md: no circle, no import to a higher floor, a picture that is not stale."""
+"""The house plan of docs/architecture.md: no circle, no import upwards, a picture that is not stale."""
 
 from __future__ import annotations
 
