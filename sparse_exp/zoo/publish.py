@@ -32,7 +32,8 @@ from sparse_exp.sources.local import (
     sparse_tag,
 )
 from sparse_exp.zoo.card import write_card
-from sparse_exp.zoo.landing import changed_files, put
+from sparse_exp.zoo.checksums import changed_files
+from sparse_exp.zoo.placing import put
 
 if TYPE_CHECKING:
     from sparse_exp.data import DetectionDataset
@@ -131,7 +132,7 @@ def publish_run(
         dataset: that sample images are taken from; None for no samples.
 
     Raises:
-        ConfigError: the run has nothing to deploy or was changed since, or see `sparse_exp.zoo.landing.put`.
+        ConfigError: the run has nothing to deploy or was changed since, or see `sparse_exp.zoo.placing.put`.
     """
     from sparse_exp.zoo.facts import measure_checkpoint
 
@@ -175,7 +176,7 @@ def import_checkpoint(file: Path, zoo: Path, *, stub: str | None = None, force: 
 
     Raises:
         CheckpointError: the file is no such checkpoint.
-        ConfigError: see `sparse_exp.zoo.landing.put`.
+        ConfigError: see `sparse_exp.zoo.placing.put`.
     """
     from sparse_exp.zoo.facts import measure_checkpoint
 
@@ -211,7 +212,7 @@ def import_directory(folder: Path, zoo: Path, *, stub: str | None = None, force:
     Raises:
         SourceUnavailable: it holds no checkpoint.
         CheckpointError: its checkpoint cannot be read.
-        ConfigError: its files are not what its list of hashes says, or see `sparse_exp.zoo.landing.put`.
+        ConfigError: its files are not what its list of hashes says, or see `sparse_exp.zoo.placing.put`.
     """
     from sparse_exp.sources.layout import checkpoint_in
     from sparse_exp.zoo.facts import measure_checkpoint

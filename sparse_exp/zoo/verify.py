@@ -12,7 +12,7 @@ from sparse_exp.config.schema import ExportConfig
 from sparse_exp.errors import EngineError, MissingDependency, first_line
 from sparse_exp.sources.layout import checkpoint_in
 from sparse_exp.sources.local import METADATA, SUMS, read_metadata
-from sparse_exp.zoo.landing import changed_files
+from sparse_exp.zoo.checksums import changed_files
 from sparse_exp.zoo.samples import INPUTS, predict_with, read_samples
 
 _SAME_SPARSITY = 1e-4
