@@ -11,9 +11,10 @@ from typing import Any
 
 from sparse_exp.command import Parser, run_command
 from sparse_exp.errors import ConfigError, expected
+from sparse_exp.metrics.names import SIGNS
 from sparse_exp.sources.local import Published, find, published, read_metadata, stub_of, zoo_directory
 from sparse_exp.sources.stub import STUB_PREFIX
-from sparse_exp.zoo.query import KEYS, parse_query
+from sparse_exp.zoo.search import KEYS, find_models
 
 _WIDE = 1000  # columns
 _DESCRIPTION = "The local zoo: models that runs have published, to start from again."
@@ -91,8 +92,10 @@ def _add_reading(add: Callable[..., argparse.ArgumentParser]) -> None:
         "query",
         metavar="QUERY",
         nargs="*",
-        help="terms joined by spaces, all to be met: KEY OP VALUE with = != < <= > >=, or a word. "
-        f"Keys: {', '.join(KEYS)}. Quote it: < and > mean something to the shell.",
+        help="terms between spaces or commas, all to be met: a word, or KEY OP VALUE with OP one of "
+        f"{' '.join(SIGNS)}. "
+        f"Keys: {', '.join(KEYS)}, and metrics in full or short, as for compare --best. "
+        "Quote it: < and > mean something to the shell.",
     )
     _add_json(command)
     command = add("verify", _verify, "check hashes, zeros and sample outputs; exit code 1 if one differs")
@@ -139,8 +142,7 @@ def _list(options: argparse.Namespace, zoo: Path) -> int:
 
 
 def _search(options: argparse.Namespace, zoo: Path) -> int:
-    fits = parse_query(" ".join(options.query))
-    found = [model for model in published(zoo) if fits(model.metadata)]
+    found = find_models(" ".join(options.query), published(zoo))
     return _print(found, f"No model in {zoo} fits.", as_json=options.json)
 
 
