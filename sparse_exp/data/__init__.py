@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparse_exp.config.schema import DatasetConfig
-from sparse_exp.data.detection import DetectionDataset, Sample, check_dataset, load_dataset
+from sparse_exp.data.detection import (
+    DetectionDataset,
+    Sample,
+    check_dataset,
+    evenly_spread,
+    load_dataset,
+)
 from sparse_exp.data.images import read_image
 from sparse_exp.errors import DataError
 
@@ -13,6 +19,7 @@ __all__ = [
     "DetectionDataset",
     "Sample",
     "check_dataset",
+    "evenly_spread",
     "is_prepared",
     "load_dataset",
     "prepare",

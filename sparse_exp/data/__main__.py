@@ -132,7 +132,7 @@ def convert(options: argparse.Namespace) -> int:
     """Convert a data set and print what was taken and what was left out."""
     from sparse_exp.data.archives import open_tree
     from sparse_exp.data.convert import read_coco, read_voc, split_off, write_converted
-    from sparse_exp.data.writing import write_whole
+    from sparse_exp.files import landing_directory
 
     dest = options.dest.expanduser()
     _check_options(options, dest)
@@ -145,7 +145,8 @@ def convert(options: argparse.Namespace) -> int:
                 expected(str(options.source), "at least one image with annotations", 0, "Correct it.")
             )
         try:
-            write_whole(dest, lambda folder: write_converted(converted, tree, folder, link=options.link))
+            with landing_directory(dest) as folder:
+                write_converted(converted, tree, folder, link=options.link)
         except OSError as error:
             raise DataError(
                 f"Cannot write {dest}: {error.strerror or error}. Nothing was written."

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +50,17 @@ class Sample(NamedTuple):
         if self.boxes is None:
             return read_boxes(self.label, num_classes)
         return np.frombuffer(self.boxes, np.float32).reshape(-1, 5)
+
+
+def evenly_spread(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """Samples that are spread evenly over a split, the first and the last among them.
+
+    Args:
+        samples: the split.
+        count: how many; where the split has fewer, all of them.
+    """
+    positions = np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int)
+    return [samples[position] for position in positions]
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from sparse_exp.engines.profile import Profile
 from sparse_exp.engines.signature import Signature, check_detector, read_signature
 from sparse_exp.engines.timing import Timing, batches_of, time_engine
 from sparse_exp.errors import EngineError, MissingDependency, SparseExpError, expected
+from sparse_exp.sources.layout import CHECKPOINT_SUFFIXES
 
 Execute = Callable[[np.ndarray], list[np.ndarray]]
 Options = Mapping[str, Any]
 NO_OPTIONS: Options = MappingProxyType({})
 _LONGEST_REASON = 200
-_CHECKPOINTS = (".pt", ".pth", ".safetensors")
 
 
 class Engine(Protocol):
@@ -160,7 +160,7 @@ class LocalEngine:
 
     def _read(self, model: Path) -> Signature | None:
         """What the file says that it takes and gives, not yet checked; None where it does not say it."""
-        if model.suffix in _CHECKPOINTS:
+        if model.suffix in CHECKPOINT_SUFFIXES:
             do = "Take model.onnx of the run's deployment directory, or the engine torch."
             raise EngineError(expected(f"the model of {self.name}", "an ONNX file", str(model), do))
         return read_signature(model)

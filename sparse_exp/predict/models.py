@@ -12,11 +12,10 @@ from sparse_exp.hardware import host_facts
 from sparse_exp.hardware.targets import unusable
 from sparse_exp.runs.deployment import MODEL, TORCH, Deployment
 from sparse_exp.runs.directory import Run, find_directories
-from sparse_exp.sources.layout import DEPLOYMENT, checkpoint_in
+from sparse_exp.sources.layout import CHECKPOINT_SUFFIXES, DEPLOYMENT, checkpoint_in
 from sparse_exp.sources.local import find, zoo_directory
 from sparse_exp.sources.stub import STUB_PREFIX
 
-_CHECKPOINTS = (".pt", ".pth", ".safetensors")
 _FORMS = "a run, a stub (zoo:...), a directory with model.onnx, or an ONNX file"
 
 
@@ -66,7 +65,7 @@ def find_model(name: str, *, engine: str | None = None, zoo: Path | None = None)
     run = Run.find(place) if place.is_dir() else None
     chosen = engine or _default_engine(place, run)
     path = place if place.is_file() else _file_in(place, run, chosen)
-    if path.suffix in _CHECKPOINTS:
+    if path.suffix in CHECKPOINT_SUFFIXES:
         names, imgsz = _of_checkpoint(path, chosen)
     else:
         names, imgsz = _of_onnx(path, chosen)
@@ -103,7 +102,7 @@ def _named_run(name: str) -> Path:
 
 
 def _default_engine(place: Path, run: Run | None) -> str:
-    if place.suffix in _CHECKPOINTS:
+    if place.suffix in CHECKPOINT_SUFFIXES:
         return "torch"
     configured = run.config.get("hardware") if run else None
     engines = configured.get("engines") if isinstance(configured, dict) else None

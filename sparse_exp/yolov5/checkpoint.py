@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_exp.errors import CheckpointError, expected
+from sparse_exp.files import landing
 from sparse_exp.yolov5.model import SCALES, YOLOv5
 from sparse_exp.yolov5.restricted import Inert, RestrictedFile, TensorRecord, damaged, open_restricted
 
@@ -342,7 +341,7 @@ def save_checkpoint(
     `read_checkpoint` read.
 
     Args:
-        path: replaced if it exists; its directory must exist.
+        path: replaced if it exists; its directory is made.
         model_state: ``state_dict()`` of the model; copied to the CPU.
         size: n, s, m, l or x.
         num_classes: classes of the head.
@@ -369,16 +368,5 @@ def save_checkpoint(
         "epoch": float(epoch),
         "metrics": {str(k): float(v) for k, v in metrics.items()},
     }
-    _write_atomically(path, content)
-
-
-def _write_atomically(path: Path, content: dict[str, Any]) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
-        temporary.chmod(0o644)  # mkstemp makes files that others may not read
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with landing(path) as temporary, temporary.open("wb") as file:  # to a path, torch hides OSErrors
+        torch.save(content, file)
