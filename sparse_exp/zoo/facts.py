@@ -74,7 +74,7 @@ def onnx_sparsity(path: Path) -> float:
     """
     from dataclasses import replace
 
-    from sparse_exp.sparsity.measure import layer_name
+    from sparse_exp.sparsity.onnx_graph import layer_name
 
     named = [replace(layer, name=layer_name(layer.name)) for layer in onnx_facts(path).layers]
     return overall(_prunable(named))
