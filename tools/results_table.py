@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_exp.benchmark.table import measured
+from sparse_exp.benchmark.measurements import measured
 from sparse_exp.metrics.results import SIZES, SPARSITIES, accuracies, number, throughputs
 from sparse_exp.text import between_marks, decimal, percent
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparse_exp.benchmark.table import label, measured
+from sparse_exp.benchmark.measurements import measured
+from sparse_exp.benchmark.speed_table import label
 from sparse_exp.data.attributions import ATTRIBUTIONS
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.hardware import host_facts

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
-from sparse_exp.benchmark.results import Row
-from sparse_exp.benchmark.table import impossible_lines, options_table, speed_table
+from sparse_exp.benchmark.measurements import Row
+from sparse_exp.benchmark.speed_table import impossible_lines, options_table, speed_table
 from sparse_exp.files import write_text
 from sparse_exp.metrics.results import (
     SPARSITIES,

@@ -6,9 +6,9 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sparse_exp.benchmark.results import Row
-from sparse_exp.benchmark.table import impossible_lines
-from sparse_exp.benchmark.table import label as label_of
+from sparse_exp.benchmark.measurements import Row
+from sparse_exp.benchmark.speed_table import impossible_lines
+from sparse_exp.benchmark.speed_table import label as label_of
 from sparse_exp.metrics.results import SIZES, SPARSITIES, Result, accuracies, number, recovery, throughputs
 from sparse_exp.text import decimal, percent
 
