@@ -15,7 +15,8 @@ import psutil
 from sparse_exp.command import Parser, run_command
 from sparse_exp.config.plain import options
 from sparse_exp.config.schema import ENGINES, HardwareConfig
-from sparse_exp.hardware import HostFacts, host_facts, quota_cores, usable_physical_cores
+from sparse_exp.hardware import HostFacts, host_facts, usable_physical_cores
+from sparse_exp.hardware.cgroups import cpu_quota
 from sparse_exp.hardware.targets import RUNTIMES, mismatches, prefers, unusable
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def facts_of_host(host: HostFacts) -> dict[str, Any]:
         "isa": list(host.isa),
         "logical_cores": psutil.cpu_count() or 1,
         "usable_physical_cores": usable_physical_cores(),
-        "quota_cores": quota_cores(),
+        "quota_cores": cpu_quota(),
         "memory_available_gb": round(psutil.virtual_memory().available / 1e9, 1),
         "frequency_mhz": round(frequency.current) if frequency else None,
         "max_frequency_mhz": round(frequency.max) or None if frequency else None,
