@@ -14,10 +14,11 @@ import psutil
 
 from sparse_exp.command import Parser, run_command
 from sparse_exp.config.plain import options
-from sparse_exp.config.schema import ENGINES, HardwareConfig
+from sparse_exp.config.runtimes import RUNTIMES
+from sparse_exp.config.schema import HardwareConfig
 from sparse_exp.hardware import HostFacts, host_facts, usable_physical_cores
 from sparse_exp.hardware.cgroups import cpu_quota
-from sparse_exp.hardware.targets import RUNTIMES, mismatches, prefers, unusable
+from sparse_exp.hardware.targets import mismatches, prefers, unusable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -83,12 +84,12 @@ def engines_here(host: HostFacts) -> list[dict[str, Any]]:
         {
             "engine": engine,
             "version": _version(engine),
-            "licence": RUNTIMES[engine].licence,
-            "production": RUNTIMES[engine].production,
+            "licence": runtime.licence,
+            "production": runtime.production,
             "problem": unusable(engine, host),
-            "install": RUNTIMES[engine].requirement,
+            "install": runtime.requirement,
         }
-        for engine in ENGINES
+        for engine, runtime in RUNTIMES.items()
     ]
 
 
