@@ -87,7 +87,7 @@ def _options() -> argparse.Namespace:
 
 def _exported(name: str, model: Model, imgsz: int, folder: Path) -> Model:
     """The model's checkpoint as the engine takes it, for images of another size."""
-    from sparse_exp.export.deployment import export_deployment
+    from sparse_exp.export.exporter import export_deployment
     from sparse_exp.sparsity.checkpoints import restore
 
     network, _ = restore(find_model(name, engine="torch").path)

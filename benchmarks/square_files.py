@@ -7,7 +7,7 @@ fully convolutional, and its speed does not depend on what it has learnt, so tha
     python benchmarks/square_files.py RUN --dense DENSE_RUN --imgsz 640 --out files/s
 
 Written are `dense.onnx` (of DENSE_RUN, else with initial weights), with `--int8` each engine's
-`dense.int8.*` (see `sparse_exp.export.square`), `model.onnx`, and of a quantized run
+`dense.int8.*` (see `sparse_exp.runs.deployment`), `model.onnx`, and of a quantized run
 `model.qdq.onnx` and, where it has zeros, `sparse.fp32.onnx`.
 """
 
@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from sparse_exp.command import run_command, whole
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.errors import ConfigError, expected
-from sparse_exp.export.deployment import export_dense_integer, export_deployment
-from sparse_exp.export.metadata import describe
+from sparse_exp.export.exporter import export_dense_integer, export_deployment
 from sparse_exp.export.networks import Network, initial_network, sparse_network
 from sparse_exp.export.onnx import export_float
 from sparse_exp.export.post_training import quantize_onnxruntime, quantize_openvino
-from sparse_exp.export.square import DENSE, SPARSE_FP32, before_quantization, dense_int8
+from sparse_exp.runs.deployment import DENSE, SPARSE_FP32, before_quantization, dense_int8
+from sparse_exp.runs.metadata import describe
 from sparse_exp.sources.cache import cache_directory
 from sparse_exp.sparsity.checkpoints import restore
 from sparse_exp.training.oneshot import calibration_loader

@@ -28,7 +28,7 @@ from typing import Any
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.files import write_json
 from sparse_exp.hardware import host_facts
-from sparse_exp.runs.directory import RunDirectory, StageRecord
+from sparse_exp.runs.directory import Run, StageRecord
 from sparse_exp.tracking import Artifact, Metrics, RunInfo, Tags
 from sparse_exp.tracking.mlflow import MlflowTracker, import_client
 
@@ -87,7 +87,7 @@ def _values(index: int, count: int) -> dict[str, float]:
 
 def _make_directories(folder: Path, runs: int, metrics: int) -> None:
     for index in range(runs):
-        run = RunDirectory.create(folder / f"{index}-run", overwrite=False)
+        run = Run.create(folder / f"{index}-run", overwrite=False)
         run.update(name=f"run-{index}", overrides=[f"seed={index}", "dataset=trees"], version="0.1.0")
         run.record("verify", StageRecord("mark", metrics=_values(index, metrics), seconds=1.0))
         write_json(run.path / "result.json", run.result())

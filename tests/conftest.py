@@ -190,7 +190,7 @@ def _enliven(model, batches) -> None:
 @pytest.fixture(scope="session")
 def deployment(lively_model, made_once) -> Path:
     """The exported files of `lively_model`; do not change them."""
-    from sparse_exp.export.deployment import export_deployment
+    from sparse_exp.export.exporter import export_deployment
 
     return made_once(
         "deployment", lambda folder: export_deployment(lively_model, folder, imgsz=IMGSZ, opset=13)

@@ -357,7 +357,7 @@ class Experiment:
 
     name: str = MISSING
     seed: int = bounded(0, 0, 2**31 - 1)
-    stages: List[str] = one_of(list(STAGES), STAGES, "stages to run, in the order of the plan")
+    stages: List[str] = documented(list(STAGES), "stages to run, in the order of the plan")
     checkpoint: Optional[str] = documented(None, "trained checkpoint for runs without the train stage")
     publish: Optional[str] = documented(
         None, "put the finished run into the local zoo: 'auto', or the stub to publish it under"

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from sparse_exp.engines.base import silence
 from sparse_exp.engines.openvino import import_openvino
-from sparse_exp.export.metadata import write_metadata
 from sparse_exp.files import landing
+from sparse_exp.runs.metadata import write_metadata
 
 Images = Sequence[NDArray[np.uint8]]
 # Numbers of data types that ONNX has since 1.16; ONNX Runtime's quantizer wants to know their names.
@@ -72,7 +72,7 @@ def quantize_openvino(dense: Path, destination: Path, images: Images) -> None:
     """Quantize by NNCF, into OpenVINO's own format.
 
     Its MIXED preset, which is meant for activations with negative values such as those of SiLU: symmetric
-    weights, asymmetric activations. The entries of ``dense`` go along (see `sparse_exp.export.metadata`).
+    weights, asymmetric activations. The entries of ``dense`` go along (see `sparse_exp.runs.metadata`).
 
     Args:
         dense: ONNX file in fp32.

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sparse_exp.config.schema import DEFAULT_DIRECTORIES, ENGINES
 from sparse_exp.errors import ConfigError, EngineError, SourceUnavailable, expected
-from sparse_exp.files import read_json
-from sparse_exp.runs.directory import MANIFEST, find_directories
+from sparse_exp.hardware import host_facts
+from sparse_exp.hardware.targets import unusable
+from sparse_exp.runs.deployment import MODEL, TORCH, Deployment
+from sparse_exp.runs.directory import Run, find_directories
 from sparse_exp.sources.layout import DEPLOYMENT, checkpoint_in
 from sparse_exp.sources.local import find, zoo_directory
 from sparse_exp.sources.stub import STUB_PREFIX
 
 _CHECKPOINTS = (".pt", ".pth", ".safetensors")
 _FORMS = "a run, a stub (zoo:...), a directory with model.onnx, or an ONNX file"
-_CLASS_NAMES = "class_names.json"
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,9 @@ def find_model(name: str, *, engine: str | None = None, zoo: Path | None = None)
         do = "Choose with --engine."
         raise EngineError(expected("the engine", f"one of {', '.join(ENGINES)}", engine, do))
     place = _place(name, zoo)
-    chosen = engine or _default_engine(place)
-    path = place if place.is_file() else _file_in(place, chosen)
+    run = Run.find(place) if place.is_dir() else None
+    chosen = engine or _default_engine(place, run)
+    path = place if place.is_file() else _file_in(place, run, chosen)
     if path.suffix in _CHECKPOINTS:
         names, imgsz = _of_checkpoint(path, chosen)
     else:
@@ -93,7 +93,7 @@ def _named_run(name: str) -> Path:
     wanted = Path(name).parts
     runs = [run for folder in DEFAULT_DIRECTORIES if folder.is_dir() for run in find_directories(folder)]
     by_name = [run for run in runs if wanted and run.parts[-len(wanted) :] == wanted]
-    found = by_name or [run for run in runs if read_json(run / MANIFEST).get("tracker_run_id") == name]
+    found = by_name or [path for path in runs if (run := Run.find(path)) and run.tracker_run_id == name]
     if not found:
         raise ConfigError(expected("MODEL", _FORMS, name, "Correct the name or the path."))
     if len(found) > 1:
@@ -102,68 +102,32 @@ def _named_run(name: str) -> Path:
     return found[0]
 
 
-def _default_engine(place: Path) -> str:
-    from sparse_exp.hardware import host_facts
-    from sparse_exp.hardware.targets import unusable
-
+def _default_engine(place: Path, run: Run | None) -> str:
     if place.suffix in _CHECKPOINTS:
         return "torch"
-    configured = _config(place).get("hardware")
+    configured = run.config.get("hardware") if run else None
     engines = configured.get("engines") if isinstance(configured, dict) else None
     if isinstance(engines, list) and engines and engines[0] in ENGINES:
         return str(engines[0])
     return "onnxruntime" if unusable("deepsparse", host_facts()) else "deepsparse"
 
 
-def _config(place: Path) -> dict[str, Any]:
-    """The configuration of a run; empty of what is no run."""
-    import yaml
-
-    if not (place / MANIFEST).is_file():
-        return {}
-    try:
-        config = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-def _file_in(directory: Path, engine: str) -> Path:
+def _file_in(directory: Path, run: Run | None, engine: str) -> Path:
     """The file of a run or of a published model that suits an engine."""
-    is_run = (directory / MANIFEST).is_file()
-    if engine == "torch":
-        return _run_checkpoint(directory) if is_run else checkpoint_in(directory, "postqat")
+    if engine == TORCH:
+        if run is None:
+            return checkpoint_in(directory, "postqat")
+        if run.checkpoint is None or not run.checkpoint.is_file():
+            raise ConfigError(f"The run {directory} has no checkpoint. Give one, or choose another engine.")
+        return run.checkpoint
     for folder in (directory / DEPLOYMENT, directory):
-        for path in suited(folder, engine):
-            if path.is_file():
-                return path
-    if is_run:
+        path = Deployment(folder).deployed(engine)
+        if path.is_file():
+            return path
+    if run:
         do = f"Export it first: python -m sparse_exp resume={directory} stages=[export]"
         raise ConfigError(f"The run {directory} has no exported model. {do}")
-    raise ConfigError(expected("MODEL", _FORMS, str(directory), "It holds no model.onnx."))
-
-
-def suited(folder: Path, engine: str) -> Sequence[Path]:
-    """The deployed files that an engine runs fast, best first."""
-    model, pairs = folder / "model.onnx", folder / "model.qdq.onnx"
-    return (model, pairs) if engine == "deepsparse" else (pairs, model)
-
-
-def _run_checkpoint(run: Path) -> Path:
-    trained = _facts(run, "train").get("checkpoint")
-    configured = _config(run).get("checkpoint")
-    path = run / str(trained) if trained else Path(str(configured)).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"The run {run} has no checkpoint. Give one, or choose another engine.")
-    return path
-
-
-def _facts(run: Path, stage: str) -> dict[str, Any]:
-    """What a stage of a run left in its manifest; empty where there is none."""
-    found: Any = read_json(run / MANIFEST)
-    for key in ("stages", stage, "facts"):
-        found = found.get(key) if isinstance(found, dict) else None
-    return found if isinstance(found, dict) else {}
+    raise ConfigError(expected("MODEL", _FORMS, str(directory), f"It holds no {MODEL}."))
 
 
 def _of_checkpoint(path: Path, engine: str) -> tuple[tuple[str, ...], int]:
@@ -179,7 +143,7 @@ def _of_checkpoint(path: Path, engine: str) -> tuple[tuple[str, ...], int]:
 def _of_onnx(path: Path, engine: str) -> tuple[tuple[str, ...], int]:
     """Class names and image size that an ONNX file says; refuses what takes no images as ours do."""
     from sparse_exp.engines.signature import check_detector, read_signature
-    from sparse_exp.export.metadata import read_metadata
+    from sparse_exp.runs.metadata import read_metadata
 
     if engine == "torch":
         do = "Give a run or a checkpoint, or choose another engine."
@@ -196,16 +160,8 @@ def _of_onnx(path: Path, engine: str) -> tuple[tuple[str, ...], int]:
 def _recorded_names(places: Iterable[Path]) -> tuple[str, ...]:
     """The class names that lie beside a model: in its run's manifest, or in its published directory."""
     for place in places:
-        listed = [place / DEPLOYMENT / _CLASS_NAMES, place / _CLASS_NAMES]
-        for names in (_facts(place, "fetch").get("names"), *map(_content, listed)):
-            if isinstance(names, list):
-                return tuple(map(str, names))
+        run = Run.find(place)
+        beside = Deployment(place / DEPLOYMENT).names or Deployment(place).names
+        if names := (run.names if run else ()) or beside:
+            return names
     return ()
-
-
-def _content(path: Path) -> Any:
-    """What a JSON file holds; None where there is none that can be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

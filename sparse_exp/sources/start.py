@@ -8,9 +8,10 @@ is on this machine and then the others; and last the checkpoints of smaller size
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sparse_exp.config.schema import ModelConfig, SourceConfig
 from sparse_exp.errors import ConfigError, SourceUnavailable, expected
@@ -46,6 +47,36 @@ class StartFile:
     file: FetchedFile
     name: str
     grown: bool = False
+
+    def as_facts(self) -> dict[str, str]:
+        """As plain data, which the fetch stage leaves for the stages behind it."""
+        facts = {"origin": self.name, "sha256": self.file.sha256, "path": str(self.file.path)}
+        return facts | ({"grown_from": self.file.origin} if self.grown else {})
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> StartFile | None:
+        """The start checkpoint of a run whose fetch stage is finished; no source is asked.
+
+        Args:
+            facts: of the fetch stage.
+
+        Returns:
+            None where training starts from random weights.
+
+        Raises:
+            ConfigError: the fetch stage did not look for a start checkpoint.
+            SourceUnavailable: its file is gone, or is another now.
+        """
+        if facts.get("origin") == SCRATCH:
+            return None
+        if "path" not in facts:
+            raise ConfigError("The start checkpoint was not fetched. Add fetch to stages.")
+        path, sha256, name = Path(facts["path"]), str(facts["sha256"]), str(facts["origin"])
+        if not path.is_file() or sha256_of(path) != sha256:
+            do = "Add fetch to stages, which looks for it again."
+            raise SourceUnavailable(f"The start checkpoint {path} is gone, or is another file now. {do}")
+        origin = str(facts.get("grown_from", name))
+        return cls(FetchedFile(path, sha256, origin, downloaded=False), name, "grown_from" in facts)
 
 
 def cached_start(model: ModelConfig, cache: Path, zoo: Path) -> StartFile | None:
@@ -139,6 +170,31 @@ def locate(uri: str, cache: Path, zoo: Path, *, sha256: str | None = None) -> Fe
         SourceUnavailable: it cannot be had, or is not the file that was promised.
     """
     return _located(SourceConfig(uri=uri, sha256=sha256), cache, zoo)
+
+
+def teacher_file(
+    teacher: str | None, cache: Path, zoo: Path, *, baseline: Path | None = None, offline: bool = False
+) -> Path | None:
+    """The checkpoint that a distilling recipe learns from.
+
+    Args:
+        teacher: ``self``, ``baseline``, or where a checkpoint can be had, as `locate` takes it; None: none.
+        cache: directory for downloads.
+        zoo: the local zoo.
+        baseline: the dense counterpart's checkpoint, where one was trained or found.
+        offline: do not fetch it.
+
+    Returns:
+        Its file; None for ``self``, for a baseline that there is not yet, and for what is not on this
+        machine where ``offline`` is on.
+
+    Raises:
+        SourceUnavailable: the checkpoint cannot be had.
+    """
+    if teacher in (None, "self", "baseline"):
+        return baseline if teacher == "baseline" else None
+    found = find_here(SourceConfig(uri=teacher), cache, zoo) if offline else locate(teacher, cache, zoo)
+    return found.path if found else None
 
 
 def _located(source: SourceConfig, cache: Path, zoo: Path) -> FetchedFile:

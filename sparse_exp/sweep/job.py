@@ -16,7 +16,7 @@ from sparse_exp.config.schema import Experiment, TrackerConfig
 from sparse_exp.errors import ConfigError, SparseExpError, StageFailed, first_line
 from sparse_exp.files import fingerprint, read_json, sha256_of, write_json
 from sparse_exp.runs.conditions import code_differences
-from sparse_exp.runs.directory import MANIFEST, RunDirectory, empty, locked
+from sparse_exp.runs.directory import MANIFEST, Run, empty, locked
 from sparse_exp.runs.past import JOB_TAG, OVERRIDES_TAG
 from sparse_exp.stages.base import SweepMember
 from sparse_exp.stages.names import resolve_objective
@@ -197,7 +197,7 @@ def record_failure(
     if job.manifest:  # the run knows it, or it is an earlier one, which stays as it is
         return
     reason = first_line(error)
-    run = RunDirectory.create(job.directory, overwrite=False)
+    run = Run.create(job.directory, overwrite=False)
     state = {"name": name, "overrides": job.overrides, "version": __version__, "job": job.number}
     run.update(status="FAILED", failure=reason, **state)
     try:

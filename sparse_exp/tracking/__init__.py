@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -26,6 +26,12 @@ class Metrics:
 
     values: Mapping[str, float]
     step: int | None = None
+
+
+def epoch_metrics(record: Mapping[str, Any]) -> Metrics:
+    """The numbers of a record of a training's history; a step is a hundredth of an epoch."""
+    numbers = {name: value for name, value in record.items() if isinstance(value, float)}
+    return Metrics(numbers, step=round(100 * record["epoch"]))
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,36 @@ class Resume:
 
 
 Event = Metrics | Tags | Dataset | Artifact | Model | Pause | Resume
+
+
+_KINDS: dict[str, Any] = {kind.__name__.lower(): kind for kind in (Metrics, Tags, Dataset, Artifact, Model)}
+
+
+def as_plain(event: Event, directory: Path) -> dict[str, Any]:
+    """An event as plain data.
+
+    Args:
+        event: not `Pause` or `Resume`, which are of the moment.
+        directory: of the run; paths below it are written relative to it.
+    """
+    values = {item.name: getattr(event, item.name) for item in fields(event)}
+    if "path" in values:
+        path, here = Path(values["path"]).absolute(), directory.absolute()
+        values["path"] = str(path.relative_to(here) if path.is_relative_to(here) else path)
+    return {"event": type(event).__name__.lower(), **values}
+
+
+def from_plain(plain: Mapping[str, Any], directory: Path) -> Event:
+    """The event of `as_plain`.
+
+    Raises:
+        KeyError, TypeError: it is none.
+    """
+    values = {name: value for name, value in plain.items() if name != "event"}
+    if "path" in values:
+        values["path"] = directory / values["path"]
+    event: Event = _KINDS[plain["event"]](**values)
+    return event
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from sparse_exp.sparsity.recipe import Phase, Recipe, pin_input_quantizer
 from sparse_exp.sparsity.sparsifier import Sparsifier
 from sparse_exp.training.averaging import exponential, zero_where_zero
 from sparse_exp.training.batches import Buffers, no_images, weighted_parts
-from sparse_exp.training.evaluation import as_input, evaluate_model
+from sparse_exp.training.evaluation import Validation, as_input
 from sparse_exp.training.memory import is_out_of_memory
 from sparse_exp.training.optimizer import BIASES, WEIGHTS, make_optimizer
 from sparse_exp.training.phases import Best, check_phases, first_step, is_pruning, stretches
@@ -56,13 +56,13 @@ class TrainingData:
 
     Attributes:
         train: augmented batches.
-        val: batches of the validation split.
+        val: how accuracies on the validation split are measured.
         names: class names.
         imgsz: side of the images in pixels.
     """
 
     train: DetectionLoader
-    val: DetectionLoader
+    val: Validation
     names: tuple[str, ...]
     imgsz: int
 
@@ -371,7 +371,7 @@ class Trainer:
     def _judge(
         self, phase: Phase, model: YOLOv5, epoch: float, promised: dict[str, float], *, ends: bool
     ) -> Record:
-        result = evaluate_model(model, self._data.val, self._config, self._precision.memory_format)
+        result = self._data.val.evaluate_model(model, self._precision.memory_format)
         record = {
             "epoch": epoch,
             "val/map50": result.map50,

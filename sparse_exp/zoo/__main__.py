@@ -106,9 +106,9 @@ def _add_json(command: argparse.ArgumentParser) -> None:
 def _publish(options: argparse.Namespace, zoo: Path) -> int:
     from sparse_exp.sources.cache import cache_directory
     from sparse_exp.sources.local import require_free, require_writable
-    from sparse_exp.zoo.publish import AUTO, dataset_of, publish_run, read_run
+    from sparse_exp.zoo.publish import AUTO, dataset_of, publish_run, read_finished
 
-    run = read_run(options.source)
+    run = read_finished(options.source)
     require_writable(zoo)
     if options.stub:
         require_free(options.stub, zoo, force=options.force)

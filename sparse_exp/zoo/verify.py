@@ -91,7 +91,7 @@ def _samples(directory: Path, metadata: dict[str, Any]) -> Iterator[str]:
 def _difference(folder: str, engine: str, found: Any, wanted: Any) -> Iterator[str]:
     import torch
 
-    from sparse_exp.export.comparison import Differences
+    from sparse_exp.export.differences import Differences
 
     if found.shape != wanted.shape:
         yield f"{folder} has outputs of shape {wanted.shape}, and {engine} gives {found.shape}"

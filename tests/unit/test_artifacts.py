@@ -7,7 +7,7 @@ import pytest
 
 from sparse_exp.errors import ConfigError
 from sparse_exp.files import fingerprint, landing, sha256_of, write_json, write_text
-from sparse_exp.runs.directory import MANIFEST, RunDirectory, StageRecord
+from sparse_exp.runs.directory import MANIFEST, Run, StageRecord
 
 
 def names(folder) -> set[str]:
@@ -87,33 +87,33 @@ def test_fingerprint_tells_values_apart(one, other):
     assert fingerprint(*one) != fingerprint(*other)
 
 
-def manifest(run: RunDirectory) -> dict:
+def manifest(run: Run) -> dict:
     return json.loads((run.path / MANIFEST).read_text())
 
 
-def a_run(path) -> RunDirectory:
+def a_run(path) -> Run:
     """With one finished stage, ``export``, that wrote two files."""
-    run = RunDirectory.create(path, overwrite=False)
+    run = Run.create(path, overwrite=False)
     files = [write_text(run.path / "deployment" / name, name) for name in ("a.onnx", "b.onnx")]
     run.record("export", StageRecord("f1", run.digests(files), {"size/onnx_mb": 1.5}, 2.0, {"best": "a"}))
     return run
 
 
 def test_a_new_run_is_running_and_empty(tmp_path):
-    run = RunDirectory.create(tmp_path / "runs" / "one", overwrite=False)
+    run = Run.create(tmp_path / "runs" / "one", overwrite=False)
     assert names(run.path) == {MANIFEST}
     assert manifest(run) == {"status": "RUNNING", "stages": {}}
 
 
 def test_an_empty_directory_becomes_a_run(tmp_path):
-    assert RunDirectory.create(tmp_path, overwrite=False).path == tmp_path.resolve()
+    assert Run.create(tmp_path, overwrite=False).path == tmp_path.resolve()
 
 
 def test_an_existing_run_is_not_touched_without_overwrite(tmp_path):
     run = a_run(tmp_path / "run")
     before = manifest(run)
     with pytest.raises(ConfigError, match="overwrite=true") as error:
-        RunDirectory.create(run.path, overwrite=False)
+        Run.create(run.path, overwrite=False)
     assert "resume=" in str(error.value)
     assert "\n" not in str(error.value)
     assert manifest(run) == before
@@ -121,7 +121,7 @@ def test_an_existing_run_is_not_touched_without_overwrite(tmp_path):
 
 def test_overwrite_replaces_a_run_whole(tmp_path):
     old = a_run(tmp_path / "run")
-    new = RunDirectory.create(old.path, overwrite=True)
+    new = Run.create(old.path, overwrite=True)
     assert names(new.path) == {MANIFEST}
     assert manifest(new)["stages"] == {}
 
@@ -129,20 +129,20 @@ def test_overwrite_replaces_a_run_whole(tmp_path):
 def test_overwrite_never_deletes_what_is_no_run(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ConfigError, match=MANIFEST):
-        RunDirectory.create(tmp_path, overwrite=True)
+        Run.create(tmp_path, overwrite=True)
     assert names(tmp_path) == {"thesis.tex"}
 
 
 def test_a_place_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"paths\.run"):
-        RunDirectory.create(tmp_path / "file" / "run", overwrite=False)
+        Run.create(tmp_path / "file" / "run", overwrite=False)
 
 
 def test_reopening_brings_back_records_and_state(tmp_path):
     run = a_run(tmp_path / "run")
     run.update(status="FAILED", failure="no space", tracker="abc")
-    again = RunDirectory.reopen(run.path)
+    again = Run.reopen(run.path)
     assert again.records == run.records
     assert manifest(again)["status"] == "RUNNING"
     assert manifest(again)["failure"] is None
@@ -155,7 +155,7 @@ def test_what_is_no_run_is_not_reopened_nor_changed(tmp_path, content):
     if content is not None:
         (tmp_path / MANIFEST).write_text(content)
     with pytest.raises(ConfigError, match=MANIFEST) as error:
-        RunDirectory.reopen(tmp_path)
+        Run.reopen(tmp_path)
     assert "\n" not in str(error.value)
     assert names(tmp_path) == (set() if content is None else {MANIFEST})
     if content is not None:
@@ -163,7 +163,7 @@ def test_what_is_no_run_is_not_reopened_nor_changed(tmp_path, content):
 
 
 def test_a_stage_is_finished_while_fingerprint_and_files_are_the_same(tmp_path):
-    run = RunDirectory.reopen(a_run(tmp_path / "run").path)
+    run = Run.reopen(a_run(tmp_path / "run").path)
     assert run.is_finished("export", "f1")
     assert not run.is_finished("export", "f2")
     assert not run.is_finished("train", "f1")
@@ -184,7 +184,7 @@ def test_a_stage_whose_file_changed_is_not_finished(tmp_path, change):
 
 def test_a_moved_run_stays_finished(tmp_path):
     a_run(tmp_path / "run").path.rename(tmp_path / "moved")
-    assert RunDirectory.reopen(tmp_path / "moved").is_finished("export", "f1")
+    assert Run.reopen(tmp_path / "moved").is_finished("export", "f1")
 
 
 def test_result_is_flat_and_has_the_time_of_each_stage(tmp_path):

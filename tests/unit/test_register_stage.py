@@ -11,7 +11,7 @@ from sparse_exp import __version__
 from sparse_exp.config.schema import Experiment
 from sparse_exp.errors import ConfigError
 from sparse_exp.files import sha256_of
-from sparse_exp.runs.directory import RunDirectory, StageRecord
+from sparse_exp.runs.directory import Run, StageRecord
 from sparse_exp.stages.base import Context
 from sparse_exp.stages.baseline import dense_experiment
 from sparse_exp.stages.register import register
@@ -25,7 +25,7 @@ def context(tmp_path):
     """A run that asks for registration, its tracker's events in ``logged``."""
     experiment = Experiment(name="a run")
     experiment.tracker.register, experiment.tracker.alias = "crowns", "candidate"
-    run = RunDirectory.create(tmp_path / "run", overwrite=False)
+    run = Run.create(tmp_path / "run", overwrite=False)
     (run.path / "deployment").mkdir()
     (run.path / "deployment" / "model.onnx").write_bytes(b"graph")
     logged: list = []

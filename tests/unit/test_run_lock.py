@@ -23,7 +23,7 @@ from sparse_exp.config.schema import (
 )
 from sparse_exp.errors import ConfigError
 from sparse_exp.files import write_text
-from sparse_exp.runs.directory import LOCK, MANIFEST, RunDirectory, is_abandoned, locked
+from sparse_exp.runs.directory import LOCK, MANIFEST, Run, is_abandoned, locked
 from sparse_exp.runs.past import read_run
 from sparse_exp.stages.base import Outcome, SweepMember
 from sparse_exp.stages.registry import registry as stages
@@ -143,9 +143,9 @@ def test_who_holds_the_lock_may_run_inside_it(tmp_path, monkeypatch):
 def test_the_lock_is_no_content_of_a_run(tmp_path):
     with locked(tmp_path / "run", wait=False):
         inode = (tmp_path / "run" / LOCK).stat().st_ino
-        run = RunDirectory.create(tmp_path / "run", overwrite=False)
+        run = Run.create(tmp_path / "run", overwrite=False)
         write_text(run.path / "a" / "b", "")
-        again = RunDirectory.create(tmp_path / "run", overwrite=True)
+        again = Run.create(tmp_path / "run", overwrite=True)
         assert {path.name for path in again.path.iterdir()} == {LOCK, MANIFEST}
         assert (again.path / LOCK).stat().st_ino == inode
 
@@ -181,6 +181,6 @@ def test_a_place_that_cannot_be_made_is_refused(tmp_path):
 
 
 def test_a_run_of_a_version_without_locks_is_taken_at_its_word(tmp_path):
-    run = RunDirectory.create(tmp_path / "run", overwrite=False)
+    run = Run.create(tmp_path / "run", overwrite=False)
     assert not is_abandoned(run.path)
     assert read_run(run.path).status == "RUNNING"

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from sparse_exp.export.comparison import Differences, matched_shares
+from sparse_exp.export.differences import Differences, matched_shares
 
 
 def predictions(*rows):

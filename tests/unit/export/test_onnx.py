@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sparse_exp.engines import create_engine
 from sparse_exp.export import onnx as exporting
 from sparse_exp.export import quantized
-from sparse_exp.export.deployment import DENSE, MODEL, QDQ
+from sparse_exp.export.exporter import DENSE, MODEL, QDQ
 from sparse_exp.export.onnx import export_float, export_quantized
 from sparse_exp.export.quantized import keep_large_biases, store_integers, unsign_activations
 from sparse_exp.sparsity.measure import layer_sparsity, onnx_facts, overall

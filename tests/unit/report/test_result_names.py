@@ -16,10 +16,10 @@ from sparse_exp.config.schema import (
     RecoveryConfig,
 )
 from sparse_exp.errors import ConfigError
-from sparse_exp.export.cells import FileSizes, size_metrics
-from sparse_exp.export.comparison import Differences, matched_shares
-from sparse_exp.export.square import wanted_files
+from sparse_exp.export.accuracy import FileSizes, size_metrics
+from sparse_exp.export.differences import Differences, matched_shares
 from sparse_exp.metrics.recovery import recovery_metrics
+from sparse_exp.runs.deployment import wanted_files
 from sparse_exp.stages.names import certain_names, expected_names, resolve_objective
 from sparse_exp.stages.registry import names as result_names
 

@@ -9,7 +9,7 @@ import pytest
 
 from sparse_exp.config.schema import DatasetConfig, Experiment, ModelConfig, RecipeConfig, TrainerConfig
 from sparse_exp.errors import SparsityError
-from sparse_exp.runs.directory import RunDirectory, StageRecord
+from sparse_exp.runs.directory import Run, StageRecord
 from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.stages.base import Context
 from sparse_exp.stages.registry import registry as stages
@@ -61,7 +61,7 @@ def make_context(digits, folder, start, text: str, **options) -> Context:
         trainer=TrainerConfig(batch_size=4),
         **options,
     )
-    run = RunDirectory.create(folder, overwrite=False)
+    run = Run.create(folder, overwrite=False)
     context = Context(experiment, run, Notebook(), Recipe(text, name="r.md"))
     context.dataset = digits
     context.cache = folder

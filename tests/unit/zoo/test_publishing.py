@@ -18,7 +18,7 @@ import torch
 from finished_run import STUB, pruned, save
 
 from sparse_exp.errors import CheckpointError, ConfigError, SourceUnavailable
-from sparse_exp.export.comparison import matched_shares
+from sparse_exp.export.differences import matched_shares
 from sparse_exp.export.reference import as_deployed
 from sparse_exp.export.verification import predict
 from sparse_exp.sources.layout import checkpoint_in

@@ -1,4 +1,4 @@
-"""The deployment directory of a trained detector; see `sparse_exp.export.square` for what lies in it."""
+"""The deployment directory of a trained detector; see `sparse_exp.runs.deployment` for what lies in it."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from typing import Any
 
 import torch
 
+from sparse_exp.config.schema import Experiment
+from sparse_exp.data import DetectionDataset
 from sparse_exp.engines.base import reason
 from sparse_exp.errors import Impossible
-from sparse_exp.export.metadata import describe
 from sparse_exp.export.networks import Network, dense_network, initial_network, sparse_network
 from sparse_exp.export.onnx import export_float, export_quantized
 from sparse_exp.export.post_training import Images, quantize_onnxruntime, quantize_openvino
 from sparse_exp.export.reference import with_whole_biases
-from sparse_exp.export.square import (
+from sparse_exp.progress import progress
+from sparse_exp.runs.deployment import (
+    CHECKPOINTS,
     DENSE,
-    FOLDER,
     MODEL,
     QDQ,
     SPARSE_FP32,
-    before_quantization,
     dense_int8,
     wanted_files,
 )
-from sparse_exp.progress import progress
+from sparse_exp.runs.directory import Run
+from sparse_exp.runs.metadata import describe
 from sparse_exp.sparsity.checkpoints import restore
 from sparse_exp.sparsity.recipe import Recipe, is_quantized
-from sparse_exp.stages.base import Context
 from sparse_exp.training.oneshot import calibration_loader
 from sparse_exp.yolov5 import Checkpoint, YOLOv5, save_checkpoint
 
-__all__ = ["DENSE", "MODEL", "QDQ", "export_dense_integer", "export_deployment", "export_run"]
 _log = logging.getLogger(__name__)
 
 # Weights per output channel: of the trees' dense yolov5s calibration then costs 0.006 of mAP50, and 0.06
@@ -55,21 +55,26 @@ _QUANTIZE = """modifiers:
 """
 
 
-def export_run(context: Context) -> tuple[list[Path], dict[str, Any]]:
-    """Write all files that the run's hardware target asks for.
+def export_run(
+    experiment: Experiment, run: Run, checkpoint: Path, dataset: DetectionDataset
+) -> tuple[list[Path], dict[str, Any]]:
+    """Write all files that a run's hardware target asks for.
 
     Args:
-        context: of the run, its training finished.
+        experiment: of the run.
+        run: its training is finished.
+        checkpoint: what it deploys.
+        dataset: its training images calibrate the dense network.
 
     Returns:
         The files, and facts for later stages: ``imgsz``; of ``dense`` and ``sparse_fp32`` where the weights
         come from (``origin``), whether they are ``trained``, and the size of their checkpoint in MB;
         ``impossible``: why a file is not there, by its name.
     """
-    exports = _Exports(context)
+    exports = _Exports(experiment, run, checkpoint, dataset)
     files: list[Path] = []
     impossible: dict[str, str] = {}
-    exports.clear()
+    run.deployment.clear()
     steps = exports.steps()
     with progress("Exporting", total=len(steps), unit="files") as bar:
         for name, make in steps.items():
@@ -146,30 +151,32 @@ Step = Callable[[], list[Path]]
 class _Exports:
     """The files of one run, each made by a method."""
 
-    context: Context
+    experiment: Experiment
+    run: Run
+    file: Path
+    dataset: DetectionDataset
 
     def __post_init__(self) -> None:
-        self.folder = self.context.run.path / FOLDER
-        self.model, self.checkpoint = restore(self.context.checkpoint)
-        self.imgsz = self.context.experiment.dataset.imgsz
+        self.folder = self.run.deployment.folder
+        self.model, self.checkpoint = restore(self.file)
+        self.imgsz = self.experiment.dataset.imgsz
         if self.checkpoint.imgsz not in (None, self.imgsz):
             trained = f"{self.checkpoint.imgsz} px"
             _log.warning("The checkpoint was trained at %s, and is exported for %d px.", trained, self.imgsz)
-        opset = self.context.experiment.export.opset
-        self.form: dict[str, Any] = {"imgsz": self.imgsz, "opset": opset, "names": self.checkpoint.names}
+        opset, names = self.experiment.export.opset, self.checkpoint.names
+        self.form: dict[str, Any] = {"imgsz": self.imgsz, "opset": opset, "names": names}
 
     @cached_property
     def dense(self) -> Network:
-        return dense_network(self.context, self.model)
+        return dense_network(self.run, self.file, self.model)
 
     @cached_property
     def sparse(self) -> Network | str:
-        before = before_quantization(self.context.checkpoint, self.context.run.records)
-        return sparse_network(self.model, before)
+        return sparse_network(self.model, self.run.before_quantization(self.file))
 
     @cached_property
     def images(self) -> Images:
-        experiment, dataset = self.context.experiment, self.context.dataset
+        experiment, dataset = self.experiment, self.dataset
         if not dataset.splits.get("train"):
             raise Impossible(f"The data set {dataset.name} has no training images to calibrate with.")
         count, batch_size = experiment.recipe.calibration_images, experiment.trainer.val_batch_size
@@ -178,21 +185,15 @@ class _Exports:
         )
         return [batch.images.contiguous().numpy() for batch in loader]
 
-    def clear(self) -> None:
-        """Remove what an earlier export of this run left, of which some may no longer be made."""
-        for pattern in ("model*.onnx", "dense.*", "sparse.fp32.*"):
-            for file in self.folder.glob(pattern):
-                file.unlink()
-
     def steps(self) -> dict[str, Step]:
         """What makes each file, by its name, in an order in which a file comes after those it needs."""
-        hardware, folder = self.context.experiment.hardware, self.folder
+        hardware, folder = self.experiment.hardware, self.folder
         made: dict[str, Step] = {
             MODEL: partial(_export_deployed, self.model, folder, self.form),
             DENSE: lambda: self._float(self.dense, DENSE),
             SPARSE_FP32: lambda: self._float(self._sparse(), SPARSE_FP32),
-            "dense.pt": lambda: self._save(self.dense, "dense.pt"),
-            "sparse.fp32.pt": lambda: self._save(self._sparse(), "sparse.fp32.pt"),
+            CHECKPOINTS["dense"]: lambda: self._save(self.dense, CHECKPOINTS["dense"]),
+            CHECKPOINTS["sparse_fp32"]: lambda: self._save(self._sparse(), CHECKPOINTS["sparse_fp32"]),
             dense_int8("deepsparse"): self._int8_deepsparse,
             dense_int8("onnxruntime"): self._int8_onnxruntime,
             dense_int8("openvino"): self._int8_openvino,
@@ -203,10 +204,9 @@ class _Exports:
     def networks(self) -> dict[str, Any]:
         """Where the weights of the other networks come from, for the facts."""
         found = {"dense": self.dense}
-        if "sparse_fp32" in self.context.experiment.hardware.variants and isinstance(self.sparse, Network):
+        if "sparse_fp32" in self.experiment.hardware.variants and isinstance(self.sparse, Network):
             found["sparse_fp32"] = self.sparse
-        files = {"dense": "dense.pt", "sparse_fp32": "sparse.fp32.pt"}
-        return {name: _described(network, self.folder / files[name]) for name, network in found.items()}
+        return {name: _described(network, self.folder / CHECKPOINTS[name]) for name, network in found.items()}
 
     def _sparse(self) -> Network:
         if isinstance(self.sparse, str):

@@ -1,4 +1,4 @@
-"""Accuracy and size of each cell of the square, so that its speed never stands alone.
+"""Accuracy and size of the file of each engine and variant, so that its speed never stands alone.
 
 Names in ``result.json``: ``deployed/<engine>/<variant>/map50`` and ``.../map50_95``; what the run deploys,
 the variant ``sparse``, keeps its ``deployed/<engine>/map50``. Sizes in MB of 1e6 bytes:
@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparse_exp.config.schema import Experiment
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.engines.base import files_of
 from sparse_exp.errors import EngineError, Impossible, MissingDependency
-from sparse_exp.export.square import FOLDER, accuracy_prefix, model_for, size_prefix, weights_are_trained
+from sparse_exp.runs.deployment import Deployment, accuracy_prefix, size_prefix
 from sparse_exp.sparsity.measure import MEGABYTE, gzip_bytes, nonzero_bytes
-from sparse_exp.stages.base import Context
-from sparse_exp.training.evaluation import Evaluation, evaluate
+from sparse_exp.training.evaluation import Evaluation, Validation
 
 _log = logging.getLogger(__name__)
 
@@ -49,8 +49,8 @@ class FileSizes:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """What is known of a cell's file; as plain data in the facts of the verify stage, under ``cells``.
+class MeasuredFile:
+    """What is known of a file; as plain data in the facts of the verify stage, under ``cells``.
 
     Attributes:
         engine: one of `sparse_exp.config.schema.ENGINES`.
@@ -71,86 +71,83 @@ class Cell:
     impossible: str = ""
 
 
-def measure_cells(context: Context, deployed: Mapping[str, float]) -> tuple[dict[str, float], list[Any]]:
-    """Evaluate the files of all cells, each in its engine, and measure their sizes.
+def measure_files(
+    deployment: Deployment,
+    validation: Validation,
+    experiment: Experiment,
+    deployed: Mapping[str, float],
+    *,
+    checkpoints: Mapping[str, Any],
+    cores: int,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Evaluate the file of each engine and variant of the target in its engine, and measure its size.
 
     Args:
-        context: of a run whose export stage is finished.
+        deployment: the exported files.
+        validation: how accuracies are measured.
+        experiment: names engines, variants and the batch size of the evaluation.
         deployed: metrics of what the run deploys, ``deployed/<engine>/map50`` among them: these engines are
             not asked again.
+        checkpoints: facts of the export stage: sizes of the checkpoints of ``dense`` and ``sparse_fp32``.
+        cores: that engines run on.
 
     Returns:
-        Metrics for ``result.json``; and each cell as plain data (see `Cell`).
+        Metrics for ``result.json``; and each file as plain data (see `MeasuredFile`).
     """
-    hardware = context.experiment.hardware
-    pairs = [(engine, variant) for variant in hardware.variants for engine in hardware.engines]
-    sizes = sizes_in(context.run.path / FOLDER)
-    cells = [_cell(context, engine, variant, deployed, sizes) for engine, variant in pairs]
-    metrics = {name: value for cell in cells for name, value in _accuracy(cell, deployed)}
-    metrics |= size_metrics(sizes) | _checkpoint_sizes(context)
-    return metrics, [asdict(cell) for cell in cells]
+    hardware, batch_size = experiment.hardware, experiment.trainer.val_batch_size
+    sizes = {file.name: file_sizes(file) for file in deployment.files}
+    found: list[MeasuredFile] = []
+    for variant in hardware.variants:
+        for engine in hardware.engines:
+            map50, map50_95 = (deployed.get(f"deployed/{engine}/{name}") for name in ("map50", "map50_95"))
+            try:
+                file = deployment.file(engine, variant)
+                if not deployment.is_trained(variant):
+                    map50 = map50_95 = None
+                elif variant != "sparse" or map50 is None:
+                    result = evaluate_file(validation, engine, file, batch_size=batch_size, cores=cores)
+                    _log.info("%s in %s: mAP50 %.4f (%s)", variant, engine, result.map50, file.name)
+                    map50, map50_95 = result.map50, result.map50_95
+            except Impossible as error:
+                found.append(MeasuredFile(engine, variant, impossible=str(error)))
+            else:
+                found.append(MeasuredFile(engine, variant, file.name, map50, map50_95, sizes.get(file.name)))
+    metrics = {name: value for one in found for name, value in _accuracy(one, deployed)}
+    return metrics | size_metrics(sizes) | _checkpoint_sizes(checkpoints), [asdict(one) for one in found]
 
 
-def _cell(
-    context: Context,
-    engine: str,
-    variant: str,
-    deployed: Mapping[str, float],
-    sizes: Mapping[str, FileSizes],
-) -> Cell:
-    try:
-        file = model_for(context, engine, variant)
-        known = [deployed.get(f"deployed/{engine}/{name}") for name in ("map50", "map50_95")]
-        if variant != "sparse" or known[0] is None:
-            known = _evaluated(context, engine, variant, file)
-        map50, map50_95 = known
-    except Impossible as error:
-        return Cell(engine, variant, impossible=str(error))
-    return Cell(engine, variant, file.name, map50, map50_95, sizes.get(file.name))
-
-
-def _evaluated(context: Context, engine: str, variant: str, file: Path) -> list[float | None]:
-    if not weights_are_trained(context, variant):
-        return [None, None]
-    result = evaluate_file(context, engine, file)
-    _log.info("%s in %s: mAP50 %.4f (%s)", variant, engine, result.map50, file.name)
-    return [result.map50, result.map50_95]
-
-
-def evaluate_file(context: Context, engine: str, file: Path) -> Evaluation:
+def evaluate_file(
+    validation: Validation, engine: str, file: Path, *, batch_size: int, cores: int
+) -> Evaluation:
     """Measure the mAP of a file in an engine on the validation split.
+
+    Args:
+        validation: how accuracies are measured.
+        engine: one of `sparse_exp.config.schema.ENGINES`.
+        file: that it loads.
+        batch_size: images at once, that of the split's loader.
+        cores: that the engine runs on.
 
     Raises:
         Impossible: the engine cannot load or run it; says why.
     """
-    trainer = context.experiment.trainer
     try:
         with closing(IsolatedEngine(engine)) as runtime:
-            runtime.load(file, batch_size=trainer.val_batch_size, cores=context.cores)
-            return evaluate(
+            runtime.load(file, batch_size=batch_size, cores=cores)
+            return validation.evaluate(
                 lambda images: torch.from_numpy(runtime.run(images.numpy())[0]),
-                context.loader("val"),
-                num_classes=len(context.dataset.names),
-                conf=trainer.conf,
-                iou=trainer.iou,
-                max_det=trainer.max_det,
                 description=f"Verifying {engine}, {file.name}",
             )
     except (EngineError, MissingDependency) as error:
         raise Impossible(str(error)) from error
 
 
-def _accuracy(cell: Cell, deployed: Mapping[str, float]) -> Iterator[tuple[str, float]]:
-    prefix = accuracy_prefix(cell.engine, cell.variant)
+def _accuracy(one: MeasuredFile, deployed: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+    prefix = accuracy_prefix(one.engine, one.variant)
     for name in ("map50", "map50_95"):
-        value = getattr(cell, name)
+        value = getattr(one, name)
         if value is not None and prefix + name not in deployed:
             yield prefix + name, value
-
-
-def sizes_in(folder: Path) -> dict[str, FileSizes]:
-    """Sizes of the exported files of a deployment directory, by their names; not of torch's checkpoints."""
-    return {file.name: file_sizes(file) for file in sorted([*folder.glob("*.onnx"), *folder.glob("*.xml")])}
 
 
 def file_sizes(file: Path) -> FileSizes:
@@ -171,7 +168,7 @@ def _nonzero_of_bin(file: Path) -> int:
 
 
 def size_metrics(sizes: Mapping[str, FileSizes]) -> dict[str, float]:
-    """The metrics of files, whose names are those of `sparse_exp.export.square`."""
+    """The metrics of files, whose names are those of `sparse_exp.runs.deployment`."""
     metrics: dict[str, float] = {}
     for file, values in sizes.items():
         prefix = size_prefix(file)
@@ -180,7 +177,7 @@ def size_metrics(sizes: Mapping[str, FileSizes]) -> dict[str, float]:
     return metrics
 
 
-def _checkpoint_sizes(context: Context) -> dict[str, float]:
-    facts, prefixes = context.facts("export"), {"dense": "dense_", "sparse_fp32": "sparse_fp32/"}
+def _checkpoint_sizes(facts: Mapping[str, Any]) -> dict[str, float]:
+    prefixes = {"dense": "dense_", "sparse_fp32": "sparse_fp32/"}
     sizes = {prefix: facts.get(variant, {}).get("checkpoint_mb") for variant, prefix in prefixes.items()}
     return {f"size/{prefix}checkpoint_mb": size for prefix, size in sizes.items() if size is not None}
