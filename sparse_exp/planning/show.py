@@ -5,18 +5,11 @@ from __future__ import annotations
 import logging
 
 from sparse_exp.planning.plan import Plan, render
-from sparse_exp.text import console_width
+from sparse_exp.text import console_width, plain_text
 
 _log = logging.getLogger(__name__)
 
 
 def show_plan(plan: Plan) -> None:
     """Log the plan: on the console and in the run's log alike."""
-    import io
-
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), width=console_width(), color_system=None, legacy_windows=False)
-    for part in render(plan):
-        console.print(part)
-    _log.info("%s", console.file.getvalue().rstrip())  # type: ignore[attr-defined]
+    _log.info("%s", plain_text(*render(plan), width=console_width()).rstrip())

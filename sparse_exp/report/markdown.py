@@ -183,7 +183,7 @@ def _pictures(pictures: Mapping[str, Path], start: Path) -> str:
 
 
 def _facts(facts: Mapping[str, str]) -> str:
-    return markdown_table(("", ""), facts.items(), align=False)
+    return markdown_table(("", ""), facts.items(), right=())
 
 
 def _bullets(lines: Iterable[str]) -> str:
