@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ from sparse_exp.locks import waited_seconds, working
 from sparse_exp.runs.conditions import current, packages
 from sparse_exp.runs.directory import CONFIG, Run, StageRecord, locked
 from sparse_exp.runs.past import JOB_TAG, OVERRIDES_TAG
-from sparse_exp.runs.replay import told_of
+from sparse_exp.runs.replay import AT_THE_END, AT_THE_START, files_of, told_of, told_of_stage
 from sparse_exp.sources.cache import cache_directory
 from sparse_exp.sources.local import zoo_directory
 from sparse_exp.sources.recipes import fetch_recipe
@@ -33,19 +34,9 @@ from sparse_exp.stages.base import Context, Stage, SweepMember
 from sparse_exp.stages.fingerprint import Fingerprint, pass_on, take_fingerprint
 from sparse_exp.stages.registry import STAGES
 from sparse_exp.stages.train import write_recipe
-from sparse_exp.tracking import PARENT_TAG, Artifact, RunInfo, as_plain, create_tracker
+from sparse_exp.tracking import PARENT_TAG, RunInfo, Status, as_plain, create_tracker
 
 _log = logging.getLogger(__name__)
-
-_KEPT_AT_THE_END = (
-    "report.md",
-    "result.json",
-    "manifest.json",
-    "history.json",
-    "benchmark.json",
-    "why.json",
-    "sparse_exp.log",
-)
 
 
 def run(
@@ -143,28 +134,33 @@ def _write_conditions(
 
 def _run_tracked(context: Context) -> None:
     """Run the stages, and tell manifest and tracker how it ended, whatever happens."""
-    tracker, before = context.tracker, context.run.tracker_run_id
+    tracker, run = context.tracker, context.run
     try:
-        tracker.start(_run_info(context))
-        context.run.update(tracker_run_id=tracker.run_id)
-        for name in (CONFIG, "recipe.md", "environment.txt"):
-            tracker.log(Artifact(context.run.path / name))
-        _run_stages(context, tell_kept=tracker.run_id != before)
+        info = _run_info(context)
+        run.update(told=False, started=time.time(), ended=None)
+        tracker.start(info)
+        run.update(tracker_run_id=tracker.run_id, tracker_address=tracker.address)
+        for event, at in files_of(run, AT_THE_START, run.state["started"]):
+            tracker.log(event, at)
+        _run_stages(context)
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt)
         reason = "interrupted" if killed else " ".join(str(error).split())
-        context.run.update(status="KILLED" if killed else "FAILED", failure=reason)
         _finish(context, "KILLED" if killed else "FAILED", reason)
         raise
-    context.run.update(status="FINISHED", failure=None)
     _finish(context, "FINISHED", "")
 
 
-def _finish(context: Context, status: Any, reason: str) -> None:
-    for name in _KEPT_AT_THE_END:
-        if (context.run.path / name).is_file():
-            context.tracker.log(Artifact(context.run.path / name))
-    context.tracker.finish(status, reason)
+def _finish(context: Context, status: Status, reason: str) -> None:
+    run, ended = context.run, time.time()
+    run.update(status=status, failure=reason or None, ended=ended)
+    for event, at in files_of(run, AT_THE_END, ended):
+        context.tracker.log(event, at)
+    told = context.tracker.finish(status, reason, ended)
+    run.update(told=told)
+    if not told:
+        again = f"python -m sparse_exp.tracking sync {shlex.quote(str(run.path))}"
+        _log.warning("The tracker does not know all of this run. When it answers again: %s", again)
 
 
 def _run_info(context: Context) -> RunInfo:
@@ -190,29 +186,27 @@ def _run_info(context: Context) -> RunInfo:
         tags=tags,
         directory=context.run.path,
         run_id=context.run.tracker_run_id,
+        told=lambda: told_of(context.run),
+        missed=bool(context.run.records)
+        and not (context.run.state.get("told") and context.run.tracker_run_id),
     )
 
 
-def _run_stages(context: Context, *, tell_kept: bool) -> None:
-    """Run one stage after the other.
-
-    Args:
-        context: of the run.
-        tell_kept: the tracker knows nothing of the stages that are kept.
-    """
+def _run_stages(context: Context) -> None:
+    """Run one stage after the other."""
     order, before, held_until = list(STAGES), Fingerprint(), ""
     with ExitStack() as held:
         for name in context.experiment.stages:
             stage = STAGES[name]
             if held_until and order.index(name) > order.index(held_until):
                 held.close()
-            before = pass_on(stage, context, before, _run_stage(context, stage, before, tell_kept=tell_kept))
+            before = pass_on(stage, context, before, _run_stage(context, stage, before))
             if stage.held_until:
                 held.enter_context(stage.held(context))
                 held_until = stage.held_until
 
 
-def _run_stage(context: Context, stage: Stage, before: Fingerprint, *, tell_kept: bool) -> Fingerprint:
+def _run_stage(context: Context, stage: Stage, before: Fingerprint) -> Fingerprint:
     """Run one stage, or keep it when it is finished; returns its fingerprint."""
     started = time.monotonic() - waited_seconds()
     context.run.update(stage=stage.name)
@@ -220,8 +214,6 @@ def _run_stage(context: Context, stage: Stage, before: Fingerprint, *, tell_kept
         own = _adopted(context, stage, take_fingerprint(context, stage, before))
     if context.run.is_finished(stage.name, own.mark):
         _log.info("== %s: finished before, kept", stage.name)
-        if tell_kept:
-            _tell(context, stage.name, replay=True)
         return own
     _log.info("== %s%s", stage.name, _why_again(context, stage, own))
     context.mark, context.earlier_mark = own.mark, own.earlier
@@ -233,7 +225,9 @@ def _run_stage(context: Context, stage: Stage, before: Fingerprint, *, tell_kept
             _work(context, stage, own, started)
     result = write_json(context.run.path / "result.json", context.run.result())
     _log.debug("%s written", result)
-    _tell(context, stage.name, replay=record is not None)
+    # Of a training that was done here the tracker knows the epochs already.
+    for event, at in told_of_stage(context.run, stage.name, epochs=record is not None):
+        context.tracker.log(event, at)
     return own
 
 
@@ -291,12 +285,6 @@ def _threads(context: Context) -> AbstractContextManager[None]:
     from sparse_exp.training.threads import using_threads
 
     return using_threads(context.threads * context.experiment.trainer.devices)
-
-
-def _tell(context: Context, stage: str, *, replay: bool) -> None:
-    """Let the tracker know what a stage found; ``replay``: it was not done now, epochs included."""
-    for event, _ in told_of(context.run, stage, epochs=replay):
-        context.tracker.log(event)
 
 
 @contextmanager

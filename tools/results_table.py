@@ -1,7 +1,7 @@
-"""The measured numbers of a run as Markdown, for the README.
+"""The measured numbers of a run as Markdown, for docs/main-job.md.
 
     python tools/results_table.py outputs/runs/DATE/TIME-NAME
-    python tools/results_table.py outputs/runs/DATE/TIME-NAME --insert README.md
+    python tools/results_table.py outputs/runs/DATE/TIME-NAME --insert docs/main-job.md
 
 With ``--insert`` they replace what stands between ``<!-- numbers -->`` and ``<!-- /numbers -->``.
 """

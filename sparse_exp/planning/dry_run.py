@@ -49,21 +49,12 @@ def _plan(experiment: Experiment, recipe: Recipe) -> Plan:
             teacher_file(experiment.recipe.teacher, cache, zoo, offline=True) if recipe.distills else None
         )
         plan = plan_training(experiment, recipe, dataset, precision, start, teacher)
-        return _with_asked_first(plan, experiment) if start and start.grown else plan
+        asked = tuple(source.uri for source in experiment.model.sources) if start and start.grown else ()
+        return replace(plan, asked_first=asked)
     model = YOLOv5(experiment.model.size, len(dataset.names) if dataset else 1)
     recipe.check(model)
     plan = make_plan(experiment, recipe, _unread(experiment, start), precision, model)
-    later = "estimated once the data and the start checkpoint are on this machine"
-    return plan if experiment.recipe.oneshot else replace(plan, facts={**plan.facts, "time": later})
-
-
-def _with_asked_first(plan: Plan, experiment: Experiment) -> Plan:
-    """The plan of a grown start; the run itself looks for one of the model's own size once more."""
-    if not experiment.model.sources:
-        return plan
-    uris = ", ".join(source.uri for source in experiment.model.sources)
-    first = f"not on this machine; the run asks for it first, and grows nothing where it serves: {uris}"
-    return replace(plan, facts={**plan.facts, experiment.model.name: first})
+    return replace(plan, waits_for_start=not experiment.recipe.oneshot)
 
 
 def _unread(experiment: Experiment, start: StartFile | None) -> Start:

@@ -71,7 +71,7 @@ def plan_training(
             teacher=learns_from,
         )
     data = Data(*(len(dataset.splits[split]) for split in ("train", "val")))
-    return with_trial(plan, trial, recipe, data, experiment.trainer)
+    return with_trial(plan, trial, recipe, data)
 
 
 def _batch(experiment: Experiment, dataset: DetectionDataset) -> Batch:

@@ -17,14 +17,14 @@ def _run(context: Context) -> Outcome:
         return Outcome()
     from sparse_exp.planning.plan import with_mismatch
     from sparse_exp.planning.preflight import plan_training
-    from sparse_exp.planning.show import show_plan
+    from sparse_exp.planning.show import as_facts, show_plan
 
     teacher = teacher_file(experiment.recipe.teacher, context.cache, context.zoo) if recipe.distills else None
     plan = plan_training(experiment, recipe, context.dataset, context.precision, context.start, teacher)
     plan = with_mismatch(plan, experiment.hardware.name, context.mismatch)
     show_plan(plan)
     found = {"sparsity": plan.start.sparsity, "quantized": plan.start.quantized}
-    facts = {**plan.as_facts(), "transferred": plan.start.transferred, "start": found}
+    facts = {**as_facts(plan), "transferred": plan.start.transferred, "start": found}
     return Outcome(facts=facts, events=_events(context, facts))
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sparse_exp.config.schema import Experiment
 from sparse_exp.files import sha256_of, write_json, write_text
+from sparse_exp.runs.replay import HISTORY
 from sparse_exp.stages.base import Context, Outcome, Stage
 from sparse_exp.stages.sparsity_csv import write_sparsity
-from sparse_exp.tracking import Artifact, epoch_metrics
-
-_log = logging.getLogger(__name__)
+from sparse_exp.tracking import Artifact
 
 
 def _run(context: Context) -> Outcome:
@@ -22,8 +20,8 @@ def _run(context: Context) -> Outcome:
 
     weights, directory = context.run.path / "weights", context.run.path
     weights.mkdir(exist_ok=True)
-    result, composed = run_training(context, lambda record: _log_epoch(context, record))
-    history = write_json(directory / "history.json", result.history)
+    result, composed = run_training(context)
+    history = write_json(directory / HISTORY, result.history)
     phase, best = list(result.phases.items())[-1]
     table = write_sparsity(context, best.path, best.promised)
     recipe = write_recipe(directory, composed)
@@ -40,23 +38,6 @@ def _run(context: Context) -> Outcome:
     checkpoints = sorted(path for path in weights.glob("[!.]*.pt") if path != state)
     files = [history, table, recipe, *checkpoints]
     return Outcome(files, facts=facts, events=[Artifact(recipe), Artifact(table)], spent=[state])
-
-
-def _log_epoch(context: Context, record: dict[str, Any]) -> None:
-    context.tracker.log(epoch_metrics(record))
-    losses = "".join(
-        f"{name.removeprefix('loss/')} {value:.4f} "
-        for name, value in record.items()
-        if name.startswith("loss/")
-    )
-    speed = f"  {record['images_per_s']:.1f} images/s" if "images_per_s" in record else ""
-    _log.info(
-        "epoch %-5.4g %-12s %s mAP50 %.3f  sparsity %.4f%s",
-        *(record[name] for name in ("epoch", "phase")),
-        losses,
-        *(record[name] for name in ("val/map50", "sparsity/prunable")),
-        speed,
-    )
 
 
 def write_recipe(directory: Path, text: str) -> Path:

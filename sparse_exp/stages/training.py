@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 
 from sparse_exp.data.loader import DetectionLoader
 from sparse_exp.errors import ConfigError
+from sparse_exp.files import write_json
+from sparse_exp.runs.replay import HISTORY
 from sparse_exp.sources.start import teacher_file
 from sparse_exp.sparsity.measure import (
     SPARSE_FROM,
@@ -16,7 +19,7 @@ from sparse_exp.sparsity.measure import (
     require_sparsity,
 )
 from sparse_exp.stages.base import Context
-from sparse_exp.tracking import epoch_metrics
+from sparse_exp.tracking import ENDED, epoch_metrics
 from sparse_exp.training.loop import Record, TrainingData, TrainingResult
 from sparse_exp.training.oneshot import apply_at_once, calibration_loader, refuse_untrained_start
 from sparse_exp.training.processes import fit_together
@@ -27,14 +30,14 @@ from sparse_exp.yolov5 import YOLOv5
 _log = logging.getLogger(__name__)
 
 
-def run_training(context: Context, on_epoch: Callable[[Record], None]) -> tuple[TrainingResult, str]:
+def run_training(context: Context) -> tuple[TrainingResult, str]:
     """Train under the run's recipe, or apply it at once; checkpoints go to ``weights/``.
 
     A training that was cut off goes on after the last epoch whose state was saved.
 
     Args:
-        context: of the run; its plan is held to where there is one.
-        on_epoch: called with each record of the history.
+        context: of the run; its plan is held to where there is one. Each record of the history is kept in
+            ``history.json`` before the tracker is told.
 
     Returns:
         What the training left, and the recipe that its checkpoints carry: that of the start checkpoint
@@ -44,21 +47,46 @@ def run_training(context: Context, on_epoch: Callable[[Record], None]) -> tuple[
         SparseExpError: the start is not what was planned, a promise about zeros was broken, or the
             teacher cannot be had.
     """
-    file = StateFile(context.run.path / STATE, context.mark, context.tracker.run_id)
+    file = StateFile(context.run.path / STATE, context.mark, context.earlier_mark)
     state = None if context.experiment.recipe.oneshot else file.read()
-    if state and state["tracker_run"] != context.tracker.run_id:  # a new one, which knows no epoch yet
-        for record in state["history"]:
-            context.tracker.log(epoch_metrics(record))
     try:
-        return _run(context, on_epoch, file, state)
+        return _run(context, file, state)
     except StateError as error:
         _log.warning("%s", not_used(file.path, str(error)))
-        return _run(context, on_epoch, file, None)
+        return _run(context, file, None)
 
 
-def _run(
-    context: Context, on_epoch: Callable[[Record], None], file: StateFile, state: State | None
-) -> tuple[TrainingResult, str]:
+class _History:
+    """The records of a training so far, in ``history.json``; the tracker is told of each."""
+
+    def __init__(self, context: Context, state: State | None) -> None:
+        self._context, self._path = context, context.run.path / HISTORY
+        self._records: list[Record] = list(state["history"]) if state else []
+        write_json(self._path, self._records)
+
+    def add(self, record: Record) -> None:
+        """Keep a record, with the time at which its epoch ended."""
+        record[ENDED] = time.time()
+        self._records.append(record)
+        write_json(self._path, self._records)
+        self._context.tracker.log(epoch_metrics(record), record[ENDED])
+        losses = "".join(
+            f"{name.removeprefix('loss/')} {value:.4f} "
+            for name, value in record.items()
+            if name.startswith("loss/")
+        )
+        speed = f"  {record['images_per_s']:.1f} images/s" if "images_per_s" in record else ""
+        _log.info(
+            "epoch %-5.4g %-12s %s mAP50 %.3f  sparsity %.4f%s",
+            *(record[name] for name in ("epoch", "phase")),
+            losses,
+            *(record[name] for name in ("val/map50", "sparsity/prunable")),
+            speed,
+        )
+
+
+def _run(context: Context, file: StateFile, state: State | None) -> tuple[TrainingResult, str]:
+    history = _History(context, state)
     experiment, names = context.experiment, context.dataset.names
     model, start = load_start(context.start, experiment.model.size, len(names), seed=experiment.seed)
     composed = context.recipe.after(start.checkpoint.recipe if start.checkpoint else "")
@@ -72,9 +100,9 @@ def _run(
         result = apply_at_once(
             model, context.recipe, data, context.precision, weights=weights, composed=composed
         )
-        on_epoch(result.history[0])
+        history.add(result.history[0])
         return result, composed
-    return _fit(context, model, data, teacher, composed, on_epoch, file, state), composed
+    return _fit(context, model, data, teacher, composed, history.add, file, state), composed
 
 
 def _teacher(context: Context, model: YOLOv5, start: Start) -> YOLOv5 | None:

@@ -175,8 +175,10 @@ def _close_parent(sweep: Sweep, state: dict[str, Any], status: Status, reason: s
     for path in (sweep.directory / FOLDER, sweep.directory / _MULTIRUN):
         if path.exists():
             tracker.log(Artifact(path))
-    tracker.finish(status, reason)
-    note_state(sweep.directory, open=False)
+    if tracker.finish(status, reason):
+        note_state(sweep.directory, open=False)
+    else:
+        _log.warning("The sweep's own run does not hold all of it; the same command completes it.")
 
 
 def _tidy(directory: Path) -> None:

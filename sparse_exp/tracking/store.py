@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import SparseExpError, expected
-from sparse_exp.tracking.outbox import one_line, without_password
+from sparse_exp.tracking.messages import one_line, without_password
 
 SQLITE = "sqlite:///"
 _LOCK_TIMEOUT_S = 120

@@ -8,8 +8,16 @@ from sparse_exp.config.schema import Experiment, HardwareConfig, ModelConfig, Re
 from sparse_exp.errors import ConfigError, RecipeError
 from sparse_exp.hardware.targets import fit_to_host
 from sparse_exp.planning.dry_run import show
-from sparse_exp.planning.plan import Data, duration, make_plan, render, with_mismatch, with_trial
-from sparse_exp.planning.show import show_plan
+from sparse_exp.planning.plan import Data, make_plan, with_mismatch, with_trial
+from sparse_exp.planning.show import (
+    as_facts,
+    duration,
+    labelled_lines,
+    phase_rows,
+    pruning_sentence,
+    render,
+    show_plan,
+)
 from sparse_exp.planning.trial import Trial
 from sparse_exp.sparsity.measure import SPARSE_FROM
 from sparse_exp.sparsity.prune import prune_by_magnitude, prune_layer_adaptively
@@ -90,21 +98,21 @@ def plan(dense):
 def test_a_dense_start_is_pruned_to_the_models_sparsity(plan):
     laid_out = plan()
     assert laid_out.prune_to == 0.9
-    assert "dense" in laid_out.pruning
-    assert "90%" in laid_out.pruning
-    assert "before epoch 0" in laid_out.pruning
-    assert "blocks" not in laid_out.pruning
-    assert "in blocks of 4" in plan(pattern="block4").pruning
+    assert "dense" in pruning_sentence(laid_out)
+    assert "90%" in pruning_sentence(laid_out)
+    assert "before epoch 0" in pruning_sentence(laid_out)
+    assert "blocks" not in pruning_sentence(laid_out)
+    assert "in blocks of 4" in pruning_sentence(plan(pattern="block4"))
     assert laid_out.sparsity == laid_out.final_sparsity == pytest.approx(0.9)
 
 
 def test_a_sparse_start_is_left_as_it_is(plan, sparse):
     laid_out = plan(start=Start("zoo", 0.75), model=sparse)
     assert laid_out.prune_to is None
-    assert laid_out.pruning == ""
-    assert [row["sparsity"] for row in laid_out.phases] == ["75.0%", "75.0%"]
+    assert pruning_sentence(laid_out) == ""
+    assert [row["sparsity"] for row in phase_rows(laid_out)] == ["75.0%", "75.0%"]
     assert laid_out.layers["model.1.conv"] == 0.75
-    assert laid_out.warnings == []
+    assert laid_out.warnings == ()
 
 
 @pytest.mark.parametrize(("share", "pruned"), [(SPARSE_FROM, False), (SPARSE_FROM - 0.001, True)])
@@ -115,15 +123,15 @@ def test_from_where_a_start_counts_as_sparse(plan, share, pruned):
 def test_a_dense_recipe_prunes_nothing(plan):
     laid_out = plan("dense")
     assert laid_out.prune_to is None
-    assert [(row["phase"], row["sparsity"]) for row in laid_out.phases] == [("dense", "0.0%")]
+    assert [(row["phase"], row["sparsity"]) for row in phase_rows(laid_out)] == [("dense", "0.0%")]
 
 
 def test_the_sparsity_of_gradual_pruning_is_that_at_each_phases_end(plan, dense):
     laid_out = plan(chosen=Recipe(GRADUAL))
     weights = {name: conv.weight.numel() for name, conv in dense.prunable_convolutions().items()}
     share = 0.8 * (weights["model.7.conv"] + weights["model.23.cv3.conv"]) / sum(weights.values())
-    assert [row["phase"] for row in laid_out.phases] == ["dense", "pruning", "pruned"]
-    assert [row["sparsity"] for row in laid_out.phases] == ["0.0%", f"{share:.1%}", f"{share:.1%}"]
+    assert [row["phase"] for row in phase_rows(laid_out)] == ["dense", "pruning", "pruned"]
+    assert [row["sparsity"] for row in phase_rows(laid_out)] == ["0.0%", f"{share:.1%}", f"{share:.1%}"]
     assert laid_out.prune_to is None
     assert laid_out.sparsity == 0.0
     assert laid_out.final_sparsity == pytest.approx(share, abs=1e-3)
@@ -144,11 +152,11 @@ def test_an_unknown_start_is_not_called_dense(plan):
     unknown = Start("somewhere (to be fetched)", None)
     laid_out = plan(start=unknown)
     assert laid_out.prune_to == 0.9
-    assert laid_out.pruning.startswith("Should it be dense")
-    assert [row["sparsity"] for row in laid_out.phases] == ["90.0%", "90.0%"]
+    assert pruning_sentence(laid_out).startswith("Should it be dense")
+    assert [row["sparsity"] for row in phase_rows(laid_out)] == ["90.0%", "90.0%"]
     without = plan(start=unknown, prune_dense_start=False)
     assert without.prune_to is None
-    assert {row["sparsity"] for row in without.phases} == {"that of the start"}
+    assert {row["sparsity"] for row in phase_rows(without)} == {"that of the start"}
 
 
 @pytest.mark.parametrize(
@@ -165,7 +173,7 @@ def test_distillation_needs_a_teacher(plan):
         plan(chosen=Recipe(DISTILLING))
     for way in ("recipe.teacher=PATH", "recipe.teacher=self", "recipe.teacher=baseline"):
         assert way in str(raised.value)
-    assert plan(chosen=Recipe(DISTILLING), teacher="self").facts["teacher"] == "self"
+    assert labelled_lines(plan(chosen=Recipe(DISTILLING), teacher="self"))["teacher"] == "self"
 
 
 def test_one_shot_needs_something_to_apply(plan):
@@ -176,10 +184,10 @@ def test_one_shot_needs_something_to_apply(plan):
 def test_one_shot_is_one_row_without_a_schedule(plan, sparse):
     chosen, start = recipe("oneshot"), Start("mine.pt", 0.75)
     laid_out = plan(chosen=chosen, start=start, model=sparse, oneshot=True, calibration_images=40)
-    (row,) = laid_out.phases
+    (row,) = phase_rows(laid_out)
     assert (row["phase"], row["epochs"], row["calibration"]) == ("pruned_quant", "none", "40 images")
-    assert "without training" in laid_out.facts["recipe"]
-    assert "learning rate" not in laid_out.facts
+    assert "without training" in labelled_lines(laid_out)["recipe"]
+    assert "learning rate" not in labelled_lines(laid_out)
 
 
 def test_what_is_probably_not_meant_is_warned_of(plan, sparse):
@@ -197,11 +205,11 @@ def test_zeros_in_blocks_are_seen_as_such(plan, dense):
     model = YOLOv5("n", 1)
     model.load_state_dict(dense.state_dict())
     prune_layer_adaptively(model.prunable_convolutions(), 0.75, block=4)
-    assert plan("transfer", Start("zoo", 0.75), model=model, pattern="block4").warnings == []
+    assert plan("transfer", Start("zoo", 0.75), model=model, pattern="block4").warnings == ()
 
 
 def test_the_phases_with_what_holds_in_each(plan):
-    first, second = plan(precision=BF16).phases
+    first, second = phase_rows(plan(precision=BF16))
     assert first == {
         "phase": "pruned",
         "epochs": "0 to 7",  # of 10 epochs the last 3 are QAT
@@ -220,7 +228,9 @@ def test_the_phases_with_what_holds_in_each(plan):
 
 
 def test_the_facts_name_origin_data_layers_and_engines(plan):
-    facts = plan(start=Start("https://x/y.pt", 0.0, left=("model.24.m.0.bias", "b", "c", "d"))).facts
+    facts = labelled_lines(
+        plan(start=Start("https://x/y.pt", 0.0, left=("model.24.m.0.bias", "b", "c", "d")))
+    )
     assert facts["model"] == "yolov5n from https://x/y.pt"
     assert facts["left"] == "4 tensors keep initial class scores: model.24.m.0.bias, b, ... d"
     assert "trees" in facts["data"]
@@ -230,30 +240,32 @@ def test_the_facts_name_origin_data_layers_and_engines(plan):
     assert facts["engines"] == "deepsparse, onnxruntime, openvino"
     assert facts["stages"].startswith("fetch -> plan -> baseline -> train")
     assert "baseline" not in facts
-    assert "left" not in plan().facts
+    assert "left" not in labelled_lines(plan())
 
 
 def test_whose_learning_rate_holds_is_stated(plan):
-    ours = plan().facts["learning rate"]
+    ours = labelled_lines(plan())["learning rate"]
     assert "set by the recipe (LearningRateFunctionModifier)" in ours
     assert "trainer.lr=0.001, trainer.warmup=0.5) is not used" in ours
     theirs = plan(chosen=Recipe(NOTHING))
-    assert theirs.facts["learning rate"].startswith("the trainer's warm-up and cosine (trainer.lr=0.001")
-    assert theirs.phases[0]["learning rate"] == "trainer's"
+    assert labelled_lines(theirs)["learning rate"].startswith(
+        "the trainer's warm-up and cosine (trainer.lr=0.001"
+    )
+    assert phase_rows(theirs)[0]["learning rate"] == "trainer's"
 
 
 def test_time_and_batch_come_from_the_trial(plan):
     trial = Trial({"float": 2.0, "quantized": 3.0}, {"float": 0.1, "quantized": 0.2}, {"float": 1500.0}, 3)
     used = recipe("transfer_quant", num_epochs=10, quantization_epochs=2.5)
-    timed = with_trial(plan(chosen=used), trial, used, Data(train=32, val=10), experiment().trainer)
+    timed = with_trial(plan(chosen=used), trial, used, Data(train=32, val=10))
     # 4 steps an epoch: 30 of 2 s, with 8 evaluations (after epochs 1..7, and at 7.5) of 10 images in 0.1 s;
     # then 10 of 3 s, with 3 evaluations (8, 9, 10) in 0.2 s an image
     assert timed.seconds == pytest.approx(30 * 2 + 8 * 1 + 10 * 3 + 3 * 2)
-    assert [row["time"] for row in timed.phases] == ["1 min 8 s", "36 s"]
-    assert [row["batch"] for row in timed.phases] == ["8", "3 x 3"]
-    assert timed.facts["time"].startswith("about 1 min 44 s of training")
-    assert timed.facts["memory"] == "at most 1.5 GB (float steps)"
-    facts = timed.as_facts()
+    assert [row["time"] for row in phase_rows(timed)] == ["1 min 8 s", "36 s"]
+    assert [row["batch"] for row in phase_rows(timed)] == ["8", "3 x 3"]
+    assert labelled_lines(timed)["time"].startswith("about 1 min 44 s of training")
+    assert labelled_lines(timed)["memory"] == "at most 1.5 GB (float steps)"
+    facts = as_facts(timed)
     assert (facts["qat_split"], facts["estimated_s"]) == (3, timed.seconds)
     assert facts["seconds_per_step"] == {"float": 2.0, "quantized": 3.0}
 
@@ -269,16 +281,16 @@ def test_what_is_printed_holds_everything(plan, sparse, caplog, monkeypatch):
     used = recipe("transfer_quant", num_epochs=12)
     laid_out = plan(chosen=used, start=Start("zoo", 0.75), model=sparse, teacher="self")
     trial = Trial({"float": 1.0, "quantized": 2.0}, {"float": 0.1, "quantized": 0.1}, {}, 2)
-    laid_out = with_trial(laid_out, trial, used, Data(10000, 500), experiment().trainer)
+    laid_out = with_trial(laid_out, trial, used, Data(10000, 500))
     with caplog.at_level("INFO", logger="sparse_exp"):
         show_plan(laid_out)
     (text,) = [record.getMessage() for record in caplog.records]
-    assert len(render(laid_out)) == len(laid_out.facts) + 2  # the warning and the table
+    assert len(render(laid_out)) == len(labelled_lines(laid_out)) + 2  # the warning and the table
     assert max(map(len, text.splitlines())) <= 100
-    for row in laid_out.phases:
+    for row in phase_rows(laid_out):
         assert all(part in text for value in row.values() for part in value.split(", "))
     lines = " ".join(text.split())
-    for label, value in laid_out.facts.items():
+    for label, value in labelled_lines(laid_out).items():
         assert f"{label}: {value}" in lines
     assert f"Warning: {laid_out.warnings[0]}" in lines
     cells = text.splitlines()[-1].split("  ")  # no cell of the table is broken in two
@@ -324,20 +336,20 @@ def test_the_plan_names_what_does_not_fit_and_the_recipe_that_would_suit(dense):
     asked.hardware = HardwareConfig(name="edge", engines=["onnxruntime"], recipes=["quant"], isa=["vnni"])
     plan = make_plan(asked, recipe("dense"), DENSE, FP32, dense)
     assert any("recipe=quant is the first of them" in warning for warning in plan.warnings)
-    assert plan.facts["target"].startswith("edge: sync on ")
-    assert plan.facts["target"].endswith("batch 1; recipes that suit it: quant")
+    assert labelled_lines(plan)["target"].startswith("edge: sync on ")
+    assert labelled_lines(plan)["target"].endswith("batch 1; recipes that suit it: quant")
     stated = with_mismatch(plan, "edge", ("2 of 8 cores", "no VNNI"))
     assert "hardware=edge does not fit here: 2 of 8 cores; no VNNI." in stated.warnings[0]
     assert stated.warnings[1:] == plan.warnings
     assert with_mismatch(plan, "edge", ()) == plan
     asked.stages = ["plan", "train"]
-    assert make_plan(asked, recipe("dense"), DENSE, FP32, dense).warnings == []
+    assert make_plan(asked, recipe("dense"), DENSE, FP32, dense).warnings == ()
 
 
 def test_a_random_start_is_warned_of(dense):
     plan = make_plan(experiment(), recipe("dense"), Start("scratch", 0.0), FP32, dense)
     assert any("random" in warning and "mean little" in warning for warning in plan.warnings)
-    assert make_plan(experiment(), recipe("dense"), DENSE, FP32, dense).warnings == []
+    assert make_plan(experiment(), recipe("dense"), DENSE, FP32, dense).warnings == ()
 
 
 def test_a_grown_start_says_what_from(dense):
@@ -345,7 +357,7 @@ def test_a_grown_start_says_what_from(dense):
     lines = list(render(make_plan(experiment(), recipe("dense"), start, FP32, dense)))
     assert "model: yolov5n from grown:yolov5n(coco)" in lines
     assert any("grown: from /zoo/n.pt (sha256 0123...)" in str(line) for line in lines)
-    assert "grown" not in make_plan(experiment(), recipe("dense"), DENSE, FP32, dense).facts
+    assert "grown" not in labelled_lines(make_plan(experiment(), recipe("dense"), DENSE, FP32, dense))
 
 
 def test_without_a_training_the_checkpoint_is_named_and_no_recipe(caplog):
