@@ -24,7 +24,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout that is not installed
 
 from sparse_exp.benchmark import Cell, Row, benchmark, loads_of
-from sparse_exp.benchmark.table import impossible_lines, measured, options_table, speed_table
+from sparse_exp.benchmark.measurements import measured
+from sparse_exp.benchmark.speed_table import impossible_lines, options_table, speed_table
 from sparse_exp.command import amount, run_command, whole
 from sparse_exp.config.schema import ENGINES, SCENARIOS, VARIANTS, HardwareConfig
 from sparse_exp.engines.base import check_images

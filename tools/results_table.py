@@ -15,9 +15,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_exp.benchmark.table import measured
+from sparse_exp.benchmark.measurements import measured
 from sparse_exp.metrics.results import SIZES, SPARSITIES, accuracies, number, throughputs
-from sparse_exp.text import between_marks, decimal, percent
+from sparse_exp.text import between_marks, decimal, markdown_table, percent
 
 MARK = "numbers"
 # Where files of this run lie is of no interest to a reader.
@@ -88,7 +88,7 @@ def _accuracy(result: dict[str, Any]) -> str:
         (where, decimal(map50, 3), decimal(map50_95, 3), difference)
         for where, map50, map50_95, difference in accuracies(result)
     ]
-    return _table(("validation split, run in", "mAP50", "mAP50-95", "mAP50 against torch"), rows)
+    return _numbers_table(("validation split, run in", "mAP50", "mAP50-95", "mAP50 against torch"), rows)
 
 
 def _zeros_and_sizes(result: dict[str, Any]) -> str:
@@ -103,7 +103,7 @@ def _zeros_and_sizes(result: dict[str, Any]) -> str:
     rows += [
         (label, f"{decimal(number(result, key), 2)} MB") for key, label in SIZES.items() if key in result
     ]
-    return _table(("", "measured"), rows)
+    return _numbers_table(("", "measured"), rows)
 
 
 def _throughput(result: dict[str, Any]) -> str:
@@ -125,7 +125,7 @@ def _throughput(result: dict[str, Any]) -> str:
         "p99 ms",
         "x best dense",
     )
-    return _table(columns, rows)
+    return _numbers_table(columns, rows)
 
 
 def _conditions(rows: list[dict[str, Any]]) -> str:
@@ -150,14 +150,12 @@ def _times(result: dict[str, Any]) -> str:
     if not times:
         return ""
     rows = [tuple(f"{seconds:.0f}" for seconds in (*times.values(), sum(times.values())))]
-    return "Seconds of each stage on that machine:\n\n" + _table((*times, "all"), rows)
+    return "Seconds of each stage on that machine:\n\n" + _numbers_table((*times, "all"), rows)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    if not lines:
-        return ""
-    return "\n".join([f"| {' | '.join(header)} |", "|---" + "|---:" * (len(header) - 1) + "|", *lines])
+def _numbers_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose first column says what the numbers in the others are."""
+    return markdown_table(titles, rows, right=range(1, len(titles)))
 
 
 def _arguments() -> argparse.Namespace:

@@ -30,6 +30,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from hydra_plugins.sparse_exp_search._space import Space
 from sparse_exp.errors import ConfigError, StageFailed, expected, first_line
 from sparse_exp.files import write_json
+from sparse_exp.text import console_table, plain_text
 
 FILE = "study.db"
 _JOB, _TASK, _FAILURE = "job", "task", "failure"
@@ -275,22 +276,12 @@ class Search:
         return "\n".join(lines) or f"The search has {self.ended} jobs, none of which finished."
 
     def _table(self) -> str:
-        from rich import box
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.table import Table
-
         names = [objective.name for objective in self._objectives]
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for title in ("job", *self._space.axes, *names):
-            table.add_column(escape(title), overflow="fold")
-        for number, trial in self.best:
-            cells = [*self._space.key_of(trial.params), *(f"{value:.4g}" for value in trial.values)]
-            table.add_row(str(number), *map(escape, cells))
-        console = Console(file=io.StringIO(), width=110, color_system=None, legacy_windows=False)
-        console.print(table)
-        text: str = console.file.getvalue()  # type: ignore[attr-defined]
-        return "\n".join(line.rstrip() for line in text.rstrip().splitlines())
+        rows = [
+            [str(number), *self._space.key_of(trial.params), *(f"{value:.4g}" for value in trial.values)]
+            for number, trial in self.best
+        ]
+        return plain_text(console_table(("job", *self._space.axes, *names), rows), width=110).rstrip()
 
 
 def _is_finite(value: Any) -> bool:

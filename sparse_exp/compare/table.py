@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_exp.compare.comparison import FINISHED, Comparison, Row
+from sparse_exp.text import console_table, markdown_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -68,24 +69,12 @@ def said(comparison: Comparison) -> list[str]:
 
 def terminal_table(comparison: Comparison, rows: Sequence[Row]) -> Table:
     """Rows as a table that a rich console prints; those of the front are bold."""
-    from rich import box
-    from rich.markup import escape  # overrides are full of brackets
-    from rich.table import Table
-
-    titles, lines = as_cells(comparison, rows)
-    texts = len(titles) - len(comparison.columns)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, title in enumerate(titles):
-        table.add_column(
-            escape(title),
-            justify="right" if index == 1 or index >= texts else "left",
-            overflow="fold",
-            no_wrap=index < 2,
-            min_width=(1, 1, 12)[index] if index < 3 else 6,
-        )
-    for row, cells in zip(rows, lines, strict=True):
-        style = "bold" if row.front else "dim" if row.run.status != FINISHED else ""
-        table.add_row(*map(escape, cells), style=style)
+    titles, cells = as_cells(comparison, rows)
+    styles = ["bold" if row.front else "dim" if row.run.status != FINISHED else "" for row in rows]
+    table = console_table(titles, cells, right=_numeric(comparison, titles), styles=styles)
+    for index, column in enumerate(table.columns):
+        column.no_wrap = index < 2
+        column.min_width = (1, 1, 12)[index] if index < 3 else 6
     return table
 
 
@@ -130,20 +119,24 @@ def as_csv(comparison: Comparison) -> str:
 def as_markdown(comparison: Comparison) -> str:
     """All rows as a Markdown table, with what is to be said about it."""
     titles, rows = as_cells(comparison, comparison.rows)
-    texts = len(titles) - len(comparison.columns)
-    lines = [_line(titles), "|" + "---|" * texts + "---:|" * len(comparison.columns), *map(_line, rows)]
+    table = markdown_table(
+        [_literal(title) for title in titles],
+        [[_literal(cell) for cell in row] for row in rows],
+        right=_numeric(comparison, titles),
+    )
     notes = said(comparison)[: -1 if comparison.best else None]
     command = ["", f"    {comparison.best.run.command}"] if comparison.best else []
-    return "\n".join(["# Comparison", "", *lines, "", *(f"- {_literal(x)}" for x in notes), *command]) + "\n"
+    return "\n".join(["# Comparison", "", table, "", *(f"- {_literal(x)}" for x in notes), *command]) + "\n"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(_literal(cell) for cell in cells) + " |"
+def _numeric(comparison: Comparison, titles: Sequence[str]) -> list[int]:
+    """The columns of numbers: the second, of the runs' own numbers, and those of metrics."""
+    return [1, *range(len(titles) - len(comparison.columns), len(titles))]
 
 
 def _literal(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return re.sub(r"([|*`<\\])", r"\\\1", text)
+    """Text that Markdown shows as it is; bars only matter in tables, which escape them."""
+    return re.sub(r"([*`<\\])", r"\\\1", text)
 
 
 def as_data(comparison: Comparison) -> dict[str, Any]:

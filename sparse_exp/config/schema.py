@@ -1,6 +1,6 @@
 """Every configuration key with its type, unit and bounds.
 
-Only the standard library is imported here, so that ``--help`` stays fast. Bounds and units live in
+Nothing but the standard library is needed here, so that ``--help`` stays fast. Bounds and units live in
 the fields' metadata (see `bounded`) and are checked by `sparse_exp.resolve`.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional
+
+from sparse_exp.config.runtimes import RUNTIMES
 
 STAGES = (
     "fetch",
@@ -24,7 +26,7 @@ STAGES = (
     "register",
 )
 SIZES = ("n", "s", "m", "l", "x")
-ENGINES = ("deepsparse", "onnxruntime", "openvino", "torch")
+ENGINES = tuple(RUNTIMES)
 VARIANTS = ("dense", "dense_int8", "sparse_fp32", "sparse")
 SCENARIOS = ("sync", "throughput", "async")
 ISA = ("avx2", "avx512", "vnni", "bf16", "amx")

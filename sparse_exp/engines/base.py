@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sparse_exp.config.runtimes import RUNTIMES
 from sparse_exp.engines.profile import Profile
 from sparse_exp.engines.signature import Signature, check_detector, read_signature
 from sparse_exp.engines.timing import Timing, batches_of, time_engine
@@ -121,15 +122,12 @@ class LocalEngine:
             prints meanwhile.
 
     Attributes:
-        requirement: what to install, as pip takes it.
-        needs: the CPU that the runtime needs, in words.
+        name: one of `sparse_exp.config.runtimes.RUNTIMES`.
         fixed_batch: the model is compiled for one batch size; smaller batches are filled up.
         choices: the options, and the values that each may have; the first is its default.
     """
 
     name: str
-    requirement: str
-    needs: str = "x86 with 64 bits"
     fixed_batch: bool = True
     choices: Mapping[str, tuple[Any, ...]] = MappingProxyType({})
 
@@ -227,13 +225,14 @@ class LocalEngine:
         try:
             return self._library()
         except ImportError as error:
-            do = f"Run: pip install '{self.requirement}'."
+            do = f"Run: pip install '{RUNTIMES[self.name].requirement}'."
             raise MissingDependency(
                 expected(f"the package {self.name}", "installed", reason(error), do)
             ) from error
         except OSError as error:
             do = f"Take {self.name} out of hardware.engines."
-            raise EngineError(expected(f"the CPU for {self.name}", self.needs, reason(error), do)) from error
+            needed = RUNTIMES[self.name].cpu
+            raise EngineError(expected(f"the CPU for {self.name}", needed, reason(error), do)) from error
 
     def _check_options(self, options: Options) -> None:
         for name, value in options.items():

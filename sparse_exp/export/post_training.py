@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparse_exp.engines.base import silence
+from sparse_exp.engines.openvino import import_openvino
 from sparse_exp.files import landing
 from sparse_exp.runs.metadata import write_metadata
 
@@ -78,11 +79,9 @@ def quantize_openvino(dense: Path, destination: Path, images: Images) -> None:
         destination: ``.xml`` to write; the weights go beside it, as ``.bin``.
         images: as of `quantize_onnxruntime`.
     """
-    # Importing openvino reports usage to its maker, unless that package cannot be imported.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     with silence(), landing(destination.with_suffix(".bin")) as weights, landing(destination) as graph:
+        openvino = import_openvino()  # before NNCF, which imports it too
         import nncf
-        import openvino
 
         logging.getLogger("nncf").setLevel(logging.ERROR)
         quantized = nncf.quantize(

@@ -32,7 +32,6 @@ from sparse_exp.runs.deployment import TORCH, Deployment
 from sparse_exp.sparsity.checkpoints import restore
 from sparse_exp.sparsity.measure import (
     LayerSparsity,
-    layer_name,
     layer_sparsity,
     listed,
     onnx_facts,
@@ -40,6 +39,7 @@ from sparse_exp.sparsity.measure import (
     require_layer_sparsity,
     require_sparsity,
 )
+from sparse_exp.sparsity.onnx_graph import layer_name
 from sparse_exp.sparsity.recipe import is_quantized, quantized_layers
 from sparse_exp.training.evaluation import Evaluation, Predict, Validation, as_input
 from sparse_exp.yolov5 import YOLOv5

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from sparse_exp.config.schema import HardwareConfig
 from sparse_exp.hardware import host_facts, usable_physical_cores
 from sparse_exp.hardware.targets import prefers
 from sparse_exp.planning.plan import Plan, PlannedPhase
-from sparse_exp.text import console_width
+from sparse_exp.text import console_width, plain_text
 
 _CHOSEN = {"adaptive": "smallest layer-adaptive magnitudes", "uniform": "smallest magnitudes of each layer"}
 _log = logging.getLogger(__name__)
@@ -24,10 +22,7 @@ _log = logging.getLogger(__name__)
 
 def show_plan(plan: Plan) -> None:
     """Log the plan: on the console and in the run's log alike."""
-    console = Console(file=io.StringIO(), width=console_width(), color_system=None, legacy_windows=False)
-    for part in render(plan):
-        console.print(part)
-    _log.info("%s", console.file.getvalue().rstrip())  # type: ignore[attr-defined]
+    _log.info("%s", plain_text(*render(plan), width=console_width()).rstrip())
 
 
 def render(plan: Plan) -> list[Table | str]:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparse_exp.benchmark.table import label, measured
+from sparse_exp.benchmark.measurements import measured
+from sparse_exp.benchmark.speed_table import label
 from sparse_exp.config.schema import Experiment
 from sparse_exp.data import DetectionDataset, evenly_spread
 from sparse_exp.data.attributions import attributions_of

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
-from sparse_exp.benchmark.results import Row
-from sparse_exp.benchmark.table import impossible_lines, options_table, speed_table
+from sparse_exp.benchmark.measurements import Row
+from sparse_exp.benchmark.speed_table import impossible_lines, options_table, speed_table
 from sparse_exp.files import write_text
 from sparse_exp.metrics.results import (
     SPARSITIES,
@@ -183,7 +183,7 @@ def _pictures(pictures: Mapping[str, Path], start: Path) -> str:
 
 
 def _facts(facts: Mapping[str, str]) -> str:
-    return markdown_table(("", ""), facts.items(), align=False)
+    return markdown_table(("", ""), facts.items(), right=())
 
 
 def _bullets(lines: Iterable[str]) -> str:

@@ -25,8 +25,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from sparse_exp.benchmark.results import PERCENTILES, Row
-from sparse_exp.benchmark.table import load_text
+from sparse_exp.benchmark.measurements import PERCENTILES, Row
+from sparse_exp.benchmark.speed_table import load_text
 from sparse_exp.config.schema import VARIANTS
 from sparse_exp.files import landing
 from sparse_exp.metrics.pareto import Axis, Point, staircase

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from sparse_exp.errors import ConfigError
 from sparse_exp.files import read_json
 from sparse_exp.runs.directory import MANIFEST, find_directories
 from sparse_exp.runs.past import PastRun, read_run
+from sparse_exp.text import plain_text
 
 FOLDER = "compare"
 # What is laid against each other where no objectives are given: the first that the jobs have.
@@ -96,10 +96,5 @@ def _axes(objectives: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _as_text(comparison: Comparison) -> str:
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), width=100, color_system=None, legacy_windows=False)
-    console.print(terminal_table(comparison, comparison.rows))
-    table: str = console.file.getvalue()  # type: ignore[attr-defined]
-    lines = [line.rstrip() for line in table.splitlines()]
-    return "\n".join([*lines, *said(comparison)])
+    table = plain_text(terminal_table(comparison, comparison.rows), width=100)
+    return "\n".join([table, *said(comparison)])

@@ -80,7 +80,7 @@ def _summary(metadata: Mapping[str, Any]) -> str:
         "published": f"{metadata['published']} by {metadata['by']}, sparse_exp {metadata['sparse_exp']}",
     }
     title = f"# YOLOv5{metadata['size']} on {metadata['dataset']}: {metadata['tag']}"
-    return f"{title}\n\n{markdown_table(['', ''], [(label, str(text)) for label, text in rows.items()])}"
+    return f"{title}\n\n{markdown_table(('', ''), rows.items(), right=())}"
 
 
 def _numbers(metadata: Mapping[str, Any]) -> Iterator[str]:
@@ -90,7 +90,7 @@ def _numbers(metadata: Mapping[str, Any]) -> Iterator[str]:
         host = f" Throughput: {metadata['host']}." if metadata.get("host") else ""
         versions = ", ".join(f"{name} {number}" for name, number in metadata["engines"].items())
         where = f"Engines: {versions}.{host} All numbers are in metrics.yaml."
-        yield f"## Measured\n\n{markdown_table(['', ''], rows)}\n\n{where}"
+        yield f"## Measured\n\n{markdown_table(('', ''), rows)}\n\n{where}"
 
 
 def _uses(metadata: Mapping[str, Any], *, deployed: bool) -> str:

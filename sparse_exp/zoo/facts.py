@@ -8,11 +8,11 @@ from pathlib import Path
 from sparse_exp.sparsity.measure import (
     LayerSparsity,
     in_blocks,
-    layer_name,
     onnx_facts,
     overall,
     state_sparsity,
 )
+from sparse_exp.sparsity.onnx_graph import layer_name
 from sparse_exp.sparsity.recipe import is_quantized
 from sparse_exp.yolov5 import read_checkpoint
 

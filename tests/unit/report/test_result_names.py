@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sparse_exp.benchmark import Measurement, cells_of
-from sparse_exp.benchmark.results import Round
+from sparse_exp.benchmark.measurements import Round
 from sparse_exp.config.schema import (
     DatasetConfig,
     Experiment,

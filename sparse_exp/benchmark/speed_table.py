@@ -1,11 +1,11 @@
-"""Rows of a benchmark as a table of words, for the console, reports and pages alike."""
+"""Rows of a benchmark as titles and cells, for whoever shows them as a table: console, report, page."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from sparse_exp.benchmark.results import Row
+from sparse_exp.benchmark.measurements import Row, measured
 
 Table = tuple[list[str], list[list[str]]]
 NOISY = "noisy"
@@ -41,8 +41,8 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "file MB": _number("size_mb", 1),
     "gzip MB": _number("gzip_mb", 1),
 }
-_RARE = ("network", "precision", "mAP50", "gzip MB", "file MB", "peak MB")  # left out where nobody has one
-_AGAINST = {
+_OPTIONAL = ("network", "precision", "mAP50", "gzip MB", "file MB", "peak MB")  # left out where no row has it
+_BASELINES: dict[str, Callable[[Row], bool]] = {
     "x ORT fp32": lambda row: row["engine"] == "onnxruntime" and row["variant"] == "dense",
     "x best fp32": lambda row: row["variant"] == "dense",
     "x best int8": lambda row: row["variant"] == "dense_int8",
@@ -50,49 +50,57 @@ _AGAINST = {
 
 
 def speed_table(rows: Sequence[Row]) -> Table:
-    """Titles and cells of what was measured, with the ratios to the dense baselines of the same load.
+    """What was measured, with the ratios to the dense baselines of the same load.
 
-    ``x ORT fp32`` is against ONNX Runtime's dense fp32, ``x best fp32`` against the fastest engine's,
-    ``x best int8`` against the fastest dense int8. A noisy row says so in the last column.
+    ``x ORT fp32`` compares with ONNX Runtime's dense fp32, ``x best fp32`` with the fastest dense fp32 of all
+    engines, ``x best int8`` with the fastest dense int8. A noisy row says so in the last column.
 
     Args:
-        rows: see docs/benchmark.md; those that are impossible are left out.
+        rows: see docs/benchmark.md; those of impossible cells are left out.
+
+    Returns:
+        Titles of the columns, and the cells of each row. A column that no row needs is left out.
     """
     found = measured(rows)
     columns: dict[str, Sequence[str]] = {
         title: [shown(row) for row in found] for title, shown in _COLUMNS.items()
     }
-    for title in _AGAINST:
+    for title in _BASELINES:
         columns[title] = [_decimal(ratio(rows, row, title)) for row in found]
     columns[""] = [NOISY if row.get("noisy") else "" for row in found]
-    droppable = (*_RARE, *_AGAINST, "")
+    droppable = (*_OPTIONAL, *_BASELINES, "")
     kept = {
         title: cells for title, cells in columns.items() if title not in droppable or set(cells) - {"-", ""}
     }
     return list(kept), [list(cells) for cells in zip(*kept.values(), strict=True)]
 
 
-def ratio(rows: Iterable[Row], row: Row, against: str) -> float | None:
-    """How many times faster a row is than a baseline under the same load; None where there is none.
+def ratio(rows: Iterable[Row], row: Row, baseline: str) -> float | None:
+    """How many times faster a row is than a baseline under the same conditions.
 
     Args:
         rows: all.
         row: one of them.
-        against: ``x ORT fp32``, ``x best fp32`` or ``x best int8``.
+        baseline: ``x ORT fp32``, ``x best fp32`` or ``x best int8``.
+
+    Returns:
+        None where the baseline was not measured.
     """
     speeds = [
         other["items_per_s"]
         for other in measured(rows)
-        if _load(other) == _load(row) and _AGAINST[against](other)
+        if _conditions(other) == _conditions(row) and _BASELINES[baseline](other)
     ]
     return row["items_per_s"] / max(speeds) if speeds else None
 
 
 def options_table(rows: Sequence[Row]) -> Table:
-    """Titles and cells of the settings that the search chose, and their gain over the first that it tried.
+    """The settings that tuning chose, and their gain over the first that it tried.
 
-    That is the engine's defaults with the fewest streams; of a cell for which nothing was searched there is
-    no row.
+    The first are the engine's defaults with the fewest streams. A cell that was not tuned has no row.
+
+    Returns:
+        Titles of the columns, and the cells of each row.
     """
     tried = [row for row in measured(rows) if len(row.get("tries") or ()) > 1]
     cells = [
@@ -130,13 +138,8 @@ def impossible_lines(rows: Iterable[Row]) -> list[str]:
     return [f"{cell} ({', '.join(keys)}): {reason}" for (cell, reason), keys in found.items()]
 
 
-def measured(rows: Iterable[Row]) -> list[Row]:
-    """Those that have numbers."""
-    return [row for row in rows if "impossible" not in row]
-
-
 def key(row: Row) -> str:
-    """Its part of a metric's name, also of a row from before there were scenarios."""
+    """The load's part of a metric's name; rows of old versions have no scenario, and no key."""
     return str(row.get("key") or f"b{row['batch']}")
 
 
@@ -150,7 +153,7 @@ def load_text(row: Row) -> str:
 
 
 def label(row: Row) -> str:
-    """A row's name, as in the names of metrics."""
+    """A row's part of a metric's name: ``<engine>/<variant>/<key>``, after its network if it has one."""
     return "/".join(filter(None, (row.get("network"), row["engine"], row["variant"], key(row))))
 
 
@@ -165,8 +168,8 @@ def _failures(row: Row) -> str:
     return "; ".join(f"{one['streams']} streams, {options_text(one)}: {one['failed']}" for one in failed)
 
 
-def _load(row: Row) -> tuple[Any, ...]:
-    """What two rows must share to be compared; of a network the part before the first hyphen."""
+def _conditions(row: Row) -> tuple[Any, ...]:
+    """What two rows must share to be compared; of a network's name the part before the first hyphen."""
     return str(row.get("network", "")).split("-")[0], key(row), row["cores"], row["imgsz"], row.get("cpu")
 
 

@@ -1,6 +1,6 @@
-"""From latencies to numbers, and from numbers to rows: of JSON, of CSV, of metrics.
+"""What was measured of a cell, as metrics and as rows of ``benchmark.json`` and ``benchmark.csv``.
 
-docs/benchmark.md describes the row.
+docs/benchmark.md describes the columns of a row.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ NUMBERS = ("items_per_s", *PERCENTILES, "spread", "peak_rss_mb")
 
 
 class Round(NamedTuple):
-    """One of the repeats.
+    """One repeat of a measurement.
 
     Attributes:
         latencies: seconds of each inference; at least one.
-        wall: seconds in which they ran.
+        wall: seconds from the first call to the last result.
         warmed: seconds of warm-up before.
-        stable: latencies were stable when it began, or the warm-up was not to go on until then.
-        steal: share of the time, 0..1, that a hypervisor gave to others.
+        stable: latencies were stable when it began; also True where the warm-up had a fixed length.
+        steal: share of the time, 0..1, that a hypervisor gave to other machines.
     """
 
     latencies: Sequence[float]
@@ -52,14 +52,14 @@ class Round(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of a cell, with its conditions.
+    """The numbers of one cell, with their conditions.
 
     Attributes:
         cell: what was measured.
-        rounds: its repeats; none for a cell that is impossible.
-        peak_rss_mb: most memory that the engine's process had, in units of 1e6 bytes.
-        noisy: the repeats differ by more than they may, and did so each time.
-        conditions: engine's version, setting, host and protocol.
+        rounds: its repeats; empty for a cell that is impossible.
+        peak_rss_mb: most memory that the engine's process held, in units of 1e6 bytes.
+        noisy: the repeats spread more than ``hardware.max_spread``, also when measured again.
+        conditions: version and setting of the engine, the host, the protocol.
     """
 
     cell: Cell
@@ -75,8 +75,10 @@ class Measurement:
         return [batch * len(one.latencies) / one.wall for one in self.rounds]
 
     def numbers(self) -> dict[str, float]:
-        """The numbers of a row that are metrics, by name: the median of the repeats and their spread
-        ((largest - smallest) / median), percentiles of all latencies, memory.
+        """Those of `NUMBERS`, by name; empty for a cell that is impossible.
+
+        ``items_per_s`` is the median of the repeats, ``spread`` see `spread`; the percentiles are taken
+        over the latencies of all repeats together.
         """
         if not self.rounds:
             return {}
@@ -90,11 +92,11 @@ class Measurement:
         }
 
     def metrics(self) -> dict[str, float]:
-        """The numbers under the names of `result.json`."""
+        """The numbers under their names in ``result.json``."""
         return {f"benchmark/{self.cell.name}/{name}": value for name, value in self.numbers().items()}
 
     def row(self) -> Row:
-        """Plain data, as docs/benchmark.md describes it."""
+        """As plain data; docs/benchmark.md describes it."""
         cell, load = self.cell, self.cell.load
         row: Row = {
             **({"network": cell.network} if cell.network else {}),
@@ -122,8 +124,13 @@ class Measurement:
         }
 
 
+def measured(rows: Iterable[Row]) -> list[Row]:
+    """The rows that have numbers: all but those of impossible cells."""
+    return [row for row in rows if "impossible" not in row and row.get("items_per_s")]
+
+
 def spread(values: Sequence[float]) -> float:
-    """(largest - smallest) / median; 0 for one value."""
+    """How far repeats are apart: (largest - smallest) / median; 0 for one value."""
     return float((max(values) - min(values)) / np.median(values))
 
 
@@ -133,7 +140,7 @@ def megabytes(model: Path) -> float:
 
 
 def write_rows(folder: Path, rows: Sequence[Row]) -> list[Path]:
-    """Write ``benchmark.json`` and ``benchmark.csv``; returns both."""
+    """Write ``benchmark.json`` and ``benchmark.csv`` into a folder; returns their paths."""
     return [
         write_json(folder / "benchmark.json", rows),
         write_text(folder / "benchmark.csv", as_csv(rows)),
@@ -141,7 +148,7 @@ def write_rows(folder: Path, rows: Sequence[Row]) -> list[Path]:
 
 
 def as_csv(rows: Iterable[Row]) -> str:
-    """The same as a table: lists and dictionaries as JSON, nothing where a row lacks a column."""
+    """Rows as CSV: lists and dictionaries as JSON; a cell is empty where a row lacks the column."""
     listed = list(rows)
     columns = list(dict.fromkeys(name for row in listed for name in row))
     text = io.StringIO()

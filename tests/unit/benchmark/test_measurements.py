@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from sparse_exp.benchmark import Cell, Load, Measurement, write_rows
-from sparse_exp.benchmark.results import Round, as_csv, megabytes
+from sparse_exp.benchmark.measurements import Round, as_csv, megabytes
 from sparse_exp.benchmark.rounds import precision
 
 CELL = Cell("deepsparse", "sparse", Path("model.onnx"), Load("b4", "sync", 4, 1, 2))
