@@ -35,6 +35,7 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)
 if sys.argv[3]:
     os.sched_setaffinity(0, map(int, sys.argv[3].split(",")))
 sys.path[:] = sys.argv[4:]
+from sparse_exp.engines.isolated import serve
 serve(int(sys.argv[1]), sys.argv[2])
 """
 

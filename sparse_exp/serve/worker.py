@@ -34,6 +34,7 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 sys.path[:] = sys.argv[2:]
+from sparse_exp.serve.worker import work
 work(int(sys.argv[1]))
 """
 

@@ -56,6 +56,7 @@ _CHILD = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 sys.path[:] = sys.argv[2:]
+from sparse_exp.training.processes import serve
 serve(int(sys.argv[1]))
 """
 
