@@ -47,6 +47,7 @@ class Engine(Protocol):
         cores: int,
         streams: int = 1,
         options: Options = NO_OPTIONS,
+        signature: Signature | None = None,
     ) -> None:
         """Compile a model; what was loaded before is closed first.
 
@@ -57,6 +58,7 @@ class Engine(Protocol):
             cores: physical cores to use, all streams together, at least 1.
             streams: inferences that run at once: from so many threads `run` may be called at a time.
             options: the engine's own, one of those that `sparse_exp.engines.search_space` lists.
+            signature: what `read_signature` returned for the model; None: `load` reads it.
 
         Raises:
             MissingDependency: the runtime is not installed.
@@ -171,12 +173,13 @@ class LocalEngine:
         cores: int,
         streams: int = 1,
         options: Options = NO_OPTIONS,
+        signature: Signature | None = None,
     ) -> None:
         """See `Engine.load`."""
         self.close()
         setup = Setup(Path(model), batch_size, cores, streams, options)
         self._check_options(options)
-        self._signature = self._checked(setup)
+        self._signature = self._checked(setup, signature)
         with silence() if self._quiet else nullcontext():
             library, self.version = self._import()
             lanes: LifoQueue[Execute] = LifoQueue()
@@ -244,12 +247,12 @@ class LocalEngine:
                 known = f"one of {', '.join(map(str, self.choices[name]))}"
                 raise EngineError(expected(f"the option {name} of {self.name}", known, value, do))
 
-    def _checked(self, setup: Setup) -> Signature | None:
+    def _checked(self, setup: Setup, signature: Signature | None) -> Signature | None:
         """What the model takes and gives; None where any size of images will do."""
         if not setup.model.is_file():
             do = "Run the export stage first, or check the path."
             raise EngineError(expected("the model", "an existing file", str(setup.model), do))
-        signature = self._read(setup.model)
+        signature = signature or self._read(setup.model)
         if signature is not None:
             check_detector(setup.model, signature, setup.batch_size)
         return signature
