@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from sparse_exp.runs.deployment import MODEL
 from sparse_exp.sources.local import CARD
 from sparse_exp.text import markdown_table
 
@@ -32,7 +33,7 @@ def write_card(directory: Path, metadata: Mapping[str, Any]) -> None:
         directory: of the model. How to run it is described if it holds ``model.onnx``.
         metadata: what ``model.json`` says.
     """
-    deployed = (directory / "model.onnx").is_file()
+    deployed = (directory / MODEL).is_file()
     parts = [
         _front_matter(metadata),
         _summary(metadata),

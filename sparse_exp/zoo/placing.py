@@ -69,7 +69,7 @@ def put(stub: str, zoo: Path, fill: Fill, *, force: bool = False, numbered: bool
 def _clear(zoo: Path) -> None:
     """Remove what a killed process was building, and what it replaced.
 
-    A model that it had taken out of its place, with nothing in its stead yet, goes back there.
+    A model that it had moved away, without putting the new one there yet, goes back to its place.
     """
     part = zoo / _PART
     old = replaced_by(part)

@@ -275,7 +275,7 @@ def _describe(stub: str, measured: Measured, metrics: Mapping[str, Any]) -> dict
 
 
 def _described_run(run: Run, checkpoint: Path, zoo: Path) -> dict[str, Any]:
-    """What ``model.json`` says besides of a model that a run has made."""
+    """What ``model.json`` says in addition of a model that a run has made."""
     fetched = run.facts("fetch")
     origin = str(fetched.get("origin", "")) or f"checkpoint {checkpoint.name}"
     grown_from = str(fetched.get("grown_from", ""))
@@ -291,7 +291,7 @@ def _described_run(run: Run, checkpoint: Path, zoo: Path) -> dict[str, Any]:
 
 
 def _licences(origins: str, zoo: Path) -> list[str]:
-    """What must be said of weights and data, that of the start's own start included."""
+    """The attributions of weights and data, with those of the published model that a run started from."""
     inherited: list[str] = []
     if origins.startswith(_IN_ZOO):
         parent = find(origins.removeprefix(_IN_ZOO).split()[0], zoo)

@@ -16,6 +16,7 @@ from sparse_exp.engines import IsolatedEngine
 from sparse_exp.errors import EngineError, MissingDependency
 from sparse_exp.export.onnx import INPUT, OUTPUT
 from sparse_exp.hardware import usable_physical_cores
+from sparse_exp.runs.deployment import MODEL
 
 _log = logging.getLogger(__name__)
 _IMAGES = 3
@@ -46,7 +47,7 @@ def write_samples(directory: Path, dataset: DetectionDataset, imgsz: int) -> dic
                 shutil.copyfile(file, directory / kind / f"{number:04}-{file.name}")
     images = _as_input(samples, len(dataset.names), imgsz)
     _save(directory / INPUTS, "inp", INPUT, images)
-    outputs = dict(_outputs(directory / "model.onnx", images))
+    outputs = dict(_outputs(directory / MODEL, images))
     folders = {engine: f"{OUTPUTS}_{engine}" if len(outputs) > 1 else OUTPUTS for engine in outputs}
     for engine, predictions in outputs.items():
         _save(directory / folders[engine], "out", OUTPUT, predictions)

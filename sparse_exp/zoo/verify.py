@@ -10,6 +10,7 @@ import numpy as np
 
 from sparse_exp.config.schema import ExportConfig
 from sparse_exp.errors import EngineError, MissingDependency, first_line
+from sparse_exp.runs.deployment import MODEL
 from sparse_exp.sources.layout import checkpoint_in
 from sparse_exp.sources.local import METADATA, SUMS, read_metadata
 from sparse_exp.zoo.checksums import changed_files
@@ -64,11 +65,11 @@ def _checkpoint(directory: Path, metadata: dict[str, Any]) -> Iterator[str]:
 
 def _onnx(directory: Path, metadata: dict[str, Any]) -> Iterator[str]:
     promised = metadata["metrics"].get("sparsity/onnx")
-    if promised is None or not (directory / "model.onnx").is_file():
+    if promised is None or not (directory / MODEL).is_file():
         return
-    found = onnx_sparsity(directory / "model.onnx")
+    found = onnx_sparsity(directory / MODEL)
     if abs(found - promised) > _SAME_SPARSITY:
-        yield f"model.onnx has {found:.2%} zeros, and {METADATA} says {promised:.2%}"
+        yield f"{MODEL} has {found:.2%} zeros, and {METADATA} says {promised:.2%}"
 
 
 def _samples(directory: Path, metadata: dict[str, Any]) -> Iterator[str]:
@@ -78,7 +79,7 @@ def _samples(directory: Path, metadata: dict[str, Any]) -> Iterator[str]:
     for engine, folder in metadata["samples"].items():
         wanted = read_samples(directory / folder)
         try:
-            found = predict_with(engine, directory / "model.onnx", images)
+            found = predict_with(engine, directory / MODEL, images)
         except (MissingDependency, EngineError) as error:
             yield f"{folder} cannot be compared: {error}"
             continue
