@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_exp.benchmark.table import measured
-from sparse_exp.metrics.results import SIZES, SPARSITIES, accuracies, number, throughputs
+from sparse_exp.metrics.result_rows import SIZES, SPARSITIES, accuracies, number, throughputs
 from sparse_exp.text import between_marks, decimal, percent
 
 MARK = "numbers"

@@ -1,4 +1,4 @@
-"""A comparison as a table: on the terminal, as CSV, as Markdown and as plain data."""
+"""Render a comparison as a table: for the terminal, as CSV, as Markdown and as plain data."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sparse_exp.compare.comparison import FINISHED, Comparison, Row
+from rich import box
+from rich.markup import escape
+from rich.table import Table
 
-if TYPE_CHECKING:
-    from rich.table import Table
+from sparse_exp.compare.comparison import FINISHED, Comparison, RunRow
 
 MARK = "*"
 
@@ -22,8 +23,8 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def metrics_line(comparison: Comparison) -> list[str]:
-    """For each column its full name and which values of it are better."""
+def metric_lines(comparison: Comparison) -> list[str]:
+    """For each column the full name of its metric, and which values are better."""
     return [
         f"{column.title}: {column.metric}, {column.better}" if column.title != column.metric else
         f"{column.title}: {column.better}"
@@ -32,7 +33,7 @@ def metrics_line(comparison: Comparison) -> list[str]:
 
 
 def front_line(comparison: Comparison) -> str:
-    """How many runs are on the front, and how many could not be weighed."""
+    """How many runs are on the front, and how many could not be compared."""
     rows = comparison.rows
     lacking = sum(
         row.value(comparison.x) is None or row.value(comparison.y) is None or row.run.status != FINISHED
@@ -43,7 +44,7 @@ def front_line(comparison: Comparison) -> str:
 
 
 def best_lines(comparison: Comparison) -> list[str]:
-    """The run to ship, where it lies, and how to make it again; empty where none was asked for."""
+    """The best run, its files, and the command that makes it again; empty where no best was asked for."""
     best, by = comparison.best, comparison.by
     if best is None or by is None:
         return []
@@ -56,22 +57,18 @@ def best_lines(comparison: Comparison) -> list[str]:
     ]
 
 
-def shown_rows(comparison: Comparison, limit: int) -> list[Row]:
-    """The first rows, and those of the front and the best wherever they are."""
+def shown_rows(comparison: Comparison, limit: int) -> list[RunRow]:
+    """The first ``limit`` rows, and all others that are on the front or the best."""
     return [row for row in comparison.rows if row.number <= limit or row.front or row is comparison.best]
 
 
-def said(comparison: Comparison) -> list[str]:
-    """What is to be said about the table, one line each."""
-    return [*metrics_line(comparison), front_line(comparison), *best_lines(comparison)]
+def remarks(comparison: Comparison) -> list[str]:
+    """The lines below the table: its metrics, the front, the best run."""
+    return [*metric_lines(comparison), front_line(comparison), *best_lines(comparison)]
 
 
-def terminal_table(comparison: Comparison, rows: Sequence[Row]) -> Table:
-    """Rows as a table that a rich console prints; those of the front are bold."""
-    from rich import box
-    from rich.markup import escape  # overrides are full of brackets
-    from rich.table import Table
-
+def terminal_table(comparison: Comparison, rows: Sequence[RunRow]) -> Table:
+    """Rows as a table that a rich console prints; those on the front are bold."""
     titles, lines = as_cells(comparison, rows)
     texts = len(titles) - len(comparison.columns)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -85,18 +82,18 @@ def terminal_table(comparison: Comparison, rows: Sequence[Row]) -> Table:
         )
     for row, cells in zip(rows, lines, strict=True):
         style = "bold" if row.front else "dim" if row.run.status != FINISHED else ""
-        table.add_row(*map(escape, cells), style=style)
+        table.add_row(*map(escape, cells), style=style)  # overrides are full of brackets
     return table
 
 
-def as_cells(comparison: Comparison, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def as_cells(comparison: Comparison, rows: Sequence[RunRow]) -> tuple[list[str], list[list[str]]]:
     """Titles of the columns and the cells of each row: front, number, run, what differs, metrics.
 
-    The first has `MARK`, or the status of a run that did not finish. What differs is left out where
-    nothing does.
+    The first cell holds `MARK`, or the status of a run that did not finish. The column "what differs" is left
+    out where it would be empty.
     """
-    beyond = [row.beyond for row in rows]
-    texts = {"what differs": beyond} if any(beyond) else {}
+    differences = [row.unlabelled_words for row in rows]
+    texts = {"what differs": differences} if any(differences) else {}
     cells = [
         [
             MARK if row.front else "" if row.run.status == FINISHED else row.run.status,
@@ -114,7 +111,7 @@ _HEAD = ("number", "front", "run", "place", "status", "overrides")
 
 
 def as_csv(comparison: Comparison) -> str:
-    """All rows as CSV: metrics under their full names, unrounded; empty where there is no value."""
+    """All rows as CSV: metrics under their full names, not rounded; empty where there is no value."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow([*_HEAD, *(column.metric for column in comparison.columns)])
@@ -128,11 +125,11 @@ def as_csv(comparison: Comparison) -> str:
 
 
 def as_markdown(comparison: Comparison) -> str:
-    """All rows as a Markdown table, with what is to be said about it."""
+    """All rows as a Markdown table, with the remarks below it."""
     titles, rows = as_cells(comparison, comparison.rows)
     texts = len(titles) - len(comparison.columns)
     lines = [_line(titles), "|" + "---|" * texts + "---:|" * len(comparison.columns), *map(_line, rows)]
-    notes = said(comparison)[: -1 if comparison.best else None]
+    notes = remarks(comparison)[: -1 if comparison.best else None]
     command = ["", f"    {comparison.best.run.command}"] if comparison.best else []
     return "\n".join(["# Comparison", "", *lines, "", *(f"- {_literal(x)}" for x in notes), *command]) + "\n"
 
@@ -142,7 +139,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _literal(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Escape the characters that Markdown would read as markup."""
     return re.sub(r"([|*`<\\])", r"\\\1", text)
 
 
@@ -158,7 +155,7 @@ def as_data(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _row_data(comparison: Comparison, row: Row) -> dict[str, Any]:
+def _row_data(comparison: Comparison, row: RunRow) -> dict[str, Any]:
     return {
         "number": row.number,
         "run": row.label,

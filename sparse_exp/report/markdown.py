@@ -11,7 +11,7 @@ from urllib.parse import quote
 from sparse_exp.benchmark.results import Row
 from sparse_exp.benchmark.table import impossible_lines, options_table, speed_table
 from sparse_exp.files import write_text
-from sparse_exp.metrics.results import (
+from sparse_exp.metrics.result_rows import (
     SPARSITIES,
     Result,
     accuracies,

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 from sparse_exp.benchmark.results import Row
 from sparse_exp.benchmark.table import impossible_lines
 from sparse_exp.benchmark.table import label as label_of
-from sparse_exp.metrics.results import SIZES, SPARSITIES, Result, accuracies, number, recovery, throughputs
+from sparse_exp.metrics.result_rows import (
+    SIZES,
+    SPARSITIES,
+    Result,
+    accuracies,
+    number,
+    recovery,
+    throughputs,
+)
 from sparse_exp.text import decimal, percent
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from sparse_exp.errors import ConfigError
 from sparse_exp.export.square import DENSE, MODEL, QDQ, TORCH, accuracy_prefix, file_name, size_prefix
 from sparse_exp.hardware import usable_physical_cores
 from sparse_exp.metrics.names import full_name
-from sparse_exp.metrics.results import SPARSITIES
+from sparse_exp.metrics.result_rows import SPARSITIES
 
 TEXTS = frozenset(("weights/origin", "zoo/stub"))  # the only ones that are no numbers
 _SIZES = ("onnx_mb", "onnx_gzip_mb", "nonzero_mb")
