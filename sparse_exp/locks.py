@@ -1,22 +1,26 @@
-"""Locks between processes: who works on what, and who has this host to himself.
+"""Locks between processes: one process on a directory, one measurement on the host.
 
-The kernel keeps them (``flock``) and drops them with their holder, however that ends; a child that this
-process starts does not keep them alive.
+The kernel keeps the locks (``flock``). It drops them when their holder ends, in whatever way. A child that
+this process starts does not keep them alive.
 
-Two kinds:
+There are two kinds:
 
-- `exclusive`: one process at a time. There are three, taken in this order and never in another: that of a
-  run's directory (`sparse_exp.runs.directory.locked`), that of a dense baseline
-  (`sparse_exp.stages.baseline`), and that of a stage which jobs share (`sparse_exp.stages.sharing`).
-- The host: many may work on it (`working`), or one may measure (`measuring_alone`). Who wants to measure
-  closes the turnstile, so that nobody begins to work, and waits until the room behind it is empty. Work
-  looks at the turnstile every now and then (`give_way`), leaves the room, and comes back after the
-  measurement.
+- `exclusive`: one process at a time. There are three such locks, and a process takes them in this order only:
+  that of a run's directory (`sparse_exp.runs.directory.locked`), that of a dense baseline
+  (`sparse_exp.stages.baseline`), that of a stage which jobs share (`sparse_exp.stages.sharing`).
+- The host: many processes may work on it (`working`), or one may measure (`measuring_alone`). Two files stand
+  for a turnstile and a room behind it. A working process passes the turnstile and stays in the room. A
+  process that wants to measure closes the turnstile, so that no other process begins to work, and waits until
+  the room is empty. Those at work look at the turnstile often (`give_way`). When it is closed they leave the
+  room, and come back after the measurement.
 
-Why nobody waits for ever: who measures holds no exclusive lock but that of its own run, which nobody waits
-for who holds anything, and takes none meanwhile. So measurements end. Who waits for an exclusive lock is
-not in the room (`aside`), so that no measurement waits for it. What is left are processes that wait for
-each other's exclusive locks, and these are taken in one order.
+No process waits for ever:
+
+- A measurement ends, since it waits for no exclusive lock. While it lasts, its process holds one, that of its
+  own run. A process that waits for this one holds no other lock.
+- A process that waits for an exclusive lock is outside of the room (`work_paused`), so that no measurement
+  waits for it.
+- Processes that wait for each other's exclusive locks take these in one order.
 """
 
 from __future__ import annotations
@@ -41,20 +45,20 @@ _SECONDS_BETWEEN_TRIES = 0.2
 _SECONDS_BEFORE_A_LINE = 1.0
 _SECONDS_BETWEEN_LINES = 30.0
 _LONGEST_COMMAND = 120
-_PATIENCE = 0.5  # seconds that a lock may be busy because somebody looks whether it is free
+_PATIENCE = 0.5  # seconds: for so long another process may hold a lock only to see whether it is free
 
 
 @dataclass
 class _Process:
-    """What this process holds: it counts for all that happens in it.
+    """The locks of this process; all its threads share them.
 
     Attributes:
         held: for each `exclusive` lock its descriptor and how often it was taken.
-        depth: how often `working` was entered.
+        depth: how many `working` blocks are open, one within the other.
         doors: descriptors of turnstile and room while this process is in the room.
-        measuring: those while it has the host to itself.
-        waited: seconds in all.
-        warned: of locks that do not work here.
+        measuring: the same descriptors while this process has the host to itself.
+        waited: seconds spent waiting, in all.
+        warned: whether it has warned that locks do not work here.
     """
 
     held: dict[Path, tuple[int, int]] = field(default_factory=dict)
@@ -68,8 +72,8 @@ class _Process:
 _process = _Process()
 
 
-def _forget() -> None:
-    """In a forked child: the locks are its parent's, and end with it."""
+def _forget_locks() -> None:
+    """Close the descriptors in a forked child: the locks belong to its parent, and end with that."""
     locks = [lock for lock, _ in _process.held.values()]
     for descriptor in [*locks, *(_process.doors or ()), *_process.measuring]:
         with suppress(OSError):
@@ -77,35 +81,36 @@ def _forget() -> None:
     _process.held, _process.depth, _process.doors, _process.measuring = {}, 0, None, ()
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def waited_seconds() -> float:
-    """Seconds that this process has waited for locks so far: to be taken off what it took to work."""
+    """Seconds that this process has waited for locks so far; callers subtract them from their durations."""
     return _process.waited
 
 
 @contextmanager
 def exclusive(path: Path, what: str, *, wait: bool = True, label: str = "") -> Iterator[None]:
-    """Hold the lock of a file while the block runs; the file is there only meanwhile.
+    """Hold the lock of a file while the block runs; the file exists only during that time.
 
-    A process that holds it already takes it again.
+    A process that holds the lock may take it again.
 
     Args:
         path: of the file; its directory is made.
-        what: what somebody else does, as the beginning of a sentence: "The run X is being worked on".
-        wait: wait for whoever holds it, with a line in the log now and then.
-        label: who this is, before the number of the process; shown to those who wait.
+        what: what another holder does, as the beginning of a sentence: "The run X is being worked on".
+        wait: whether to wait for another holder, with a line in the log now and then.
+        label: name of this holder, shown with its process id to those who wait.
 
     Raises:
-        ConfigError: somebody else holds it, and ``wait`` is off.
+        ConfigError: another process holds the lock, and ``wait`` is off.
         OSError: the file cannot be made.
     """
     path = path.absolute()
-    descriptor, depth = _process.held.get(path) or (_acquired(path, what, wait=wait), 0)
+    descriptor, depth = _process.held.get(path) or (_acquire(path, what, wait=wait), 0)
     if depth == 0:
+        holder = f"{label} ({_this_process()})" if label else _this_process()
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{label} ({_me()})".encode() if label else _me().encode(), 0)
+        os.pwrite(descriptor, holder.encode(), 0)
     _process.held[path] = descriptor, depth + 1
     try:
         yield
@@ -113,7 +118,7 @@ def exclusive(path: Path, what: str, *, wait: bool = True, label: str = "") -> I
         _release(path)
 
 
-def _me() -> str:
+def _this_process() -> str:
     return f"process {os.getpid()} on {platform.node() or 'this host'}"
 
 
@@ -124,21 +129,22 @@ def _release(path: Path) -> None:
     elif depth == 1:  # 0 in a forked child
         del _process.held[path]
         with suppress(OSError):
-            path.unlink()  # before it is free: who waits for this file then sees that it is another's
+            path.unlink()  # before the lock is free: a waiting process then sees that its file is gone
         os.close(descriptor)
 
 
-def _acquired(path: Path, what: str, *, wait: bool) -> int:
+def _acquire(path: Path, what: str, *, wait: bool) -> int:
+    """Lock a file that is still in its place; returns its descriptor."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = open_shared(path)
-        except FileNotFoundError:  # let go of just now
+        except FileNotFoundError:  # its holder removed it just now
             continue
         try:
-            if not _try(descriptor, fcntl.LOCK_EX):
+            if not _try_lock(descriptor, fcntl.LOCK_EX):
                 _wait_for(descriptor, what, wait=wait)
-            if _is_there(descriptor, path):
+            if _is_in_place(descriptor, path):
                 return descriptor
         except BaseException:
             os.close(descriptor)
@@ -152,13 +158,14 @@ def _wait_for(descriptor: int, what: str, *, wait: bool) -> None:
         return f"{what} by {holder}{'. Wait for it to end.' if last else '; waiting for it to end.'}"
 
     if wait:
-        with aside():
-            _obtain(descriptor, fcntl.LOCK_EX, line)
-    elif not _obtain(descriptor, fcntl.LOCK_EX, line, patience=_PATIENCE):
+        with work_paused():
+            _lock(descriptor, fcntl.LOCK_EX, line)
+    elif not _lock(descriptor, fcntl.LOCK_EX, line, patience=_PATIENCE):
         raise ConfigError(line(last=True))
 
 
-def _is_there(descriptor: int, path: Path) -> bool:
+def _is_in_place(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one that lies at its path now."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -166,7 +173,7 @@ def _is_there(descriptor: int, path: Path) -> bool:
 
 
 def is_held(path: Path) -> bool:
-    """Whether somebody, perhaps this process, holds the `exclusive` lock of a file."""
+    """Whether a process, perhaps this one, holds the `exclusive` lock of a file."""
     if path.absolute() in _process.held:
         return True
     try:
@@ -174,18 +181,18 @@ def is_held(path: Path) -> bool:
     except FileNotFoundError:
         return False
     except OSError:
-        return True  # another user's
+        return True  # it belongs to another user
     try:
-        return not _try(descriptor, fcntl.LOCK_SH)
+        return not _try_lock(descriptor, fcntl.LOCK_SH)
     finally:
         os.close(descriptor)
 
 
 def open_shared(path: Path) -> int:
-    """Open a lock's file, made for all users if it is not there; returns the descriptor.
+    """Open the file of a lock, and make it for all users if it is not there; returns the descriptor.
 
-    (filelock would open it with ``O_CREAT``, which Linux refuses for another user's file in a sticky
-    directory such as /tmp, and would empty it, where it stands who holds it.)
+    The package filelock does not serve here. It opens the file with ``O_CREAT``, which Linux refuses for
+    another user's file in a sticky directory such as /tmp, and it empties the file, which names the holder.
     """
     flags = os.O_RDWR | os.O_NOFOLLOW
     try:
@@ -196,12 +203,13 @@ def open_shared(path: Path) -> int:
     return descriptor
 
 
-def _try(descriptor: int, kind: int) -> bool:
+def _try_lock(descriptor: int, kind: int) -> bool:
+    """Lock a file if it is free; where the file system has no locks, warn and act as if it were."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError as error:  # some file systems know no locks
+    except OSError as error:
         _warn(f"Files cannot be locked here ({error.strerror}): do not start the same run twice.")
     return True
 
@@ -212,11 +220,11 @@ def _warn(message: str) -> None:
         _log.warning(message)
 
 
-def _obtain(descriptor: int, kind: int, line: Callable[[], str], patience: float = float("inf")) -> bool:
-    """Wait for a lock; False where it took longer than ``patience`` seconds."""
+def _lock(descriptor: int, kind: int, line: Callable[[], str], patience: float = float("inf")) -> bool:
+    """Wait for a lock, and log ``line`` now and then; False after ``patience`` seconds."""
     started, next_line = time.monotonic(), _SECONDS_BEFORE_A_LINE
     try:
-        while not _try(descriptor, kind):
+        while not _try_lock(descriptor, kind):
             waited = time.monotonic() - started
             if waited >= patience:
                 return False
@@ -234,15 +242,12 @@ def default_lock_path() -> Path:
     return Path(tempfile.gettempdir()) / "sparse_exp-benchmark.lock"
 
 
-def _room_path(turnstile: Path) -> Path:
-    return turnstile.with_name(f"{turnstile.stem}-room{turnstile.suffix}")
-
-
 @contextmanager
 def working() -> Iterator[None]:
-    """Heavy work, which would spoil a measurement: it begins when none runs, and gives way to others later.
+    """Do heavy work in the block, which would spoil a measurement. It begins when no measurement runs.
 
-    Blocks within blocks are one. Where the lock's files cannot be opened, a warning says so and work goes on.
+    Measurements that come later wait for `give_way`. A block within another changes nothing. Where the lock's
+    files cannot be opened, a warning is logged and the work goes on.
     """
     _process.depth += 1
     try:
@@ -256,26 +261,26 @@ def working() -> Iterator[None]:
 
 
 def give_way() -> None:
-    """Let a benchmark that waits for this host go first; to be called often while at work.
+    """Let a measurement that waits for this host go first; heavy work calls this often.
 
-    Costs some microseconds where none waits. Nothing happens outside of `working`.
+    It takes some microseconds where no measurement waits, and does nothing outside of `working`.
     """
     if _process.doors is None:
         return
     turnstile, room = _process.doors
-    if _try(turnstile, fcntl.LOCK_SH):
+    if _try_lock(turnstile, fcntl.LOCK_SH):
         fcntl.flock(turnstile, fcntl.LOCK_UN)
         return
     fcntl.flock(room, fcntl.LOCK_UN)
-    _pass(turnstile, room)
+    _pass_turnstile(turnstile, room)
 
 
 @contextmanager
-def aside() -> Iterator[None]:
-    """Be out of the room while the block runs; does nothing where this process does no heavy work."""
+def work_paused() -> Iterator[None]:
+    """Leave the room while the block runs; does nothing where this process does no heavy work."""
     inside = _process.doors is not None
     _leave()
-    yield  # where it raises, the work is over: coming back might wait for long
+    yield  # after an error the work is over, and this process does not wait to come back
     if inside:
         _enter()
 
@@ -288,7 +293,7 @@ def _enter() -> None:
         _warn(f"{path} cannot be opened ({error.strerror}): this run does not pause while others measure.")
         return
     _process.doors = doors
-    _pass(*doors)
+    _pass_turnstile(*doors)
 
 
 def _leave() -> None:
@@ -297,30 +302,34 @@ def _leave() -> None:
         os.close(descriptor)
 
 
-def _pass(turnstile: int, room: int) -> None:
+def _pass_turnstile(turnstile: int, room: int) -> None:
     for door in (turnstile, room):
-        _obtain(door, fcntl.LOCK_SH, lambda: "A benchmark has the host; waiting for it to end.")
+        _lock(door, fcntl.LOCK_SH, lambda: "A benchmark has the host; waiting for it to end.")
     fcntl.flock(turnstile, fcntl.LOCK_UN)
 
 
 def _open_doors(path: Path) -> tuple[int, int]:
+    """Open the files of turnstile and room; returns their descriptors."""
     turnstile = open_shared(path)
     try:
-        return turnstile, open_shared(_room_path(path))
+        return turnstile, open_shared(path.with_name(f"{path.stem}-room{path.suffix}"))
     except OSError:
         os.close(turnstile)
         raise
 
 
 def _measurer() -> str:
-    """Who measures, for those who wait: process, since when, command."""
+    """This process as those who wait for its measurement see it: id, start and command."""
     command = shlex.join(sys.orig_argv).replace("\n", " ")
     short = command if len(command) <= _LONGEST_COMMAND else f"{command[:_LONGEST_COMMAND]} ..."
     return f"process {os.getpid()} since {time.strftime('%H:%M:%S')} ({short})"
 
 
-def _those(descriptor: int) -> str:
-    """Who holds a lock, in brackets, as far as the kernel tells: ``/proc/locks`` has files by inode."""
+def _holders(descriptor: int) -> str:
+    """The processes that hold a lock, in brackets; empty where the kernel does not list them.
+
+    ``/proc/locks`` lists locks by the inodes of their files.
+    """
     inode = f":{os.fstat(descriptor).st_ino}"
     try:
         locks = [line.split() for line in Path("/proc/locks").read_text().splitlines() if " -> " not in line]
@@ -332,13 +341,13 @@ def _those(descriptor: int) -> str:
 
 @contextmanager
 def measuring_alone(path: Path) -> Iterator[None]:
-    """Have the host to oneself while the block runs: nobody else measures or does heavy work.
+    """Have the host to oneself while the block runs: no other process measures or does heavy work.
 
     Args:
-        path: the turnstile; see `default_lock_path`. The room's file lies beside it.
+        path: of the turnstile; see `default_lock_path`. The room's file lies beside it.
 
     Raises:
-        EngineError: a lock's file cannot be opened.
+        EngineError: the file of a lock cannot be opened.
     """
     try:
         turnstile, room = _open_doors(path)
@@ -346,20 +355,20 @@ def measuring_alone(path: Path) -> Iterator[None]:
         do = "Set TMPDIR to a directory that you may write to."
         raise EngineError(expected(f"the lock file {path}", "writable", error.strerror, do)) from error
 
-    def to_pause() -> str:
-        return f"Waiting for other runs on this host to pause{_those(room)}."
-
-    def line() -> str:
+    def others_measure() -> str:
         holder = os.pread(turnstile, 400, 0).decode(errors="replace") or "process unknown"
-        return f"Another run on this host is measuring: {holder}; {_me()} waits for it to end."
+        return f"Another run on this host is measuring: {holder}; {_this_process()} waits for it to end."
 
-    with aside():
+    def others_work() -> str:
+        return f"Waiting for other runs on this host to pause{_holders(room)}."
+
+    with work_paused():
         _process.measuring = turnstile, room
         try:
-            _obtain(turnstile, fcntl.LOCK_EX, line)
+            _lock(turnstile, fcntl.LOCK_EX, others_measure)
             os.ftruncate(turnstile, 0)
             os.pwrite(turnstile, _measurer().encode(), 0)
-            _obtain(room, fcntl.LOCK_EX, to_pause)
+            _lock(room, fcntl.LOCK_EX, others_work)
             yield
         finally:
             doors, _process.measuring = _process.measuring, ()  # none in a forked child

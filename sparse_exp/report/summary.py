@@ -1,10 +1,14 @@
-"""The few numbers that a run ends with on the console."""
+"""The tables of results that a run ends with on the console."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from sparse_exp.benchmark.results import Row
 from sparse_exp.benchmark.table import impossible_lines
@@ -20,24 +24,17 @@ from sparse_exp.metrics.result_rows import (
 )
 from sparse_exp.text import decimal, percent
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.table import Table
-
 
 def summary_table(result: Result, title: str = "Result", rows: Sequence[Row] = ()) -> RenderableType:
-    """Accuracy, sparsity, sizes and throughput as something that a rich console prints.
+    """Accuracy, sparsity, sizes and throughput as tables that a rich console prints.
 
-    Fits in 80 columns, and reads well without colours or a terminal.
+    They fit in 80 columns, and can be read without colours.
 
     Args:
-        result: the flat numbers of ``result.json``; what is missing is left out.
+        result: the flat numbers of ``result.json``; tables without numbers are left out.
         title: headline.
-        rows: of the benchmark, from which noisy cells and those that could not be measured are named.
+        rows: of the benchmark; noisy cells are marked, cells that could not be measured are named below.
     """
-    from rich.console import Group
-    from rich.text import Text
-
     accuracy, *others = (_accuracy(result), _files(result), _benchmark(result, rows))
     kept = [Text(recovery(result) + "\n")] if recovery(result) else []
     tables = [table for table in others if table.row_count]
@@ -48,9 +45,7 @@ def summary_table(result: Result, title: str = "Result", rows: Sequence[Row] = (
 
 
 def summary_text(result: Result, title: str = "Result", width: int = 80, rows: Sequence[Row] = ()) -> str:
-    """`summary_table` as plain text of that many columns at most."""
-    from rich.console import Console
-
+    """`summary_table` as plain text of at most ``width`` columns."""
     console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
     console.print(summary_table(result, title, rows))
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
@@ -96,15 +91,12 @@ def _benchmark(result: Result, rows: Sequence[Row]) -> Table:
 
 
 def _remarks(rows: Sequence[Row]) -> list[str]:
-    """What is to be said below the speeds."""
+    """The lines below the tables: what noisy means, and the cells that could not be measured."""
     noisy = ["! noisy: the repeats differ too much."] if any(row.get("noisy") for row in rows) else []
     return noisy + [f"Not measured: {line}" for line in impossible_lines(rows)]
 
 
 def _table(first: str, *columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(first, no_wrap=True, min_width=11)
     for column in columns:
