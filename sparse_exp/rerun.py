@@ -27,6 +27,7 @@ from sparse_exp.runs.conditions import (
 )
 from sparse_exp.runs.directory import MANIFEST
 from sparse_exp.runs.past import add_store_options, is_run_id, local_directory, tagged_overrides
+from sparse_exp.text import console_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -231,18 +232,13 @@ def show(run: str, found: Sequence[Difference]) -> None:
 
 
 def _table(found: Sequence[Difference]) -> Table:
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table("kind", "what", "then", "now", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in table.columns:
-        column.overflow = "fold"
-    last = ""
-    for each in found:
-        kind, last = ("" if each.kind == last else each.kind), each.kind
-        table.add_row(kind, *map(escape, (each.what, each.then, each.now)))
-    return table
+    """A row for each difference; a kind is named in the first of its rows only."""
+    kinds = ["", *(each.kind for each in found)]
+    rows = [
+        ("" if each.kind == kind_before else each.kind, each.what, each.then, each.now)
+        for kind_before, each in zip(kinds, found, strict=False)
+    ]
+    return console_table(("kind", "what", "then", "now"), rows)
 
 
 def _as_yaml_list(words: Sequence[str]) -> str:

@@ -8,7 +8,6 @@ checked here, and all problems are reported at once.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -19,16 +18,13 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from sparse_exp.config.plain import CONF_DIRECTORY, out_of_bounds, recipe_path
-from sparse_exp.config.schema import STAGES, Experiment
+from sparse_exp.config.schema import Experiment
 from sparse_exp.errors import ConfigError, SparseExpError, expected, first_line
 from sparse_exp.runs.directory import MANIFEST
 from sparse_exp.sources.cache import is_remote
 from sparse_exp.sources.start import SCRATCH, require_place
 from sparse_exp.sources.stub import STUB_PREFIX, parse_stub
-
-# What MLflow's registry takes, and a URL and a search in it take without quotes. It numbers versions itself.
-_MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
-_ALIAS = re.compile(r"(?!latest$|v\d+$)[a-z0-9_-]{1,200}", re.IGNORECASE)
+from sparse_exp.stages.registry import check_stages, wanted_stages
 
 
 def resolve(config: DictConfig) -> Experiment:
@@ -54,9 +50,7 @@ def resolve(config: DictConfig) -> Experiment:
     problems = [*out_of_bounds(experiment, ""), *_cross_checks(experiment)]
     if problems:
         raise ConfigError(problems)
-    wanted = {"publish": experiment.publish, "register": experiment.tracker.register}
-    leave_out = [stage for stage, value in wanted.items() if value is None]  # they would do nothing
-    experiment.stages = [s for s in STAGES if s in experiment.stages and s not in leave_out]
+    experiment.stages = wanted_stages(experiment)
     given = {name: value for name, value in experiment.recipe.variables.items() if value is not None}
     experiment.recipe.variables = dict(given)  # the others are as the recipe has or derives them
     return experiment
@@ -166,9 +160,7 @@ def _cross_checks(experiment: Experiment) -> Iterator[str]:
     yield from _check_files(experiment)
     yield from _check_recipe(experiment)
     yield from _check_devices(experiment)
-    yield from _check_stages(experiment)
-    yield from _check_publish(experiment)
-    yield from _check_register(experiment)
+    yield from check_stages(experiment)
     yield from _check_hardware(experiment)
 
 
@@ -282,72 +274,3 @@ def _problem(check: Callable[..., Any], *arguments: Any) -> Iterator[str]:
         check(*arguments)
     except SparseExpError as error:
         yield str(error)
-
-
-def _check_stages(experiment: Experiment) -> Iterator[str]:
-    stages = experiment.stages
-    if not stages:
-        yield expected("stages", f"some of {', '.join(STAGES)}", [], "Name at least one.")
-    needs_checkpoint = {"evaluate", "export"} & set(stages)
-    if needs_checkpoint and "train" not in stages and not (experiment.checkpoint or experiment.resume):
-        yield (
-            f"stages={','.join(stages)} leaves out train, but {sorted(needs_checkpoint)[0]} needs a trained "
-            "checkpoint. Give it with checkpoint=PATH, or add train to stages."
-        )
-    needs_files = {"verify", "benchmark"} & set(stages)
-    if needs_files and "export" not in stages and not experiment.resume:
-        yield (
-            f"{sorted(needs_files)[0]} needs exported files. Add export to stages, or give a run that has "
-            "them with resume=RUN."
-        )
-    if experiment.checkpoint and "train" in stages:
-        yield (
-            "checkpoint=PATH is for runs without the train stage. Use model.weights=PATH to start a "
-            "training from it, or leave train out of stages."
-        )
-
-
-def _check_publish(experiment: Experiment) -> Iterator[str]:
-    if experiment.publish is None:
-        if experiment.stages == ["publish"]:
-            yield "stages=[publish] needs a stub to publish under. Set publish=auto, or publish=STUB."
-        return
-    from sparse_exp.sources.local import require_free, require_writable, zoo_directory
-
-    zoo, named = zoo_directory(experiment.paths.zoo), experiment.publish != "auto"
-    missing = [stage for stage in ("evaluate", "export", "publish") if stage not in experiment.stages]
-    if missing and not experiment.resume:
-        do = "Add it to stages, or set publish=null."
-        yield f"publish={experiment.publish} needs the stage {missing[0]}. {do}"
-    try:
-        require_writable(zoo)
-        # Of a run that is gone on with it may be published already: then by itself.
-        if named and not experiment.resume:
-            require_free(experiment.publish, zoo, force=experiment.overwrite)
-    except ConfigError as error:
-        yield from error.problems
-
-
-def _check_register(experiment: Experiment) -> Iterator[str]:
-    tracker, stages = experiment.tracker, experiment.stages
-    name, alias = tracker.register, tracker.alias
-    if name is None:
-        if alias is not None:
-            do = "Set tracker.register=NAME, or leave out tracker.alias."
-            yield f"tracker.alias={alias} needs a model to point to. {do}"
-        if stages == ["register"]:
-            yield "stages=[register] needs a name to register under. Set tracker.register=NAME."
-        return
-    if not _MODEL_NAME.fullmatch(name):
-        do = "For example tracker.register=crowns."
-        yield expected("tracker.register", "letters, digits and _ . - (at most 200)", name, do)
-    if alias is not None and not _ALIAS.fullmatch(alias):
-        do = "For example tracker.alias=candidate."
-        yield expected("tracker.alias", "letters, digits, _ and -, not 'latest' or 'v1'", alias, do)
-    if tracker.backend != "mlflow":
-        do = "Set tracker=mlflow, or leave out tracker.register."
-        yield f"tracker.register={name} needs MLflow, but tracker.backend is '{tracker.backend}'. {do}"
-    missing = [stage for stage in ("export", "verify", "register") if stage not in stages]
-    if missing and not experiment.resume:
-        do = "Add it to stages, or leave out tracker.register."
-        yield f"tracker.register={name} needs the stage {missing[0]}. {do}"

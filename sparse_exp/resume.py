@@ -19,7 +19,7 @@ from sparse_exp.errors import ConfigError
 from sparse_exp.files import sha256_of
 from sparse_exp.hints import override
 from sparse_exp.resolve import read_record, resolve
-from sparse_exp.runs.directory import RunDirectory
+from sparse_exp.runs.directory import CONFIG, Run
 from sparse_exp.runs.past import ABOUT_THE_PLACE
 
 # What a run is: with another value of these it would be another run, and its finished stages wrong.
@@ -61,7 +61,7 @@ def resumed(composed: DictConfig, job: Any) -> Resumed:
         ConfigError: the run has no readable record; it is to get another model, data set or recipe; or
             `resolve` finds a problem.
     """
-    run = RunDirectory.read(Path(composed.resume))
+    run = Run.read(Path(composed.resume))
     record = _record(run)
     config = copy.deepcopy(record)
     _lay_over(config, composed, job)
@@ -79,12 +79,12 @@ def resumed(composed: DictConfig, job: Any) -> Resumed:
     return Resumed(experiment, whole, _words(run.state.get("overrides"), record, whole))
 
 
-def _record(run: RunDirectory) -> DictConfig:
+def _record(run: Run) -> DictConfig:
     try:
-        text = (run.path / "config.yaml").read_text(encoding="utf-8")
+        text = (run.path / CONFIG).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"The run {run.path} has no config.yaml that can be read, so nobody knows how to go on with it. "
+            f"The run {run.path} has no {CONFIG} that can be read, so nobody knows how to go on with it. "
             "Start a new run without resume=."
         ) from error
     return read_record(text)
@@ -130,7 +130,7 @@ def _delete(config: DictConfig, key: str, composed: DictConfig) -> None:
         del node[name]
 
 
-def _require_same_run(run: RunDirectory, record: DictConfig, config: DictConfig) -> None:
+def _require_same_run(run: Run, record: DictConfig, config: DictConfig) -> None:
     may_change = (*_HOW_IT_COMPUTES, *(_UNTIL_IT_IS_READ if "fetch" not in run.records else ()))
     others = [
         f"{_cut(override(key, new))} instead of {_cut(override(key, old).partition('=')[2])}"

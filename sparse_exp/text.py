@@ -1,9 +1,15 @@
-"""Text as people read it: tables in Markdown, numbers, the width of a console."""
+"""Text as people read it: tables in Markdown and on the console, numbers, the width of a console."""
 
 from __future__ import annotations
 
+import io
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
 
 
 def between_marks(page: str, mark: str, text: str) -> str:
@@ -20,16 +26,66 @@ def between_marks(page: str, mark: str, text: str) -> str:
     return f"{before}{first}\n\n{text.strip()}\n\n{last}{after}"
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, align: bool = True) -> str:
-    """A Markdown table, its columns of numbers right-aligned if ``align``; empty without rows."""
+def markdown_table(
+    titles: Sequence[str], rows: Iterable[Sequence[str]], *, right: Container[int] | None = None
+) -> str:
+    """A Markdown table; empty without rows.
+
+    Args:
+        titles: of the columns.
+        rows: the cells of each. White space becomes single spaces, and ``|`` is escaped; other marks of
+            Markdown keep their meaning.
+        right: columns to align to the right, from 0; None: those of numbers.
+    """
     cells = [[_cell(cell) for cell in row] for row in rows]
     if not cells:
         return ""
-    marks = [
-        "---:" if align and all(_is_number(row[i]) for row in cells) else "---" for i in range(len(header))
-    ]
-    lines = [[_cell(name) for name in header], marks, *cells]
+    if right is None:
+        right = [column for column in range(len(titles)) if all(_is_number(row[column]) for row in cells)]
+    marks = ["---:" if column in right else "---" for column in range(len(titles))]
+    lines = [[_cell(title) for title in titles], marks, *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def console_table(
+    titles: Sequence[str],
+    rows: Iterable[Sequence[str]] = (),
+    *,
+    right: Container[int] = (),
+    styles: Sequence[str] | None = None,
+) -> Table:
+    """A table for a rich console: one line below the titles, and long cells folded.
+
+    Args:
+        titles: of the columns.
+        rows: the cells of each. They are shown as they are: brackets are no markup.
+        right: columns to align to the right, from 0.
+        styles: rich's style of each row; None: plain.
+    """
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column, title in enumerate(titles):
+        table.add_column(escape(title), justify="right" if column in right else "left", overflow="fold")
+    for index, row in enumerate(rows):
+        table.add_row(*map(escape, row), style=styles[index] if styles else None)
+    return table
+
+
+def plain_text(*parts: RenderableType, width: int) -> str:
+    """What a rich console of ``width`` columns prints of some parts, without colours.
+
+    No line ends in blanks.
+    """
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+    for part in parts:
+        console.print(part)
+    printed: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in printed.splitlines())
 
 
 def _is_number(text: str) -> bool:

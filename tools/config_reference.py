@@ -21,6 +21,7 @@ import yaml
 
 from sparse_exp.config import schema
 from sparse_exp.config.schema import Experiment
+from sparse_exp.text import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
@@ -92,7 +93,7 @@ not listed here, or keys that contradict each other are refused before anything 
 ## Environment variables
 
 | variable | meaning |
-|---|---|
+| --- | --- |
 | `SPARSE_EXP_CACHE` | directory for downloads and data sets; `paths.cache` wins over it |
 | `SPARSE_EXP_ZOO` | the local zoo; `paths.zoo` wins over it |
 | `XDG_CACHE_HOME` | where the user's cache lies, if neither is set; `~/.cache` by default |
@@ -171,14 +172,14 @@ def variable_rows(option: str) -> list[Row]:
 
 def _variables(options: list[str]) -> str:
     """One line for each variable: what it means, and its default in each option that has it."""
-    lines = ["| key | meaning | default: options |", "|---|---|---|"]
-    rows = [(row, option) for option in options for row in variable_rows(option)]
-    for key, meaning in {row.key: row.meaning for row, _ in rows}.items():
-        having = [(row.default, option) for row, option in rows if row.key == key]
+    found = [(row, option) for option in options for row in variable_rows(option)]
+    rows = []
+    for key, meaning in {row.key: row.meaning for row, _ in found}.items():
+        having = [(row.default, option) for row, option in found if row.key == key]
         defaults = {value: [o for v, o in having if v == value] for value, _ in having}
         cell = "; ".join(f"{value}: {', '.join(names)}" for value, names in defaults.items())
-        lines.append(f"| `{key}` | {meaning} | {cell} |")
-    return "\n".join(lines)
+        rows.append((f"`{key}`", meaning, cell))
+    return markdown_table(("key", "meaning", "default: options"), rows, right=())
 
 
 def _group(name: str, default: str | None) -> str:
@@ -285,16 +286,13 @@ def _plain(value: Any) -> str:
 
 
 def _keys(rows: list[Row]) -> str:
-    lines = ["| key | type | unit | bounds | default | meaning |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        cells = (f"`{row.key}`", row.type, row.unit, row.bounds, row.default, row.meaning)
-        lines.append(f"| {' | '.join(_escaped(cell) for cell in cells)} |")
-    return "\n".join(lines)
+    cells = [(f"`{row.key}`", row.type, row.unit, row.bounds, row.default, row.meaning) for row in rows]
+    literal = [[_literal(cell) for cell in line] for line in cells]
+    return markdown_table(("key", "type", "unit", "bounds", "default", "meaning"), literal, right=())
 
 
-def _escaped(cell: str) -> str:
-    """Text for a cell of a Markdown table; code between backquotes may hold < and >."""
-    cell = cell.replace("|", "\\|")
+def _literal(cell: str) -> str:
+    """Text that Markdown shows as it is; code between backquotes may hold < and >."""
     return cell if cell.startswith("`") else cell.replace("<", "&lt;")
 
 

@@ -1,42 +1,45 @@
-"""The measured numbers of a run as Markdown, for the README.
+"""Print the measured numbers of a run as Markdown, for docs/main-job.md.
 
     python tools/results_table.py outputs/runs/DATE/TIME-NAME
-    python tools/results_table.py outputs/runs/DATE/TIME-NAME --insert README.md
+    python tools/results_table.py outputs/runs/DATE/TIME-NAME --insert docs/main-job.md
 
-With ``--insert`` they replace what stands between ``<!-- numbers -->`` and ``<!-- /numbers -->``.
+With ``--insert`` they replace the text between ``<!-- numbers -->`` and ``<!-- /numbers -->``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_exp.benchmark.table import measured
-from sparse_exp.metrics.results import SIZES, SPARSITIES, accuracies, number, throughputs
-from sparse_exp.text import between_marks, decimal, percent
+from sparse_exp.benchmark.measurements import measured
+from sparse_exp.command import Parser, run_command
+from sparse_exp.errors import ConfigError
+from sparse_exp.metrics.result_rows import SIZES, SPARSITIES, accuracies, number, throughputs
+from sparse_exp.text import between_marks, decimal, markdown_table, percent
 
 MARK = "numbers"
-# Where files of this run lie is of no interest to a reader.
+# Overrides that say where this run's files are, which a reader does not need.
 _LOCAL = ("paths.", "resume=", "overwrite=", "hydra.", "tracker")
 
 
-def main() -> None:
+def main() -> int:
     """Print the tables, or put them into a page."""
-    arguments = _arguments()
+    parser = Parser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("run", type=Path, help="directory of a finished run")
+    parser.add_argument("--insert", type=Path, metavar="PAGE", help="page that holds the two markers")
+    options = parser.parse_args()
     try:
-        text = numbers(arguments.run)
-        if arguments.insert:
-            arguments.insert.write_text(
-                between_marks(arguments.insert.read_text("utf-8"), MARK, text), "utf-8"
-            )
+        text = numbers(options.run)
+        if options.insert:
+            options.insert.write_text(between_marks(options.insert.read_text("utf-8"), MARK, text), "utf-8")
         else:
             sys.stdout.write(text)
     except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"Error: {error}. Give the directory of a finished run with a benchmark.")
+        raise ConfigError(f"{error}. Give the directory of a finished run with a benchmark.") from error
+    return 0
 
 
 def numbers(run: Path) -> str:
@@ -88,7 +91,7 @@ def _accuracy(result: dict[str, Any]) -> str:
         (where, decimal(map50, 3), decimal(map50_95, 3), difference)
         for where, map50, map50_95, difference in accuracies(result)
     ]
-    return _table(("validation split, run in", "mAP50", "mAP50-95", "mAP50 against torch"), rows)
+    return _numbers_table(("validation split, run in", "mAP50", "mAP50-95", "mAP50 against torch"), rows)
 
 
 def _zeros_and_sizes(result: dict[str, Any]) -> str:
@@ -103,7 +106,7 @@ def _zeros_and_sizes(result: dict[str, Any]) -> str:
     rows += [
         (label, f"{decimal(number(result, key), 2)} MB") for key, label in SIZES.items() if key in result
     ]
-    return _table(("", "measured"), rows)
+    return _numbers_table(("", "measured"), rows)
 
 
 def _throughput(result: dict[str, Any]) -> str:
@@ -125,7 +128,7 @@ def _throughput(result: dict[str, Any]) -> str:
         "p99 ms",
         "x best dense",
     )
-    return _table(columns, rows)
+    return _numbers_table(columns, rows)
 
 
 def _conditions(rows: list[dict[str, Any]]) -> str:
@@ -133,7 +136,7 @@ def _conditions(rows: list[dict[str, Any]]) -> str:
         return ""
     rows = measured(rows)
     one = rows[0]
-    busy = one.get("before", one)["busy_cores"]  # rows of older runs have it themselves
+    busy = one.get("before", one)["busy_cores"]  # in rows of older runs it stands at the top level
     versions = dict.fromkeys(f"{row['engine']} {row['version']}" for row in rows)
     return (
         f"Conditions: {', '.join(versions)}; {one['cpu']} with {', '.join(one['isa']) or 'no vector sets'}, "
@@ -150,22 +153,13 @@ def _times(result: dict[str, Any]) -> str:
     if not times:
         return ""
     rows = [tuple(f"{seconds:.0f}" for seconds in (*times.values(), sum(times.values())))]
-    return "Seconds of each stage on that machine:\n\n" + _table((*times, "all"), rows)
+    return "Seconds of each stage on that machine:\n\n" + _numbers_table((*times, "all"), rows)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    if not lines:
-        return ""
-    return "\n".join([f"| {' | '.join(header)} |", "|---" + "|---:" * (len(header) - 1) + "|", *lines])
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("run", type=Path, help="directory of a finished run")
-    parser.add_argument("--insert", type=Path, metavar="PAGE", help="page that holds the two markers")
-    return parser.parse_args()
+def _numbers_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose first column says what the numbers in the others are."""
+    return markdown_table(titles, rows, right=range(1, len(titles)))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

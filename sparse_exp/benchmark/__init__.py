@@ -7,7 +7,7 @@ meanwhile, and `results` what comes of it. Nothing here needs more than numpy, p
 from __future__ import annotations
 
 from sparse_exp.benchmark.cells import Cell, Load, cells_of, loads_of
-from sparse_exp.benchmark.results import NUMBERS, Measurement, Row, write_rows
+from sparse_exp.benchmark.measurements import NUMBERS, Measurement, Row, write_rows
 from sparse_exp.benchmark.rounds import benchmark
 
 __all__ = ["NUMBERS", "Cell", "Load", "Measurement", "Row", "benchmark", "cells_of", "loads_of", "write_rows"]

@@ -1,60 +1,60 @@
-"""What to try next, from what a benchmark measured: each rule fires on numbers, and quotes them."""
+"""What to try next after a benchmark: each rule looks at measured numbers, and quotes them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
-from sparse_exp.benchmark.results import Row
+from sparse_exp.benchmark.gain import CORES, INT8, ZEROS, Gain
+from sparse_exp.benchmark.layers import Costs
+from sparse_exp.benchmark.measurements import Row
 
-if TYPE_CHECKING:
-    from sparse_exp.benchmark.gain import Split
-    from sparse_exp.benchmark.layers import Costs
-
-_LAYOUT = 0.15  # shares of the time from which a kind of layer is worth a word
+# Shares of the time from which a kind of layer is worth a sentence.
+_LAYOUT = 0.15
 _DENSE = 0.15
 _DECODING = 0.10
-_LITTLE = 1.15  # a gain below this is hardly one
-_EFFICIENT = 0.75  # share of the ideal gain of several cores
+_LITTLE = 1.15  # a factor below this is hardly a gain
+_EFFICIENT = 0.75  # share of the ideal gain that several cores should reach
 
 
-def advise(
-    rows: Sequence[Row], engine: str, splits: Sequence[Split], costs: Sequence[Costs]
-) -> Iterator[str]:
-    """Sentences, the most telling first.
+def advise(rows: Sequence[Row], engine: str, gains: Sequence[Gain], costs: Sequence[Costs]) -> Iterator[str]:
+    """One or two sentences for each rule that applies, the most telling first.
 
     Args:
         rows: with numbers, of one network.
-        engine: that is deployed to.
-        splits: of each load.
-        costs: of what was profiled.
+        engine: that is deployed to; it has a row of the variant ``sparse``.
+        gains: one for each load.
+        costs: of the networks that were profiled.
     """
     yield from _faster_engine(rows, engine)
-    yield from _quantization(rows, engine, splits)
-    yield from _sparsity(splits)
+    yield from _quantization(rows, engine, gains)
+    yield from _sparsity(gains)
     yield from _layers(engine, costs)
     yield from _batches(rows, engine)
-    yield from _cores(splits)
-    yield from _others_int8(rows, engine)
+    yield from _cores(gains)
+    yield from _int8_elsewhere(rows, engine)
     yield from _noise(rows)
 
 
 def _faster_engine(rows: Sequence[Row], engine: str) -> Iterator[str]:
-    """Another cell that is faster than what is deployed, under the first load."""
-    same = [row for row in rows if _load(row) == _load(_deployed(rows, engine))]
+    """Another engine is faster than what is deployed, under the first load."""
+    deployed = _deployed(rows, engine)
+    same = [row for row in rows if _load_of(row) == _load_of(deployed)]
     best = max(same, key=lambda row: float(row["items_per_s"]))
-    mine = float(_deployed(rows, engine)["items_per_s"])
-    if best["engine"] != engine and best["items_per_s"] > _LITTLE * mine:
-        times, name = best["items_per_s"] / mine, best["engine"]
+    times, name = best["items_per_s"] / float(deployed["items_per_s"]), best["engine"]
+    if name != engine and times > _LITTLE:
         do = f"put {name} first in hardware.engines"
         if best["variant"] != "sparse":
             do = f"deploy {best.get('model')} with {name} instead, if its accuracy suffices"
-        yield f"{name} runs {best['variant']} {times:.2f} times as fast as {engine} what is deployed: {do}."
+        yield (
+            f"{name} runs {best['variant']} {times:.2f} times as fast as {engine} runs what is "
+            f"deployed: {do}."
+        )
 
 
-def _quantization(rows: Sequence[Row], engine: str, splits: Sequence[Split]) -> Iterator[str]:
+def _quantization(rows: Sequence[Row], engine: str, gains: Sequence[Gain]) -> Iterator[str]:
+    """8 bits gain little."""
     row = _deployed(rows, engine)
-    factor = _factor(splits, "8 bits")
+    factor = _factor(gains, INT8)
     if row.get("precision") == "fp32" or factor is None or factor >= _LITTLE:
         return
     lacks = "" if "vnni" in row.get("isa", ()) else ", on a CPU without 8-bit dot products (VNNI)"
@@ -64,8 +64,9 @@ def _quantization(rows: Sequence[Row], engine: str, splits: Sequence[Split]) -> 
     )
 
 
-def _sparsity(splits: Sequence[Split]) -> Iterator[str]:
-    factor = _factor(splits, "sparsity")
+def _sparsity(gains: Sequence[Gain]) -> Iterator[str]:
+    """Zeros gain little."""
+    factor = _factor(gains, ZEROS)
     if factor is not None and factor < _LITTLE:
         yield (
             f"Zeros make it only {factor:.2f} times as fast: raise model.sparsity, and look at sparsity.csv "
@@ -74,6 +75,7 @@ def _sparsity(splits: Sequence[Split]) -> Iterator[str]:
 
 
 def _layers(engine: str, costs: Sequence[Costs]) -> Iterator[str]:
+    """Kinds of layers that take time and gain nothing from zeros."""
     found = next((each for each in costs if each.cell == f"{engine}/sparse"), None)
     if found is None:
         return
@@ -104,7 +106,7 @@ def _layers(engine: str, costs: Sequence[Costs]) -> Iterator[str]:
 
 
 def _batches(rows: Sequence[Row], engine: str) -> Iterator[str]:
-    """Larger batches that gain nothing per image, where zeros in blocks would."""
+    """Larger batches gain nothing for each image, where zeros in blocks would."""
     mine = [row for row in rows if _is_deployed(row, engine) and row["scenario"] == "sync"]
     single = next((row for row in mine if row["batch"] == 1), None)
     large = max(mine, key=lambda row: int(row["batch"]), default=None)
@@ -118,25 +120,26 @@ def _batches(rows: Sequence[Row], engine: str) -> Iterator[str]:
         )
 
 
-def _cores(splits: Sequence[Split]) -> Iterator[str]:
-    for split in splits:
-        few, many = split.cores
-        factor = next((step.factor for step in split.steps if step.cause == "cores"), None)
+def _cores(gains: Sequence[Gain]) -> Iterator[str]:
+    """More cores gain little; said of the first load for which that is so."""
+    for gain in gains:
+        few, many = gain.cores
+        factor = _factor([gain], CORES)
         if factor is not None and factor < _EFFICIENT * many / few:
             yield (
-                f"{many} cores are {factor:.2f} times as fast as {few} ({split.load}): for throughput let "
+                f"{many} cores are {factor:.2f} times as fast as {few} ({gain.load}): for throughput let "
                 "several inferences run at once, hardware=throughput."
             )
             return
 
 
-def _others_int8(rows: Sequence[Row], engine: str) -> Iterator[str]:
-    """Engines that run the quantized network slower than the dense one in floating point."""
+def _int8_elsewhere(rows: Sequence[Row], engine: str) -> Iterator[str]:
+    """Another engine runs the quantized network slower than the dense one in floating point."""
     for row in rows:
         if row["engine"] == engine or row["variant"] != "sparse" or row.get("precision") != "int8":
             continue
-        dense = next((r for r in rows if _twin(r, row, "dense")), None)
-        if dense and row["items_per_s"] < dense["items_per_s"] and _load(row) == _load(rows[0]):
+        dense = next((r for r in rows if _is_dense_beside(r, row)), None)
+        if dense and row["items_per_s"] < dense["items_per_s"] and _load_of(row) == _load_of(rows[0]):
             share = row["items_per_s"] / dense["items_per_s"]
             yield (
                 f"{row['engine']} runs the quantized network at {share:.2f} of the speed of its dense fp32: "
@@ -158,16 +161,16 @@ def _is_deployed(row: Row, engine: str) -> bool:
     return bool(row["engine"] == engine and row["variant"] == "sparse")
 
 
-def _twin(row: Row, other: Row, variant: str) -> bool:
-    """Whether a row is another variant in the same engine under the same load."""
-    return row["engine"] == other["engine"] and row["variant"] == variant and _load(row) == _load(other)
+def _is_dense_beside(other: Row, row: Row) -> bool:
+    """Whether a row is the dense network in the same engine under the same load."""
+    same_engine, is_dense = other["engine"] == row["engine"], other["variant"] == "dense"
+    return same_engine and is_dense and _load_of(other) == _load_of(row)
 
 
-def _load(row: Row) -> tuple[object, ...]:
+def _load_of(row: Row) -> tuple[object, ...]:
     return row["scenario"], row["batch"], row["cores"], row.get("key")
 
 
-def _factor(splits: Sequence[Split], cause: str) -> float | None:
-    """Of a cause under the first load that tells it."""
-    steps = [step for split in splits for step in split.steps if step.cause == cause]
-    return steps[0].factor if steps else None
+def _factor(gains: Sequence[Gain], cause: str) -> float | None:
+    """The factor of a cause under the first load for which it is known; None where it is for none."""
+    return next((step.factor for gain in gains for step in gain.steps if step.cause == cause), None)

@@ -1,28 +1,28 @@
-"""What else happens on the host: other programs, the clock, the hypervisor, memory."""
+"""What else happens on the host meanwhile: other programs, the clock, the hypervisor, memory."""
 
 from __future__ import annotations
 
 import os
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
 
+from sparse_exp.hardware.cgroups import memory_limits
+
 _WINDOW_S = 0.5
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
 class HostState:
-    """The host within half a second in which this process sleeps.
+    """The host during half a second in which this process sleeps.
 
     Attributes:
         load_average: of the last minute.
-        busy_cores: cores that others keep busy, among those that this process may use.
-        frequency_mhz: of those cores, on average; None where the system does not tell.
-        steal: share of the time, 0..1, that a hypervisor gave to others.
+        busy_cores: cores that other programs keep busy, among those that this process may use.
+        frequency_mhz: mean clock of those cores; None where the system does not tell.
+        steal: share of the time, 0..1, that a hypervisor gave to other machines.
     """
 
     load_average: float
@@ -31,7 +31,7 @@ class HostState:
     steal: float
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """As plain data."""
         return asdict(self)
 
 
@@ -46,30 +46,23 @@ def look_around() -> HostState:
 
 
 class Steal:
-    """Share of the host's time that a hypervisor gave to others, from now on."""
+    """Watches the time that a hypervisor gives to other machines, from the creation of this object on."""
 
     def __init__(self) -> None:
         self._before = psutil.cpu_times()
 
     def share(self) -> float:
-        """Since this object was made, 0..1; 0 where the system does not tell."""
+        """Share of the host's time, 0..1; 0 where the system does not tell."""
         now, before = psutil.cpu_times(), self._before
         total = sum(now[: len(before)]) - sum(before)
         return (getattr(now, "steal", 0.0) - getattr(before, "steal", 0.0)) / total if total > 0 else 0.0
 
 
 def free_memory_share() -> float:
-    """Share of the memory that is free, 0..1; that of the container where it has a limit of its own."""
+    """Share of the memory that is free, 0..1: the host's, or a container's if less of its own is free."""
     memory = psutil.virtual_memory()
-    shares = [memory.available / memory.total]
-    try:
-        limit = int((_CGROUP / "memory.max").read_text())
-        used = int((_CGROUP / "memory.current").read_text())
-        cached = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        shares.append(1 - (used - int(cached.get("file", 0))) / limit)
-    except (OSError, ValueError):  # no such file, or "max"
-        pass
-    return min(shares)
+    of_limits = (limit.left / limit.most for limit in memory_limits() if limit.most)
+    return min([memory.available / memory.total, *of_limits])
 
 
 def _own_cpus(count: int) -> list[int]:

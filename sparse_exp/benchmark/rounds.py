@@ -23,7 +23,7 @@ import numpy as np
 
 from sparse_exp.benchmark.cells import Cell
 from sparse_exp.benchmark.host_state import HostState, Steal, free_memory_share, look_around
-from sparse_exp.benchmark.results import Measurement, Round, megabytes, spread
+from sparse_exp.benchmark.measurements import Measurement, Round, megabytes, spread
 from sparse_exp.benchmark.tuning import Setting, Tuned, tune
 from sparse_exp.config.schema import HardwareConfig
 from sparse_exp.engines import IsolatedEngine, search_space

@@ -1,42 +1,40 @@
-"""Why is it (not) faster? The gain of a benchmark taken apart, its slowest layers, what to try next.
+"""Why a deployed network is, or is not, faster: the gain taken apart, the slowest layers, what to try next.
 
-The way from a dense network in floating point in the best of the other runtimes to what is deployed is a
-chain of measured rows: another runtime, zeros, 8 bits, more cores. The factors of a chain multiply to the
-whole. Zeros and 8 bits form a square, dense, pruned, quantized, both: where all four corners were measured,
-each gets the geometric mean of its two edges, so that neither order is preferred.
+`sparse_exp.benchmark.gain` splits the measured gain into factors, `sparse_exp.benchmark.layers` says which
+layers take the time, and `sparse_exp.benchmark.advice` draws conclusions from both. `explain` puts them
+together for ``why.json``, the console and, through `sparse_exp.report.why`, the report.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sparse_exp.benchmark.gain import Split, deployed_engine, headline, loads, measured_rows, split
+from sparse_exp.benchmark.advice import advise
+from sparse_exp.benchmark.gain import Gain, by_load, deployed_engine, first_network, gain_of, headline
 from sparse_exp.benchmark.layers import Costs, Profiles, costs_of
-from sparse_exp.benchmark.results import Row
-
-_log = logging.getLogger(__name__)
+from sparse_exp.benchmark.measurements import Row, measured
 
 
 @dataclass(frozen=True)
 class Why:
-    """What can be said of a benchmark.
+    """What a benchmark says about the speed of the deployed network.
 
     Attributes:
-        splits: of each load.
-        costs: of the models that were profiled; the deployed one first.
-        advice: what to try next, a sentence or two each, from what was measured.
+        gains: one for each load.
+        costs: of the networks that were profiled, the deployed one first.
+        advice: what to try next, one or two sentences each.
     """
 
-    splits: tuple[Split, ...]
+    gains: tuple[Gain, ...]
     costs: tuple[Costs, ...]
     advice: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
+        """As plain data, for ``why.json``, which calls the gains ``splits``."""
+        data = asdict(self)
+        return {"splits": data.pop("gains"), **data}
 
 
 def explain(rows: Sequence[Row], profiles: Profiles | None = None) -> Why:
@@ -44,21 +42,19 @@ def explain(rows: Sequence[Row], profiles: Profiles | None = None) -> Why:
 
     Args:
         rows: of ``benchmark.json``; see docs/benchmark.md. The first engine with a measured ``sparse`` row
-            is the one that is deployed to. Rows of several networks are not mixed: the first counts.
-        profiles: layers of some cells, by ``<engine>/<variant>``, as `profiles_of` has them.
+            is the one that is deployed to. Of several networks the first counts.
+        profiles: layer times, as `sparse_exp.benchmark.layers.profiles_of` returns them.
     """
-    from sparse_exp.benchmark.advice import advise
-
-    measured = measured_rows(rows)
-    engine = deployed_engine(measured)
+    found = first_network(measured(rows))
+    engine = deployed_engine(found)
     costs = tuple(costs_of(cell, profile) for cell, profile in (profiles or {}).items())
     if engine is None:
         return Why((), costs, ())
-    splits = [split for load in loads(measured) if (split := split(load, engine))]
-    return Why(tuple(splits), costs, tuple(advise(measured, engine, splits, costs)))
+    gains = [gain for load in by_load(found) if (gain := gain_of(load, engine))]
+    return Why(tuple(gains), costs, tuple(advise(found, engine, gains, costs)))
 
 
 def console_lines(why: Why) -> list[str]:
-    """The same in a few lines: the gain of each load, and the first things to try."""
-    gains = [f"{split.load}: {headline(split)}" for split in why.splits]
+    """The gain under each load, and the first things to try, a line each."""
+    gains = [f"{gain.load}: {headline(gain)}" for gain in why.gains]
     return [*gains, *(f"Try next: {line}" for line in why.advice[:3])]

@@ -1,4 +1,4 @@
-"""A comparison as a table: on the terminal, as CSV, as Markdown and as plain data."""
+"""Render a comparison as a table: for the terminal, as CSV, as Markdown and as plain data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparse_exp.compare.comparison import FINISHED, Comparison, Row
+from sparse_exp.compare.comparison import FINISHED, Comparison, RunRow
+from sparse_exp.text import console_table, markdown_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,8 +23,8 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def metrics_line(comparison: Comparison) -> list[str]:
-    """For each column its full name and which values of it are better."""
+def metric_lines(comparison: Comparison) -> list[str]:
+    """For each column the full name of its metric, and which values are better."""
     return [
         f"{column.title}: {column.metric}, {column.better}" if column.title != column.metric else
         f"{column.title}: {column.better}"
@@ -32,7 +33,7 @@ def metrics_line(comparison: Comparison) -> list[str]:
 
 
 def front_line(comparison: Comparison) -> str:
-    """How many runs are on the front, and how many could not be weighed."""
+    """How many runs are on the front, and how many could not be compared."""
     rows = comparison.rows
     lacking = sum(
         row.value(comparison.x) is None or row.value(comparison.y) is None or row.run.status != FINISHED
@@ -43,7 +44,7 @@ def front_line(comparison: Comparison) -> str:
 
 
 def best_lines(comparison: Comparison) -> list[str]:
-    """The run to ship, where it lies, and how to make it again; empty where none was asked for."""
+    """The best run, its files, and the command that makes it again; empty where no best was asked for."""
     best, by = comparison.best, comparison.by
     if best is None or by is None:
         return []
@@ -56,47 +57,35 @@ def best_lines(comparison: Comparison) -> list[str]:
     ]
 
 
-def shown_rows(comparison: Comparison, limit: int) -> list[Row]:
-    """The first rows, and those of the front and the best wherever they are."""
+def shown_rows(comparison: Comparison, limit: int) -> list[RunRow]:
+    """The first ``limit`` rows, and all others that are on the front or the best."""
     return [row for row in comparison.rows if row.number <= limit or row.front or row is comparison.best]
 
 
-def said(comparison: Comparison) -> list[str]:
-    """What is to be said about the table, one line each."""
-    return [*metrics_line(comparison), front_line(comparison), *best_lines(comparison)]
+def remarks(comparison: Comparison) -> list[str]:
+    """The lines below the table: its metrics, the front, the best run."""
+    return [*metric_lines(comparison), front_line(comparison), *best_lines(comparison)]
 
 
-def terminal_table(comparison: Comparison, rows: Sequence[Row]) -> Table:
-    """Rows as a table that a rich console prints; those of the front are bold."""
-    from rich import box
-    from rich.markup import escape  # overrides are full of brackets
-    from rich.table import Table
-
-    titles, lines = as_cells(comparison, rows)
-    texts = len(titles) - len(comparison.columns)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, title in enumerate(titles):
-        table.add_column(
-            escape(title),
-            justify="right" if index == 1 or index >= texts else "left",
-            overflow="fold",
-            no_wrap=index < 2,
-            min_width=(1, 1, 12)[index] if index < 3 else 6,
-        )
-    for row, cells in zip(rows, lines, strict=True):
-        style = "bold" if row.front else "dim" if row.run.status != FINISHED else ""
-        table.add_row(*map(escape, cells), style=style)
+def terminal_table(comparison: Comparison, rows: Sequence[RunRow]) -> Table:
+    """Rows as a table that a rich console prints; those on the front are bold."""
+    titles, cells = as_cells(comparison, rows)
+    styles = ["bold" if row.front else "dim" if row.run.status != FINISHED else "" for row in rows]
+    table = console_table(titles, cells, right=_numeric(comparison, titles), styles=styles)
+    for index, column in enumerate(table.columns):
+        column.no_wrap = index < 2
+        column.min_width = (1, 1, 12)[index] if index < 3 else 6
     return table
 
 
-def as_cells(comparison: Comparison, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def as_cells(comparison: Comparison, rows: Sequence[RunRow]) -> tuple[list[str], list[list[str]]]:
     """Titles of the columns and the cells of each row: front, number, run, what differs, metrics.
 
-    The first has `MARK`, or the status of a run that did not finish. What differs is left out where
-    nothing does.
+    The first cell holds `MARK`, or the status of a run that did not finish. The column "what differs" is left
+    out where it would be empty.
     """
-    beyond = [row.beyond for row in rows]
-    texts = {"what differs": beyond} if any(beyond) else {}
+    differences = [row.unlabelled_words for row in rows]
+    texts = {"what differs": differences} if any(differences) else {}
     cells = [
         [
             MARK if row.front else "" if row.run.status == FINISHED else row.run.status,
@@ -114,7 +103,7 @@ _HEAD = ("number", "front", "run", "place", "status", "overrides")
 
 
 def as_csv(comparison: Comparison) -> str:
-    """All rows as CSV: metrics under their full names, unrounded; empty where there is no value."""
+    """All rows as CSV: metrics under their full names, not rounded; empty where there is no value."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow([*_HEAD, *(column.metric for column in comparison.columns)])
@@ -128,22 +117,26 @@ def as_csv(comparison: Comparison) -> str:
 
 
 def as_markdown(comparison: Comparison) -> str:
-    """All rows as a Markdown table, with what is to be said about it."""
+    """All rows as a Markdown table, with the remarks below it."""
     titles, rows = as_cells(comparison, comparison.rows)
-    texts = len(titles) - len(comparison.columns)
-    lines = [_line(titles), "|" + "---|" * texts + "---:|" * len(comparison.columns), *map(_line, rows)]
-    notes = said(comparison)[: -1 if comparison.best else None]
+    table = markdown_table(
+        [_literal(title) for title in titles],
+        [[_literal(cell) for cell in row] for row in rows],
+        right=_numeric(comparison, titles),
+    )
+    notes = remarks(comparison)[: -1 if comparison.best else None]
     command = ["", f"    {comparison.best.run.command}"] if comparison.best else []
-    return "\n".join(["# Comparison", "", *lines, "", *(f"- {_literal(x)}" for x in notes), *command]) + "\n"
+    return "\n".join(["# Comparison", "", table, "", *(f"- {_literal(x)}" for x in notes), *command]) + "\n"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(_literal(cell) for cell in cells) + " |"
+def _numeric(comparison: Comparison, titles: Sequence[str]) -> list[int]:
+    """The columns of numbers: the second, of the runs' own numbers, and those of metrics."""
+    return [1, *range(len(titles) - len(comparison.columns), len(titles))]
 
 
 def _literal(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return re.sub(r"([|*`<\\])", r"\\\1", text)
+    """Text that Markdown shows as it is; bars only matter in tables, which escape them."""
+    return re.sub(r"([*`<\\])", r"\\\1", text)
 
 
 def as_data(comparison: Comparison) -> dict[str, Any]:
@@ -158,7 +151,7 @@ def as_data(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _row_data(comparison: Comparison, row: Row) -> dict[str, Any]:
+def _row_data(comparison: Comparison, row: RunRow) -> dict[str, Any]:
     return {
         "number": row.number,
         "run": row.label,

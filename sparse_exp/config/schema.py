@@ -1,6 +1,6 @@
 """Every configuration key with its type, unit and bounds.
 
-Only the standard library is imported here, so that ``--help`` stays fast. Bounds and units live in
+Nothing but the standard library is needed here, so that ``--help`` stays fast. Bounds and units live in
 the fields' metadata (see `bounded`) and are checked by `sparse_exp.resolve`.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional
+
+from sparse_exp.config.runtimes import RUNTIMES
 
 STAGES = (
     "fetch",
@@ -24,7 +26,7 @@ STAGES = (
     "register",
 )
 SIZES = ("n", "s", "m", "l", "x")
-ENGINES = ("deepsparse", "onnxruntime", "openvino", "torch")
+ENGINES = tuple(RUNTIMES)
 VARIANTS = ("dense", "dense_int8", "sparse_fp32", "sparse")
 SCENARIOS = ("sync", "throughput", "async")
 ISA = ("avx2", "avx512", "vnni", "bf16", "amx")
@@ -355,14 +357,16 @@ class Experiment:
 
     name: str = MISSING
     seed: int = bounded(0, 0, 2**31 - 1)
-    stages: List[str] = one_of(list(STAGES), STAGES, "stages to run, in the order of the plan")
+    stages: List[str] = documented(list(STAGES), "stages to run, in the order of the plan")
     checkpoint: Optional[str] = documented(None, "trained checkpoint for runs without the train stage")
     publish: Optional[str] = documented(
         None, "put the finished run into the local zoo: 'auto', or the stub to publish it under"
     )
     dry_run: bool = documented(False, "print the plan and stop")
     overwrite: bool = documented(False, "replace paths.run if it exists")
-    resume: Optional[str] = documented(None, "directory of a run to go on with; finished stages are kept")
+    resume: Optional[str] = documented(
+        None, "directory of a run to go on with, as it was configured; finished stages are kept"
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)

@@ -1,4 +1,4 @@
-"""Inference runtimes behind one Protocol; each imports its library when a model is loaded."""
+"""Inference engines behind one Protocol; each imports its library when a model is loaded."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ from sparse_exp.errors import EngineError, expected
 __all__ = ["Engine", "IsolatedEngine", "LayerTime", "Profile", "Timing", "create_engine", "search_space"]
 
 _ENGINES: dict[str, type[LocalEngine]] = {
-    "deepsparse": DeepSparseEngine,
-    "onnxruntime": OnnxRuntimeEngine,
-    "openvino": OpenVinoEngine,
-    "torch": TorchEngine,
+    engine.name: engine for engine in (DeepSparseEngine, OnnxRuntimeEngine, OpenVinoEngine, TorchEngine)
 }
 
 

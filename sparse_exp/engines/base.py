@@ -15,16 +15,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sparse_exp.config.runtimes import RUNTIMES
 from sparse_exp.engines.profile import Profile
 from sparse_exp.engines.signature import Signature, check_detector, read_signature
 from sparse_exp.engines.timing import Timing, batches_of, time_engine
 from sparse_exp.errors import EngineError, MissingDependency, SparseExpError, expected
+from sparse_exp.sources.layout import CHECKPOINT_SUFFIXES
 
 Execute = Callable[[np.ndarray], list[np.ndarray]]
 Options = Mapping[str, Any]
 NO_OPTIONS: Options = MappingProxyType({})
 _LONGEST_REASON = 200
-_CHECKPOINTS = (".pt", ".pth", ".safetensors")
 
 
 class Engine(Protocol):
@@ -46,6 +47,7 @@ class Engine(Protocol):
         cores: int,
         streams: int = 1,
         options: Options = NO_OPTIONS,
+        signature: Signature | None = None,
     ) -> None:
         """Compile a model; what was loaded before is closed first.
 
@@ -56,6 +58,7 @@ class Engine(Protocol):
             cores: physical cores to use, all streams together, at least 1.
             streams: inferences that run at once: from so many threads `run` may be called at a time.
             options: the engine's own, one of those that `sparse_exp.engines.search_space` lists.
+            signature: what `read_signature` returned for the model; None: `load` reads it.
 
         Raises:
             MissingDependency: the runtime is not installed.
@@ -121,15 +124,12 @@ class LocalEngine:
             prints meanwhile.
 
     Attributes:
-        requirement: what to install, as pip takes it.
-        needs: the CPU that the runtime needs, in words.
+        name: one of `sparse_exp.config.runtimes.RUNTIMES`.
         fixed_batch: the model is compiled for one batch size; smaller batches are filled up.
         choices: the options, and the values that each may have; the first is its default.
     """
 
     name: str
-    requirement: str
-    needs: str = "x86 with 64 bits"
     fixed_batch: bool = True
     choices: Mapping[str, tuple[Any, ...]] = MappingProxyType({})
 
@@ -160,7 +160,7 @@ class LocalEngine:
 
     def _read(self, model: Path) -> Signature | None:
         """What the file says that it takes and gives, not yet checked; None where it does not say it."""
-        if model.suffix in _CHECKPOINTS:
+        if model.suffix in CHECKPOINT_SUFFIXES:
             do = "Take model.onnx of the run's deployment directory, or the engine torch."
             raise EngineError(expected(f"the model of {self.name}", "an ONNX file", str(model), do))
         return read_signature(model)
@@ -173,12 +173,13 @@ class LocalEngine:
         cores: int,
         streams: int = 1,
         options: Options = NO_OPTIONS,
+        signature: Signature | None = None,
     ) -> None:
         """See `Engine.load`."""
         self.close()
         setup = Setup(Path(model), batch_size, cores, streams, options)
         self._check_options(options)
-        self._signature = self._checked(setup)
+        self._signature = self._checked(setup, signature)
         with silence() if self._quiet else nullcontext():
             library, self.version = self._import()
             lanes: LifoQueue[Execute] = LifoQueue()
@@ -227,13 +228,14 @@ class LocalEngine:
         try:
             return self._library()
         except ImportError as error:
-            do = f"Run: pip install '{self.requirement}'."
+            do = f"Run: pip install '{RUNTIMES[self.name].requirement}'."
             raise MissingDependency(
                 expected(f"the package {self.name}", "installed", reason(error), do)
             ) from error
         except OSError as error:
             do = f"Take {self.name} out of hardware.engines."
-            raise EngineError(expected(f"the CPU for {self.name}", self.needs, reason(error), do)) from error
+            needed = RUNTIMES[self.name].cpu
+            raise EngineError(expected(f"the CPU for {self.name}", needed, reason(error), do)) from error
 
     def _check_options(self, options: Options) -> None:
         for name, value in options.items():
@@ -245,12 +247,12 @@ class LocalEngine:
                 known = f"one of {', '.join(map(str, self.choices[name]))}"
                 raise EngineError(expected(f"the option {name} of {self.name}", known, value, do))
 
-    def _checked(self, setup: Setup) -> Signature | None:
+    def _checked(self, setup: Setup, signature: Signature | None) -> Signature | None:
         """What the model takes and gives; None where any size of images will do."""
         if not setup.model.is_file():
             do = "Run the export stage first, or check the path."
             raise EngineError(expected("the model", "an existing file", str(setup.model), do))
-        signature = self._read(setup.model)
+        signature = signature or self._read(setup.model)
         if signature is not None:
             check_detector(setup.model, signature, setup.batch_size)
         return signature

@@ -31,8 +31,6 @@ class DeepSparseEngine(LocalEngine):
     """
 
     name = "deepsparse"
-    requirement = "deepsparse==1.8.0"
-    needs = "x86 with AVX2 or AVX-512"
     choices = MappingProxyType({"bind_threads": (False, True), "scheduler": ("multi_stream", "elastic")})
     _supported = 0.0  # share of the operators, of what is loaded
 

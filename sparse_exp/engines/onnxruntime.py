@@ -30,7 +30,6 @@ class OnnxRuntimeEngine(LocalEngine):
     """
 
     name = "onnxruntime"
-    requirement = "onnxruntime>=1.17"
     fixed_batch = False
     choices = MappingProxyType(
         {"optimization": ("all", "extended"), "spinning": (True, False), "shared_session": (False, True)}

@@ -31,7 +31,6 @@ class OpenVinoEngine(LocalEngine):
     """
 
     name = "openvino"
-    requirement = "openvino>=2025.0"
     choices = MappingProxyType(
         {"pinning": (True, False), "partitioner": ("STATIC", "AUTO"), "denormals": (True, False)}
     )
@@ -45,10 +44,7 @@ class OpenVinoEngine(LocalEngine):
         return [*space, {"pinning": False}]
 
     def _library(self) -> tuple[Any, str]:
-        # Importing openvino reports usage to its maker, unless that package cannot be imported.
-        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-        import openvino
-
+        openvino = import_openvino()
         return openvino, str(openvino.__version__).split("-")[0]
 
     def _read(self, model: Path) -> Signature | None:
@@ -80,6 +76,17 @@ class OpenVinoEngine(LocalEngine):
             check_detector(setup.model, self._signature, setup.batch_size)
         network.reshape([setup.batch_size, *list(network.inputs[0].partial_shape)[1:]])
         return core.compile_model(network, "CPU", {**_settings(setup), **more})
+
+
+def import_openvino() -> Any:
+    """Import openvino without reporting to its maker that it is used.
+
+    It reports that as it is imported, unless the package ``openvino_telemetry`` cannot be imported.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
 
 
 def _settings(setup: Setup) -> dict[str, Any]:

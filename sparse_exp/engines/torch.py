@@ -39,7 +39,6 @@ class TorchEngine(LocalEngine):
     """
 
     name = "torch"
-    requirement = "torch>=2.5"
     choices = MappingProxyType({"channels_last": (False, True), "frozen": (False, True)})
 
     def __init__(self, *, quiet: bool = True) -> None:

@@ -11,12 +11,10 @@ from pathlib import Path
 import torch
 
 from sparse_exp.errors import CheckpointError
-from sparse_exp.export.square import before_quantization
+from sparse_exp.runs.directory import Run
 from sparse_exp.sparsity.checkpoints import restore
 from sparse_exp.sparsity.measure import SPARSE_FROM, layer_sparsity, overall
 from sparse_exp.sparsity.recipe import is_quantized
-from sparse_exp.stages.base import Context
-from sparse_exp.stages.baseline import baseline_checkpoint
 from sparse_exp.yolov5 import YOLOv5
 
 _log = logging.getLogger(__name__)
@@ -41,7 +39,7 @@ class Network:
     trained: bool = True
 
 
-def dense_network(context: Context, deployed: YOLOv5) -> Network:
+def dense_network(run: Run, checkpoint: Path, deployed: YOLOv5) -> Network:
     """The dense network in fp32 of the run's architecture and classes.
 
     It is the run's dense counterpart, or what the run itself trained in floating point where that has no
@@ -49,10 +47,11 @@ def dense_network(context: Context, deployed: YOLOv5) -> Network:
     values, and no accuracy is claimed for it.
 
     Args:
-        context: of the run, its training finished.
-        deployed: what it deploys.
+        run: its training is finished.
+        checkpoint: what it deploys.
+        deployed: the same, restored.
     """
-    for file, origin in _dense_candidates(context, deployed):
+    for file, origin in _dense_candidates(run, checkpoint, deployed):
         try:
             model, _ = restore(file)
         except CheckpointError as error:  # of a start that was published elsewhere, or deleted meanwhile
@@ -70,12 +69,10 @@ def initial_network(alike: YOLOv5) -> YOLOv5:
     return YOLOv5(alike.size, alike.num_classes).eval()
 
 
-def _dense_candidates(context: Context, deployed: YOLOv5) -> Iterator[tuple[Path, str]]:
-    if baseline := baseline_checkpoint(context):
+def _dense_candidates(run: Run, checkpoint: Path, deployed: YOLOv5) -> Iterator[tuple[Path, str]]:
+    if baseline := run.baseline_checkpoint:
         yield baseline, f"the dense baseline {baseline}"
-    own: Path | None = context.checkpoint
-    if _is_quantized(deployed):
-        own = before_quantization(context.checkpoint, context.run.records)
+    own = run.before_quantization(checkpoint) if _is_quantized(deployed) else checkpoint
     if own:
         yield own, f"the run's own {own.name}"
 
@@ -88,7 +85,7 @@ def sparse_network(deployed: YOLOv5, before: Path | None) -> Network | str:
 
     Args:
         deployed: what the run deploys.
-        before: that checkpoint, see `sparse_exp.export.square.before_quantization`.
+        before: that checkpoint, see `sparse_exp.runs.directory.Run.before_quantization`.
 
     Returns:
         The network, or why there is none.

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sparse_exp.export.metadata import describe, write_metadata
 from sparse_exp.files import landing
+from sparse_exp.runs.metadata import describe, write_metadata
 from sparse_exp.yolov5 import YOLOv5
 
 INPUT, OUTPUT = "images", "predictions"
@@ -38,7 +38,7 @@ def export_float(
         destination: ONNX file: uint8 images (N, 3, imgsz, imgsz) to float32 (N, A, 5 + nc).
         imgsz: side of the images in pixels.
         opset: ONNX operator set.
-        names: of the classes, which the file then says; see `sparse_exp.export.metadata`.
+        names: of the classes, which the file then says; see `sparse_exp.runs.metadata`.
     """
     pixels = torch.zeros(1, 3, imgsz, imgsz, dtype=torch.uint8)
     with model.export_mode(imgsz), landing(destination) as temporary:

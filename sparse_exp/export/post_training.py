@@ -24,8 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparse_exp.engines.base import silence
-from sparse_exp.export.metadata import write_metadata
+from sparse_exp.engines.openvino import import_openvino
 from sparse_exp.files import landing
+from sparse_exp.runs.metadata import write_metadata
 
 Images = Sequence[NDArray[np.uint8]]
 # Numbers of data types that ONNX has since 1.16; ONNX Runtime's quantizer wants to know their names.
@@ -71,18 +72,16 @@ def quantize_openvino(dense: Path, destination: Path, images: Images) -> None:
     """Quantize by NNCF, into OpenVINO's own format.
 
     Its MIXED preset, which is meant for activations with negative values such as those of SiLU: symmetric
-    weights, asymmetric activations. The entries of ``dense`` go along (see `sparse_exp.export.metadata`).
+    weights, asymmetric activations. The entries of ``dense`` go along (see `sparse_exp.runs.metadata`).
 
     Args:
         dense: ONNX file in fp32.
         destination: ``.xml`` to write; the weights go beside it, as ``.bin``.
         images: as of `quantize_onnxruntime`.
     """
-    # Importing openvino reports usage to its maker, unless that package cannot be imported.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     with silence(), landing(destination.with_suffix(".bin")) as weights, landing(destination) as graph:
+        openvino = import_openvino()  # before NNCF, which imports it too
         import nncf
-        import openvino
 
         logging.getLogger("nncf").setLevel(logging.ERROR)
         quantized = nncf.quantize(

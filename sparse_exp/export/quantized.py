@@ -15,7 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper, numpy_helper  # type: ignore[attr-defined]
 
-from sparse_exp.sparsity.measure import quantized_weight
+from sparse_exp.sparsity.onnx_graph import constants, producers, quantized_weight, stored_constants
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # sparseml 1.8 imports pkg_resources, which warns
@@ -88,9 +88,9 @@ def keep_large_biases(model: ModelProto) -> ModelProto:
     Returns:
         The same model.
     """
-    arrays, producers = _arrays(model), _producers(model)
+    arrays, makers = constants(model.graph), producers(model.graph)
     for conv in [node for node in model.graph.node if node.op_type == "Conv" and len(node.input) == 3]:
-        feeders = [producers.get(name) for name in conv.input[:2]]
+        feeders = [makers.get(name) for name in conv.input[:2]]
         if any(feeder is None or feeder.op_type != "DequantizeLinear" for feeder in feeders):
             continue
         step = np.prod([float(np.max(arrays[feeder.input[1]])) for feeder in feeders if feeder])
@@ -120,7 +120,7 @@ def unsign_activations(path: Path) -> None:
         path: ONNX file, as PyTorch exports fake quantization.
     """
     model = onnx.load(str(path))
-    arrays = _arrays(model)
+    arrays = constants(model.graph)
     moved: dict[str, str] = {}
     consumers = {node.input[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
     for quantize in [node for node in model.graph.node if node.op_type == "QuantizeLinear"]:
@@ -146,7 +146,7 @@ def store_integers(path: Path) -> None:
         path: ONNX file, as PyTorch exports fake quantization.
     """
     model = onnx.load(str(path))
-    graph, arrays = model.graph, _arrays(model)
+    graph, arrays = model.graph, constants(model.graph)
     for rounding in [node for node in graph.node if node.op_type == "QuantizeLinear"]:
         if rounding.input[0] in arrays:
             integers = quantized_weight(rounding, arrays)
@@ -175,28 +175,8 @@ def _make_scalar(model: ModelProto) -> None:
     ONNX Runtime (run: 1.26.0) fuses residual adds of the graphs that older recipes make, and its fused
     operator takes scalars only.
     """
-    stored = {item.name: item for item in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            stored[node.output[0]] = node.attribute[0].t
-        elif node.op_type == "Identity" and node.input[0] in stored:
-            stored[node.output[0]] = stored[node.input[0]]
+    stored = stored_constants(model.graph)
     for node in model.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             for tensor in [stored[name] for name in node.input[1:] if list(stored[name].dims) == [1]]:
                 del tensor.dims[:]
-
-
-def _arrays(model: ModelProto) -> dict[str, NDArray[Any]]:
-    """All constants of a graph by name: initializers, constant nodes, and what only renames them."""
-    arrays = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            arrays[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
-        elif node.op_type == "Identity" and node.input[0] in arrays:
-            arrays[node.output[0]] = arrays[node.input[0]]
-    return arrays
-
-
-def _producers(model: ModelProto) -> dict[str, NodeProto]:
-    return {output: node for node in model.graph.node for output in node.output}

@@ -11,9 +11,9 @@ import itertools
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparse_exp.config.schema import ExportConfig
-from sparse_exp.data.loader import Batch, DetectionLoader
+from sparse_exp.config.schema import Experiment, ExportConfig
+from sparse_exp.data.loader import Batch
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.errors import ExportError, expected
-from sparse_exp.export.comparison import Differences, matched_shares
+from sparse_exp.export.differences import Differences, matched_shares
 from sparse_exp.export.reference import as_deployed
-from sparse_exp.export.square import FOLDER, MODEL, QDQ, TORCH
+from sparse_exp.runs.deployment import TORCH, Deployment
 from sparse_exp.sparsity.checkpoints import restore
 from sparse_exp.sparsity.measure import (
     LayerSparsity,
-    layer_name,
     layer_sparsity,
     listed,
     onnx_facts,
@@ -40,9 +39,9 @@ from sparse_exp.sparsity.measure import (
     require_layer_sparsity,
     require_sparsity,
 )
+from sparse_exp.sparsity.onnx_graph import layer_name
 from sparse_exp.sparsity.recipe import is_quantized, quantized_layers
-from sparse_exp.stages.base import Context
-from sparse_exp.training.evaluation import Evaluation, as_input, evaluate
+from sparse_exp.training.evaluation import Evaluation, Predict, Validation, as_input
 from sparse_exp.yolov5 import YOLOv5
 
 _log = logging.getLogger(__name__)
@@ -51,11 +50,42 @@ _BRIGHTER = (0, 1, -1, 2)  # grey levels of 255: no other picture, but every act
 _KEPT_BYTES = 1 << 30  # of torch's predictions; of larger splits the rest is computed for each engine
 _DOUBT = 2.0  # standard errors
 
-Predict = Callable[[Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Promise:
+    """The zeros that exported files must have.
+
+    Attributes:
+        sparsity: share of zeros in all prunable convolutions, 0..1.
+        layers: least share of each, by name, 0..1.
+    """
+
+    sparsity: float = 0.0
+    layers: Mapping[str, float] = field(default_factory=dict)
 
 
-def verify_deployment(context: Context) -> tuple[dict[str, float], dict[str, Any]]:
+def verify_deployment(
+    deployment: Deployment,
+    checkpoint: Path,
+    validation: Validation,
+    experiment: Experiment,
+    *,
+    promise: Promise,
+    images: int,
+    layout: torch.memory_format,
+    cores: int,
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Check what a run deploys in each engine but torch, on the whole validation split.
+
+    Args:
+        deployment: the exported files.
+        checkpoint: what they were exported from.
+        validation: how accuracies are measured; its loader knows its own length.
+        experiment: names engines, limits and the batch size of the evaluation.
+        promise: the zeros that the files must have.
+        images: of the validation split.
+        layout: memory layout of torch's tensors.
+        cores: that engines run on.
 
     Returns:
         Metrics for ``result.json``, and for each engine its precision-recall curve.
@@ -63,18 +93,21 @@ def verify_deployment(context: Context) -> tuple[dict[str, float], dict[str, Any
     Raises:
         ExportError: a file is not what its checkpoint promises.
     """
-    model, _ = restore(context.checkpoint)
-    metrics = _check_files(context, model)
-    reference = _Reference(as_deployed(model), context.precision.memory_format)
+    model, _ = restore(checkpoint)
+    metrics = _check_files(deployment, model, promise)
+    reference = _Reference(as_deployed(model), layout)
     rounds = is_quantized(list(model.state_dict()))
-    shifts = views(len(context.dataset.splits["val"])) if rounds else (0,)
-    passes = _passes(context, reference.from_the_start(), "torch", shifts[:1])
-    passes += _passes(context, reference.predict, "torch", shifts[1:])
+    shifts = views(images) if rounds else (0,)
+    passes = _passes(validation, reference.from_the_start(), "torch", shifts[:1])
+    passes += _passes(validation, reference.predict, "torch", shifts[1:])
     curves: dict[str, Any] = {}
-    for engine in [name for name in context.experiment.hardware.engines if name != TORCH]:
-        found, result = _try_engine(context, engine, reference, passes)
+    for name in [name for name in experiment.hardware.engines if name != TORCH]:
+        with closing(IsolatedEngine(name)) as engine:
+            batch_size = experiment.trainer.val_batch_size
+            engine.load(deployment.deployed(name), batch_size=batch_size, cores=cores)
+            found, result = _try_engine(engine, name, validation, experiment.export, reference, passes)
         metrics.update(found)
-        curves[engine] = {
+        curves[name] = {
             "recall": list(result.recall),
             "precision": list(result.precision),
             "ap": result.map50,
@@ -118,11 +151,11 @@ class _Reference:
 class _Brighter:
     """The batches of a loader, some grey levels brighter."""
 
-    def __init__(self, loader: DetectionLoader, levels: int) -> None:
+    def __init__(self, loader: Iterable[Batch], levels: int) -> None:
         self._loader, self._levels = loader, levels
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self._loader)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Batch]:
         for images, targets in self._loader:
@@ -130,34 +163,25 @@ class _Brighter:
             yield Batch(brighter.to(torch.uint8), targets)
 
 
-def _passes(context: Context, predict: Predict, name: str, shifts: tuple[int, ...]) -> list[Evaluation]:
-    trainer = context.experiment.trainer
+def _passes(validation: Validation, predict: Predict, name: str, shifts: tuple[int, ...]) -> list[Evaluation]:
+    """One evaluation for each view of the split; that of the split as it is keeps its detections."""
     return [
-        evaluate(
-            predict,
-            _Brighter(context.loader("val"), levels) if levels else context.loader("val"),
-            num_classes=len(context.dataset.names),
-            conf=trainer.conf,
-            iou=trainer.iou,
-            max_det=trainer.max_det,
-            description=f"Verifying {name}",
-            keep_detections=levels == 0,
-        )
+        replace(
+            validation, loader=_Brighter(validation.loader, levels) if levels else validation.loader
+        ).evaluate(predict, description=f"Verifying {name}", keep_detections=levels == 0)
         for levels in shifts
     ]
 
 
-def _check_files(context: Context, model: YOLOv5) -> dict[str, float]:
+def _check_files(deployment: Deployment, model: YOLOv5, promise: Promise) -> dict[str, float]:
     """Structure and zeros of each exported file."""
-    folder = context.run.path / FOLDER
     metrics: dict[str, float] = {}
-    for name in (MODEL, QDQ):
-        if (folder / name).is_file():
-            layers = check_graph(folder / name, model)
-            require_sparsity(layers, context.planned_sparsity, f"in {name}")
-            require_layer_sparsity(layers, context.facts("train").get("promised", {}), f"in {name}")
-            metrics.setdefault("sparsity/onnx", overall(layers))
-    metrics["quantized/convolutions"] = float(onnx_facts(folder / MODEL).quantized)
+    for file in deployment.deployed_files:
+        layers = check_graph(file, model)
+        require_sparsity(layers, promise.sparsity, f"in {file.name}")
+        require_layer_sparsity(layers, promise.layers, f"in {file.name}")
+        metrics.setdefault("sparsity/onnx", overall(layers))
+    metrics["quantized/convolutions"] = float(onnx_facts(deployment.model).quantized)
     metrics["quantizable/convolutions"] = float(len(model.quantizable_convolutions()))
     return metrics
 
@@ -214,10 +238,10 @@ def predict(model: YOLOv5, images: Tensor, layout: torch.memory_format = torch.c
     return predictions
 
 
-def sample_images(context: Context, count: int) -> NDArray[np.uint8]:
-    """The first images of the validation split, repeated if there are fewer: uint8 (count, 3, S, S)."""
+def sample_images(loader: Iterable[Batch], count: int) -> NDArray[np.uint8]:
+    """The first images of a split, repeated if there are fewer: uint8 (count, 3, S, S)."""
     batches: list[Tensor] = []
-    for batch in context.loader("val"):
+    for batch in loader:
         batches.append(batch.images)
         if sum(map(len, batches)) >= count:
             break
@@ -227,11 +251,15 @@ def sample_images(context: Context, count: int) -> NDArray[np.uint8]:
 
 
 def _try_engine(
-    context: Context, name: str, reference: _Reference, torch_passes: list[Evaluation]
+    engine: IsolatedEngine,
+    name: str,
+    validation: Validation,
+    limits: ExportConfig,
+    reference: _Reference,
+    torch_passes: list[Evaluation],
 ) -> tuple[dict[str, float], Evaluation]:
-    """Metrics of one engine, and its pass over the split as it is."""
-    limits, shifts = context.experiment.export, _BRIGHTER[: len(torch_passes)]
-    differences, of_torch = Differences(), reference.from_the_start()
+    """Metrics of one engine that has its file loaded, and its pass over the split as it is."""
+    shifts, differences, of_torch = _BRIGHTER[: len(torch_passes)], Differences(), reference.from_the_start()
 
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(engine.run(images.numpy())[0])
@@ -241,13 +269,10 @@ def _try_engine(
         differences.update(predictions, of_torch(images))
         return predictions
 
-    with closing(IsolatedEngine(name)) as engine:
-        batch = context.experiment.trainer.val_batch_size
-        engine.load(context.deployed(name), batch_size=batch, cores=context.cores)
-        passes = _passes(context, run_and_compare, name, shifts[:1])
-        found = differences.result()
-        _check_differences(name, found, limits)
-        passes += _passes(context, run, name, shifts[1:])
+    passes = _passes(validation, run_and_compare, name, shifts[:1])
+    found = differences.result()
+    _check_differences(name, found, limits)
+    passes += _passes(validation, run, name, shifts[1:])
     found |= matched_shares(passes[0].detections, torch_passes[0].detections)
     gains = [ours.map50 - theirs.map50 for ours, theirs in zip(passes, torch_passes, strict=True)]
     found |= {"map50_difference": statistics.fmean(gains), "map50_difference_error": standard_error(gains)}

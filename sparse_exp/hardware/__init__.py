@@ -1,4 +1,4 @@
-"""Facts of the host's CPU; `sparse_exp.hardware.targets` holds them against what is asked for."""
+"""Facts about the host's CPU; `sparse_exp.hardware.targets` compares them with what a target asks for."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 
 import psutil
 
+from sparse_exp.hardware.cgroups import cpu_quota
+
 _CPUINFO = Path("/proc/cpuinfo")
 _TOPOLOGY = "/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-# Any of the kernel's flags stands for the instruction set.
+# Each of the kernel's flags stands for the instruction set.
 _ISA_FLAGS = {
     "avx2": {"avx2"},
     "avx512": {"avx512f"},
@@ -46,7 +47,7 @@ class HostFacts:
 
 
 def host_facts() -> HostFacts:
-    """The facts of this machine, from ``/proc/cpuinfo`` and psutil."""
+    """Read the facts of this machine from ``/proc/cpuinfo`` and psutil."""
     cpuinfo = _read(_CPUINFO)
     return HostFacts(
         cpu=_field(cpuinfo, "model name") or platform.processor() or platform.machine(),
@@ -60,7 +61,7 @@ def host_facts() -> HostFacts:
 
 
 def isa_of(flags: str) -> tuple[str, ...]:
-    """The instruction sets that count here, in the order of `HostFacts.isa`.
+    """Instruction sets that matter to inference, in the order of `HostFacts.isa`.
 
     Args:
         flags: the ``flags`` line of ``/proc/cpuinfo``, words separated by spaces.
@@ -77,30 +78,19 @@ def has_bf16() -> bool:
 def usable_physical_cores() -> int:
     """Cores that this process may use at once, at least 1.
 
-    Hyper-threads of one core count once; the process's CPU affinity and the CPU quota of a container
-    (cgroup v2) are respected.
+    Hyper-threads of one core count once. The process's CPU affinity and the CPU quota of a container
+    are respected.
     """
-    cores, quota = len(physical_cpus()), quota_cores()
+    cores, quota = len(physical_cpus()), cpu_quota()
     return max(1, cores if quota is None else min(cores, int(quota)))
 
 
 def physical_cpus() -> list[int]:
-    """Numbers of the CPUs that this process may use, of hyper-threads of one core only the first; sorted."""
+    """Numbers of the CPUs that this process may use, sorted; of a core's hyper-threads only the first."""
     cores: dict[str, int] = {}
     for cpu in sorted(os.sched_getaffinity(0)):
         cores.setdefault(_read(Path(_TOPOLOGY.format(cpu=cpu))).strip() or str(cpu), cpu)
     return list(cores.values())
-
-
-def quota_cores() -> float | None:
-    """CPU time that a container may use, in cores (cgroup v2); None where there is no limit.
-
-    ``cpu.max`` holds microseconds of a period: ``"200000 100000"`` is 2, ``"max 100000"`` no limit.
-    """
-    words = _read(_QUOTA).split()
-    if len(words) != 2 or not words[0].isdigit():
-        return None
-    return int(words[0]) / int(words[1])
 
 
 def _read(path: Path) -> str:

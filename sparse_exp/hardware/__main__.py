@@ -1,4 +1,4 @@
-"""``python -m sparse_exp.hardware``: facts of this host, and which hardware targets fit it."""
+"""``python -m sparse_exp.hardware``: facts about this host, and which hardware targets fit it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ import psutil
 
 from sparse_exp.command import Parser, run_command
 from sparse_exp.config.plain import options
-from sparse_exp.config.schema import ENGINES, HardwareConfig
-from sparse_exp.hardware import HostFacts, host_facts, quota_cores, usable_physical_cores
-from sparse_exp.hardware.targets import RUNTIMES, mismatches, prefers, unusable
+from sparse_exp.config.runtimes import RUNTIMES
+from sparse_exp.config.schema import HardwareConfig
+from sparse_exp.hardware import HostFacts, host_facts, usable_physical_cores
+from sparse_exp.hardware.cgroups import cpu_quota
+from sparse_exp.hardware.targets import mismatches, prefers, unusable
+from sparse_exp.text import console_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,10 +53,10 @@ def main() -> int:
 
 
 def facts_of_host(host: HostFacts) -> dict[str, Any]:
-    """What a number that is measured here depends on.
+    """The facts about this host that a measured number depends on.
 
     Args:
-        host: the facts that every run records, to which those are added that may change by the minute.
+        host: the facts that every run records; those that may change by the minute are added.
 
     Returns:
         Those of `HostFacts`; ``logical_cores`` of the machine; ``usable_physical_cores``, which engines run
@@ -67,7 +70,7 @@ def facts_of_host(host: HostFacts) -> dict[str, Any]:
         "isa": list(host.isa),
         "logical_cores": psutil.cpu_count() or 1,
         "usable_physical_cores": usable_physical_cores(),
-        "quota_cores": quota_cores(),
+        "quota_cores": cpu_quota(),
         "memory_available_gb": round(psutil.virtual_memory().available / 1e9, 1),
         "frequency_mhz": round(frequency.current) if frequency else None,
         "max_frequency_mhz": round(frequency.max) or None if frequency else None,
@@ -77,17 +80,17 @@ def facts_of_host(host: HostFacts) -> dict[str, Any]:
 
 
 def engines_here(host: HostFacts) -> list[dict[str, Any]]:
-    """The engines, each with its version, licence, and why it cannot run here, if so."""
+    """The engines, each with its version and licence, and why it cannot run here, if it cannot."""
     return [
         {
             "engine": engine,
             "version": _version(engine),
-            "licence": RUNTIMES[engine].licence,
-            "production": RUNTIMES[engine].production,
+            "licence": runtime.licence,
+            "production": runtime.production,
             "problem": unusable(engine, host),
-            "install": RUNTIMES[engine].requirement,
+            "install": runtime.requirement,
         }
-        for engine in ENGINES
+        for engine, runtime in RUNTIMES.items()
     ]
 
 
@@ -141,7 +144,7 @@ def _unfit_lines(targets: list[dict[str, Any]]) -> list[str]:
 
 
 def _reasons(targets: list[dict[str, Any]]) -> list[str]:
-    """Why the recipes, once for all targets that have the same reason."""
+    """Why these recipes suit: a reason that several targets share is given once."""
     reasons: dict[str, list[str]] = {}
     for row in targets:
         reasons.setdefault(row["why"], []).append(row["target"])
@@ -170,47 +173,43 @@ def _host_table(facts: dict[str, Any]) -> Table:
         "load average": f"{facts['load_average']:g} in the last minute",
         "system": f"{facts['os']}, Python {facts['python']}",
     }
-    table = _table("This host", "")
-    for label, text in rows.items():
-        table.add_row(label, text)
-    return table
+    return console_table(("This host", ""), rows.items())
 
 
 def _engine_table(engines: list[dict[str, Any]]) -> Table:
-    table = _table("Engine", "version", "licence", "in production", "runs here")
-    for row in engines:
-        allowed = "yes" if row["production"] else "no"
-        runs = "yes" if row["problem"] is None else row["problem"]
-        table.add_row(row["engine"], row["version"] or "-", row["licence"], allowed, runs)
-    return table
+    rows = [
+        (
+            row["engine"],
+            row["version"] or "-",
+            row["licence"],
+            "yes" if row["production"] else "no",
+            row["problem"] or "yes",
+        )
+        for row in engines
+    ]
+    return console_table(("Engine", "version", "licence", "in production", "runs here"), rows)
 
 
 def _target_table(targets: list[dict[str, Any]]) -> Table:
-    table = _table("Target", "fits", "needs", "measures", "recipes, best first")
-    for row in targets:
-        batches = ", ".join(map(str, row["batch_sizes"]))
-        measures = f"{', '.join(row['scenarios'])}\nbatch {batches}"
-        fits, recipes = "yes" if row["fits"] else "no", "\n".join(row["recipes"][:2])
-        table.add_row(row["target"], fits, _needs(row), measures, recipes)
-    return table
+    rows = [
+        (
+            row["target"],
+            "yes" if row["fits"] else "no",
+            _needs(row),
+            f"{', '.join(row['scenarios'])}\nbatch {', '.join(map(str, row['batch_sizes']))}",
+            "\n".join(row["recipes"][:2]),
+        )
+        for row in targets
+    ]
+    return console_table(("Target", "fits", "needs", "measures", "recipes, best first"), rows)
 
 
 def _needs(target: dict[str, Any]) -> str:
-    """What the host, the data and the licences must be like for a target, beside its engines."""
+    """What a target asks of the host, the data and the licences, besides its engines."""
     cores = [f"{max(target['cores'])} cores"] if target["cores"] else []
     size = [f"{target['imgsz']} px"] if target["imgsz"] else []
     licence = ["production use"] if target["production"] else []
     return ", ".join([*target["isa"], *cores, *size, *licence])
-
-
-def _table(*columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
 
 
 if __name__ == "__main__":

@@ -1,56 +1,92 @@
-"""Limits of this process's cgroups, versions 1 and 2."""
+"""What the control groups (cgroups) of this process leave it of memory and CPU time.
+
+Version 2 has one tree of groups, version 1 a tree for each controller; both are read as Linux documents them
+(https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/admin-guide/cgroup-v1/memory.html,
+https://docs.kernel.org/scheduler/sched-bwc.html). A group's limit also holds for the groups in it, so those
+around the process's own are read, too. Inside a container often only the root is seen.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 _GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# Names of a group's limit, its use, and the parts of that which are a cache of files.
+_MEMORY_V2 = ("memory.max", "memory.current", ("active_file", "inactive_file"))
+_MEMORY_V1 = (
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    ("total_active_file", "total_inactive_file"),
+)
 
 
-# Of a cgroup: its limit, what it uses, and what of that is a cache of files that can be dropped.
-_V2 = ("memory.max", "memory.current", "inactive_file")
+@dataclass(frozen=True)
+class MemoryLimit:
+    """The memory of a group, in bytes.
+
+    Attributes:
+        most: the limit.
+        used: by all processes of the group, with the files that the kernel caches for them.
+        cached: the part of that which is a cache of files; the kernel drops it before it refuses anything.
+    """
+
+    most: int
+    used: int
+    cached: int
+
+    @property
+    def left(self) -> int:
+        """What may be taken in addition, at least 0."""
+        return max(0, self.most - self.used + self.cached)
 
 
-_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+def memory_limits() -> list[MemoryLimit]:
+    """Every limit on this process's memory; empty where there is none."""
+    limits = []
+    for group in _groups("memory"):
+        for limit, usage, caches in (_MEMORY_V2, _MEMORY_V1):
+            most, used = _read(group / limit), _read(group / usage)
+            if most.isdigit() and used.isdigit():  # "max" is no limit
+                stat = dict(line.split()[:2] for line in _read(group / "memory.stat").splitlines())
+                cached = sum(int(stat.get(name, 0)) for name in caches)
+                limits.append(MemoryLimit(int(most), int(used), cached))
+    return limits
 
 
-def memory_left() -> Iterator[int]:
-    """What each limit on this process leaves, in bytes; a cache of files counts as left."""
-    for folder in _groups():
-        for limit, usage, cache in (_V2, _V1):
-            most, used = _number(folder / limit), _number(folder / usage)
-            if most is not None and used is not None:
-                yield max(0, most - used + _cached(folder / "memory.stat", cache))
+def cpu_quota() -> float | None:
+    """CPU time that this process may use, in cores; None where there is no limit.
+
+    A quota is in microseconds of each period: ``200000`` of ``100000`` are 2 cores.
+    """
+    quotas = []
+    for group in _groups("cpu"):
+        version_1 = f"{_read(group / 'cpu.cfs_quota_us')} {_read(group / 'cpu.cfs_period_us')}"
+        for text in (_read(group / "cpu.max"), version_1):
+            words = text.split()
+            if len(words) == 2 and words[0].isdigit():  # "max" and -1 are no limit
+                quotas.append(int(words[0]) / int(words[1]))
+    return min(quotas, default=None)
 
 
-def _groups() -> Iterator[Path]:
-    """This process's cgroups and those around them; in a container often only the root is seen."""
-    yield from (_GROUPS, _GROUPS / "memory")
-    try:
-        lines = _OWN_GROUP.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:  # 0::/a/b (version 2), 4:memory:/a/b (version 1)
+def _groups(controller: str) -> Iterator[Path]:
+    """Directories of this process's groups and of those around them, some of them twice."""
+    yield from (_GROUPS, _GROUPS / controller)
+    for line in _read(_OWN_GROUP).splitlines():  # 0::/a/b (version 2), 4:cpu,cpuacct:/a/b (version 1)
         _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
-            folder = _GROUPS / controllers / path.strip("/")
-            while folder not in (_GROUPS, _GROUPS / "memory"):
-                yield folder
-                folder = folder.parent
+        if controllers and controller not in controllers.split(","):
+            continue
+        for root in (_GROUPS / controllers, _GROUPS / controller):
+            group = root / path.strip("/")
+            while group != root:
+                yield group
+                group = group.parent
 
 
-def _number(path: Path) -> int | None:
+def _read(path: Path) -> str:
+    """The text of a file; empty where it cannot be read."""
     try:
-        text = path.read_text().strip()
+        return path.read_text().strip()
     except OSError:
-        return None
-    return int(text) if text.isdigit() else None  # "max": no limit
-
-
-def _cached(path: Path, name: str) -> int:
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0)
+        return ""

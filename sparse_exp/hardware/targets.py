@@ -1,46 +1,22 @@
-"""Hardware targets against this host: what does not fit, what is measured all the same, which recipes suit.
+"""Whether a hardware target fits this host, what of it can be measured here, and which recipes suit it.
 
-A target is an option of ``conf/hardware``: `sparse_exp.config.schema.HardwareConfig`. Nothing heavy is
-imported, and no engine: whether one is installed is looked up, not tried.
+A target is an option of ``conf/hardware``: `sparse_exp.config.schema.HardwareConfig`. No engine is imported:
+whether one is installed is looked up, not tried.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from types import MappingProxyType
 
+from sparse_exp.config.runtimes import RUNTIMES
 from sparse_exp.config.schema import Experiment, HardwareConfig
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.hardware import HostFacts, host_facts, usable_physical_cores
 
-ALL_THE_SAME = "Or set hardware.strict=false to measure what can run all the same."
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """What must be known of an inference engine before it is imported.
-
-    Attributes:
-        requirement: what to install, as pip takes it.
-        licence: under which it may be used.
-        production: whether that allows use in production.
-    """
-
-    requirement: str
-    licence: str
-    production: bool = True
-
-
-RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
-    {
-        "deepsparse": Runtime("deepsparse==1.8.0", "Neural Magic community", production=False),
-        "onnxruntime": Runtime("onnxruntime>=1.17", "MIT"),
-        "openvino": Runtime("openvino>=2025.0", "Apache-2.0"),
-        "torch": Runtime("torch>=2.5", "BSD-3-Clause"),
-    }
-)
+_ALL_THE_SAME = "Or set hardware.strict=false to measure what can run all the same."
+_NOT_INSTALLED = "not installed"
 
 
 @dataclass(frozen=True)
@@ -48,11 +24,11 @@ class Mismatch:
     """One way in which a target does not fit.
 
     Attributes:
-        said: what differs, without a verb of advice: for plans, logs, benchmark rows and reports.
-        refusal: one line that says what to do.
+        clause: what differs, without advice: for plans, logs, benchmark rows and reports.
+        refusal: the same as an error, one line that says what to do.
     """
 
-    said: str
+    clause: str
     refusal: str
 
 
@@ -88,15 +64,15 @@ _NO_ZEROS = Preference(
 def compare(
     hardware: HardwareConfig, facts: HostFacts | None = None, imgsz: int | None = None
 ) -> list[Mismatch]:
-    """What keeps a target from being measured as it is meant.
+    """Compare a target with a host and with the data.
 
     Args:
         hardware: the target.
-        facts: of the host; None: of this one. Cores and installed engines are always this one's.
-        imgsz: image size of the data in pixels; None: not compared.
+        facts: of the host; None: this host. Cores and installed engines are always those of this host.
+        imgsz: image size of the data in pixels; None: it is not compared.
 
     Returns:
-        The mismatches of instruction sets, cores, engines, licences and image size, in this order.
+        What does not fit: of instruction sets, cores, engines, licences and image size, in this order.
     """
     facts = facts or host_facts()
     return [
@@ -111,19 +87,19 @@ def compare(
 def mismatches(
     hardware: HardwareConfig, facts: HostFacts | None = None, imgsz: int | None = None
 ) -> list[str]:
-    """What differs, a clause each; see `compare`."""
-    return [mismatch.said for mismatch in compare(hardware, facts, imgsz)]
+    """What does not fit, a clause each; see `compare`."""
+    return [mismatch.clause for mismatch in compare(hardware, facts, imgsz)]
 
 
 def fitted(hardware: HardwareConfig, facts: HostFacts | None = None) -> HardwareConfig:
-    """The part of a target that can run on this host: what ``hardware.strict=false`` measures.
+    """The part of a target that can run on this host, which ``hardware.strict=false`` measures.
 
     Args:
         hardware: the target.
-        facts: of the host; None: of this one.
+        facts: of the host; None: this host.
 
     Returns:
-        It without the engines that cannot run, and with no more cores than there are.
+        The target without engines that cannot run, and with no more cores than there are.
 
     Raises:
         ConfigError: no engine is left.
@@ -137,17 +113,16 @@ def fitted(hardware: HardwareConfig, facts: HostFacts | None = None) -> Hardware
 
 
 def unusable(engine: str, facts: HostFacts) -> str | None:
-    """Why an engine cannot run at all, in a few words; None where it can.
+    """Why an engine cannot run, in a few words; None where it can.
 
     Args:
         engine: one of `sparse_exp.config.schema.ENGINES`.
         facts: of the host.
     """
     if find_spec(engine) is None:
-        return "not installed"
-    if engine == "deepsparse" and "avx2" not in facts.isa:
-        return "needs AVX2"
-    return None
+        return _NOT_INSTALLED
+    missing = _missing_for(engine, facts)
+    return f"needs {_and(missing).upper()}" if missing else None
 
 
 def prefers(hardware: HardwareConfig, facts: HostFacts) -> Preference:
@@ -165,12 +140,12 @@ def prefers(hardware: HardwareConfig, facts: HostFacts) -> Preference:
 
 
 def advice(hardware: HardwareConfig, recipe: str, facts: HostFacts | None = None) -> list[str]:
-    """What is allowed and probably not meant, a sentence each.
+    """Warn of what is allowed and probably not meant, a sentence each.
 
     Args:
         hardware: the target.
         recipe: name of the recipe that is to run.
-        facts: of the host; None: of this one.
+        facts: of the host; None: this host.
     """
     facts, found = facts or host_facts(), []
     if hardware.recipes and recipe not in hardware.recipes:
@@ -187,8 +162,48 @@ def advice(hardware: HardwareConfig, recipe: str, facts: HostFacts | None = None
     return [*found, *_unused(hardware)]
 
 
+def fit_to_host(experiment: Experiment) -> tuple[Experiment, tuple[str, ...]]:
+    """Compare the hardware target with this host before anything is trained for it.
+
+    Args:
+        experiment: the checked configuration. Its target matters only if it verifies or measures.
+
+    Returns:
+        The experiment, its target reduced to what can run here, and what does not fit, a clause each.
+
+    Raises:
+        ConfigError: something does not fit, and ``hardware.strict`` is true: every problem is named. Or no
+            engine can run.
+    """
+    hardware = experiment.hardware
+    found = compare(hardware, imgsz=experiment.dataset.imgsz) if measures(experiment) else []
+    if not found:
+        return experiment, ()
+    if hardware.strict:
+        raise ConfigError([f"{mismatch.refusal} {_ALL_THE_SAME}" for mismatch in found])
+    return replace(experiment, hardware=fitted(hardware)), tuple(mismatch.clause for mismatch in found)
+
+
+def measures(experiment: Experiment) -> bool:
+    """Whether a run verifies or measures on the hardware target."""
+    return bool({"verify", "benchmark"} & set(experiment.stages))
+
+
+def mismatch_sentence(target: str, mismatch: Sequence[str]) -> str:
+    """The warning that a target is measured although it does not fit the host.
+
+    Args:
+        target: its name.
+        mismatch: what does not fit, a clause each, at least one.
+    """
+    return (
+        f"hardware={target} does not fit here: {'; '.join(mismatch)}. What can run is measured all the same "
+        "(hardware.strict=false); its numbers are not those of the target."
+    )
+
+
 def _unused(hardware: HardwareConfig) -> Iterator[str]:
-    """Settings that none of the scenarios looks at."""
+    """Settings that no scenario of the target uses."""
     if hardware.streams and hardware.scenarios == ["sync"]:
         yield (
             f"hardware.streams={hardware.streams} is not used: sync is one inference after the other. Add "
@@ -225,23 +240,29 @@ def _missing_cores(hardware: HardwareConfig) -> Iterator[Mismatch]:
 
 
 def _missing_engines(hardware: HardwareConfig, facts: HostFacts) -> Iterator[Mismatch]:
-    # That the CPU lacks what the target itself asks for is said already.
-    said = "avx2" in hardware.isa and "avx2" not in facts.isa
     for engine in hardware.engines:
         why = unusable(engine, facts)
-        if why and not (said and why == "needs AVX2"):
+        # Where the target itself asks for the missing instruction set, `_missing_isa` has said so.
+        told = why != _NOT_INSTALLED and set(_missing_for(engine, facts)) <= set(hardware.isa)
+        if why and not told:
             yield _cannot_run(engine, facts)
 
 
 def _cannot_run(engine: str, facts: HostFacts) -> Mismatch:
-    """What to say of an engine for which `unusable` gives a reason."""
-    if unusable(engine, facts) == "not installed":
+    """The mismatch of an engine for which `unusable` gives a reason."""
+    if unusable(engine, facts) == _NOT_INSTALLED:
         do = f"Run: pip install '{RUNTIMES[engine].requirement}', or take it out of hardware.engines."
         refusal = expected(f"the engine {engine}", "installed", "no such package", do)
         return Mismatch(f"without {engine}: not installed", refusal)
     do = f"Take {engine} out of hardware.engines."
-    refusal = expected(f"the CPU for {engine}", "x86 with AVX2 or AVX-512", facts.cpu, do)
-    return Mismatch(f"without {engine}: the CPU has no AVX2", refusal)
+    refusal = expected(f"the CPU for {engine}", RUNTIMES[engine].cpu, facts.cpu, do)
+    missing = _and(_missing_for(engine, facts)).upper()
+    return Mismatch(f"without {engine}: the CPU has no {missing}", refusal)
+
+
+def _missing_for(engine: str, facts: HostFacts) -> list[str]:
+    """Instruction sets that an engine needs and the host lacks."""
+    return [isa for isa in RUNTIMES[engine].isa if isa not in facts.isa]
 
 
 def _missing_licences(hardware: HardwareConfig) -> Iterator[Mismatch]:
@@ -270,44 +291,3 @@ def _other_imgsz(hardware: HardwareConfig, imgsz: int | None) -> Iterator[Mismat
 def _and(names: Collection[str]) -> str:
     *most, last = names
     return f"{', '.join(most)} and {last}" if most else last
-
-
-def fit_to_host(experiment: Experiment) -> tuple[Experiment, tuple[str, ...]]:
-    """Hold the hardware target against this host, before anything is trained for it.
-
-    Args:
-        experiment: the checked configuration; the target counts where it verifies or measures.
-
-    Returns:
-        The experiment with what can run here of its target, and what does not fit, a clause each.
-
-    Raises:
-        ConfigError: every problem found, unless ``hardware.strict`` is false; or no engine can run.
-    """
-    from sparse_exp.hardware.targets import ALL_THE_SAME, compare, fitted
-
-    hardware = experiment.hardware
-    found = compare(hardware, imgsz=experiment.dataset.imgsz) if measures(experiment) else []
-    if not found:
-        return experiment, ()
-    if hardware.strict:
-        raise ConfigError([f"{mismatch.refusal} {ALL_THE_SAME}" for mismatch in found])
-    return replace(experiment, hardware=fitted(hardware)), tuple(mismatch.said for mismatch in found)
-
-
-def measures(experiment: Experiment) -> bool:
-    """Whether a run measures anything on the hardware target."""
-    return bool({"verify", "benchmark"} & set(experiment.stages))
-
-
-def mismatch_sentence(target: str, mismatch: Sequence[str]) -> str:
-    """What is said of a target that is measured although it does not fit the host.
-
-    Args:
-        target: its name.
-        mismatch: what differs, a clause each, at least one.
-    """
-    return (
-        f"hardware={target} does not fit here: {'; '.join(mismatch)}. What can run is measured all the same "
-        "(hardware.strict=false); its numbers are not those of the target."
-    )

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from sparse_exp.config.schema import Experiment
+from sparse_exp.data import is_prepared, prepare
 from sparse_exp.hardware import has_bf16
 from sparse_exp.planning.plan import Plan, make_plan, plan_without_training, with_mismatch
+from sparse_exp.planning.preflight import plan_training
 from sparse_exp.planning.show import show_plan
 from sparse_exp.sources.cache import cache_directory
 from sparse_exp.sources.local import zoo_directory
-from sparse_exp.sources.start import SCRATCH, StartFile, cached_start
+from sparse_exp.sources.start import SCRATCH, StartFile, cached_start, teacher_file
 from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.training.precision import choose_precision
 from sparse_exp.training.start import Start
@@ -38,35 +39,22 @@ def show(experiment: Experiment, recipe: Recipe, mismatch: Sequence[str] = ()) -
 
 
 def _plan(experiment: Experiment, recipe: Recipe) -> Plan:
-    from sparse_exp.data import is_prepared, prepare
-    from sparse_exp.planning.preflight import lay_out
-
-    cache = cache_directory(experiment.paths.cache)
+    cache, zoo = cache_directory(experiment.paths.cache), zoo_directory(experiment.paths.zoo)
     precision = choose_precision(experiment.trainer, has_bf16=has_bf16())
-    start = _start(experiment, cache)
+    start = cached_start(experiment.model, cache, zoo)
     # read even where the start is not here: what is wrong with the data can be said now
     dataset = prepare(experiment.dataset, cache) if is_prepared(experiment.dataset, cache) else None
     if dataset and (start or experiment.model.weights == SCRATCH):
-        plan = lay_out(experiment, recipe, dataset, precision, cache, offline=True)[0]
-        return _with_asked_first(plan, experiment) if start and start.grown else plan
+        teacher = (
+            teacher_file(experiment.recipe.teacher, cache, zoo, offline=True) if recipe.distills else None
+        )
+        plan = plan_training(experiment, recipe, dataset, precision, start, teacher)
+        asked = tuple(source.uri for source in experiment.model.sources) if start and start.grown else ()
+        return replace(plan, asked_first=asked)
     model = YOLOv5(experiment.model.size, len(dataset.names) if dataset else 1)
     recipe.check(model)
     plan = make_plan(experiment, recipe, _unread(experiment, start), precision, model)
-    later = "estimated once the data and the start checkpoint are on this machine"
-    return plan if experiment.recipe.oneshot else replace(plan, facts={**plan.facts, "time": later})
-
-
-def _start(experiment: Experiment, cache: Path) -> StartFile | None:
-    return cached_start(experiment.model, cache, zoo_directory(experiment.paths.zoo))
-
-
-def _with_asked_first(plan: Plan, experiment: Experiment) -> Plan:
-    """The plan of a grown start; the run itself looks for one of the model's own size once more."""
-    if not experiment.model.sources:
-        return plan
-    uris = ", ".join(source.uri for source in experiment.model.sources)
-    first = f"not on this machine; the run asks for it first, and grows nothing where it serves: {uris}"
-    return replace(plan, facts={**plan.facts, experiment.model.name: first})
+    return replace(plan, waits_for_start=not experiment.recipe.oneshot)
 
 
 def _unread(experiment: Experiment, start: StartFile | None) -> Start:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sparse_exp.config.schema import DEFAULT_DIRECTORIES, ENGINES, STAGES
 from sparse_exp.errors import ConfigError, EngineError, SourceUnavailable, expected
-from sparse_exp.files import read_json
+from sparse_exp.hardware import host_facts
+from sparse_exp.hardware.targets import unusable
 from sparse_exp.hints import command_line, override, resume_command
-from sparse_exp.runs.directory import MANIFEST, find_directories
-from sparse_exp.sources.layout import DEPLOYMENT, checkpoint_in
+from sparse_exp.runs.deployment import MODEL, TORCH, Deployment
+from sparse_exp.runs.directory import Run, find_directories
+from sparse_exp.sources.layout import CHECKPOINT_SUFFIXES, DEPLOYMENT, checkpoint_in
 from sparse_exp.sources.local import find, zoo_directory
 from sparse_exp.sources.stub import STUB_PREFIX
 
-_CHECKPOINTS = (".pt", ".pth", ".safetensors")
+if TYPE_CHECKING:
+    from sparse_exp.engines.signature import Signature
+
 _FORMS = "a run, a stub (zoo:...), a directory with model.onnx, or an ONNX file"
-_CLASS_NAMES = "class_names.json"
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Model:
         imgsz: side of the square images that it takes, px.
         engine: that runs it; one of `sparse_exp.config.schema.ENGINES`.
         origin: what it was found by, for people.
+        signature: what the ONNX file takes and gives; None for a checkpoint.
     """
 
     path: Path
@@ -39,6 +42,7 @@ class Model:
     imgsz: int
     engine: str
     origin: str
+    signature: Signature | None = None
 
 
 def find_model(name: str, *, engine: str | None = None, zoo: Path | None = None) -> Model:
@@ -65,13 +69,16 @@ def find_model(name: str, *, engine: str | None = None, zoo: Path | None = None)
         do = "Choose with --engine."
         raise EngineError(expected("the engine", f"one of {', '.join(ENGINES)}", engine, do))
     place = _place(name, zoo)
-    chosen = engine or _default_engine(place)
-    path = place if place.is_file() else _file_in(place, chosen)
-    if path.suffix in _CHECKPOINTS:
+    run = Run.find(place) if place.is_dir() else None
+    chosen = engine or _default_engine(place, run)
+    path = place if place.is_file() else _file_in(place, run, chosen)
+    signature: Signature | None = None
+    if path.suffix in CHECKPOINT_SUFFIXES:
         names, imgsz = _of_checkpoint(path, chosen)
     else:
-        names, imgsz = _of_onnx(path, chosen)
-    return Model(path, names or _recorded_names([place, *path.parents[:2]]), imgsz, chosen, name)
+        names, imgsz, signature = _of_onnx(path, chosen)
+    names = names or _recorded_names([place, *path.parents[:2]])
+    return Model(path, names, imgsz, chosen, name, signature)
 
 
 def _place(name: str, zoo: Path | None) -> Path:
@@ -95,7 +102,7 @@ def _named_run(name: str) -> Path:
     wanted = Path(name).parts
     runs = [run for folder in DEFAULT_DIRECTORIES if folder.is_dir() for run in find_directories(folder)]
     by_name = [run for run in runs if wanted and run.parts[-len(wanted) :] == wanted]
-    found = by_name or [run for run in runs if read_json(run / MANIFEST).get("tracker_run_id") == name]
+    found = by_name or [path for path in runs if (run := Run.find(path)) and run.tracker_run_id == name]
     if not found:
         raise ConfigError(expected("MODEL", _FORMS, name, "Correct the name or the path."))
     if len(found) > 1:
@@ -104,70 +111,33 @@ def _named_run(name: str) -> Path:
     return found[0]
 
 
-def _default_engine(place: Path) -> str:
-    from sparse_exp.hardware import host_facts
-    from sparse_exp.hardware.targets import unusable
-
-    if place.suffix in _CHECKPOINTS:
+def _default_engine(place: Path, run: Run | None) -> str:
+    if place.suffix in CHECKPOINT_SUFFIXES:
         return "torch"
-    configured = _config(place).get("hardware")
+    configured = run.config.get("hardware") if run else None
     engines = configured.get("engines") if isinstance(configured, dict) else None
     if isinstance(engines, list) and engines and engines[0] in ENGINES:
         return str(engines[0])
     return "onnxruntime" if unusable("deepsparse", host_facts()) else "deepsparse"
 
 
-def _config(place: Path) -> dict[str, Any]:
-    """The configuration of a run; empty of what is no run."""
-    import yaml
-
-    if not (place / MANIFEST).is_file():
-        return {}
-    try:
-        config = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-def _file_in(directory: Path, engine: str) -> Path:
+def _file_in(directory: Path, run: Run | None, engine: str) -> Path:
     """The file of a run or of a published model that suits an engine."""
-    is_run = (directory / MANIFEST).is_file()
-    if engine == "torch":
-        return _run_checkpoint(directory) if is_run else checkpoint_in(directory, "postqat")
+    if engine == TORCH:
+        if run is None:
+            return checkpoint_in(directory, "postqat")
+        if run.checkpoint is None or not run.checkpoint.is_file():
+            raise ConfigError(f"The run {directory} has no checkpoint. Give one, or choose another engine.")
+        return run.checkpoint
     for folder in (directory / DEPLOYMENT, directory):
-        for path in suited(folder, engine):
-            if path.is_file():
-                return path
-    if is_run:
-        trained = _facts(directory, "train") or _config(directory).get("checkpoint")
-        stages = ["export"] if trained else STAGES[: STAGES.index("export") + 1]
+        path = Deployment(folder).deployed(engine)
+        if path.is_file():
+            return path
+    if run:
+        stages = ["export"] if run.checkpoint else STAGES[: STAGES.index("export") + 1]
         do = f"Export it first: {resume_command(directory, override('stages', stages))}"
         raise ConfigError(f"The run {directory} has no exported model. {do}")
-    raise ConfigError(expected("MODEL", _FORMS, str(directory), "It holds no model.onnx."))
-
-
-def suited(folder: Path, engine: str) -> Sequence[Path]:
-    """The deployed files that an engine runs fast, best first."""
-    model, pairs = folder / "model.onnx", folder / "model.qdq.onnx"
-    return (model, pairs) if engine == "deepsparse" else (pairs, model)
-
-
-def _run_checkpoint(run: Path) -> Path:
-    trained = _facts(run, "train").get("checkpoint")
-    configured = _config(run).get("checkpoint")
-    path = run / str(trained) if trained else Path(str(configured)).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"The run {run} has no checkpoint. Give one, or choose another engine.")
-    return path
-
-
-def _facts(run: Path, stage: str) -> dict[str, Any]:
-    """What a stage of a run left in its manifest; empty where there is none."""
-    found: Any = read_json(run / MANIFEST)
-    for key in ("stages", stage, "facts"):
-        found = found.get(key) if isinstance(found, dict) else None
-    return found if isinstance(found, dict) else {}
+    raise ConfigError(expected("MODEL", _FORMS, str(directory), f"It holds no {MODEL}."))
 
 
 def _of_checkpoint(path: Path, engine: str) -> tuple[tuple[str, ...], int]:
@@ -180,10 +150,10 @@ def _of_checkpoint(path: Path, engine: str) -> tuple[tuple[str, ...], int]:
     return checkpoint.names, checkpoint.imgsz or 640
 
 
-def _of_onnx(path: Path, engine: str) -> tuple[tuple[str, ...], int]:
-    """Class names and image size that an ONNX file says; refuses what takes no images as ours do."""
+def _of_onnx(path: Path, engine: str) -> tuple[tuple[str, ...], int, Signature]:
+    """Class names, image size and signature of an ONNX file; refuses what takes no images as ours do."""
     from sparse_exp.engines.signature import check_detector, read_signature
-    from sparse_exp.export.metadata import read_metadata
+    from sparse_exp.runs.metadata import read_metadata
 
     if engine == "torch":
         do = "Give a run or a checkpoint, or choose another engine."
@@ -194,22 +164,14 @@ def _of_onnx(path: Path, engine: str) -> tuple[tuple[str, ...], int]:
     if height != width:
         do = "Export it for square images."
         raise EngineError(expected(f"the images that {path} takes", "square", f"{width} x {height}", do))
-    return read_metadata(path).get("names", ()), height
+    return read_metadata(path).get("names", ()), height, signature
 
 
 def _recorded_names(places: Iterable[Path]) -> tuple[str, ...]:
     """The class names that lie beside a model: in its run's manifest, or in its published directory."""
     for place in places:
-        listed = [place / DEPLOYMENT / _CLASS_NAMES, place / _CLASS_NAMES]
-        for names in (_facts(place, "fetch").get("names"), *map(_content, listed)):
-            if isinstance(names, list):
-                return tuple(map(str, names))
+        run = Run.find(place)
+        beside = Deployment(place / DEPLOYMENT).names or Deployment(place).names
+        if names := (run.names if run else ()) or beside:
+            return names
     return ()
-
-
-def _content(path: Path) -> Any:
-    """What a JSON file holds; None where there is none that can be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

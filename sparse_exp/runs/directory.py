@@ -1,4 +1,4 @@
-"""A run on disk: its directory, the manifest of its stages, and writes that land whole or not at all."""
+"""A run on disk: its directory, its lock, and the manifest with the records of its stages."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from sparse_exp.errors import ConfigError
+import yaml
+
+from sparse_exp.errors import ConfigError, expected
 from sparse_exp.files import sha256_of, write_json
 from sparse_exp.hints import resume_command
 from sparse_exp.locks import exclusive, is_held
+from sparse_exp.runs.deployment import FOLDER, Deployment
+from sparse_exp.sources.layout import BEFORE_QAT
 
-MANIFEST = "manifest.json"
+MANIFEST, CONFIG = "manifest.json", "config.yaml"
 LOCK = ".lock"
+_FLOATING_POINT = ("pruned", "pruning", "dense")  # phases, the last of a training first
 
 
 @contextmanager
@@ -58,15 +63,21 @@ def is_abandoned(directory: Path) -> bool:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What a finished stage left: its entry in the manifest.
+    """The entry of a finished stage in the manifest.
 
     Attributes:
         fingerprint: digest of everything the stage depends on.
         outputs: sha256 of each file it wrote, by path relative to the run directory.
         metrics: numbers and texts for ``result.json``, by name.
-        seconds: wall time without waiting for others; of a stage that was taken over, what it took there.
-        facts: what later stages need to know, as plain data.
+        seconds: wall time without waiting for others; if it was taken over, the time it took there.
+        facts: plain data that later stages need.
         shared_from: name of the job's directory that it was taken over from; None: it was done here.
+        ended: when it ended, seconds since 1970; 0 in older records.
+        events: what a tracker is told beside the metrics; each as `sparse_exp.tracking.as_plain` gives it.
+        conditions: key of the code, packages and host it was done with, in `Run.environments`; "" in
+            older records.
+        parts: digest of each part of the fingerprint, by name, to say what changed; empty in older records.
+        step: at which the tracker shows its metrics, a hundredth of an epoch; None in older records.
     """
 
     fingerprint: str
@@ -75,13 +86,35 @@ class StageRecord:
     seconds: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
     shared_from: str | None = None
+    ended: float = 0.0
+    events: list[dict[str, Any]] = field(default_factory=list)
+    conditions: str = ""
+    parts: dict[str, str] = field(default_factory=dict)
+    step: int | None = None
+
+    @classmethod
+    def from_plain(cls, entry: Mapping[str, Any]) -> StageRecord:
+        """A record from its entry; keys of later versions are left out.
+
+        Raises:
+            TypeError: the entry has no fingerprint, or is no mapping.
+        """
+        known = {item.name for item in fields(cls)}
+        return cls(**{key: value for key, value in entry.items() if key in known})
 
 
-class RunDirectory:
-    """The directory of one run and its manifest. Hold its lock (see `locked`) while you change it.
+class Run:
+    """A run on disk: its manifest, and where its files lie. This is the one reader of run directories.
+
+    Hold the lock (see `locked`) while you change it.
 
     Args:
-        path: the directory; see `create`, `reopen` and `read`.
+        path: the directory; see `create`, `reopen`, `read` and `find`.
+
+    Attributes:
+        path: absolute.
+        records: of the finished stages, by name, in the order in which they finished first.
+        state: the other entries of the manifest, such as ``status``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -90,7 +123,7 @@ class RunDirectory:
         self.state: dict[str, Any] = {}
 
     @classmethod
-    def create(cls, path: Path, *, overwrite: bool) -> RunDirectory:
+    def create(cls, path: Path, *, overwrite: bool) -> Run:
         """Make a new run directory.
 
         Raises:
@@ -117,7 +150,7 @@ class RunDirectory:
         return run
 
     @classmethod
-    def reopen(cls, path: Path) -> RunDirectory:
+    def reopen(cls, path: Path) -> Run:
         """Open an existing run to go on with it.
 
         Raises:
@@ -128,8 +161,12 @@ class RunDirectory:
         return run
 
     @classmethod
-    def read(cls, path: Path) -> RunDirectory:
-        """An existing run as it is, to look at.
+    def read(cls, path: Path, what: str = "resume") -> Run:
+        """An existing run as it is.
+
+        Args:
+            path: its directory.
+            what: the argument that named it, for the message.
 
         Raises:
             ConfigError: there is no readable manifest.
@@ -137,32 +174,150 @@ class RunDirectory:
         run = cls(path)
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            run.records = {name: StageRecord(**entry) for name, entry in manifest.pop("stages").items()}
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ConfigError(
-                f"Expected resume to be the directory of a run with its {MANIFEST}, but got {str(path)!r}. "
-                "Give a directory below outputs/runs."
-            ) from error
-        run.state = manifest
+            stages = manifest.pop("stages", {})
+            run.records = {name: StageRecord.from_plain(entry) for name, entry in stages.items()}
+            run.state = dict(manifest)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            do = "Give a directory below outputs/runs."
+            should_be = f"the directory of a run with its {MANIFEST}"
+            raise ConfigError(expected(what, should_be, str(path), do)) from error
         return run
 
+    @classmethod
+    def find(cls, path: Path) -> Run | None:
+        """The run in a directory; None where there is none that can be read."""
+        try:
+            return cls.read(path)
+        except ConfigError:
+            return None
+
+    @property
+    def status(self) -> str:
+        """``RUNNING``, ``FINISHED``, ``FAILED`` or ``KILLED``; "" where it is not recorded.
+
+        A run whose process was killed says RUNNING in its manifest and is KILLED.
+        """
+        status = str(self.state.get("status", ""))
+        return "KILLED" if status == "RUNNING" and is_abandoned(self.path) else status
+
+    @property
+    def tracker_run_id(self) -> str | None:
+        """The tracker's name of the run; None where it was not tracked."""
+        run_id = self.state.get("tracker_run_id")
+        return None if run_id is None else str(run_id)
+
+    @property
+    def environments(self) -> dict[str, Any]:
+        """Code, packages and host of each start, by the key that records name it by."""
+        return dict(self.state.get("environments", {}))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration as plain data; empty where ``config.yaml`` cannot be read."""
+        try:
+            config = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            return {}
+        return config if isinstance(config, dict) else {}
+
+    def facts(self, stage: str) -> dict[str, Any]:
+        """What a finished stage left for others; empty when it did not run."""
+        record = self.records.get(stage)
+        return record.facts if record else {}
+
+    def metrics(self, stage: str) -> dict[str, Any]:
+        """The metrics of a finished stage; empty when it did not run."""
+        record = self.records.get(stage)
+        return record.metrics if record else {}
+
+    def result(self) -> dict[str, Any]:
+        """All metrics of the finished stages, and their times: the content of ``result.json``."""
+        merged: dict[str, Any] = {}
+        for name, record in self.records.items():
+            merged.update(record.metrics)
+            merged[f"time/{name}_s"] = round(record.seconds, 3)
+        return merged
+
+    @property
+    def trained_checkpoint(self) -> Path | None:
+        """The checkpoint that the train stage chose; it may be gone. None where that stage did not run."""
+        name = self.facts("train").get("checkpoint")
+        return self.path / str(name) if name else None
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint that is exported: what ``checkpoint=`` names, else what the train stage chose."""
+        given = self.config.get("checkpoint")
+        return Path(str(given)).expanduser() if given else self.trained_checkpoint
+
+    @property
+    def baseline_checkpoint(self) -> Path | None:
+        """File of the dense counterpart that the baseline stage found or trained; None without one."""
+        checkpoint = self.facts("baseline").get("checkpoint")
+        file = self.path / checkpoint if checkpoint else None
+        return file if file and file.is_file() else None
+
+    @property
+    def dense_fingerprint(self) -> str | None:
+        """The fingerprint that a dense run is found by once it was evaluated; None for others.
+
+        What became of the run afterwards does not matter.
+        """
+        mark = self.facts("evaluate").get("dense_fingerprint")
+        if mark is None and self.state.get("status") == "FINISHED":  # of a version that did not note it there
+            mark = self.facts("baseline").get("dense_fingerprint")
+        return str(mark) if mark else None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the classes of its data set; empty where the fetch stage did not run."""
+        names = self.facts("fetch").get("names")
+        return tuple(map(str, names)) if isinstance(names, list) else ()
+
+    @property
+    def deployment(self) -> Deployment:
+        """The exported files; the directory need not exist."""
+        exported = self.facts("export")
+        return Deployment(
+            self.path / FOLDER,
+            self.checkpoint,
+            exported.get("impossible", {}),
+            dense_is_trained=bool(exported.get("dense", {}).get("trained")),
+        )
+
+    def before_quantization(self, checkpoint: Path) -> Path | None:
+        """The best checkpoint of the last phase in floating point, which lies beside a deployed one.
+
+        Args:
+            checkpoint: what the run deploys. Where the run trained itself only files of that training count.
+
+        Returns:
+            A file in the run's ``weights`` or in a published model; None where there is none.
+        """
+        names = [*(f"best_{phase}.pt" for phase in _FLOATING_POINT), BEFORE_QAT]
+        if "train" in self.records:
+            names = [name for name in names if f"weights/{name}" in self.records["train"].outputs]
+        return next((file for file in map(checkpoint.with_name, names) if file.is_file()), None)
+
     def update(self, **state: Any) -> None:
-        """Change top-level entries of the manifest, such as ``status``."""
+        """Change entries of the manifest beside the stages, such as ``status``."""
         self.state.update(state)
         stages = {name: asdict(record) for name, record in self.records.items()}
         write_json(self.path / MANIFEST, {**self.state, "stages": stages})
 
+    def is_whole(self, stage: str) -> bool:
+        """Whether the files of a finished stage are still those that it wrote."""
+        return not self.changed_outputs(stage)
+
+    def changed_outputs(self, stage: str) -> list[str]:
+        """Files of a finished stage that are gone or have another content, relative to the directory."""
+        outputs = self.records[stage].outputs if stage in self.records else {}
+        return [name for name, digest in outputs.items() if _digest(self.path / name) != digest]
+
     def is_finished(self, stage: str, stage_fingerprint: str) -> bool:
         """True when the stage finished with this fingerprint and its files are still what it wrote."""
         record = self.records.get(stage)
-        return (
-            record is not None
-            and record.fingerprint == stage_fingerprint
-            and all(
-                (self.path / name).is_file() and sha256_of(self.path / name) == digest
-                for name, digest in record.outputs.items()
-            )
-        )
+        return record is not None and record.fingerprint == stage_fingerprint and self.is_whole(stage)
 
     def record(self, stage: str, record: StageRecord) -> None:
         """Enter a finished stage."""
@@ -173,13 +328,9 @@ class RunDirectory:
         """The sha256 of files inside the run directory, by relative path."""
         return {str(path.relative_to(self.path)): sha256_of(path) for path in files}
 
-    def result(self) -> Mapping[str, Any]:
-        """All metrics of the finished stages: the content of ``result.json``."""
-        merged: dict[str, Any] = {}
-        for name, record in self.records.items():
-            merged.update(record.metrics)
-            merged[f"time/{name}_s"] = round(record.seconds, 3)
-        return merged
+
+def _digest(path: Path) -> str | None:
+    return sha256_of(path) if path.is_file() else None
 
 
 def _content(directory: Path) -> list[Path]:

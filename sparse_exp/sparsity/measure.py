@@ -5,21 +5,21 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
+from onnx import NodeProto  # type: ignore[attr-defined]
 from torch import nn
 
 from sparse_exp.errors import SparsityError, expected
-from sparse_exp.yolov5 import YOLOv5
-
-if TYPE_CHECKING:
-    from sparse_exp.yolov5 import YOLOv5
+from sparse_exp.sparsity.onnx_graph import constants, per_channel, producers, quantized_weight
+from sparse_exp.sparsity.prune import BLOCK, blocks
 
 MEGABYTE = 1e6
 
@@ -259,63 +259,32 @@ def nonzero_bytes(path: Path) -> int:
 
 def _convolutions(path: Path) -> Iterator[tuple[str, NDArray[Any], NDArray[Any], bool]]:
     """Of each convolution its name and what `_weight_of` says."""
-    import onnx
-    from onnx import numpy_helper
-
     graph = onnx.load(str(path)).graph
-    arrays = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
-    producers = {output: node for node in graph.node for output in node.output}
-    for node in graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            arrays[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
-        elif node.op_type == "Identity" and node.input[0] in arrays:
-            arrays[node.output[0]] = arrays[node.input[0]]
+    arrays, makers = constants(graph), producers(graph)
     for node in graph.node:
         if node.op_type in ("Conv", "ConvInteger", "QLinearConv"):
-            yield node.name or node.output[0], *_weight_of(node, arrays, producers)
+            yield node.name or node.output[0], *_weight_of(node, arrays, makers)
 
 
 def _weight_of(
-    node: Any, arrays: Mapping[str, NDArray[Any]], producers: Mapping[str, Any]
+    node: NodeProto, arrays: Mapping[str, NDArray[Any]], makers: Mapping[str, NodeProto]
 ) -> tuple[NDArray[Any], NDArray[Any], bool]:
     """A convolution's weight, what stands for zero in it, and whether its input is quantized too."""
     inputs, kind = list(node.input), node.op_type
     if kind == "ConvInteger":
         zero = arrays[inputs[3]] if len(inputs) > 3 and inputs[3] else np.zeros(())
-        return arrays[inputs[1]], _per_channel(zero), True
+        return arrays[inputs[1]], per_channel(zero), True
     if kind == "QLinearConv":
-        return arrays[inputs[3]], _per_channel(arrays[inputs[5]]), True
-    dequantize = producers.get(inputs[1])
+        return arrays[inputs[3]], per_channel(arrays[inputs[5]]), True
+    dequantize = makers.get(inputs[1])
     if dequantize is None or dequantize.op_type != "DequantizeLinear":
         return arrays[inputs[1]], np.zeros(()), False
     stored, _, *zeros = list(dequantize.input)
-    weight = arrays[stored] if stored in arrays else quantized_weight(producers[stored], arrays)
+    weight = arrays[stored] if stored in arrays else quantized_weight(makers[stored], arrays)
     zero = arrays[zeros[0]] if zeros else np.zeros(())
-    feeder = producers.get(inputs[0])
+    feeder = makers.get(inputs[0])
     input_is_quantized = feeder is not None and feeder.op_type == "DequantizeLinear"
-    return weight, _per_channel(zero), input_is_quantized
-
-
-def quantized_weight(node: Any, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-    """The integers that a QuantizeLinear node makes of a stored floating-point weight.
-
-    Args:
-        node: the node; its scale and zero point are for the whole weight or for each output channel.
-        arrays: all constants of the graph by name.
-
-    Returns:
-        The shape of the weight, in the type of the zero point.
-    """
-    weight, scale, zero = (arrays[name] for name in node.input)
-    bounds = np.iinfo(zero.dtype)
-    steps = np.rint(weight / _per_channel(scale)) + _per_channel(zero)
-    integers: NDArray[Any] = np.clip(steps, bounds.min, bounds.max).astype(zero.dtype)
-    return integers
-
-
-def _per_channel(values: NDArray[Any]) -> NDArray[Any]:
-    """Scalars as they are; one value per output channel ready to broadcast over a weight."""
-    return values.reshape(-1, 1, 1, 1) if values.ndim == 1 and values.size > 1 else values.reshape(())
+    return weight, per_channel(zero), input_is_quantized
 
 
 def gzip_bytes(path: Path) -> int:
@@ -329,23 +298,17 @@ SPARSE_FROM = 0.10  # share of zeros from which a checkpoint counts as pruned; S
 _IN_BLOCKS_FROM = 0.99  # share of the zeros that lie in whole blocks; single ones may be so by chance
 
 
-def in_blocks(model: YOLOv5) -> bool:
-    """Whether zeros come in groups of four input channels (of layers whose number of them allows it)."""
-    from sparse_exp.sparsity.prune import BLOCK, blocks
+def in_blocks(weights: Iterable[torch.Tensor]) -> bool:
+    """Whether there are zeros, and they come in blocks of four input channels (pattern ``block4``).
 
+    Args:
+        weights: (O, I, height, width) of the prunable convolutions; those whose input channels are no
+            multiple of four do not count.
+    """
     zeros, whole = 0, 0
-    for conv in model.prunable_convolutions().values():
-        groups = (conv.weight == 0).flatten()[blocks(conv.weight, BLOCK)]
+    for weight in weights:
+        groups = (weight == 0).flatten()[blocks(weight, BLOCK)]
         if groups.shape[1] == BLOCK:
             zeros += int(groups.sum())
             whole += BLOCK * int(groups.all(dim=1).sum())
-    return whole >= _IN_BLOCKS_FROM * zeros
-
-
-def layer_name(node: str) -> str:
-    """The model's name of a convolution from its node's: ``/model/model.2/cv1/conv/module/Conv_quant``."""
-    parts = [part for part in node.strip("/").split("/")[:-1] if part != "module"]
-    following = [*parts[1:], ""]
-    # A container's own name comes again in its children's: model/model.8/m/m.0.
-    kept = [part for part, after in zip(parts, following, strict=True) if not after.startswith(f"{part}.")]
-    return ".".join(kept).removesuffix(".module")
+    return zeros > 0 and whole >= _IN_BLOCKS_FROM * zeros

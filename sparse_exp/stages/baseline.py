@@ -1,4 +1,4 @@
-"""How much of its dense counterpart's accuracy a sparse run keeps.
+"""The dense counterpart of a run: found, or trained.
 
 The counterpart has the same model, start weights, data, seed and trainer settings, and sees as many images;
 its recipe is the shipped ``dense``. It is looked for before it is trained: in MLflow, then in the run
@@ -20,19 +20,22 @@ from sparse_exp import __version__
 from sparse_exp.config.plain import as_dict, recipe_path
 from sparse_exp.config.schema import Experiment, RecipeConfig, RecoveryConfig
 from sparse_exp.errors import ConfigError, StageFailed, expected
-from sparse_exp.files import fingerprint, read_json
+from sparse_exp.files import fingerprint, sha256_of
 from sparse_exp.locks import exclusive
-from sparse_exp.runs.directory import MANIFEST
-from sparse_exp.stages.base import Context, Outcome
-from sparse_exp.tracking import Tags, find_runs
+from sparse_exp.runs.directory import MANIFEST, Run
+from sparse_exp.stages.base import Context, Outcome, Stage
+from sparse_exp.tracking import Event, Tags, find_runs
 
 if TYPE_CHECKING:
     from sparse_exp.sparsity.recipe import Recipe
-    from sparse_exp.stages.base import Context
 
 TAG = "fingerprint.dense"
 MAP50 = "val/map50"
-STAGES = ("fetch", "plan", "baseline", "train", "evaluate")
+NEEDED = ("fetch", "plan", "baseline", "train", "evaluate")  # stages that a counterpart runs
+_REPLACED = (
+    "recipe", "recovery", "stages", "name=", "paths.run", "resume", "overwrite", "publish=",
+    "tracker.register", "tracker.alias",
+)  # fmt: skip
 _log = logging.getLogger(__name__)
 
 
@@ -59,12 +62,17 @@ def is_dense(recipe: Recipe) -> bool:
     return not (recipe.prunes or recipe.quantization_start is not None or recipe.distills)
 
 
-def find_or_train(context: Context) -> dict[str, Any]:
-    """What the baseline stage leaves.
+def _run(context: Context) -> Outcome:
+    facts = _find_or_train(context)
+    metrics = {"baseline/map50": facts["map50"]} if "map50" in facts else {}
+    events: list[Event] = []
+    if "dense_fingerprint" in facts:  # this run is a baseline, and others find it by this tag
+        events.append(Tags({TAG: facts["dense_fingerprint"]}))
+    return Outcome(metrics=metrics, facts=facts, events=events)
 
-    Returns:
-        Facts: those of `Baseline`; for a dense run only ``dense_fingerprint``, which it is found by;
-        nothing where no baseline is wanted.
+
+def _find_or_train(context: Context) -> dict[str, Any]:
+    """The facts of a `Baseline`; of a dense run its ``dense_fingerprint``; nothing where none is wanted.
 
     Raises:
         ConfigError: ``recovery.baseline`` is no dense run on the same data.
@@ -109,14 +117,14 @@ def _found(context: Context, mark: str) -> Baseline | None:
 
 
 @contextmanager
-def as_baseline(context: Context) -> Iterator[None]:
+def _held(context: Context) -> Iterator[None]:
     """Let others that need this run as their baseline wait while it trains and is evaluated.
 
-    Args:
-        context: of a run after its stage ``baseline``; nothing happens where it is not dense, or is done.
+    Nothing happens where the run is not dense, or was evaluated before.
     """
     mark = context.facts("baseline").get("dense_fingerprint")
-    if mark is None or _mark_of(context.run.path) == mark:
+    done = Run.find(context.run.path)
+    if mark is None or (done is not None and done.dense_fingerprint == mark):
         yield
         return
     with _alone(context, mark):
@@ -141,7 +149,7 @@ def dense_experiment(experiment: Experiment, epochs: float, run: Path) -> Experi
         An experiment of its own. An unfinished run in its directory is gone on with.
     """
     dense = copy.deepcopy(experiment)
-    dense.name, dense.stages = f"{experiment.name}-dense", list(STAGES)
+    dense.name, dense.stages = f"{experiment.name}-dense", list(NEEDED)
     dense.recipe = RecipeConfig(name="dense", file="dense.md", variables={"num_epochs": float(epochs)})
     dense.recovery = RecoveryConfig(baseline="none")
     directory = run.with_name(f"{run.name}-dense")
@@ -153,13 +161,11 @@ def dense_experiment(experiment: Experiment, epochs: float, run: Path) -> Experi
 
 
 def _train(context: Context, dense: Experiment) -> Baseline:
-    from sparse_exp.experiment import run
-
     _log.info("Training the dense baseline for %g epochs in %s.", context.recipe.epochs, dense.paths.run)
     kept = [word for word in context.run.state.get("overrides", []) if not word.startswith(_REPLACED)]
     own = ["recipe=dense", f"recipe.variables.num_epochs={context.recipe.epochs:g}"]
     member = context.sweep and replace(context.sweep, job=None)
-    run(dense, {}, [*kept, *own, f"stages=[{','.join(STAGES)}]"], member)
+    context.run_nested(dense, [*kept, *own, f"stages=[{','.join(NEEDED)}]"], member)
     trained = read_baseline(Path(dense.paths.run), "trained")
     if trained is None:
         raise StageFailed(f"The dense baseline in {dense.paths.run} left no result. Its log is there.")
@@ -167,36 +173,26 @@ def _train(context: Context, dense: Experiment) -> Baseline:
     return trained
 
 
-_REPLACED = (
-    "recipe", "recovery", "stages", "name=", "paths.run", "resume", "overwrite", "publish=",
-    "tracker.register", "tracker.alias",
-)  # fmt: skip
-
-
 def _start_itself(context: Context) -> Baseline:
     """Of a recipe that is applied without training: the start checkpoint, which then was trained before."""
-    from sparse_exp.sources.start import fetch_start
-    from sparse_exp.training.evaluation import evaluate_model
     from sparse_exp.training.start import load_start
 
-    experiment, layout = context.experiment, context.precision.memory_format
-    model, _ = load_start(experiment, context.dataset, context.cache)
+    start, classes, layout = context.start, len(context.dataset.names), context.precision.memory_format
+    model, _ = load_start(start, context.experiment.model.size, classes, seed=context.experiment.seed)
     model.to(memory_format=layout)
-    loader, trainer = context.loader("val"), experiment.trainer
-    result = evaluate_model(model, loader, trainer, layout, description="Evaluating the start")
-    start = fetch_start(experiment.model, context.cache, context.zoo)
+    result = context.validation().evaluate_model(model, layout, description="Evaluating the start")
     return Baseline(result.map50, "", str(start.file.path) if start else None, "the start")
 
 
 def _given(context: Context, directory: Path) -> Baseline:
-    baseline, stages = read_baseline(directory, "given"), read_json(directory / MANIFEST).get("stages", {})
+    baseline, run = read_baseline(directory, "given"), Run.find(directory)
     do = "Give the directory of a finished run of recipe=dense, or set recovery.baseline=auto."
-    if baseline is None:
+    if baseline is None or run is None:
         raise ConfigError(expected("recovery.baseline", "a run with a result", str(directory), do))
-    phase = stages["evaluate"]["facts"].get("phase")
+    phase = run.facts("evaluate").get("phase")
     if phase != "dense":
         raise ConfigError(expected(f"the baseline {directory}", "a dense run", phase, do))
-    digest, own = stages.get("fetch", {}).get("facts", {}).get("dataset"), context.dataset.digest
+    digest, own = run.facts("fetch").get("dataset"), context.dataset.digest
     if digest != own:
         raise ConfigError(expected(f"the data of the baseline {directory}", f"{own[:12]}...", digest, do))
     return baseline
@@ -205,15 +201,20 @@ def _given(context: Context, directory: Path) -> Baseline:
 def _candidates(context: Context, mark: str) -> Iterator[Baseline]:
     """Finished runs of that fingerprint: from MLflow, newest first, then from disk."""
     experiment = context.experiment
-    for run in find_runs(experiment.tracker, Path(experiment.paths.mlflow), TAG, mark):
-        directory = Path(run.tags.get("run.directory", ""))
-        if _mark_of(directory) == mark and (local := read_baseline(directory, "found in MLflow")):
+    for tracked in find_runs(experiment.tracker, Path(experiment.paths.mlflow), TAG, mark):
+        directory = Path(tracked.tags.get("run.directory", ""))
+        if _is_of(directory, mark) and (local := read_baseline(directory, "found in MLflow")):
             yield local
-        elif MAP50 in run.metrics:
-            yield Baseline(run.metrics[MAP50], "", None, "found in MLflow")
+        elif MAP50 in tracked.metrics:
+            yield Baseline(tracked.metrics[MAP50], "", None, "found in MLflow")
     for directory in _neighbours(context):
-        if _mark_of(directory) == mark and (local := read_baseline(directory, "found on disk")):
+        if _is_of(directory, mark) and (local := read_baseline(directory, "found on disk")):
             yield local
+
+
+def _is_of(directory: Path, mark: str) -> bool:
+    run = Run.find(directory)
+    return run is not None and run.dense_fingerprint == mark
 
 
 def _neighbours(context: Context) -> list[Path]:
@@ -231,16 +232,6 @@ def _written(path: Path) -> float:
         return 0.0
 
 
-def _mark_of(directory: Path) -> str | None:
-    """The fingerprint of a dense run that was evaluated, whatever became of it afterwards; None of others."""
-    manifest = read_json(directory / MANIFEST)
-    stages, finished = manifest.get("stages", {}), manifest.get("status") == "FINISHED"
-    mark = stages.get("evaluate", {}).get("facts", {}).get("dense_fingerprint")
-    if mark is None and finished:  # of a version that did not note it there
-        mark = stages.get("baseline", {}).get("facts", {}).get("dense_fingerprint")
-    return str(mark) if mark else None
-
-
 def read_baseline(directory: Path, origin: str) -> Baseline | None:
     """The result of a run on disk.
 
@@ -249,16 +240,15 @@ def read_baseline(directory: Path, origin: str) -> Baseline | None:
         origin: see `Baseline`.
 
     Returns:
-        None where there is no manifest, or the run was not evaluated.
+        None where there is no run, or it was not evaluated.
     """
-    stages = read_json(directory / MANIFEST).get("stages", {})
-    map50 = stages.get("evaluate", {}).get("metrics", {}).get(MAP50)
-    if map50 is None:
+    run = Run.find(directory)
+    map50 = run.metrics("evaluate").get(MAP50) if run else None
+    if run is None or map50 is None:
         return None
-    name = stages.get("train", {}).get("facts", {}).get("checkpoint")
-    checkpoint = (directory / name).resolve() if name else None
-    there = str(checkpoint) if checkpoint and checkpoint.is_file() else None
-    return Baseline(float(map50), str(directory.resolve()), there, origin)
+    checkpoint = run.trained_checkpoint
+    there = str(checkpoint.resolve()) if checkpoint and checkpoint.is_file() else None
+    return Baseline(float(map50), str(run.path), there, origin)
 
 
 def _fingerprint(context: Context, dense: Experiment, recipe: Recipe) -> str:
@@ -277,24 +267,31 @@ def _fingerprint(context: Context, dense: Experiment, recipe: Recipe) -> str:
     return fingerprint(parts, recipe.text, __version__)
 
 
-def baseline_checkpoint(context: Context) -> Path | None:
-    """File of the dense counterpart that the baseline stage found or trained; None where there is none."""
-    checkpoint = context.facts("baseline").get("checkpoint")
-    file = context.run.path / checkpoint if checkpoint else None
-    return file if file and file.is_file() else None
+def _content(context: Context) -> dict[str, str]:
+    """The run that ``recovery.baseline`` names: what it found, and its checkpoint."""
+    wanted = context.experiment.recovery.baseline
+    given = read_baseline(Path(wanted).expanduser(), "given") if wanted not in ("none", "auto") else None
+    if given is None:
+        return {}
+    checkpoint = sha256_of(Path(given.checkpoint)) if given.checkpoint else ""
+    return {"dense baseline": fingerprint(given.map50, checkpoint)}
 
 
-def baseline(context: Context) -> Outcome:
-    """Find or train the dense counterpart, where the configuration asks for it."""
-    from sparse_exp.stages.baseline import find_or_train
-
-    facts = find_or_train(context)
-    return Outcome(metrics={"baseline/map50": facts["map50"]} if "map50" in facts else {}, facts=facts)
+def _possible_names(experiment: Experiment) -> Iterator[str]:
+    if experiment.recovery.baseline != "none":  # a dense run has none
+        yield "baseline/map50"
 
 
-def _announce_baseline(context: Context) -> None:
-    from sparse_exp.stages.baseline import TAG
-
-    facts = context.facts("baseline")
-    if "dense_fingerprint" in facts:  # this run is one, and can be found by others
-        context.tracker.log(Tags({TAG: facts["dense_fingerprint"]}))
+STAGE = Stage(
+    name="baseline",
+    run=_run,
+    depends_on=("recovery",),
+    content=_content,
+    passes_on=lambda experiment: experiment.recipe.teacher == "baseline",
+    # A trained baseline is shared by all runs of this machine, see `_candidates`.
+    shared=lambda experiment: experiment.recipe.oneshot,
+    computes=True,
+    possible_names=_possible_names,
+    held=_held,
+    held_until="evaluate",
+)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from sparse_exp.stages.base import Context, Outcome
+from sparse_exp.config.schema import Experiment
+from sparse_exp.stages.base import Context, Outcome, Stage
 from sparse_exp.stages.sparsity_csv import write_sparsity
+from sparse_exp.tracking import Artifact
 
 
-def evaluate(context: Context) -> Outcome:
-    """Measure mAP of the final torch model on the validation split, and on the test split if there is one."""
+def _run(context: Context) -> Outcome:
+    """Measure mAP on the validation split, and on the test split if there is one."""
     from sparse_exp.export.reference import as_deployed
     from sparse_exp.sparsity.checkpoints import restore
     from sparse_exp.sparsity.measure import (
@@ -20,15 +23,14 @@ def evaluate(context: Context) -> Outcome:
         require_sparsity,
         total_sparsity,
     )
-    from sparse_exp.training.evaluation import evaluate_model
 
     model, checkpoint = restore(context.checkpoint)
     layers, where = layer_sparsity(model.prunable_convolutions()), f"in {context.checkpoint.name}"
     require_sparsity(layers, context.planned_sparsity, where)
     require_layer_sparsity(layers, context.facts("train").get("promised", {}), where)
-    trainer, layout = context.experiment.trainer, context.precision.memory_format
+    layout = context.precision.memory_format
     deployed = as_deployed(model).to(memory_format=layout)
-    result = evaluate_model(deployed, context.loader("val"), trainer, layout, description="Evaluating torch")
+    result = context.validation().evaluate_model(deployed, layout, description="Evaluating torch")
     metrics: dict[str, Any] = {
         "val/map50": result.map50,
         "val/map50_95": result.map50_95,
@@ -37,9 +39,7 @@ def evaluate(context: Context) -> Outcome:
         "size/checkpoint_mb": context.checkpoint.stat().st_size / 1e6,
     }
     if "test" in context.dataset.splits:
-        test = evaluate_model(
-            deployed, context.loader("test"), trainer, layout, description="Evaluating test"
-        )
+        test = context.validation("test").evaluate_model(deployed, layout, description="Evaluating test")
         metrics.update({"test/map50": test.map50, "test/map50_95": test.map50_95})
     facts = {
         "phase": checkpoint.phase,
@@ -48,5 +48,27 @@ def evaluate(context: Context) -> Outcome:
         "layers": [asdict(layer) for layer in layer_sparsity(model.quantizable_convolutions())],
         "dense_fingerprint": context.facts("baseline").get("dense_fingerprint"),
     }
-    trained = "train" in context.experiment.stages
-    return Outcome([] if trained else [write_sparsity(context, context.checkpoint, {})], metrics, facts)
+    if "train" in context.experiment.stages:
+        return Outcome(metrics=metrics, facts=facts)
+    table = write_sparsity(context, context.checkpoint, {})
+    return Outcome([table], metrics, facts, events=[Artifact(table)])
+
+
+def _certain_names(_: Experiment) -> Iterator[str]:
+    yield from ("val/map50", "val/map50_95", "sparsity/prunable", "sparsity/total", "size/checkpoint_mb")
+
+
+def _possible_names(_: Experiment) -> Iterator[str]:
+    yield from ("test/map50", "test/map50_95")  # where the data set has that split
+
+
+STAGE = Stage(
+    name="evaluate",
+    run=_run,
+    shared=lambda _: True,
+    computes=True,
+    takes_checkpoint=True,
+    needs_checkpoint=True,
+    certain_names=_certain_names,
+    possible_names=_possible_names,
+)

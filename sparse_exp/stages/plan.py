@@ -2,30 +2,60 @@
 
 from __future__ import annotations
 
-from sparse_exp.stages.base import Context, Outcome
-from sparse_exp.tracking import Tags
+from typing import Any
+
+from sparse_exp.config.plain import as_dict
+from sparse_exp.files import sha256_of
+from sparse_exp.sources.start import teacher_file
+from sparse_exp.stages.base import Context, Outcome, Stage
+from sparse_exp.tracking import Event, Tags
 
 
-def plan(context: Context) -> Outcome:
-    """Say what will happen, and refuse what cannot end well."""
-    if "train" not in context.experiment.stages:
+def _run(context: Context) -> Outcome:
+    experiment, recipe = context.experiment, context.recipe
+    if "train" not in experiment.stages:
         return Outcome()
     from sparse_exp.planning.plan import with_mismatch
-    from sparse_exp.planning.preflight import lay_out
-    from sparse_exp.planning.show import show_plan
+    from sparse_exp.planning.preflight import plan_training
+    from sparse_exp.planning.show import as_facts, show_plan
 
-    laid_out, start = lay_out(
-        context.experiment, context.recipe, context.dataset, context.precision, context.cache
-    )
-    laid_out = with_mismatch(laid_out, context.experiment.hardware.name, context.mismatch)
-    show_plan(laid_out)
-    transfer = f"{start.report.taken} of {start.report.total} tensors" if start.report else "none"
-    found = {"sparsity": laid_out.start.sparsity, "quantized": laid_out.start.quantized}
-    return Outcome(facts={**laid_out.as_facts(), "transferred": transfer, "start": found})
+    teacher = teacher_file(experiment.recipe.teacher, context.cache, context.zoo) if recipe.distills else None
+    plan = plan_training(experiment, recipe, context.dataset, context.precision, context.start, teacher)
+    plan = with_mismatch(plan, experiment.hardware.name, context.mismatch)
+    show_plan(plan)
+    found = {"sparsity": plan.start.sparsity, "quantized": plan.start.quantized}
+    facts = {**as_facts(plan), "transferred": plan.start.transferred, "start": found}
+    return Outcome(facts=facts, events=_events(context, facts))
 
 
-def _announce_plan(context: Context) -> None:
-    facts = context.facts("plan")
-    if facts and context.facts("fetch").get("sha256"):  # a start from random weights has none
-        tags = {"taken": facts["transferred"], **facts["start"]}
-        context.tracker.log(Tags({f"weights/{name}": str(value) for name, value in tags.items()}))
+def _events(context: Context, facts: dict[str, Any]) -> list[Event]:
+    if not context.facts("fetch").get("sha256"):  # a start from random weights has no file
+        return []
+    tags = {"taken": facts["transferred"], **facts["start"]}
+    return [Tags({f"weights/{name}": str(value) for name, value in tags.items()})]
+
+
+def _marks(context: Context) -> dict[str, Any]:
+    """The recipe as it runs, whatever it is called and however its variables came to their values."""
+    config = as_dict(context.experiment)["recipe"]
+    in_the_text = ("name", "file", "variables", "num_epochs")
+    rest = {key: value for key, value in config.items() if key not in in_the_text}
+    return {"recipe": {"text": context.recipe.text, **rest}}
+
+
+def _content(context: Context) -> dict[str, str]:
+    """The teacher that the recipe names, where its file is on this machine."""
+    if not context.recipe.distills:
+        return {}
+    path = teacher_file(context.experiment.recipe.teacher, context.cache, context.zoo, offline=True)
+    return {"teacher": sha256_of(path)} if path else {}
+
+
+STAGE = Stage(
+    name="plan",
+    run=_run,
+    depends_on=("seed", "trainer"),
+    marks=_marks,
+    content=_content,
+    shared=lambda _: True,
+)

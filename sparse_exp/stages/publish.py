@@ -3,30 +3,67 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
-from sparse_exp.config.plain import as_dict
-from sparse_exp.stages.base import Context, Outcome
+from sparse_exp.config.schema import Experiment
+from sparse_exp.errors import ConfigError
+from sparse_exp.sources.local import require_free, require_writable, zoo_directory
+from sparse_exp.stages.base import Context, Outcome, Stage
 from sparse_exp.tracking import Tags
 
+_AUTO = "auto"
 _log = logging.getLogger(__name__)
 
 
-def publish(context: Context) -> Outcome:
-    """Put the finished run into the local zoo, where the configuration asks for it."""
-    from sparse_exp.zoo.publish import AUTO, FinishedRun, publish_run
+def _run(context: Context) -> Outcome:
+    from sparse_exp.zoo.publish import publish_run
 
-    experiment, run = context.experiment, context.run
+    experiment = context.experiment
     if experiment.publish is None:
         return Outcome()
-    finished = FinishedRun(run.path, as_dict(experiment), run.records, run.state)
     model = publish_run(
-        finished,
+        context.run,
         context.zoo,
         stub=experiment.publish,
         force=experiment.overwrite,
-        numbered=experiment.publish == AUTO,
+        numbered=experiment.publish == _AUTO,
         dataset=context.dataset,
     )
     _log.info("Published as %s in %s", model.stub, model.directory)
-    context.tracker.log(Tags({"zoo/stub": model.stub}))
-    return Outcome(metrics={"zoo/stub": model.stub}, facts={"directory": str(model.directory)})
+    stub = {"zoo/stub": model.stub}
+    return Outcome(metrics=stub, facts={"directory": str(model.directory)}, events=[Tags(stub)])
+
+
+def _certain_names(_: Experiment) -> Iterator[str]:
+    yield "zoo/stub"
+
+
+def _check(experiment: Experiment) -> Iterator[str]:
+    if experiment.publish is None:
+        if experiment.stages == ["publish"]:
+            yield "stages=[publish] needs a stub to publish under. Set publish=auto, or publish=STUB."
+        return
+    zoo = zoo_directory(experiment.paths.zoo)
+    missing = [stage for stage in ("evaluate", "export", "publish") if stage not in experiment.stages]
+    if missing and not experiment.resume:
+        do = "Add it to stages, or set publish=null."
+        yield f"publish={experiment.publish} needs the stage {missing[0]}. {do}"
+    try:
+        require_writable(zoo)
+        # A run that goes on may be published already: then by itself.
+        if experiment.publish != _AUTO and not experiment.resume:
+            require_free(experiment.publish, zoo, force=experiment.overwrite)
+    except ConfigError as error:
+        yield from error.problems
+
+
+STAGE = Stage(
+    name="publish",
+    run=_run,
+    depends_on=("publish",),
+    light=True,
+    takes_checkpoint=True,
+    wanted=lambda experiment: experiment.publish is not None,
+    certain_names=_certain_names,
+    check=_check,
+)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+
 from sparse_exp import __version__
-from sparse_exp.errors import ConfigError
+from sparse_exp.config.schema import Experiment
+from sparse_exp.errors import ConfigError, expected
 from sparse_exp.files import sha256_of
-from sparse_exp.stages.base import Context, Outcome
+from sparse_exp.metrics.recovery import recovery_engine
+from sparse_exp.runs.deployment import TORCH
+from sparse_exp.stages.base import Context, Outcome, Stage
 from sparse_exp.tracking import Model
 
+# What MLflow's registry takes, and a URL and a search in it take without quotes. It numbers versions itself.
+_MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+_ALIAS = re.compile(r"(?!latest$|v\d+$)[a-z0-9_-]{1,200}", re.IGNORECASE)
 
-def register(context: Context) -> Outcome:
-    """Make the deployed file a version in the tracker's model registry, where that is asked for."""
-    from sparse_exp.export.square import FOLDER, MODEL, TORCH
-    from sparse_exp.metrics.recovery import recovery_engine
 
+def _run(context: Context) -> Outcome:
     experiment, run, name = context.experiment, context.run, context.experiment.tracker.register
     if name is None:
         return Outcome()
-    engine = recovery_engine(experiment.hardware.engines)
-    file = run.path / FOLDER / MODEL if engine == TORCH else context.deployed(engine)
+    engine, deployment = recovery_engine(experiment.hardware.engines), context.run.deployment
+    file = deployment.model if engine == TORCH else deployment.deployed(engine)
     if "verify" not in run.records or not file.is_file():
         raise ConfigError(
             f"{run.path} has no verified deployment to register. Add export and verify to stages."
@@ -31,5 +37,41 @@ def register(context: Context) -> Outcome:
         "run": experiment.name,
         "sparse_exp.version": __version__,
     }
-    context.tracker.log(Model(file, name, experiment.tracker.alias, tags))
-    return Outcome(facts={"name": name, "alias": experiment.tracker.alias, "sha256": sha256_of(file)})
+    facts = {"name": name, "alias": experiment.tracker.alias, "sha256": sha256_of(file)}
+    return Outcome(facts=facts, events=[Model(file, name, experiment.tracker.alias, tags)])
+
+
+def _check(experiment: Experiment) -> Iterator[str]:
+    tracker, stages = experiment.tracker, experiment.stages
+    name, alias = tracker.register, tracker.alias
+    if name is None:
+        if alias is not None:
+            do = "Set tracker.register=NAME, or leave out tracker.alias."
+            yield f"tracker.alias={alias} needs a model to point to. {do}"
+        if stages == ["register"]:
+            yield "stages=[register] needs a name to register under. Set tracker.register=NAME."
+        return
+    if not _MODEL_NAME.fullmatch(name):
+        do = "For example tracker.register=crowns."
+        yield expected("tracker.register", "letters, digits and _ . - (at most 200)", name, do)
+    if alias is not None and not _ALIAS.fullmatch(alias):
+        do = "For example tracker.alias=candidate."
+        yield expected("tracker.alias", "letters, digits, _ and -, not 'latest' or 'v1'", alias, do)
+    if tracker.backend != "mlflow":
+        do = "Set tracker=mlflow, or leave out tracker.register."
+        yield f"tracker.register={name} needs MLflow, but tracker.backend is '{tracker.backend}'. {do}"
+    missing = [stage for stage in ("export", "verify", "register") if stage not in stages]
+    if missing and not experiment.resume:
+        do = "Add it to stages, or leave out tracker.register."
+        yield f"tracker.register={name} needs the stage {missing[0]}. {do}"
+
+
+STAGE = Stage(
+    name="register",
+    run=_run,
+    depends_on=("tracker",),
+    light=True,
+    takes_checkpoint=True,
+    wanted=lambda experiment: experiment.tracker.register is not None,
+    check=_check,
+)

@@ -1,62 +1,62 @@
-"""One short function per stage: a context in, an outcome out.
+"""All stages, in the order in which they run.
 
-Stages hand each other files and the facts of their records, never objects, so that each can run
-alone and a run can be resumed between any two of them. Libraries are imported when a stage runs.
+To add one, write its file with a `Stage` beside the others and add it here. To let it run by default, add its
+name to `sparse_exp.config.schema.STAGES`, too, which Hydra reads without importing stages.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Callable
+from collections.abc import Iterator
 
-from sparse_exp.stages.base import Context, Outcome
-from sparse_exp.stages.baseline import _announce_baseline, baseline
-from sparse_exp.stages.benchmark import benchmark
-from sparse_exp.stages.evaluate import evaluate
-from sparse_exp.stages.export import export
-from sparse_exp.stages.fetch import _announce_fetch, fetch
-from sparse_exp.stages.plan import _announce_plan, plan
-from sparse_exp.stages.publish import publish
-from sparse_exp.stages.register import register
-from sparse_exp.stages.report import report
-from sparse_exp.stages.sparsity_csv import announce_sparsity
-from sparse_exp.stages.train import _announce_train, train
-from sparse_exp.stages.verify import verify
+from sparse_exp.config.schema import Experiment
+from sparse_exp.errors import expected
+from sparse_exp.stages import (
+    baseline,
+    benchmark,
+    evaluate,
+    export,
+    fetch,
+    plan,
+    publish,
+    register,
+    report,
+    train,
+    verify,
+)
+from sparse_exp.stages.base import Stage
 
-_log = logging.getLogger(__name__)
-
-
-STAGES: dict[str, Callable[[Context], Outcome]] = {
-    function.__name__: function
-    for function in (
+STAGES: dict[str, Stage] = {
+    module.STAGE.name: module.STAGE
+    for module in (
         fetch, plan, baseline, train, evaluate, export, verify, benchmark, report, publish, register
     )
 }  # fmt: skip
 
 
-_ANNOUNCED: dict[str, Callable[[Context], None]] = {
-    "fetch": _announce_fetch,
-    "plan": _announce_plan,
-    "baseline": _announce_baseline,
-    "train": _announce_train,
-    "evaluate": lambda context: announce_sparsity(context, "evaluate"),
-}
+def wanted_stages(experiment: Experiment) -> list[str]:
+    """The stages of an experiment in their order, without those that would do nothing."""
+    return [s.name for s in STAGES.values() if s.name in experiment.stages and s.wanted(experiment)]
 
 
-def announce(context: Context, stage: str, *, replay: bool = False) -> None:
-    """Tell the tracker what a finished stage found, beside its metrics: from its record and its files alone.
-
-    Args:
-        context: of the run, which has the stage's record.
-        stage: its name.
-        replay: the tracker has seen nothing of it, as it was done by another job or at another time: the
-            epochs of a training, too.
-    """
-    if stage in _ANNOUNCED:
-        _ANNOUNCED[stage](context)
-    if stage == "train" and replay:
-        from sparse_exp.stages.train import epoch_metrics
-
-        for record in json.loads((context.run.path / "history.json").read_text(encoding="utf-8")):
-            context.tracker.log(epoch_metrics(record))
+def check_stages(experiment: Experiment) -> Iterator[str]:
+    """Problems of the choice of stages, and those that each of them sees; a sentence or two each."""
+    names = ", ".join(STAGES)
+    if not experiment.stages:
+        yield expected("stages", f"some of {names}", [], "Name at least one.")
+    for unknown in [name for name in experiment.stages if name not in STAGES]:
+        yield expected("stages", f"one of {names}", unknown, "Set stages to one of them.")
+    chosen = [stage for stage in STAGES.values() if stage.name in experiment.stages]
+    without = next((stage.name for stage in chosen if stage.needs_checkpoint), None)
+    if without and "train" not in experiment.stages and not (experiment.checkpoint or experiment.resume):
+        yield (
+            f"stages={','.join(experiment.stages)} leaves out train, but {without} needs a trained "
+            "checkpoint. Give it with checkpoint=PATH, or add train to stages."
+        )
+    without = next((stage.name for stage in chosen if stage.needs_files), None)
+    if without and "export" not in experiment.stages and not experiment.resume:
+        yield (
+            f"{without} needs exported files. Add export to stages, or give a run that has "
+            "them with resume=RUN."
+        )
+    for stage in STAGES.values():  # also of stages that are left out: keys of their own ask for some
+        yield from stage.check(experiment)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from sparse_exp.stages.base import Context, Outcome
+from sparse_exp.stages.base import Context, Outcome, Stage
 from sparse_exp.tracking import Artifact
 
 
-def report(context: Context) -> Outcome:
-    """Draw the pictures, write the report, and show the summary."""
+def _run(context: Context) -> Outcome:
     from sparse_exp.report.compose import compose_report
     from sparse_exp.report.console import show_summary
 
-    pictures = compose_report(context)
+    experiment, directory = context.experiment, context.run.path
+    pictures = compose_report(
+        experiment, context.run, context.dataset, cores=context.cores, mismatch=context.mismatch
+    )
     rows = context.facts("benchmark").get("rows", [])
-    show_summary(dict(context.run.result()), context.experiment.name, context.run.path, rows)
-    for folder in ("plots", "deployment"):
-        context.tracker.log(Artifact(context.run.path / folder))
-    return Outcome([*pictures, context.run.path / "report.md"])
+    show_summary(context.run.result(), experiment.name, directory, rows)
+    folders = [Artifact(directory / "plots"), Artifact(context.run.deployment.folder)]
+    return Outcome([*pictures, directory / "report.md"], events=[*folders])
+
+
+STAGE = Stage(name="report", run=_run, depends_on=("name",), takes_checkpoint=True)

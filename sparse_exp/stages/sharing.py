@@ -19,60 +19,56 @@ from pathlib import Path
 from sparse_exp.errors import ConfigError
 from sparse_exp.files import landing
 from sparse_exp.locks import exclusive
-from sparse_exp.runs.directory import MANIFEST, RunDirectory, StageRecord
-from sparse_exp.stages.base import Context
+from sparse_exp.runs.directory import MANIFEST, Run, StageRecord
+from sparse_exp.stages.base import Context, Stage
 
 _log = logging.getLogger(__name__)
-# Not those that measure this host, say something of this run alone, or put it somewhere.
-_SHARED = ("fetch", "plan", "train", "evaluate", "export", "verify")
 _LOCKS = ".locks"
 
 
-def _is_shared(context: Context, stage: str) -> bool:
-    """Whether jobs share a stage. A trained baseline is shared by all runs of this machine, not here."""
-    return stage in _SHARED or (stage == "baseline" and context.experiment.recipe.oneshot)
-
-
 @contextmanager
-def turn(context: Context, stage: str, mark: str) -> Iterator[None]:
+def turn(context: Context, stage: Stage, mark: str) -> Iterator[None]:
     """Let one job of the sweep at a time do, or take over, a stage; does nothing outside of sweeps.
 
     Args:
         context: of the run.
-        stage: its name.
+        stage: that is about to run.
         mark: its fingerprint.
     """
-    if context.sweep is None or not _is_shared(context, stage):
+    if context.sweep is None or not stage.shared(context.experiment):
         yield
         return
-    lock = context.sweep.directory / _LOCKS / f"{stage}-{mark}.lock"
-    with exclusive(lock, f"The stage {stage} is being done", label=f"the job {context.run.path.name}"):
+    lock = context.sweep.directory / _LOCKS / f"{stage.name}-{mark}.lock"
+    with exclusive(lock, f"The stage {stage.name} is being done", label=f"the job {context.run.path.name}"):
         yield
 
 
-def take_over(context: Context, stage: str, mark: str) -> StageRecord | None:
-    """Bring what another job's stage left into this run.
+def take_over(context: Context, stage: Stage, mark: str) -> StageRecord | None:
+    """Bring the result of another job's stage into this run.
 
     Args:
         context: of the run.
-        stage: its name.
+        stage: that is about to run.
         mark: its fingerprint.
 
     Returns:
         The record to enter, with the seconds that the stage took there. None where no job has finished the
         stage, or its files are no longer what it wrote.
     """
-    if context.sweep is None or not _is_shared(context, stage):
+    if context.sweep is None or not stage.shared(context.experiment):
         return None
     for directory in _finished(context.sweep.directory, mark):
         if directory == context.run.path:
             continue
         try:
-            record = _brought(RunDirectory.read(directory), context.run, stage, mark)
+            other = Run.read(directory)
+            record = _brought(other, context.run, stage.name, mark)
         except (ConfigError, OSError):  # made anew or deleted just now
             continue
         if record:
-            _log.info("%s: taken over from the job %s", stage, record.shared_from)
+            _log.info("%s: taken over from the job %s", stage.name, record.shared_from)
+            there = {key: value for key, value in other.environments.items() if key == record.conditions}
+            context.run.update(environments={**context.run.environments, **there})
             return record
     return None
 
@@ -89,7 +85,7 @@ def _finished(sweep: Path, mark: str) -> list[Path]:
     return found
 
 
-def _brought(other: RunDirectory, own: RunDirectory, stage: str, mark: str) -> StageRecord | None:
+def _brought(other: Run, own: Run, stage: str, mark: str) -> StageRecord | None:
     if not other.is_finished(stage, mark):
         return None
     record = other.records[stage]

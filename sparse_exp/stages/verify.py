@@ -1,18 +1,101 @@
-"""The exported files against the checkpoint they came from."""
+"""The exported files against the checkpoint they came from; accuracy and size of each."""
 
 from __future__ import annotations
 
-from sparse_exp.stages.base import Context, Outcome
+from collections.abc import Iterator
+from typing import Any
+
+from sparse_exp.config.schema import Experiment
+from sparse_exp.metrics.recovery import recovery_metrics
+from sparse_exp.metrics.result_rows import SPARSITIES
+from sparse_exp.runs.deployment import DENSE, MODEL, QDQ, TORCH, accuracy_prefix, file_name, size_prefix
+from sparse_exp.stages.base import Context, Outcome, Stage
+
+_SIZES = ("onnx_mb", "onnx_gzip_mb", "nonzero_mb")
+_MAPS = ("map50", "map50_95")
+_DIFFERENCES = (
+    "score_mean",
+    "score_max",
+    "box_mean_px",
+    "box_max_px",
+    "matched_of_torch",
+    "matched_of_engine",
+    "map50_difference",
+    "map50_difference_error",
+)
 
 
-def verify(context: Context) -> Outcome:
-    """Hold the exported files against the checkpoint they came from; accuracy and size of each cell."""
-    from sparse_exp.export.cells import measure_cells
-    from sparse_exp.export.verification import verify_deployment
-    from sparse_exp.metrics.recovery import recovery_metrics
+def _run(context: Context) -> Outcome:
+    from sparse_exp.export.accuracy import measure_files
+    from sparse_exp.export.verification import Promise, verify_deployment
 
-    metrics, curves = verify_deployment(context)
-    measured, cells = measure_cells(context, metrics)
+    experiment, validation = context.experiment, context.validation()
+    promise = Promise(context.planned_sparsity, context.facts("train").get("promised", {}))
+    deployment = context.run.deployment
+    metrics, curves = verify_deployment(
+        deployment,
+        context.checkpoint,
+        validation,
+        experiment,
+        promise=promise,
+        images=len(context.dataset.splits["val"]),
+        layout=context.precision.memory_format,
+        cores=context.cores,
+    )
+    measured, cells = measure_files(
+        deployment, validation, experiment, metrics, checkpoints=context.facts("export"), cores=context.cores
+    )
     metrics |= measured
-    metrics |= recovery_metrics(context.facts("baseline"), metrics, context.experiment.hardware.engines)
+    metrics |= recovery_metrics(context.facts("baseline"), metrics, experiment.hardware.engines)
     return Outcome(metrics=metrics, facts={"curves": curves, "cells": cells})
+
+
+def _marks(context: Context) -> dict[str, Any]:
+    """The engines and variants, and the accuracy of the baseline."""
+    hardware = context.experiment.hardware
+    return {
+        "baseline": context.facts("baseline").get("map50"),
+        "engines": hardware.engines,
+        "variants": sorted(hardware.variants),
+    }
+
+
+def _certain_names(experiment: Experiment) -> Iterator[str]:
+    yield from (f"size/{size_prefix(file)}{name}" for file in (MODEL, DENSE) for name in _SIZES)
+    yield from (name for name in SPARSITIES if name == "sparsity/onnx")
+    yield from ("quantized/convolutions", "quantizable/convolutions")
+    for engine in [name for name in experiment.hardware.engines if name != TORCH]:
+        yield from (f"deployed/{engine}/{name}" for name in _MAPS)
+        yield from (f"verify/{engine}/{name}" for name in _DIFFERENCES)
+
+
+def _possible_names(experiment: Experiment) -> Iterator[str]:
+    """Names of files that may turn out to be impossible, or whose weights may be initial ones."""
+    hardware = experiment.hardware
+    others = [variant for variant in hardware.variants if variant != "sparse"]
+    yield "size/dense_checkpoint_mb"
+    yield from (f"size/{size_prefix(QDQ)}{name}" for name in _SIZES)  # of a quantized network
+    if "sparse_fp32" in others:
+        yield "size/sparse_fp32/checkpoint_mb"
+    for engine in hardware.engines:
+        yield from (accuracy_prefix(engine, variant) + name for variant in others for name in _MAPS)
+        prefixes = {size_prefix(file_name(engine, variant)) for variant in others if engine != TORCH}
+        yield from (f"size/{prefix}{name}" for prefix in prefixes for name in _SIZES)
+    if TORCH in hardware.engines:  # which cannot run a quantized network
+        yield from (f"deployed/{TORCH}/{name}" for name in _MAPS)
+    if experiment.recovery.baseline != "none":
+        yield "recovery/map50"
+        yield from (f"recovery/{engine}/map50" for engine in hardware.engines)
+
+
+STAGE = Stage(
+    name="verify",
+    run=_run,
+    marks=_marks,
+    shared=lambda _: True,
+    computes=True,
+    takes_checkpoint=True,
+    needs_files=True,
+    certain_names=_certain_names,
+    possible_names=_possible_names,
+)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sparse_exp.command import Parser, run_command
 from sparse_exp.config.schema import DEFAULT_DIRECTORIES
-from sparse_exp.tracking.sync import Sync, count, find_waiting
+from sparse_exp.runs.replay import Sync, find_untold
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,18 +27,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.ERROR)  # each run gets a line of its own anyway
     options = _parser().parse_args(arguments)
     given = [Path(name).expanduser() for name in options.directories]
-    waiting = find_waiting(given or [path for path in DEFAULT_DIRECTORIES if path.is_dir()])
-    if not waiting:
+    untold = find_untold(given or [path for path in DEFAULT_DIRECTORIES if path.is_dir()])
+    if not untold:
         print("No events wait to be sent.")
         return 0
-    sync = Sync(options.uri)
-    sent = left = 0
-    for directory in waiting:
-        report = sync.send(directory)
-        print(report, flush=True)
-        sent, left = sent + report.sent, left + report.left
-    print(f"{len(waiting)} run{'' if len(waiting) == 1 else 's'}: {count(sent)} sent, {left} left.")
+    sync, sent, left = Sync(options.uri), 0, 0
+    for directory in untold:
+        found = sync.send(directory)
+        why = f", {found.left} left: {found.reason}" if found.left else ""
+        print(f"{directory}: {_count(found.sent)} sent{why}.", flush=True)
+        sent, left = sent + found.sent, left + found.left
+    print(f"{len(untold)} run{'' if len(untold) == 1 else 's'}: {_count(sent)} sent, {left} left.")
     return 1 if left else 0
+
+
+def _count(number: int) -> str:
+    return f"{number} event{'' if number == 1 else 's'}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -23,35 +23,32 @@ from typing import Any
 
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import MissingDependency, SparseExpError, expected
-from sparse_exp.hints import command_line
-from sparse_exp.tracking import (
+from sparse_exp.tracking.base import FoundRun, RunInfo
+from sparse_exp.tracking.delivery import Delivery
+from sparse_exp.tracking.description import NOTE_TAG, experiment_note
+from sparse_exp.tracking.events import (
     PARENT_TAG,
     Artifact,
     Dataset,
     Event,
     Finish,
-    FoundRun,
     Metrics,
     Model,
     Pause,
     Resume,
-    RunInfo,
     Status,
     Tags,
 )
-from sparse_exp.tracking.description import NOTE_TAG, experiment_note
-from sparse_exp.tracking.outbox import Outbox, one_line, without_password
+from sparse_exp.tracking.messages import one_line, without_password
 from sparse_exp.tracking.params import flatten, sanitize, shorten
 from sparse_exp.tracking.source import source_tags
-from sparse_exp.tracking.spool import Destination, Spool
 from sparse_exp.tracking.store import ready_database, tracking_uri, unusable
 
 _log = logging.getLogger(__name__)
 _MAX_TAG_LENGTH = 8000
 _MAX_DIGEST_LENGTH = 36
 _PER_BATCH = 100
-_PATIENCE_AT_FINISH_S = 20.0
-_PATIENCE_FOR_SPOOL_S = 60.0
+_PATIENCE_AT_START_S, _PATIENCE_AT_FINISH_S = 1.0, 20.0
 _SYSTEM_METRICS_EVERY_S = 5
 _FAILURE_TAG = "failure"
 _MODEL_FOLDER, _MODEL_FILE, _SHA256_TAG = "registered_model", "model.onnx", "sha256"
@@ -78,7 +75,9 @@ class MlflowTracker:
         self.run_id: str | None = None
         self._config, self._store = config, store.absolute()
         self._uri, self._uri_from = tracking_uri(config, self._store)
-        self._outbox: Outbox | None = None
+        self.address: str | None = without_password(self._uri)
+        self._delivery: Delivery | None = None
+        self._run: RunInfo | None = None
         self._monitor: Any = None
 
     def start(self, run: RunInfo) -> None:
@@ -87,40 +86,41 @@ class MlflowTracker:
         What an earlier start of the run could not send goes first.
         """
         client_class = import_client()
-        _log.info("Tracking to %s (%s)", without_password(self._uri), self._uri_from)
+        _log.info("Tracking to %s (%s)", self.address, self._uri_from)
         try:
             self._open(client_class, run)
-            self._open_outbox(run.directory)
         except Exception as error:
             self._abandon()
             raise SparseExpError(unusable(self._uri, self._uri_from, error)) from error
+        self._run = run
+        self._delivery = Delivery(RunWriter(self._client, str(self.run_id)).send, missed=run.missed)
+        if run.missed:
+            self._delivery.send_again(run.told(), _PATIENCE_AT_START_S)
         self._start_monitor(resume=False)
 
-    def log(self, event: Event) -> None:
-        """Send one event, or keep it until the server answers again; see `Tracker.log`."""
+    def log(self, event: Event, at: float | None = None) -> None:
+        """Send one event; see `Tracker.log`."""
         if isinstance(event, Pause):
             self._stop_monitor()
         elif isinstance(event, Resume):
             self._start_monitor(resume=True)
-        elif self._outbox is not None:
-            self._outbox.put(event)
+        elif self._delivery is not None:
+            self._delivery.put(event, time.time() if at is None else at)
 
-    def finish(self, status: Status, reason: str = "") -> None:
-        """Close the run; what cannot be sent stays in the run's directory, for ``sync``."""
-        if self._outbox is None:
-            return
+    def finish(self, status: Status, reason: str = "", at: float | None = None) -> bool:
+        """Close the run; what was missed is sent again, now or by ``sync``. See `Tracker.finish`."""
+        if self._delivery is None or self._run is None:
+            return True
         self._stop_monitor()
-        self._outbox.put(Finish(status, reason))
-        self._outbox.flush(_PATIENCE_AT_FINISH_S)
-        path = self._outbox.close()
-        if self._outbox.waiting:
-            _log.warning(
-                "%d events could not be sent to MLflow; they are kept in %s. When it answers again: %s",
-                self._outbox.waiting,
-                path,
-                command_line("sync", str(path.parent), module="sparse_exp.tracking"),
-            )
-        self._outbox = None
+        delivery, run, self._delivery = self._delivery, self._run, None
+        end = Finish(status, reason), time.time() if at is None else at
+        if not delivery.missed:
+            delivery.put(*end)
+        if delivery.missed:
+            again = delivery.send_again([*run.told(), end], _PATIENCE_AT_FINISH_S)
+            if again.left:
+                _log.warning("%d events could not be sent to MLflow: %s.", again.left, again.reason)
+        return not delivery.missed
 
     def _open(self, client_class: Callable[[str], Any], run: RunInfo) -> None:
         from mlflow.entities import Param
@@ -138,14 +138,6 @@ class MlflowTracker:
         params = [Param(key, value) for key, value in flatten(run.config).items()]
         for batch in _batches(params):
             self._client.log_batch(self.run_id, params=batch)
-
-    def _open_outbox(self, directory: Path) -> None:
-        destination = Destination(without_password(self._uri), str(self.run_id))
-        spool = Spool(directory, destination, _PATIENCE_FOR_SPOOL_S)
-        # An end that waits is that of the earlier start, and of no interest: the run goes on.
-        spool.replace([waiting for waiting in spool.read() if not isinstance(waiting.event, Finish)])
-        self._outbox = Outbox(RunWriter(self._client, str(self.run_id)).send, spool)
-        self._outbox.flush()
 
     def _experiment(self, name: str) -> str:
         """The ID of the experiment of that name, made if there is none, with a description."""
@@ -312,7 +304,7 @@ def import_client() -> Callable[[str], Any]:
     except ImportError as error:
         do = f"({one_line(error)}) Install it with pip install mlflow, or set tracker=none."
         raise MissingDependency(expected("the package mlflow", "installed", "none", do)) from error
-    # It only repeats what the outbox says.
+    # It only repeats what the tracker says.
     logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)
     _log.debug("Imported mlflow in %.1f s", time.monotonic() - started)
     return MlflowClient

@@ -10,8 +10,8 @@ from typing import Any
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import SparseExpError, expected
 from sparse_exp.tracking import PARENT_TAG, FoundRun, database
+from sparse_exp.tracking.messages import one_line, without_password
 from sparse_exp.tracking.mlflow import import_client
-from sparse_exp.tracking.outbox import one_line, without_password
 from sparse_exp.tracking.store import SQLITE, tracking_uri
 
 _PER_PAGE = 200

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.ao.quantization import FakeQuantizeBase
 
-from sparse_exp.config.schema import TrainerConfig
-from sparse_exp.data.loader import Batch, DetectionLoader
+from sparse_exp.data.loader import Batch
 from sparse_exp.locks import give_way, waited_seconds
 from sparse_exp.progress import progress
 from sparse_exp.yolov5 import YOLOv5, non_max_suppression
+
+Predict = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,84 +47,88 @@ class Evaluation:
     detections: list[Tensor] = field(default_factory=list)
 
 
-def evaluate(
-    predict: Callable[[Tensor], Tensor], loader: Iterable[Batch], *, num_classes: int, conf: float = 0.001,
-    iou: float = 0.6, max_det: int = 300, description: str = "Evaluating", keep_detections: bool = False,
-) -> Evaluation:  # fmt: skip
-    """Measure COCO mAP on the letterboxed images of a split.
+@dataclass(frozen=True)
+class Validation:
+    """How accuracies on a split are measured: COCO mAP on its letterboxed images.
 
-    Args:
-        predict: takes uint8 images ``(N, 3, S, S)``, returns ``(N, A, 5 + num_classes)``: x, y, w, h
-            in pixels, objectness, class scores.
-        loader: batches in a fixed order; boxes are relative to S.
+    Attributes:
+        loader: batches in a fixed order; boxes are relative to the side S of the images.
         num_classes: number of classes.
         conf: lowest confidence that counts, 0..1.
         iou: threshold of non-maximum suppression, 0..1.
         max_det: detections that count per image.
-        description: of the progress bar.
-        keep_detections: return every image's detections.
-
-    Returns:
-        The result; mAP is 0 where no image has a box.
-
-    Raises:
-        ValueError: predictions are of another shape.
     """
-    started = time.monotonic() - waited_seconds()
-    metric, kept, images = _new_metric(max_det), [], 0
-    total = len(loader) if isinstance(loader, Sized) else None
-    with torch.no_grad(), progress(description, total=total, unit="batches") as bar:
-        for batch in loader:
-            give_way()
-            predictions = _checked(predict(batch.images), len(batch.images), num_classes)
-            detections = [found.cpu() for found in non_max_suppression(predictions, conf, iou, max_det)]
-            metric.update(_as_predictions(detections), _as_targets(batch))
-            kept += detections if keep_detections else []
-            images += len(detections)
-            bar.advance()
-    map50, map50_95, recall, precision = _summarize(metric)
-    seconds = time.monotonic() - waited_seconds() - started
-    return Evaluation(map50, map50_95, recall, precision, images, seconds, kept)
+
+    loader: Iterable[Batch]
+    num_classes: int
+    conf: float = 0.001
+    iou: float = 0.6
+    max_det: int = 300
+
+    def evaluate(
+        self, predict: Predict, *, description: str = "Evaluating", keep_detections: bool = False
+    ) -> Evaluation:
+        """Measure how well the boxes of the split are found.
+
+        Args:
+            predict: takes uint8 images ``(N, 3, S, S)``, returns ``(N, A, 5 + num_classes)``: x, y, w, h
+                in pixels, objectness, class scores.
+            description: of the progress bar.
+            keep_detections: return every image's detections.
+
+        Returns:
+            The result; mAP is 0 where no image has a box.
+
+        Raises:
+            ValueError: predictions are of another shape.
+        """
+        started = time.monotonic() - waited_seconds()
+        metric, kept, images = _new_metric(self.max_det), [], 0
+        total = len(self.loader) if isinstance(self.loader, Sized) else None
+        with torch.no_grad(), progress(description, total=total, unit="batches") as bar:
+            for batch in self.loader:
+                give_way()
+                predictions = _checked(predict(batch.images), len(batch.images), self.num_classes)
+                suppressed = non_max_suppression(predictions, self.conf, self.iou, self.max_det)
+                detections = [found.cpu() for found in suppressed]
+                metric.update(_as_predictions(detections), _as_targets(batch))
+                kept += detections if keep_detections else []
+                images += len(detections)
+                bar.advance()
+        map50, map50_95, recall, precision = _summarize(metric)
+        seconds = time.monotonic() - waited_seconds() - started
+        return Evaluation(map50, map50_95, recall, precision, images, seconds, kept)
+
+    def evaluate_model(
+        self,
+        model: YOLOv5,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        *,
+        description: str = "Evaluating",
+    ) -> Evaluation:
+        """Measure mAP of a torch model, which is in evaluation mode meanwhile and observes no ranges."""
+        was_training, device = model.training, model.anchors.device  # one for deployment has no parameters
+        observing = [m for m in model.modules() if isinstance(m, FakeQuantizeBase) and m.observer_enabled[0]]
+        for quantizer in observing:  # images of the validation split must not move the ranges
+            quantizer.disable_observer()
+        model.eval()
+
+        @torch.no_grad()
+        def predict(images: Tensor) -> Tensor:
+            output: tuple[Tensor, Any] = model(as_input(images.to(device), memory_format))
+            return output[0].cpu()
+
+        try:
+            return self.evaluate(predict, description=description)
+        finally:
+            model.train(was_training)
+            for quantizer in observing:
+                quantizer.enable_observer()
 
 
 def as_input(images: Tensor, memory_format: torch.memory_format) -> Tensor:
     """uint8 images (N, 3, H, W) as the detector's input: float32 in 0..1."""
     return images.to(memory_format=memory_format).float().div_(255)
-
-
-def evaluate_model(
-    model: YOLOv5,
-    loader: DetectionLoader,
-    config: TrainerConfig,
-    memory_format: torch.memory_format = torch.contiguous_format,
-    **options: Any,
-) -> Evaluation:
-    """Measure mAP of a torch model on a loader's images; the model is in evaluation mode meanwhile."""
-    was_training, device = model.training, model.anchors.device  # one for deployment has no parameters
-    observing = [m for m in model.modules() if isinstance(m, FakeQuantizeBase) and m.observer_enabled[0]]
-    for quantizer in observing:  # images of the validation split must not move the ranges
-        quantizer.disable_observer()
-    model.eval()
-
-    @torch.no_grad()
-    def predict(images: Tensor) -> Tensor:
-        output: tuple[Tensor, Any] = model(as_input(images.to(device), memory_format))
-        return output[0].cpu()
-
-    try:
-        return evaluate(
-            predict,
-            loader,
-            num_classes=model.num_classes,
-            conf=config.conf,
-            iou=config.iou,
-            max_det=config.max_det,
-            **options,
-        )
-    finally:
-        model.train(was_training)
-        for quantizer in observing:
-            quantizer.enable_observer()
 
 
 def _checked(predictions: Tensor, images: int, num_classes: int) -> Tensor:

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data.loader import Batch, DetectionLoader
 from sparse_exp.distributed import collectives
-from sparse_exp.distributed.peers import make_fabric, require_equal, told_by_first
+from sparse_exp.distributed.peers import broadcast_from_first, make_fabric, require_equal
 from sparse_exp.locks import give_way, waited_seconds
 from sparse_exp.progress import Bar, progress
 from sparse_exp.sparsity.checkpoints import CheckpointWriter
@@ -29,7 +29,7 @@ from sparse_exp.sparsity.recipe import Phase, Recipe, pin_input_quantizer
 from sparse_exp.sparsity.sparsifier import Sparsifier
 from sparse_exp.training.averaging import exponential, zero_where_zero
 from sparse_exp.training.batches import Buffers, no_images, weighted_parts
-from sparse_exp.training.evaluation import as_input, evaluate_model
+from sparse_exp.training.evaluation import Validation, as_input
 from sparse_exp.training.memory import is_out_of_memory
 from sparse_exp.training.optimizer import BIASES, WEIGHTS, make_optimizer
 from sparse_exp.training.phases import Best, check_phases, first_step, is_pruning, stretches
@@ -56,13 +56,13 @@ class TrainingData:
 
     Attributes:
         train: augmented batches.
-        val: batches of the validation split.
+        val: how accuracies on the validation split are measured.
         names: class names.
         imgsz: side of the images in pixels.
     """
 
     train: DetectionLoader
-    val: DetectionLoader
+    val: Validation
     names: tuple[str, ...]
     imgsz: int
 
@@ -283,7 +283,7 @@ class Trainer:
         bar: Bar,
     ) -> Record:
         self._model.train()
-        collectives.join_modules(self._model)
+        collectives.synchronize_statistics(self._model)
         started, sums = time.perf_counter() - waited_seconds(), defaultdict[str, float](float)
         for step in steps:
             if collectives.rank() == 0:  # the others wait for it
@@ -364,14 +364,14 @@ class Trainer:
         promised = self._hold(phase, model, epoch)
         require_equal(self._model, epoch)
         record = {} if collectives.rank() else self._judge(phase, model, epoch, promised, ends=ends)
-        record, self._best, random = told_by_first((record, self._best, random_state()))
+        record, self._best, random = broadcast_from_first((record, self._best, random_state()))
         set_random_state(random)  # evaluating draws from it
         return record
 
     def _judge(
         self, phase: Phase, model: YOLOv5, epoch: float, promised: dict[str, float], *, ends: bool
     ) -> Record:
-        result = evaluate_model(model, self._data.val, self._config, self._precision.memory_format)
+        result = self._data.val.evaluate_model(model, self._precision.memory_format)
         record = {
             "epoch": epoch,
             "val/map50": result.map50,

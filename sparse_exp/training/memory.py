@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from sparse_exp.hardware.cgroups import memory_left
+from sparse_exp.hardware.cgroups import memory_limits
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _SAID = (
@@ -45,7 +45,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + held)
-    return min([int(psutil.virtual_memory().available), *memory_left()])
+    return min([int(psutil.virtual_memory().available), *(limit.left for limit in memory_limits())])
 
 
 def reset_peak(device: torch.device) -> None:

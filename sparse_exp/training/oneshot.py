@@ -6,31 +6,30 @@ import random
 import time
 from pathlib import Path
 
-from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data import DetectionDataset
 from sparse_exp.data.loader import DetectionLoader, make_loader
 from sparse_exp.errors import RecipeError
 from sparse_exp.sparsity.checkpoints import CheckpointWriter
 from sparse_exp.sparsity.measure import SparsityContract, layer_sparsity, overall
 from sparse_exp.sparsity.recipe import Recipe
-from sparse_exp.training.evaluation import as_input, evaluate_model
+from sparse_exp.training.evaluation import as_input
 from sparse_exp.training.loop import TrainingData, TrainingResult
 from sparse_exp.training.phases import Best
 from sparse_exp.training.precision import Precision
-from sparse_exp.training.start import Loaded
+from sparse_exp.training.start import Start
 from sparse_exp.yolov5 import YOLOv5
 
 
-def refuse_untrained_start(loaded: Loaded) -> None:
+def refuse_untrained_start(start: Start) -> None:
     """Refuse a start of which a part is random: nothing would train it.
 
     Raises:
         RecipeError: it is random altogether, or its head is, having been made for other classes.
     """
-    if loaded.untrained:
+    if start.untrained:
         raise RecipeError(
             "A one-shot recipe trains nothing, so its start must know the data set's classes already, but "
-            f"{loaded.untrained} random. Give a checkpoint that was trained on these classes with "
+            f"{start.untrained} random. Give a checkpoint that was trained on these classes with "
             "model.weights=PATH, such as a dense run's weights/best_dense.pt."
         )
 
@@ -57,7 +56,6 @@ def apply_at_once(
     model: YOLOv5,
     recipe: Recipe,
     data: TrainingData,
-    config: TrainerConfig,
     precision: Precision,
     *,
     weights: Path,
@@ -69,7 +67,6 @@ def apply_at_once(
         model: changed in place.
         recipe: its zeros are made at their final sparsity.
         data: ``train`` are the images that quantization ranges are taken from.
-        config: how mAP is measured.
         precision: gives the memory layout.
         weights: directory for the checkpoint.
         composed: the recipe that it is to carry; "": ``recipe`` alone.
@@ -87,7 +84,7 @@ def apply_at_once(
     recipe.apply_at_once(model, (as_input(batch.images, layout) for batch in data.train))
     expected = recipe.expected_sparsity(model, recipe.epochs, start)
     contract.check(model.prunable_convolutions(), "after the recipe was applied", expected)
-    result = evaluate_model(model, data.val, config, layout)
+    result = data.val.evaluate_model(model, layout)
     record = {
         "phase": phase,
         "epoch": 0.0,

@@ -6,47 +6,49 @@ import copy
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from sparse_exp.config.schema import Experiment, RecipeConfig
-from sparse_exp.data import DetectionDataset
+from sparse_exp.config.schema import RecipeConfig
 from sparse_exp.errors import CheckpointError, ConfigError, expected
-from sparse_exp.sources.local import zoo_directory
-from sparse_exp.sources.start import SCRATCH, cached_start, fetch_start, locate
+from sparse_exp.sources.start import SCRATCH, StartFile
 from sparse_exp.sparsity.checkpoints import restore
 from sparse_exp.sparsity.measure import SPARSE_FROM, layer_sparsity, listed, overall, state_sparsity
 from sparse_exp.sparsity.prune import BLOCK, prune_by_magnitude, prune_layer_adaptively
 from sparse_exp.sparsity.recipe import is_quantized
 from sparse_exp.yolov5 import Checkpoint, TransferReport, YOLOv5, read_checkpoint, transfer_weights
-
-if TYPE_CHECKING:
-    from sparse_exp.yolov5 import YOLOv5
+from sparse_exp.yolov5.grow import grow
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """How start weights came into a model.
+class Start:
+    """The weights that a training starts from, as far as they are known.
 
     Attributes:
-        origin: where the checkpoint came from, ``grown:...``, or ``scratch``.
-        checkpoint: what it held, as far as it was grown after that; None for ``scratch``.
-        report: which tensors were taken; None for ``scratch``.
-        grown_from: where the smaller checkpoint came from that it was grown from; "" where it was not.
+        origin: where they come from, ``grown:...``, or ``scratch``.
+        sparsity: share of zeros in the prunable convolutions, 0..1; None: not known, as the checkpoint is not
+            on this machine yet.
+        quantized: whether they went through QAT.
+        left: names of the tensors that the checkpoint does not fill; they keep their initial values.
+        grown_from: origin of the smaller checkpoint that the start is grown from; "" where it is not.
+        checkpoint: what its file holds, as far as it is grown after that; None for ``scratch``.
+        report: which tensors were taken; None for ``scratch`` and for a quantized checkpoint.
     """
 
     origin: str
+    sparsity: float | None
+    quantized: bool = False
+    left: tuple[str, ...] = ()
+    grown_from: str = ""
     checkpoint: Checkpoint | None = None
     report: TransferReport | None = None
-    grown_from: str = ""
 
     @property
-    def left(self) -> tuple[str, ...]:
-        """Names of the tensors that kept their initial values."""
-        return self.report.left if self.report else ()
+    def is_sparse(self) -> bool:
+        """Whether it is known to be pruned."""
+        return self.sparsity is not None and self.sparsity >= SPARSE_FROM
 
     @property
     def untrained(self) -> str:
@@ -55,54 +57,43 @@ class Loaded:
             return f"{listed(self.left)} of the start ({self.origin}) are"
         return "" if self.checkpoint else "the start is"
 
+    @property
+    def transferred(self) -> str:
+        """How many tensors were taken, in words."""
+        return f"{self.report.taken} of {self.report.total} tensors" if self.report else "none"
 
-def load_start(experiment: Experiment, dataset: DetectionDataset, cache: Path) -> tuple[YOLOv5, Loaded]:
-    """Build the detector for the data set's classes and give it the start weights.
 
-    What the fetch stage brought is taken from this machine; other sources are not asked again. The initial
-    weights of what is not taken, and the noise of a start that is grown, are functions of the seed.
+def load_start(file: StartFile | None, size: str, num_classes: int, *, seed: int) -> tuple[YOLOv5, Start]:
+    """Build the detector and give it the start weights.
+
+    Args:
+        file: the start checkpoint; None: random weights.
+        size: of the detector, one of `sparse_exp.config.schema.SIZES`.
+        num_classes: of the data set.
+        seed: of the initial weights of what is not taken, and of the noise in a start that is grown.
+
+    Returns:
+        The detector, and how its weights came into it. A quantized checkpoint is read, but not taken: its
+        structure is another.
 
     Raises:
-        SourceUnavailable: the start cannot be had.
-        CheckpointError: it cannot be read, or is of another architecture.
+        CheckpointError: the file cannot be read, or is of another architecture.
     """
-    torch.manual_seed(experiment.seed)
-    model = YOLOv5(experiment.model.size, len(dataset.names))
-    places = experiment.model, cache, zoo_directory(experiment.paths.zoo)
-    start = cached_start(*places) or fetch_start(*places)
-    if start is None:
-        return model, Loaded(SCRATCH)
-    checkpoint = read_checkpoint(start.file.path)
-    if start.grown:
-        checkpoint = _grown(checkpoint, experiment)
-    grown_from = start.file.origin if start.grown else ""
-    report = None if is_quantized(list(checkpoint.state_dict)) else transfer_weights(model, checkpoint)
-    return model, Loaded(start.name, checkpoint, report, grown_from)
-
-
-def _grown(checkpoint: Checkpoint, experiment: Experiment) -> Checkpoint:
-    from sparse_exp.yolov5.grow import grow
-
-    return grow(checkpoint, experiment.model.size, seed=experiment.seed)
-
-
-def examine(model: YOLOv5, loaded: Loaded) -> Start:
-    """What the plan needs to know of a loaded start."""
-    state = loaded.checkpoint.state_dict if loaded.checkpoint else {}
-    quantized = is_quantized(list(state))
-    layers = layer_sparsity(model.prunable_convolutions())
-    if quantized:  # then its weights are not in the model, whose structure is another
+    torch.manual_seed(seed)
+    model = YOLOv5(size, num_classes)
+    if file is None:
+        return model, Start(SCRATCH, overall(layer_sparsity(model.prunable_convolutions())))
+    checkpoint = read_checkpoint(file.file.path)
+    if file.grown:
+        checkpoint = grow(checkpoint, size, seed=seed)
+    grown_from = file.file.origin if file.grown else ""
+    if is_quantized(list(checkpoint.state_dict)):
         prunable = model.prunable_convolutions()
-        layers = [layer for layer in state_sparsity(state) if layer.name in prunable]
-    if loaded.report:
-        _log.info(
-            "%d of %d tensors taken from %s%s.",
-            loaded.report.taken,
-            loaded.report.total,
-            loaded.origin,
-            f"; {len(loaded.left)} in part (of the head not the classes)" if loaded.left else "",
-        )
-    return Start(loaded.origin, overall(layers), quantized, loaded.left, loaded.grown_from)
+        layers = [layer for layer in state_sparsity(checkpoint.state_dict) if layer.name in prunable]
+        return model, Start(file.name, overall(layers), True, (), grown_from, checkpoint)
+    report = transfer_weights(model, checkpoint)
+    sparsity = overall(layer_sparsity(model.prunable_convolutions()))
+    return model, Start(file.name, sparsity, False, report.left, grown_from, checkpoint, report)
 
 
 def prune_start(model: YOLOv5, sparsity: float | None, config: RecipeConfig) -> None:
@@ -124,48 +115,33 @@ def prune_start(model: YOLOv5, sparsity: float | None, config: RecipeConfig) -> 
         )
 
 
-def load_teacher(
-    teacher: str, model: YOLOv5, loaded: Loaded, *, baseline: Path | None, cache: Path, zoo: Path
-) -> YOLOv5:
+def load_teacher(file: Path | None, model: YOLOv5, start: Start) -> YOLOv5:
     """The detector that a distilling recipe learns from; its size may be another.
 
     Args:
-        teacher: ``self`` (the start, as it is now), ``baseline``, or where a checkpoint can be had, as
-            `sparse_exp.sources.start.locate` takes it.
+        file: its checkpoint; None: the start itself, as it is now.
         model: the start, before it is pruned.
-        loaded: where its weights came from.
-        baseline: the dense counterpart's checkpoint, where one was trained or found.
-        cache: directory for downloads.
-        zoo: the local zoo.
+        start: where its weights came from.
 
     Raises:
-        ConfigError: there is no baseline, or ``self`` knows nothing of these classes yet.
-        SourceUnavailable: the checkpoint cannot be had.
-        CheckpointError: it cannot be read, or tells other classes apart.
+        ConfigError: the start is to teach and knows nothing of these classes yet.
+        CheckpointError: the checkpoint cannot be read, or tells other classes apart.
     """
-    if teacher == "self":
-        _require_taken(loaded)
+    if file is None:
+        if start.untrained:
+            raise ConfigError(
+                f"recipe.teacher=self would teach noise: {start.untrained} random, not trained on these "
+                "classes. Use recipe.teacher=baseline with recovery.baseline=auto, or give a checkpoint: "
+                "recipe.teacher=PATH."
+            )
         return copy.deepcopy(model)
-    if teacher == "baseline" and baseline is None:
-        do = "Set recovery.baseline=auto, which trains it, or give a checkpoint: recipe.teacher=PATH."
-        raise ConfigError(f"recipe.teacher=baseline needs the dense counterpart of this run. {do}")
-    path = baseline if teacher == "baseline" and baseline else locate(teacher, cache, zoo).path
-    found = _load_detector(path)
+    found = _load_detector(file)
     if found.num_classes != model.num_classes:
         should_be, do = f"{model.num_classes} as in the data set", "Give one trained on these classes."
         raise CheckpointError(
-            expected(f"the classes of the teacher {path}", should_be, found.num_classes, do)
+            expected(f"the classes of the teacher {file}", should_be, found.num_classes, do)
         )
     return found
-
-
-def _require_taken(loaded: Loaded) -> None:
-    if loaded.untrained:
-        raise ConfigError(
-            f"recipe.teacher=self would teach noise: {loaded.untrained} random, not trained on these "
-            "classes. Use recipe.teacher=baseline with recovery.baseline=auto, or give a checkpoint: "
-            "recipe.teacher=PATH."
-        )
 
 
 def _load_detector(path: Path) -> YOLOv5:
@@ -176,27 +152,3 @@ def _load_detector(path: Path) -> YOLOv5:
     model = YOLOv5(checkpoint.size, checkpoint.num_classes)
     transfer_weights(model, checkpoint)
     return model
-
-
-@dataclass(frozen=True)
-class Start:
-    """What is known of the start checkpoint.
-
-    Attributes:
-        origin: where it comes from.
-        sparsity: share of zeros in its prunable convolutions; None when it is not on this machine yet.
-        quantized: whether it went through QAT.
-        left: names of the tensors that it does not fill.
-        grown_from: origin of the smaller checkpoint that it is grown from; "" where it is not.
-    """
-
-    origin: str
-    sparsity: float | None
-    quantized: bool = False
-    left: tuple[str, ...] = ()
-    grown_from: str = ""
-
-    @property
-    def is_sparse(self) -> bool:
-        """Whether it is known to be pruned."""
-        return self.sparsity is not None and self.sparsity >= SPARSE_FROM

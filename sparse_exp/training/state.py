@@ -68,11 +68,11 @@ class StateFile:
     Args:
         path: the file; its directory must exist.
         mark: fingerprint of everything that the training depends on.
-        tracker_run: the tracker's name of the run, which knows the epochs so far.
+        earlier_mark: the same as versions before 0.2 took it; None: no state of such a version counts.
     """
 
-    def __init__(self, path: Path, mark: str, tracker_run: str | None = None) -> None:
-        self.path, self._mark, self.tracker_run = path, mark, tracker_run
+    def __init__(self, path: Path, mark: str, earlier_mark: str | None = None) -> None:
+        self.path, self._mark, self._marks = path, mark, {mark, earlier_mark} - {None}
         for left in path.parent.glob(f".{path.stem}.*.part{path.suffix}"):  # by a process that was killed
             left.unlink(missing_ok=True)
 
@@ -85,7 +85,7 @@ class StateFile:
         Raises:
             OSError: the disk is full, or may not be written to.
         """
-        content = {"format": _FORMAT, "mark": self._mark, "tracker_run": self.tracker_run, **state}
+        content = {"format": _FORMAT, "mark": self._mark, **state}
         with landing(self.path) as temporary, temporary.open("wb") as file:  # to a path, torch hides OSErrors
             torch.save(content, file)
 
@@ -109,7 +109,7 @@ class StateFile:
             raise StateError(f"it cannot be read ({in_brackets(error)})") from error
         if not isinstance(state, dict) or state.get("format") != _FORMAT:
             raise StateError("it is no state of a training of this version")
-        if state.get("mark") != self._mark:
+        if state.get("mark") not in self._marks:
             raise StateError("the configuration, the data or the code has changed since")
         return state
 

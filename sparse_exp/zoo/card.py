@@ -1,4 +1,4 @@
-"""``model.md``: a published model in words, with the front matter that SparseZoo's client reads."""
+"""The model card ``model.md``: what the model is, with the front matter that SparseZoo's client reads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from sparse_exp.runs.deployment import MODEL
 from sparse_exp.sources.local import CARD
+from sparse_exp.text import markdown_table
 
 _SHOWN = {
     "val/map50": "mAP50, validation split, torch",
@@ -26,10 +30,10 @@ def write_card(directory: Path, metadata: Mapping[str, Any]) -> None:
     """Write the model card.
 
     Args:
-        directory: of the model; its files decide which of its uses are described.
+        directory: of the model. How to run it is described if it holds ``model.onnx``.
         metadata: what ``model.json`` says.
     """
-    deployed = (directory / "model.onnx").is_file()
+    deployed = (directory / MODEL).is_file()
     parts = [
         _front_matter(metadata),
         _summary(metadata),
@@ -41,8 +45,6 @@ def write_card(directory: Path, metadata: Mapping[str, Any]) -> None:
 
 
 def _front_matter(metadata: Mapping[str, Any]) -> str:
-    import yaml
-
     domain, sub_domain, architecture, framework, repo, dataset, tag = (
         str(metadata["stub"]).removeprefix("zoo:").split("/")
     )
@@ -79,21 +81,17 @@ def _summary(metadata: Mapping[str, Any]) -> str:
         "published": f"{metadata['published']} by {metadata['by']}, sparse_exp {metadata['sparse_exp']}",
     }
     title = f"# YOLOv5{metadata['size']} on {metadata['dataset']}: {metadata['tag']}"
-    return f"{title}\n\n| | |\n|---|---|\n" + "\n".join(f"| {k} | {_cell(v)} |" for k, v in rows.items())
-
-
-def _cell(text: object) -> str:
-    return str(text).replace("|", "\\|").replace("\n", " ")
+    return f"{title}\n\n{markdown_table(('', ''), rows.items(), right=())}"
 
 
 def _numbers(metadata: Mapping[str, Any]) -> Iterator[str]:
     metrics = metadata["metrics"]
-    rows = [f"| {label} | {metrics[key]:.4g} |" for key, label in _SHOWN.items() if key in metrics]
+    rows = [(label, f"{metrics[key]:.4g}") for key, label in _SHOWN.items() if key in metrics]
     if rows:
         host = f" Throughput: {metadata['host']}." if metadata.get("host") else ""
         versions = ", ".join(f"{name} {number}" for name, number in metadata["engines"].items())
         where = f"Engines: {versions}.{host} All numbers are in metrics.yaml."
-        yield "## Measured\n\n| | |\n|---|---:|\n" + "\n".join(rows) + f"\n\n{where}"
+        yield f"## Measured\n\n{markdown_table(('', ''), rows)}\n\n{where}"
 
 
 def _uses(metadata: Mapping[str, Any], *, deployed: bool) -> str:

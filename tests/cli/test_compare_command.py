@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from sparse_exp.files import write_json
-from sparse_exp.runs.directory import RunDirectory, StageRecord
+from sparse_exp.runs.directory import Run, StageRecord
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def compare(tmp_path):
     """Runs the command in a directory with a sweep of three; says what it imported."""
     values = {"0-n": (60.0, 0.45, 1.0), "1-s": (40.0, 0.62, 3.0), "2-broken": (None, 0.7, None)}
     for name, (speed, map50, size) in values.items():
-        run = RunDirectory.create(tmp_path / "outputs" / "sweeps" / "day" / name, overwrite=False)
+        run = Run.create(tmp_path / "outputs" / "sweeps" / "day" / name, overwrite=False)
         run.update(name=name, overrides=[f"model=yolov5{name[-1]}", "hardware.batch_sizes=[1]"])
         metrics = {"benchmark/deepsparse/sparse/b1/items_per_s": speed, "size/onnx_gzip_mb": size}
         known = {key: value for key, value in metrics.items() if value is not None}

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sparse_exp.config.schema import ENGINES
 from sparse_exp.engines import create_engine
 from sparse_exp.export import quantized
-from sparse_exp.export.deployment import DENSE, MODEL, QDQ
+from sparse_exp.export.exporter import DENSE, MODEL, QDQ
 from sparse_exp.export.onnx import export_quantized
 from sparse_exp.yolov5 import YOLOv5
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from sparse_exp.runs.directory import Run
 from sparse_exp.tracking.dashboard import free_port
-from sparse_exp.tracking.spool import UNSENT
 
 pytestmark = pytest.mark.slow
 SMALL = [
@@ -117,7 +117,7 @@ def test_all_of_a_run_arrives_after_an_outage_as_if_there_had_been_none(server, 
     assert disturbed.wait(timeout=500) == 0, rest
     assert "python -m sparse_exp.tracking sync" in rest
     ended = (tmp_path / "second" / "result.json").stat().st_mtime
-    assert (tmp_path / "second" / UNSENT).is_file()
+    assert Run.read(tmp_path / "second").state["told"] is False
 
     still_down = popen(tmp_path, cache, "sparse_exp.tracking", "sync", "second")
     output, _ = still_down.communicate(timeout=100)
@@ -126,7 +126,7 @@ def test_all_of_a_run_arrives_after_an_outage_as_if_there_had_been_none(server, 
     sync = popen(tmp_path, cache, "sparse_exp.tracking", "sync", "second")
     output, _ = sync.communicate(timeout=200)
     assert sync.returncode == 0, output
-    assert not (tmp_path / "second" / UNSENT).exists()
+    assert Run.read(tmp_path / "second").state["told"] is True
 
     client = MlflowClient(server.uri)
     experiment = client.get_experiment_by_name("sparse_exp")

@@ -13,7 +13,7 @@ from sparse_exp.config.plain import CONF_DIRECTORY
 from sparse_exp.config.schema import ENGINES, SourceConfig
 from sparse_exp.data.images import read_square
 from sparse_exp.engines import IsolatedEngine
-from sparse_exp.export.deployment import export_deployment
+from sparse_exp.export.exporter import export_deployment
 from sparse_exp.sources.cache import cache_directory, fetch
 from sparse_exp.yolov5 import YOLOv5, non_max_suppression, read_checkpoint, transfer_weights
 

@@ -24,7 +24,7 @@ from sparse_exp.config.schema import (
 from sparse_exp.data.digits import materialize
 from sparse_exp.errors import RecipeError, SourceUnavailable
 from sparse_exp.experiment import run
-from sparse_exp.runs.directory import RunDirectory
+from sparse_exp.runs.directory import Run
 from sparse_exp.sparsity.prune import prune_by_magnitude
 from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.tracking import Tags
@@ -74,7 +74,7 @@ class Place:
     data: Path
     tags: dict[str, str] = field(default_factory=dict)  # that the last run gave to its tracker
 
-    def run(self, recipe: str = "transfer", size: str = "n", **model) -> RunDirectory:
+    def run(self, recipe: str = "transfer", size: str = "n", **model) -> Run:
         """Fetch, plan and train for an epoch; returns what that left."""
         experiment = Experiment(
             name="start",
@@ -93,7 +93,7 @@ class Place:
             overwrite=True,
         )
         run(experiment, {}, [])
-        return RunDirectory.reopen(self.root / "run")
+        return Run.reopen(self.root / "run")
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def place(tmp_path, data, monkeypatch) -> Place:
     return place
 
 
-def zeros_kept(run: RunDirectory, model: YOLOv5) -> bool:
+def zeros_kept(run: Run, model: YOLOv5) -> bool:
     """Whether each zero of the start is one in the trained checkpoint too."""
     state = read_checkpoint(run.path / run.records["train"].facts["checkpoint"]).state_dict
     convs = model.prunable_convolutions()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparse_exp.files import write_json
-from sparse_exp.runs.directory import RunDirectory, StageRecord
+from sparse_exp.runs.directory import Run, StageRecord
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def past_run():
     def make(
         path: Path, metrics: dict, overrides: list | None = (), status: str = "FINISHED", **state
     ) -> Path:
-        run = RunDirectory.create(path, overwrite=False)
+        run = Run.create(path, overwrite=False)
         said = {} if overrides is None else {"overrides": list(overrides)}
         run.update(name=path.name, version="0.1.0", **said, **state)
         run.record("evaluate", StageRecord("mark", metrics=metrics, seconds=2.0))

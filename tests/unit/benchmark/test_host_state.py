@@ -5,6 +5,7 @@ import pytest
 
 from sparse_exp.benchmark import host_state
 from sparse_exp.benchmark.host_state import Steal, free_memory_share, look_around
+from sparse_exp.hardware import cgroups
 
 GIGABYTE = 1 << 30
 
@@ -20,7 +21,8 @@ def system(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(host_state, "psutil", fake)
     monkeypatch.setattr(host_state, "_WINDOW_S", 0.0)
-    monkeypatch.setattr(host_state, "_CGROUP", tmp_path)
+    monkeypatch.setattr(cgroups, "_GROUPS", tmp_path)
+    monkeypatch.setattr(cgroups, "_OWN_GROUP", tmp_path / "own")
     monkeypatch.setattr(host_state.os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr(host_state.os, "getloadavg", lambda: (1.234, 0.0, 0.0))
     ticks = iter([(0.0, 0.0), (6.0, 2.0)])
@@ -51,10 +53,24 @@ def test_free_memory_is_that_of_the_container_where_it_has_a_limit(system, tmp_p
     assert free_memory_share() == pytest.approx(6 / 8)
     (tmp_path / "memory.max").write_text(f"{4 * GIGABYTE}\n")
     (tmp_path / "memory.current").write_text(f"{3 * GIGABYTE}\n")
-    (tmp_path / "memory.stat").write_text(f"anon 5\nfile {GIGABYTE}\n")  # what can be dropped is free
+    (tmp_path / "memory.stat").write_text(f"anon 5\nactive_file {GIGABYTE}\n")  # what can be dropped is free
     assert free_memory_share() == pytest.approx(2 / 4)
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory_share() == pytest.approx(6 / 8)
+
+
+def test_free_memory_is_that_of_the_fullest_group_around_the_process(system, tmp_path):
+    inner = tmp_path / "memory" / "pod" / "box"
+    inner.mkdir(parents=True)
+    for group, limit, used in ((inner.parent, 5, 4), (inner, 4, 2)):
+        (group / "memory.limit_in_bytes").write_text(f"{limit * GIGABYTE}\n")
+        (group / "memory.usage_in_bytes").write_text(f"{used * GIGABYTE}\n")
+    (tmp_path / "own").write_text("9:memory:/pod/box\n4:cpu,cpuacct:/pod\n")
+    assert free_memory_share() == pytest.approx(1 / 5)
+    (inner.parent / "memory.stat").write_text(f"total_inactive_file {2 * GIGABYTE}\n")
+    assert free_memory_share() == pytest.approx(2 / 4)
+    (inner / "memory.limit_in_bytes").write_text("9223372036854771712\n")  # what version 1 has for none
+    assert free_memory_share() == pytest.approx(3 / 5)
 
 
 def test_the_real_host_can_be_looked_at():

@@ -1,6 +1,6 @@
 import pytest
 
-from sparse_exp.benchmark.table import impossible_lines, load_text, options_table, ratio, speed_table
+from sparse_exp.benchmark.speed_table import impossible_lines, load_text, options_table, ratio, speed_table
 
 
 def row(engine, variant, items, **more):

@@ -10,12 +10,12 @@ import pytest
 
 from sparse_exp.benchmark.advice import advise
 from sparse_exp.benchmark.cells import Cell, Load
-from sparse_exp.benchmark.gain import BOTH, CORES, INT8, RUNTIME, ZEROS
-from sparse_exp.benchmark.layers import costs_of, family, profiles_of, short
+from sparse_exp.benchmark.gain import CORES, INT8, RUNTIME, ZEROS, ZEROS_AND_INT8
+from sparse_exp.benchmark.layers import costs_of, kind_of, profiles_of
 from sparse_exp.benchmark.why import console_lines, explain
 from sparse_exp.engines.profile import LayerTime, Profile
 from sparse_exp.errors import EngineError
-from sparse_exp.report.why import to_markdown
+from sparse_exp.report.why import layers_in_words, to_markdown
 
 SPEEDS = {  # items/s; 3 and 5: the square of zeros and 8 bits is not one of equal factors
     ("deepsparse", "dense"): 10.0,
@@ -40,24 +40,24 @@ def rows_of(speeds=SPEEDS, **more) -> list[dict]:
     return [row(engine, variant, speed, **more) for (engine, variant), speed in speeds.items()]
 
 
-def steps_of(split) -> dict[str, float]:
-    return {step.cause: step.factor for step in split.steps}
+def steps_of(gain) -> dict[str, float]:
+    return {step.cause: step.factor for step in gain.steps}
 
 
 def test_the_gain_of_a_whole_square():
-    (split,) = explain(rows_of()).splits
-    assert split.start == "openvino dense, 2 cores"
-    assert split.end == "deepsparse sparse, 2 cores"
-    assert split.total == pytest.approx(5)
-    steps = steps_of(split)
+    (gain,) = explain(rows_of()).gains
+    assert gain.start == "openvino dense, 2 cores"
+    assert gain.end == "deepsparse sparse, 2 cores"
+    assert gain.total == pytest.approx(5)
+    steps = steps_of(gain)
     assert list(steps) == [RUNTIME, ZEROS, INT8]
     assert steps[RUNTIME] == pytest.approx(10 / 12)
     assert steps[ZEROS] == pytest.approx(math.sqrt((20 / 10) * (60 / 15)))
     assert steps[INT8] == pytest.approx(math.sqrt((15 / 10) * (60 / 20)))
-    assert split.missing == ()
-    assert split.against_dense == pytest.approx(60 / 12)
-    assert split.against_int8 == pytest.approx(60 / 24)
-    zeros = next(step for step in split.steps if step.cause == ZEROS)
+    assert gain.missing == ()
+    assert gain.against_dense == pytest.approx(60 / 12)
+    assert gain.against_int8 == pytest.approx(60 / 24)
+    zeros = next(step for step in gain.steps if step.cause == ZEROS)
     assert zeros.measured == ("deepsparse dense -> sparse_fp32 2.00", "deepsparse dense_int8 -> sparse 4.00")
 
 
@@ -66,16 +66,16 @@ def test_the_gain_of_a_whole_square():
     [
         (["sparse_fp32"], {ZEROS: 60 / 15, INT8: 15 / 10}, "sparse_fp32: one order"),
         (["dense_int8"], {ZEROS: 20 / 10, INT8: 60 / 20}, "dense_int8: one order"),
-        (["sparse_fp32", "dense_int8"], {BOTH: 60 / 10}, "cannot be told apart"),
+        (["sparse_fp32", "dense_int8"], {ZEROS_AND_INT8: 60 / 10}, "cannot be told apart"),
     ],
 )
 def test_the_rows_that_are_missing_are_named_and_the_rest_is_still_told(absent, steps, said):
     speeds = {key: speed for key, speed in SPEEDS.items() if key not in [("deepsparse", v) for v in absent]}
-    (split,) = explain(rows_of(speeds)).splits
-    found = steps_of(split)
+    (gain,) = explain(rows_of(speeds)).gains
+    found = steps_of(gain)
     assert found.pop(RUNTIME) == pytest.approx(10 / 12)
     assert found == pytest.approx(steps)
-    assert any(said in line for line in split.missing)
+    assert any(said in line for line in gain.missing)
 
 
 def test_whatever_was_measured_the_factors_multiply_to_the_whole():
@@ -84,8 +84,8 @@ def test_whatever_was_measured_the_factors_multiply_to_the_whole():
     told = 0
     for count in range(len(others) + 1):
         for kept in combinations(others, count):
-            for split in explain(rows_of({key: SPEEDS[key] for key in (*kept, always)})).splits:
-                assert math.prod(step.factor for step in split.steps) == pytest.approx(split.total)
+            for gain in explain(rows_of({key: SPEEDS[key] for key in (*kept, always)})).gains:
+                assert math.prod(step.factor for step in gain.steps) == pytest.approx(gain.total)
                 told += 1
     assert told > 40
 
@@ -93,20 +93,20 @@ def test_whatever_was_measured_the_factors_multiply_to_the_whole():
 def test_more_cores_are_the_last_factor_of_the_chain():
     single = rows_of({key: speed / 2 for key, speed in SPEEDS.items()}, cores=1, key="b1_c1")
     double = rows_of({key: speed * 0.9 for key, speed in SPEEDS.items()}, cores=2)
-    (split,) = explain([*double, *single]).splits
-    steps = steps_of(split)
+    (gain,) = explain([*double, *single]).gains
+    steps = steps_of(gain)
     assert list(steps) == [RUNTIME, ZEROS, INT8, CORES]
     assert steps[CORES] == pytest.approx(1.8)
-    assert (split.start, split.end) == ("openvino dense, 1 core", "deepsparse sparse, 2 cores")
-    assert split.total == pytest.approx(60 * 0.9 / 6) == pytest.approx(math.prod(steps.values()))
-    assert split.against_dense == pytest.approx(5)  # on equal cores
-    assert split.cores == (1, 2)
+    assert (gain.start, gain.end) == ("openvino dense, 1 core", "deepsparse sparse, 2 cores")
+    assert gain.total == pytest.approx(60 * 0.9 / 6) == pytest.approx(math.prod(steps.values()))
+    assert gain.against_dense == pytest.approx(5)  # on equal cores
+    assert gain.cores == (1, 2)
 
 
 def test_each_load_has_its_own_chain():
     rows = [*rows_of(), *rows_of({k: v * 2 for k, v in SPEEDS.items()}, batch=16)]
     rows += rows_of(key="b1_async2", scenario="async", streams=2)
-    assert [split.load for split in explain(rows).splits] == [
+    assert [gain.load for gain in explain(rows).gains] == [
         "sync, batch 1, 2 cores", "sync, batch 16, 2 cores", "async, batch 1, 2 streams, 2 cores",
     ]  # fmt: skip
 
@@ -114,26 +114,26 @@ def test_each_load_has_its_own_chain():
 def test_a_run_that_deploys_floating_point_gains_by_its_zeros_alone():
     rows = rows_of({key: SPEEDS[key] for key in SPEEDS if key[1] in ("dense", "dense_int8")})
     rows.append(row("deepsparse", "sparse", 20.0, precision="fp32"))
-    (split,) = explain(rows).splits
-    assert steps_of(split) == pytest.approx({RUNTIME: 10 / 12, ZEROS: 2.0})
+    (gain,) = explain(rows).gains
+    assert steps_of(gain) == pytest.approx({RUNTIME: 10 / 12, ZEROS: 2.0})
 
 
 def test_without_another_engine_or_without_its_own_dense_it_says_so():
     alone = {key: speed for key, speed in SPEEDS.items() if key[0] == "deepsparse"}
-    (split,) = explain(rows_of(alone)).splits
-    assert split.start == "deepsparse dense, 2 cores"
-    assert any("engine other than the deployed one" in line for line in split.missing)
-    (split,) = explain(rows_of({k: v for k, v in SPEEDS.items() if k != ("deepsparse", "dense")})).splits
-    assert [step.factor for step in split.steps] == [pytest.approx(5.0)]
-    assert any("deepsparse dense: without it" in line for line in split.missing)
+    (gain,) = explain(rows_of(alone)).gains
+    assert gain.start == "deepsparse dense, 2 cores"
+    assert any("engine other than the deployed one" in line for line in gain.missing)
+    (gain,) = explain(rows_of({k: v for k, v in SPEEDS.items() if k != ("deepsparse", "dense")})).gains
+    assert [step.factor for step in gain.steps] == [pytest.approx(5.0)]
+    assert any("deepsparse dense: without it" in line for line in gain.missing)
 
 
 def test_impossible_rows_and_other_networks_do_not_count():
     impossible = {k: v for k, v in row("torch", "sparse", 0).items() if k != "items_per_s"}
     rows = [impossible | {"impossible": "no int8"}, *rows_of(network="s"), *rows_of(network="l")]
-    assert [split.total for split in explain(rows).splits] == [pytest.approx(5.0)]
-    assert explain([impossible]).splits == ()
-    assert explain([]).splits == ()
+    assert [gain.total for gain in explain(rows).gains] == [pytest.approx(5.0)]
+    assert explain([impossible]).gains == ()
+    assert explain([]).gains == ()
     assert to_markdown(explain([])) == ""
 
 
@@ -187,7 +187,7 @@ def test_shares_of_a_profile():
     ],
 )
 def test_the_kinds_of_other_engines(kind, expected):
-    assert family(LayerTime("/model.3/x", kind, 1.0)) == expected
+    assert kind_of(LayerTime("/model.3/x", kind, 1.0)) == expected
 
 
 def advice_of(rows, profiles=None) -> str:
@@ -261,6 +261,7 @@ def test_the_section_of_the_report_and_the_lines_on_the_console():
     lines = console_lines(why)
     assert len(lines) == 1 + 3
     assert not any("\n" in line for line in lines)
+    assert list(why.as_dict()) == ["splits", "costs", "advice"]  # the keys of why.json
     assert why.as_dict()["splits"][0]["steps"][0]["cause"] == RUNTIME
 
 
@@ -276,7 +277,7 @@ def test_the_section_of_the_report_and_the_lines_on_the_console():
     ],
 )
 def test_layers_are_called_as_in_the_table_of_their_zeros(name, shown):
-    assert short(name) == shown
+    assert layers_in_words(name) == shown
 
 
 class _Profiling:
@@ -302,7 +303,7 @@ class _Profiling:
 
 
 def test_the_deployed_model_is_profiled_as_it_was_tuned(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("sparse_exp.benchmark.why.IsolatedEngine", _Profiling)
+    monkeypatch.setattr("sparse_exp.benchmark.layers.IsolatedEngine", _Profiling)
     load = Load("b1", "sync", 1, 1, 2)
     cells = [
         Cell(engine, variant, tmp_path / f"{variant}.onnx", load)

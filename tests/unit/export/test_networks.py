@@ -18,7 +18,7 @@ from sparse_exp.export.networks import (
     without_quantizers,
     zeros,
 )
-from sparse_exp.export.square import before_quantization
+from sparse_exp.runs.deployment import before_quantization
 from sparse_exp.sparsity.checkpoints import CheckpointWriter
 from sparse_exp.yolov5 import YOLOv5
 

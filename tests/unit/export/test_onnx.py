@@ -12,10 +12,11 @@ from onnx import TensorProto, helper, numpy_helper
 from sparse_exp.engines import create_engine
 from sparse_exp.export import onnx as exporting
 from sparse_exp.export import quantized
-from sparse_exp.export.deployment import DENSE, MODEL, QDQ
+from sparse_exp.export.exporter import DENSE, MODEL, QDQ
 from sparse_exp.export.onnx import export_float, export_quantized
 from sparse_exp.export.quantized import keep_large_biases, store_integers, unsign_activations
-from sparse_exp.sparsity.measure import layer_name, layer_sparsity, onnx_facts, overall
+from sparse_exp.sparsity.measure import layer_sparsity, onnx_facts, overall
+from sparse_exp.sparsity.onnx_graph import layer_name
 from sparse_exp.yolov5 import YOLOv5
 
 IMGSZ = 64

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from sparse_exp.export.comparison import matched_shares
+from sparse_exp.export.differences import matched_shares
 from sparse_exp.export.reference import as_deployed
 from sparse_exp.export.verification import predict
 from sparse_exp.yolov5 import non_max_suppression

@@ -12,11 +12,11 @@ import torch
 
 from sparse_exp.engines import create_engine
 from sparse_exp.export import post_training
-from sparse_exp.export.deployment import export_dense_integer
-from sparse_exp.export.metadata import describe, read_metadata
+from sparse_exp.export.exporter import export_dense_integer
 from sparse_exp.export.networks import without_quantizers
 from sparse_exp.export.onnx import export_float
 from sparse_exp.export.post_training import decoding_nodes, quantize_onnxruntime, quantize_openvino
+from sparse_exp.runs.metadata import describe, read_metadata
 from sparse_exp.sparsity.measure import onnx_facts
 
 IMGSZ, NAMES = 64, tuple("0123456789")

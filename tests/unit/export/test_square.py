@@ -22,9 +22,9 @@ from sparse_exp.config.schema import (
 from sparse_exp.engines.signature import read_signature
 from sparse_exp.errors import Impossible
 from sparse_exp.export import deployment as exporting
-from sparse_exp.export.cells import file_sizes
-from sparse_exp.export.square import MODEL, QDQ, model_for, wanted_files
-from sparse_exp.runs.directory import RunDirectory, StageRecord
+from sparse_exp.export.accuracy import file_sizes
+from sparse_exp.runs.deployment import MODEL, QDQ, model_for, wanted_files
+from sparse_exp.runs.directory import Run, StageRecord
 from sparse_exp.sparsity.checkpoints import CheckpointWriter
 from sparse_exp.sparsity.measure import gzip_bytes, nonzero_bytes
 from sparse_exp.stages.base import Context
@@ -51,7 +51,7 @@ def test_only_what_is_asked_for_is_made():
     ]
 
 
-def context_of(run: RunDirectory, digits, engines, variants) -> Context:
+def context_of(run: Run, digits, engines, variants) -> Context:
     experiment = Experiment(
         name="x",
         stages=["train", "export", "verify"],
@@ -76,9 +76,9 @@ def do(context: Context, stage) -> StageRecord:
     return record
 
 
-def run_of(path, weights, phases) -> RunDirectory:
+def run_of(path, weights, phases) -> Run:
     """The directory of a run that trained some phases, of which the last is deployed."""
-    run = RunDirectory.create(path, overwrite=False)
+    run = Run.create(path, overwrite=False)
     (run.path / "weights").symlink_to(weights)
     names = [f"weights/best_{phase}.pt" for phase in phases]
     run.record("train", StageRecord("mark", dict.fromkeys(names, ""), facts={"checkpoint": names[-1]}))
@@ -86,12 +86,12 @@ def run_of(path, weights, phases) -> RunDirectory:
 
 
 @pytest.fixture
-def quantized_run(tmp_path, tiny_run) -> RunDirectory:
+def quantized_run(tmp_path, tiny_run) -> Run:
     return run_of(tmp_path / "run", tiny_run.weights, ("pruned", "pruned_quant"))
 
 
 @pytest.fixture
-def run(tmp_path, tiny_run) -> RunDirectory:
+def run(tmp_path, tiny_run) -> Run:
     return run_of(tmp_path / "run", tiny_run.weights, ("pruned",))
 
 

@@ -8,7 +8,7 @@ import pytest
 from cpus import ZEN3
 
 from sparse_exp import hardware
-from sparse_exp.hardware import targets
+from sparse_exp.hardware import cgroups, targets
 
 
 @pytest.fixture
@@ -23,7 +23,8 @@ def machine(monkeypatch, tmp_path):
         for cpu, line in enumerate(siblings):
             (tmp_path / f"siblings{cpu}").write_text(f"{line}\n")
         monkeypatch.setattr(hardware, "_CPUINFO", tmp_path / "cpuinfo")
-        monkeypatch.setattr(hardware, "_QUOTA", tmp_path / "cpu.max")
+        monkeypatch.setattr(cgroups, "_GROUPS", tmp_path)
+        monkeypatch.setattr(cgroups, "_OWN_GROUP", tmp_path / "own")
         monkeypatch.setattr(hardware, "_TOPOLOGY", str(tmp_path / "siblings{cpu}"))
         cpus = set(range(len(siblings))) if affinity is None else affinity
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: cpus)

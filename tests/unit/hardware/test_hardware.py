@@ -6,7 +6,7 @@ import psutil
 import pytest
 from cpus import ALDER_LAKE, ICE_LAKE, SAPPHIRE_RAPIDS, ZEN3
 
-from sparse_exp.hardware import has_bf16, host_facts, isa_of, quota_cores, usable_physical_cores
+from sparse_exp.hardware import has_bf16, host_facts, isa_of, usable_physical_cores
 
 
 @pytest.mark.parametrize(
@@ -62,11 +62,3 @@ def test_usable_physical_cores(machine, siblings, affinity, quota, cores):
 
 def test_this_host_has_between_one_and_all_logical_cores():
     assert 1 <= usable_physical_cores() <= psutil.cpu_count()
-
-
-@pytest.mark.parametrize(
-    ("quota", "cores"), [("max 100000", None), ("250000 100000", 2.5), ("", None), ("100000 100000", 1.0)]
-)
-def test_the_quota_of_a_container(machine, quota, cores):
-    machine(quota=quota)
-    assert quota_cores() == cores

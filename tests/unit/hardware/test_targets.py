@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
+from itertools import chain
 
 import pytest
 from cpus import ALDER_LAKE, ICE_LAKE, OLD, SAPPHIRE_RAPIDS, ZEN3
 
 from sparse_exp.config.plain import CONF_DIRECTORY, options
-from sparse_exp.config.schema import ENGINES, HardwareConfig
+from sparse_exp.config.runtimes import RUNTIMES
+from sparse_exp.config.schema import ENGINES, ISA, HardwareConfig
 from sparse_exp.engines import create_engine
 from sparse_exp.errors import ConfigError
 from sparse_exp.hardware import host_facts
-from sparse_exp.hardware.targets import RUNTIMES, advice, compare, fitted, mismatches, prefers, unusable
+from sparse_exp.hardware.targets import advice, compare, fitted, mismatches, prefers, unusable
 
 TARGETS = options("hardware", HardwareConfig)
 FOUR = ("0", "1", "2", "3")
@@ -171,10 +174,13 @@ def test_settings_that_no_scenario_looks_at_are_told_of(machine, scenarios, unus
 
 
 def test_the_licence_and_what_to_install_are_known_of_each_engine():
+    assert ENGINES == ("deepsparse", "onnxruntime", "openvino", "torch")
     assert set(RUNTIMES) == set(ENGINES)
-    assert {name: create_engine(name).requirement for name in ENGINES} == {
-        name: runtime.requirement for name, runtime in RUNTIMES.items()
-    }
+    assert {name: create_engine(name).name for name in ENGINES} == {name: name for name in ENGINES}
+    project = tomllib.loads((CONF_DIRECTORY.parent / "pyproject.toml").read_text())["project"]
+    installed = {*project["dependencies"], *chain(*project["optional-dependencies"].values())}
+    assert {runtime.requirement for runtime in RUNTIMES.values()} <= installed
+    assert {isa for runtime in RUNTIMES.values() for isa in runtime.isa} <= set(ISA)
     assert [name for name, runtime in RUNTIMES.items() if not runtime.production] == ["deepsparse"]
     assert "deepsparse" not in TARGETS["production"].engines
 

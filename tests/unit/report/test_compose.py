@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 from sparse_exp.files import write_text
 from sparse_exp.report import compose
-from sparse_exp.runs.directory import RunDirectory
+from sparse_exp.runs.directory import Run
 
 
 def context_of(tmp_path, **facts) -> SimpleNamespace:
-    run = RunDirectory.create(tmp_path / "run", overwrite=False)
+    run = Run.create(tmp_path / "run", overwrite=False)
     return SimpleNamespace(run=run, facts=lambda stage: facts.get(stage, {}))
 
 

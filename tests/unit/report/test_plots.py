@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparse_exp.benchmark.results import PERCENTILES
+from sparse_exp.benchmark.measurements import PERCENTILES
 from sparse_exp.config.schema import ENGINES, VARIANTS
 from sparse_exp.report import plots
 

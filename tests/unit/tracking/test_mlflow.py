@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import MissingDependency, SparseExpError
 from sparse_exp.tracking import Artifact, Dataset, Metrics, Pause, Resume, RunInfo, Tags, find_runs
 from sparse_exp.tracking.mlflow import MlflowTracker
-from sparse_exp.tracking.spool import UNSENT
 from sparse_exp.tracking.store import tracking_uri
 
 DIGEST = "0123456789abcdef" * 4
@@ -180,36 +180,33 @@ def test_system_metrics_stop_during_a_pause_and_go_on_after_it(store, tmp_path, 
 
 
 def test_an_outage_that_ends_loses_nothing(store, tmp_path, monkeypatch, caplog):
-    tracker = started(store, run_info(tmp_path))
+    told = [(Metrics({"loss/box": 3.0}, 1), 1.0), (Metrics({"loss/box": 2.0}, 2), 2.0)]
+    tracker = started(store, replace(run_info(tmp_path), told=lambda: told))
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr(tracker._client, "log_batch", raise_outage)
-        tracker.log(Metrics({"loss/box": 3.0}, 1))
-        tracker.log(Metrics({"loss/box": 2.0}, 2))
+        for event, at in told:
+            tracker.log(event, at)
     assert len(caplog.records) == 1
-    tracker.finish("FINISHED")
+    assert tracker.finish("FINISHED")
     history = client(store).get_metric_history(tracker.run_id, "loss/box")
-    assert [(m.step, m.value) for m in history] == [(1, 3.0), (2, 2.0)]
-    assert not (tmp_path / "run" / UNSENT).exists()
+    assert [(m.step, m.value, m.timestamp) for m in history] == [(1, 3.0, 1000), (2, 2.0, 2000)]
 
 
 def raise_outage(*_, **__):
     raise ConnectionError("out of reach")
 
 
-def test_a_database_that_breaks_leaves_the_events_in_the_run(store, tmp_path, caplog):
+def test_a_database_that_breaks_is_told_of_and_the_end_says_what_is_missing(store, tmp_path, caplog):
     started(store, run_info(tmp_path)).finish("FINISHED")
     shutil.copy(store / "mlflow.db", tmp_path)
     tracker = started(tmp_path, run_info(tmp_path))
     (tmp_path / "mlflow.db").write_bytes(b"rubbish" * 1000)
     with caplog.at_level(logging.WARNING):
         tracker.log(Metrics({"val/map50": 0.5}, 1))
-        tracker.finish("FAILED", "why")
-    head, *events = [json.loads(line) for line in (tmp_path / "run" / UNSENT).open()]
-    assert head == {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}", "run_id": tracker.run_id}
-    assert [event["event"] for event in events] == ["metrics", "finish"]
-    assert events[0]["values"] == {"val/map50": 0.5}
-    assert (events[1]["status"], events[1]["reason"]) == ("FAILED", "why")
-    assert str(tmp_path / "run" / UNSENT) in caplog.records[-1].getMessage()
+        assert not tracker.finish("FAILED", "why")
+    assert "Tracking failed (metrics)" in caplog.records[0].getMessage()
+    assert "1 events could not be sent to MLflow" in caplog.records[-1].getMessage()
+    assert list(tmp_path.glob("run/*")) == []
 
 
 @pytest.fixture
@@ -247,9 +244,7 @@ def test_a_server_that_dies_only_warns(small_http_server, tmp_path, monkeypatch,
     small_http_server.server_close()
     with caplog.at_level(logging.WARNING):
         tracker.log(Metrics({"val/map50": 0.5}, 1))
-        tracker.finish("FINISHED")
-    _, *events = [json.loads(line) for line in (tmp_path / "run" / UNSENT).open()]
-    assert [event["event"] for event in events] == ["metrics", "finish"]
+        assert not tracker.finish("FINISHED")
     assert "metrics" in caplog.records[0].getMessage()
     assert capfd.readouterr().out == ""
     assert not (tmp_path / "store").exists()

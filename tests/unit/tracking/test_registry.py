@@ -101,17 +101,21 @@ def test_a_file_that_changed_is_another_version(store, tmp_path, model):
 
 
 def test_a_model_waits_like_other_events(store, tmp_path, model, monkeypatch, caplog):
+    from sparse_exp.runs.directory import Run, StageRecord
+    from sparse_exp.tracking import as_plain
     from sparse_exp.tracking.__main__ import main
 
-    directory = tmp_path / "run"
-    directory.mkdir()
-    model = model.rename(directory / "model.onnx")
+    run = Run.create(tmp_path / "run", overwrite=False)
+    event = Model(model.rename(run.path / "model.onnx"), "late", "candidate", TAGS)
+    run.record("register", StageRecord("mark", events=[as_plain(event, run.path)]))
     tracker = MlflowTracker(QUIET, store)
-    tracker.start(RunInfo("a run", "trees", {}, {}, directory))
+    tracker.start(RunInfo("a run", "trees", {}, {}, run.path))
     with monkeypatch.context() as patch:
-        patch.setattr(tracker._outbox, "_send", out_of_reach)
-        tracker.log(Model(model, "late", "candidate", TAGS))
-        tracker.finish("FINISHED")
+        patch.setattr(tracker._delivery, "_send", out_of_reach)
+        tracker.log(event)
+        told = tracker.finish("FINISHED")
+    address = {"tracker_run_id": tracker.run_id, "tracker_address": tracker.address}
+    run.update(status="FINISHED", told=told, **address)
     assert "model" in caplog.text
     assert versions(store, "late") == []
     assert main(["sync", "run"]) == 0

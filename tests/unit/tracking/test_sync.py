@@ -1,13 +1,15 @@
-import re
+import json
 
 import pytest
 from stores import QUIET, client
 
 from sparse_exp.errors import ConfigError
-from sparse_exp.tracking import Artifact, Dataset, Metrics, RunInfo, Tags
+from sparse_exp.files import write_json
+from sparse_exp.runs.directory import Run, StageRecord, locked
+from sparse_exp.runs.replay import told_of, told_of_stage
+from sparse_exp.tracking import Artifact, Dataset, RunInfo, Tags, as_plain
 from sparse_exp.tracking.__main__ import main
 from sparse_exp.tracking.mlflow import MlflowTracker, RunWriter
-from sparse_exp.tracking.spool import UNSENT, Destination, Spool, Waiting
 
 
 @pytest.fixture(scope="module")
@@ -19,64 +21,84 @@ def broken(*_, **__):
     raise ConnectionError("out of reach")
 
 
-def track(store, directory, monkeypatch, *, outage):
-    """One run; with an outage nothing after its start arrives. Returns its id."""
-    directory.mkdir(parents=True)
-    (directory / "report.md").write_text("# Report")
+def track(store, directory, monkeypatch, *, outage, ends=True):
+    """One run as `sparse_exp.experiment` tracks it; with an outage nothing after its start arrives."""
+    run = Run.create(directory, overwrite=False)
     tracker = MlflowTracker(QUIET, store)
-    tracker.start(RunInfo("r", "trees", {"seed": 1}, {}, directory))
+    run.update(told=False, started=1e9)
+    tracker.start(RunInfo("r", "trees", {"seed": 1}, {}, directory, told=lambda: told_of(run)))
+    run.update(tracker_run_id=tracker.run_id, tracker_address=tracker.address)
     with monkeypatch.context() as patch:
         if outage:
-            patch.setattr(tracker._outbox, "_send", broken)
-        for step in (100, 200, 300):
-            tracker.log(Metrics({"val/map50": step / 1000, "loss/box": 1.0}, step))
-        tracker.log(Tags({"recipe": "dense"}))
-        tracker.log(Tags({"recipe": "prune"}))
-        tracker.log(Dataset("trees", "01" * 20, "index:a==1!b", "train", 100))
-        tracker.log(Artifact(directory / "report.md", "report"))
-        tracker.finish("FAILED", "the disk is full")
+            patch.setattr(tracker._delivery, "_send", broken)
+        for event, at in told_of_stage(recorded(run), "train", epochs=True):
+            tracker.log(event, at)
+        if ends:
+            run.update(status="FAILED", failure="the disk is full", ended=1e9 + 9)
+            run.update(told=tracker.finish("FAILED", "the disk is full", 1e9 + 9))
     return tracker.run_id
 
 
+def recorded(run):
+    """The run with a record of a training of three epochs."""
+    (run.path / "plots.md").write_text("# Plots")
+    history = [{"epoch": n / 1, "val/map50": n / 10, "loss/box": 1.0, "ended": 1e9 + n} for n in (1, 2, 3)]
+    write_json(run.path / "history.json", history)
+    events = [
+        Tags({"recipe": "dense"}),
+        Tags({"recipe": "prune"}),
+        Dataset("trees", "01" * 20, "index:a==1!b", "train", 100),
+        Artifact(run.path / "plots.md", "report"),
+    ]
+    plain = [as_plain(event, run.path) for event in events]
+    digests = run.digests([run.path / "history.json"])
+    run.record(
+        "train", StageRecord("mark", digests, {"val/map50": 0.35}, 7.0, ended=1e9 + 4, events=plain, step=300)
+    )
+    return run
+
+
 def known(store, run_id):
-    """All that MLflow knows of a run but its times and names."""
+    """All that MLflow knows of a run but its names."""
     api = client(store)
     run = api.get_run(run_id)
     return {
-        "metrics": {key: [(m.step, m.value) for m in api.get_metric_history(run_id, key)]
+        "metrics": {key: [(m.step, m.value, m.timestamp) for m in api.get_metric_history(run_id, key)]
                     for key in run.data.metrics},
+        "last": run.data.metrics,
         "params": run.data.params,
         "tags": {key: value for key, value in run.data.tags.items() if key != "mlflow.runName"},
         "inputs": [(i.dataset.name, i.dataset.digest) for i in run.inputs.dataset_inputs],
         "files": [file.path for file in api.list_artifacts(run_id, "report")],
-        "status": run.info.status,
+        "status": (run.info.status, run.info.end_time),
     }  # fmt: skip
 
 
-def test_what_waits_arrives_as_if_there_had_been_no_outage(store, tmp_path, monkeypatch, capsys):
+def test_what_was_missed_arrives_as_if_there_had_been_no_outage(store, tmp_path, monkeypatch, capsys):
     undisturbed = track(store, tmp_path / "outputs/runs/a", monkeypatch, outage=False)
     late = track(store, tmp_path / "outputs/runs/b", monkeypatch, outage=True)
     assert client(store).get_run(late).info.status == "RUNNING"
-    before = (tmp_path / "outputs/runs/b" / UNSENT).read_text()
     assert main(["sync"]) == 0
     assert known(store, late) == known(store, undisturbed)
-    last = [int(found) for found in re.findall(r'"time_ms": (\d+)', before)]
-    times = [metric.timestamp for metric in client(store).get_metric_history(late, "val/map50")]
-    assert times == last[:3]
-    assert client(store).get_run(late).info.end_time == last[-1]
-    assert capsys.readouterr().out.splitlines() == [
-        "outputs/runs/b: 8 events sent.",
-        "1 run: 8 events sent, 0 left.",
+    assert [at for *_, at in known(store, late)["metrics"]["loss/box"]] == [
+        (10**9 + n) * 1000 for n in (1, 2, 3)
     ]
-    assert not (tmp_path / "outputs/runs/b" / UNSENT).exists()
+    assert known(store, late)["last"]["val/map50"] == 0.35  # of the stage, and not of an epoch
+    assert known(store, late)["status"] == ("FAILED", (10**9 + 9) * 1000)
+    assert capsys.readouterr().out.splitlines() == [
+        "outputs/runs/b: 11 events sent.",
+        "1 run: 11 events sent, 0 left.",
+    ]
+    assert main(["sync"]) == 0
+    assert capsys.readouterr().out == "No events wait to be sent.\n"
 
     # What a kill after the sending leaves is sent again, which changes nothing.
-    (tmp_path / "outputs/runs/b" / UNSENT).write_text(before)
+    Run.read(tmp_path / "outputs/runs/b").update(told=False)
     assert main(["sync", "outputs"]) == 0
     assert known(store, late) == known(store, undisturbed)
 
 
-def test_a_kill_in_the_middle_of_a_sync_keeps_every_event_that_did_not_arrive(store, tmp_path, monkeypatch):
+def test_a_kill_in_the_middle_of_a_sync_loses_nothing(store, tmp_path, monkeypatch):
     late = track(store, tmp_path / "outputs/runs/b", monkeypatch, outage=True)
     real, sent = RunWriter.send, []
 
@@ -95,16 +117,16 @@ def test_a_kill_in_the_middle_of_a_sync_keeps_every_event_that_did_not_arrive(st
     assert known(store, late) == known(store, whole)
 
 
-def test_what_cannot_be_sent_stays_and_the_rest_is_sent(store, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_sent_is_told_later_and_the_rest_is_sent(store, tmp_path, monkeypatch, capsys):
     directory = tmp_path / "runs" / "b"
     run_id = track(store, directory, monkeypatch, outage=True)
-    (directory / "report.md").unlink()
+    (directory / "plots.md").unlink()
     assert main(["sync", "runs"]) == 1
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith("runs/b: 7 events sent, 1 left: ")
-    assert "report.md" in out[0]
-    assert out[1] == "1 run: 7 events sent, 1 left."
-    (directory / "report.md").write_text("# Report")
+    assert out[0].startswith("runs/b: 10 events sent, 1 left: ")
+    assert "plots.md" in out[0]
+    assert out[1] == "1 run: 10 events sent, 1 left."
+    (directory / "plots.md").write_text("# Plots")
     assert main(["sync", "runs"]) == 0
     assert client(store).list_artifacts(run_id, "report")
 
@@ -113,48 +135,64 @@ def test_stores_that_do_not_answer_or_do_not_know_the_run(store, tmp_path, capsy
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     addresses = {"a": "http://127.0.0.1:9", "b": f"sqlite:///{store / 'mlflow.db'}", "c": "http://***@there"}
     track(store, tmp_path / "first", monkeypatch, outage=False)
-    for name, uri in addresses.items():
-        Spool(tmp_path / "runs" / name, Destination(uri, "b" * 32)).append(Waiting(Tags({"a": "1"}), 1))
+    for name, address in addresses.items():
+        run = recorded(Run.create(tmp_path / "runs" / name, overwrite=False))
+        run.update(status="FINISHED", told=False, tracker_run_id="b" * 32, tracker_address=address)
     assert main(["sync", "runs"]) == 1
     first, second, third, total = capsys.readouterr().out.splitlines()
     assert "127.0.0.1" in first
     assert "b" * 32 in second
     assert "MLFLOW_TRACKING_URI" in third
-    assert total == "3 runs: 0 events sent, 3 left."
-    assert len(list((tmp_path / "runs").glob(f"*/{UNSENT}"))) == 3
+    assert total.startswith("3 runs: 0 events sent, ")
+    assert not any(Run.read(path).state["told"] for path in (tmp_path / "runs").iterdir())
 
 
-def test_a_run_that_is_not_over_keeps_its_events(store, tmp_path, monkeypatch, capsys):
-    tracker = MlflowTracker(QUIET, store)
-    tracker.start(RunInfo("r", "trees", {}, {}, tmp_path / "run"))
-    with monkeypatch.context() as patch:
-        patch.setattr(tracker._outbox, "_send", broken)
-        tracker.log(Metrics({"val/map50": 0.5}, 1))
-    assert main(["sync", "run"]) == 1
-    assert "not over" in capsys.readouterr().out
-    tracker.finish("FINISHED")
+def test_a_run_that_is_not_over_is_left_alone(store, tmp_path, monkeypatch, capsys):
+    directory = tmp_path / "run"
+    with locked(directory, wait=False):
+        run_id = track(store, directory, monkeypatch, outage=True, ends=False)
+        assert main(["sync", "run"]) == 1
+        assert "not over" in capsys.readouterr().out
+    assert client(store).get_run(run_id).data.metrics == {}
+
+
+def test_a_run_that_was_killed_is_told_and_closed(store, tmp_path, monkeypatch, capsys):
+    run_id = track(store, tmp_path / "run", monkeypatch, outage=False, ends=False)
+    assert client(store).get_run(run_id).info.status == "RUNNING"
     assert main(["sync", "run"]) == 0
-    assert client(store).get_run(tracker.run_id).data.metrics == {"val/map50": 0.5}
-    assert capsys.readouterr().out == "No events wait to be sent.\n"
+    assert known(store, run_id)["status"] == ("KILLED", (10**9 + 4) * 1000)
+    assert known(store, run_id)["tags"]["failure"] == "its process is gone"
 
 
-def test_a_run_that_goes_on_sends_what_waits_but_not_its_earlier_end(store, tmp_path, monkeypatch):
+def test_the_epochs_of_a_training_that_was_killed_are_told(store, tmp_path, monkeypatch):
+    run_id = track(store, tmp_path / "run", monkeypatch, outage=True, ends=False)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    write_json(tmp_path / "run" / "manifest.json", {**manifest, "stages": {}})
+    assert main(["sync", "run"]) == 0
+    assert [step for step, *_ in known(store, run_id)["metrics"]["val/map50"]] == [100, 200, 300]
+
+
+def test_a_run_that_goes_on_sends_what_was_missed_but_not_its_earlier_end(store, tmp_path, monkeypatch):
     run_id = track(store, tmp_path / "run", monkeypatch, outage=True)
-    tracker = MlflowTracker(QUIET, store)
-    tracker.start(RunInfo("r", "trees", {}, {}, tmp_path / "run", run_id))
-    assert known(store, run_id)["status"] == "RUNNING"
-    assert len(known(store, run_id)["metrics"]["val/map50"]) == 3
-    tracker.finish("FINISHED")
-    assert known(store, run_id)["status"] == "FINISHED"
+    run, tracker = Run.read(tmp_path / "run"), MlflowTracker(QUIET, store)
+    tracker.start(RunInfo("r", "trees", {}, {}, run.path, run_id, told=lambda: told_of(run), missed=True))
+    assert known(store, run_id)["status"][0] == "RUNNING"
+    assert len(known(store, run_id)["metrics"]["loss/box"]) == 3
+    assert tracker.finish("FINISHED")
+    assert known(store, run_id)["status"][0] == "FINISHED"
     assert "failure" not in known(store, run_id)["tags"]
 
 
 def test_another_address_may_be_given(store, tmp_path, monkeypatch):
     run_id = track(store, tmp_path / "run", monkeypatch, outage=True)
-    path = tmp_path / "run" / UNSENT
-    path.write_text(path.read_text().replace("sqlite:///", "sqlite:////moved", 1))
+    Run.read(tmp_path / "run").update(tracker_address="sqlite:////moved/mlflow.db")
     assert main(["sync", "run", "--uri", f"sqlite:///{store / 'mlflow.db'}"]) == 0
-    assert known(store, run_id)["status"] == "FAILED"
+    assert known(store, run_id)["status"][0] == "FAILED"
+
+
+def test_a_password_is_not_recorded(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@server:5000")
+    assert MlflowTracker(QUIET, tmp_path).address == "http://***@server:5000"
 
 
 def test_a_directory_that_is_not_there_is_refused(tmp_path):

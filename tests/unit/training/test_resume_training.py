@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sparse_exp.config.schema import DatasetConfig, Experiment, ModelConfig, RecipeConfig, TrainerConfig
-from sparse_exp.runs.directory import RunDirectory
+from sparse_exp.runs.directory import Run
 from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.stages.base import Context
 from sparse_exp.stages.registry import registry as stages
@@ -335,7 +335,7 @@ def context(digits, tmp_path):
     )
 
     def make(name: str, tracker: Notebook) -> Context:
-        run = RunDirectory(tmp_path / name)
+        run = Run(tmp_path / name)
         made = Context(experiment, run, tracker, Recipe(EPOCHS, name="r.md"), mark="mark")
         run.path.mkdir(exist_ok=True)
         made.dataset, made.cache = digits, tmp_path

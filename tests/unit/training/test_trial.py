@@ -13,6 +13,7 @@ import torch
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data.loader import Batch
 from sparse_exp.errors import ConfigError
+from sparse_exp.hardware import cgroups
 from sparse_exp.planning import trial
 from sparse_exp.planning.trial import try_steps
 from sparse_exp.sparsity.prune import prune_by_magnitude
@@ -297,8 +298,8 @@ def test_a_groups_limit_counts(tmp_path, monkeypatch, version):
     (group / usage).write_text("2000000\n")
     (group / "memory.stat").write_text(f"anon 5\n{cache} 500000\n")
     (tmp_path / "own").write_text("4:memory:/box/inner\n3:cpuset:/other\n" if version == 1 else "0::/box\n")
-    monkeypatch.setattr(memory, "_GROUPS", tmp_path)
-    monkeypatch.setattr(memory, "_OWN_GROUP", tmp_path / "own")
+    monkeypatch.setattr(cgroups, "_GROUPS", tmp_path)
+    monkeypatch.setattr(cgroups, "_OWN_GROUP", tmp_path / "own")
     assert memory.free_bytes(CPU) == 1_500_000
     (group / limit).write_text("max\n")
     assert memory.free_bytes(CPU) > 10_000_000

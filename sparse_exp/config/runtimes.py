@@ -1,0 +1,47 @@
+"""The inference engines, as far as they must be known before one is imported.
+
+A line here makes the name of an engine valid in ``hardware.engines``; `sparse_exp.engines` holds its class.
+Only the standard library is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """An inference engine.
+
+    Attributes:
+        requirement: what to install, as pip takes it.
+        licence: under which the engine may be used.
+        production: whether the licence allows use in production.
+        isa: those of `sparse_exp.config.schema.ISA` without which it cannot run.
+        cpu: the CPU that it needs, in words.
+    """
+
+    requirement: str
+    licence: str
+    production: bool = True
+    isa: tuple[str, ...] = ()
+    cpu: str = "x86 with 64 bits"
+
+
+RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
+    {
+        "deepsparse": Runtime(
+            "deepsparse==1.8.0",
+            "Neural Magic community",
+            production=False,
+            isa=("avx2",),
+            cpu="x86 with AVX2 or AVX-512",
+        ),
+        "onnxruntime": Runtime("onnxruntime>=1.17", "MIT"),
+        "openvino": Runtime("openvino>=2025.0", "Apache-2.0"),
+        "torch": Runtime("torch>=2.5", "BSD-3-Clause"),
+    }
+)
+"""By the name of the package that is imported, which is also the name of the engine."""

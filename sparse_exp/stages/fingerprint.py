@@ -1,0 +1,100 @@
+"""The fingerprint of a stage: a digest of everything that its result depends on.
+
+Where it is the same, a finished stage is kept when its run goes on, and jobs of a sweep share what one of
+them made. It takes in the configuration, the content of the files that it names (`Stage.content`),
+the version of this package, and the fingerprint of the stages before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from sparse_exp import __version__
+from sparse_exp.config.plain import as_dict
+from sparse_exp.errors import ConfigError
+from sparse_exp.files import fingerprint, sha256_of
+from sparse_exp.runs.directory import StageRecord
+from sparse_exp.stages.base import Context, Stage
+from sparse_exp.stages.fetch import data_content
+
+_VERSION, _BEFORE = "the version of sparse_exp", "a stage before it"
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a stage, and with it the stages behind it, build on.
+
+    Attributes:
+        mark: the digest; "" before the first stage.
+        parts: digest of each thing that it takes in, by its name in words.
+        earlier: as versions before 0.2 took it, without the content of files; None: what such a version
+            recorded is not kept.
+        has_checkpoint: whether the content of the given checkpoint is taken in.
+    """
+
+    mark: str = ""
+    parts: Mapping[str, str] = field(default_factory=dict)
+    earlier: str | None = ""
+    has_checkpoint: bool = False
+
+    def changes(self, record: StageRecord) -> list[str]:
+        """What is not as it was when a stage was recorded, in words; empty where that is not known."""
+        if not record.parts:
+            return []
+        return [
+            name for name in {**record.parts, **self.parts} if record.parts.get(name) != self.parts.get(name)
+        ]
+
+
+def take_fingerprint(context: Context, stage: Stage, before: Fingerprint) -> Fingerprint:
+    """Take the fingerprint of a stage.
+
+    Args:
+        context: of the run.
+        stage: that is about to run.
+        before: of the stages before it.
+
+    Raises:
+        SparseExpError: files that it depends on cannot be had, or cannot be used.
+    """
+    config, content = as_dict(context.experiment), dict(stage.content(context))
+    parts: dict[str, Any] = {key: config[key] for key in stage.depends_on} | dict(stage.marks(context))
+    if not before.mark and "dataset" not in parts:  # the fingerprint of the stages before would say it
+        parts |= {key: config[key] for key in ("dataset", "seed")}
+        content |= data_content(context)
+    takes_checkpoint = stage.takes_checkpoint and not before.has_checkpoint
+    if takes_checkpoint:
+        parts["checkpoint"] = _given_checkpoint(context)
+    named = {_BEFORE: before.mark, _VERSION: __version__}
+    counted = _without_workers(parts)
+    named |= {key: fingerprint(value) for key, value in counted.items()}
+    named |= {f"the content of the {name}": digest for name, digest in content.items()}
+    with_content = counted | ({"content": content} if content else {})
+    mark = fingerprint(stage.name, before.mark, with_content, __version__)
+    earlier = None if before.earlier is None else fingerprint(stage.name, before.earlier, parts, __version__)
+    return Fingerprint(mark, named, earlier, before.has_checkpoint or takes_checkpoint)
+
+
+def _without_workers(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Any number of workers reads the same images, so it may change while a run goes on."""
+    own = {key: value for key, value in parts.get("dataset", {}).items() if key != "workers"}
+    return {**parts, **({"dataset": own} if own else {})}
+
+
+def pass_on(stage: Stage, context: Context, before: Fingerprint, own: Fingerprint) -> Fingerprint:
+    """What the stages behind a stage build on."""
+    if stage.passes_on(context.experiment):
+        return own
+    return replace(before, has_checkpoint=own.has_checkpoint)
+
+
+def _given_checkpoint(context: Context) -> str | None:
+    """Digest of a checkpoint that was trained before; None where this training makes it, or there is none."""
+    if "train" in context.experiment.stages and not context.experiment.checkpoint:
+        return None
+    try:
+        return sha256_of(context.checkpoint)
+    except (ConfigError, OSError):  # the stage that needs it says so
+        return None

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+
+from sparse_exp.errors import ConfigError
+from sparse_exp.files import fingerprint, landing, sha256_of, write_json, write_text
+from sparse_exp.runs.directory import MANIFEST, Run, StageRecord
+
+
+def names(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_landing_shows_the_file_only_when_it_is_whole(tmp_path):
+    target = tmp_path / "new" / "model.onnx"
+    with landing(target) as temporary:
+        temporary.write_text("half")
+        assert not target.exists()
+        assert temporary.parent == target.parent  # else replacing it would not be atomic
+        assert temporary.suffix == ".onnx"
+        temporary.write_text("whole")
+    assert target.read_text() == "whole"
+    assert names(target.parent) == {"model.onnx"}
+
+
+def fail_while_landing(target, error) -> None:
+    with landing(target) as temporary:
+        temporary.write_text("half")
+        raise error
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_landing_that_fails_leaves_nothing_of_it(tmp_path, error):
+    target = tmp_path / "model.onnx"
+    with pytest.raises(error):
+        fail_while_landing(target, error)
+    assert names(tmp_path) == set()
+
+
+def test_landing_that_fails_keeps_what_was_there(tmp_path):
+    target = tmp_path / "model.onnx"
+    target.write_text("old")
+    with pytest.raises(ValueError):
+        fail_while_landing(target, ValueError)
+    assert target.read_text() == "old"
+    assert names(tmp_path) == {"model.onnx"}
+
+
+def test_landing_without_a_file_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError), landing(tmp_path / "model.onnx"):
+        pass
+
+
+def test_texts_and_json_are_written_with_their_directories(tmp_path):
+    assert write_text(tmp_path / "a" / "b.md", "Grüße").read_text(encoding="utf-8") == "Grüße"
+    assert json.loads(write_json(tmp_path / "c.json", {"path": tmp_path}).read_text()) == {
+        "path": str(tmp_path)
+    }
+
+
+def test_sha256_is_that_of_hashlib_for_files_longer_than_a_block(tmp_path):
+    data = bytes(range(256)) * 5000
+    (tmp_path / "data").write_bytes(data)
+    assert sha256_of(tmp_path / "data") == hashlib.sha256(data).hexdigest()
+
+
+def test_fingerprint_does_not_depend_on_the_order_of_keys():
+    assert fingerprint({"a": 1, "b": {"c": 2, "d": 3}}) == fingerprint({"b": {"d": 3, "c": 2}, "a": 1})
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([{"a": 1}], [{"a": 2}]),
+        ([{"a": 1}], [{"a": "1"}]),
+        ([[1, 2]], [[2, 1]]),
+        ([{"a": None}], [{}]),
+        (["a", "b"], ["ab"]),
+        ([{"a": True}], [{"a": False}]),
+        (["x", "y"], ["y", "x"]),
+    ],
+)
+def test_fingerprint_tells_values_apart(one, other):
+    assert fingerprint(*one) != fingerprint(*other)
+
+
+def manifest(run: Run) -> dict:
+    return json.loads((run.path / MANIFEST).read_text())
+
+
+def a_run(path) -> Run:
+    """With one finished stage, ``export``, that wrote two files."""
+    run = Run.create(path, overwrite=False)
+    files = [write_text(run.path / "deployment" / name, name) for name in ("a.onnx", "b.onnx")]
+    run.record("export", StageRecord("f1", run.digests(files), {"size/onnx_mb": 1.5}, 2.0, {"best": "a"}))
+    return run
+
+
+def test_a_new_run_is_running_and_empty(tmp_path):
+    run = Run.create(tmp_path / "runs" / "one", overwrite=False)
+    assert names(run.path) == {MANIFEST}
+    assert manifest(run) == {"status": "RUNNING", "stages": {}}
+
+
+def test_an_empty_directory_becomes_a_run(tmp_path):
+    assert Run.create(tmp_path, overwrite=False).path == tmp_path.resolve()
+
+
+def test_an_existing_run_is_not_touched_without_overwrite(tmp_path):
+    run = a_run(tmp_path / "run")
+    before = manifest(run)
+    with pytest.raises(ConfigError, match="overwrite=true") as error:
+        Run.create(run.path, overwrite=False)
+    assert "resume=" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert manifest(run) == before
+
+
+def test_overwrite_replaces_a_run_whole(tmp_path):
+    old = a_run(tmp_path / "run")
+    new = Run.create(old.path, overwrite=True)
+    assert names(new.path) == {MANIFEST}
+    assert manifest(new)["stages"] == {}
+
+
+def test_overwrite_never_deletes_what_is_no_run(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match=MANIFEST):
+        Run.create(tmp_path, overwrite=True)
+    assert names(tmp_path) == {"thesis.tex"}
+
+
+def test_a_place_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"paths\.run"):
+        Run.create(tmp_path / "file" / "run", overwrite=False)
+
+
+def test_reopening_brings_back_records_and_state(tmp_path):
+    run = a_run(tmp_path / "run")
+    run.update(status="FAILED", failure="no space", tracker="abc")
+    again = Run.reopen(run.path)
+    assert again.records == run.records
+    assert manifest(again)["status"] == "RUNNING"
+    assert manifest(again)["failure"] is None
+    assert manifest(again)["tracker"] == "abc"
+    assert manifest(again)["stages"]["export"]["facts"] == {"best": "a"}
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"stages": {"train": {"unknown": 1}}}'])
+def test_what_is_no_run_is_not_reopened_nor_changed(tmp_path, content):
+    if content is not None:
+        (tmp_path / MANIFEST).write_text(content)
+    with pytest.raises(ConfigError, match=MANIFEST) as error:
+        Run.reopen(tmp_path)
+    assert "\n" not in str(error.value)
+    assert names(tmp_path) == (set() if content is None else {MANIFEST})
+    if content is not None:
+        assert (tmp_path / MANIFEST).read_text() == content
+
+
+def test_a_stage_is_finished_while_fingerprint_and_files_are_the_same(tmp_path):
+    run = Run.reopen(a_run(tmp_path / "run").path)
+    assert run.is_finished("export", "f1")
+    assert not run.is_finished("export", "f2")
+    assert not run.is_finished("train", "f1")
+
+
+@pytest.mark.parametrize("change", ["edit", "delete", "directory"])
+def test_a_stage_whose_file_changed_is_not_finished(tmp_path, change):
+    run = a_run(tmp_path / "run")
+    file = run.path / "deployment" / "b.onnx"
+    if change == "edit":
+        file.write_text("B.onnx")
+    else:
+        file.unlink()
+    if change == "directory":
+        file.mkdir()
+    assert not run.is_finished("export", "f1")
+
+
+def test_a_moved_run_stays_finished(tmp_path):
+    a_run(tmp_path / "run").path.rename(tmp_path / "moved")
+    assert Run.reopen(tmp_path / "moved").is_finished("export", "f1")
+
+
+def test_result_is_flat_and_has_the_time_of_each_stage(tmp_path):
+    run = a_run(tmp_path / "run")
+    run.record("verify", StageRecord("f", {}, {"val/map50": 0.5}, 0.12345))
+    assert run.result() == {
+        "size/onnx_mb": 1.5,
+        "time/export_s": 2.0,
+        "val/map50": 0.5,
+        "time/verify_s": 0.123,
+    }
