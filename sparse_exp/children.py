@@ -1,4 +1,4 @@
-"""Fresh interpreters as child processes: how they start, how they end with us, what they said last."""
+"""Fresh interpreters as child processes: starting one, ending with the parent, and saying how one ended."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def start_child(code: str, *words: str) -> tuple[subprocess.Popen[bytes], Connec
     """Start a fresh interpreter at the other end of a pipe.
 
     Args:
-        code: what it runs; in ``sys.argv`` it finds the file descriptor of its end, the words, and our
-            ``sys.path``.
-        words: for it.
+        code: Python code that it runs. ``sys.argv[1:]`` holds the file descriptor of its end of the pipe, the
+            words, and this process's ``sys.path``.
+        words: arguments for the code.
 
     Returns:
-        The process, this end of the pipe, and the file that the process prints to.
+        The process, this end of the pipe, and the file that the process prints to. The caller closes both.
     """
     pipe, end = Pipe()
-    output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by who asked
+    output = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
     command = [sys.executable, "-c", code, str(end.fileno()), *words, *sys.path]
-    with end:  # only the child may hold its end, or its death would go unseen
+    with end:  # only the child may hold its end, or nobody would notice its death
         process = subprocess.Popen(
             command, pass_fds=(end.fileno(),), stdin=subprocess.DEVNULL, stdout=output, stderr=output
         )
@@ -34,29 +34,38 @@ def start_child(code: str, *words: str) -> tuple[subprocess.Popen[bytes], Connec
 
 
 def exit_with_parent(descriptor: int) -> None:
-    """End this process as soon as the other end of a pipe is closed; does not return."""
+    """Wait until the other end of a pipe is closed, then end this process; never returns.
+
+    Args:
+        descriptor: file descriptor of this process's end of the pipe.
+    """
     hang_up = select.poll()
     hang_up.register(descriptor, 0)  # no events but those that are always reported
     hang_up.poll()
     os._exit(1)
 
 
-def last_line(output: IO[bytes] | None) -> str:
-    """What a process said last, as ``it said: ...``; empty where it said nothing."""
+def how_it_ended(code: int | None, output: IO[bytes] | None) -> str:
+    """How a process ended and the last line that it printed, such as ``exit code 1, it said: ...``.
+
+    Args:
+        code: exit code; a negative one is the number of a signal; None: unknown.
+        output: the file that the process printed to; None: unknown.
+    """
+    how = f"signal {-code}" if code and code < 0 else f"exit code {code}"
     if output is None:
-        return ""
+        return how
     output.seek(0)
     lines = output.read().decode(errors="replace").strip().splitlines()
-    return f"it said: {lines[-1].strip()[-200:]}" if lines else ""
+    return f"{how}, it said: {lines[-1].strip()[-200:]}" if lines else how
 
 
 def obituary(engine: str, code: int | None, output: IO[bytes] | None) -> str:
-    """That the process of an engine died, how, and what it said last.
+    """A sentence that the process of an engine died, and how.
 
     Args:
         engine: its name.
-        code: exit code; that of a signal is negative; None: unknown.
-        output: what the process printed to.
+        code: see `how_it_ended`.
+        output: see `how_it_ended`.
     """
-    how, said = f"signal {-code}" if code and code < 0 else f"exit code {code}", last_line(output)
-    return f"The process of the engine {engine} died ({how}{', ' if said else ''}{said})."
+    return f"The process of the engine {engine} died ({how_it_ended(code, output)})."

@@ -1,14 +1,19 @@
-"""Files that land whole or not at all; digests of files and of plain data."""
+"""Files and directories that land whole or not at all; digests of files and of plain data."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # constants of Linux, see renameat2(2)
 
 
 def sha256_of(path: Path) -> str:
@@ -41,6 +46,77 @@ def landing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+@contextmanager
+def landing_directory(target: Path, *, part: Path | None = None) -> Iterator[Path]:
+    """An empty directory that takes the place of ``target`` in one step when the block ends well.
+
+    Whoever reads ``target`` meanwhile finds the old directory or the new one, whole. Only where the file
+    system cannot exchange two directories is there none for the moment of a rename. When the block raises,
+    what was there before stays. What a killed process left is cleared by the next one that builds here.
+
+    One process at a time may build a target: hold an `sparse_exp.locks.exclusive` lock.
+
+    Args:
+        target: the directory; it may not exist yet.
+        part: where it is built, on the same file system; None: in a hidden directory beside ``target``.
+
+    Raises:
+        OSError: it cannot be written, or not be put in its place.
+    """
+    part = part or target.with_name(f".{target.name}.partial")
+    old = replaced_by(part)
+    if old.exists() and not target.exists():  # killed between the two renames of _put_in_place
+        old.replace(target)
+    _remove(old)
+    _remove(part)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _put_in_place(part, target, old)
+    finally:
+        for leftover in (part, old):
+            with suppress(OSError):  # the next call clears it
+                _remove(leftover)
+
+
+def replaced_by(part: Path) -> Path:
+    """Where `landing_directory` keeps the old directory while it puts the new one in its place."""
+    return part.with_name(f"{part.name}.old")
+
+
+def _put_in_place(part: Path, target: Path, old: Path) -> None:
+    if not target.exists():
+        part.replace(target)
+    elif not _exchange(part, target):
+        target.replace(old)
+        try:
+            part.replace(target)
+        except OSError:
+            old.replace(target)
+            raise
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two directories change places at once; False where the system cannot."""
+    renameat2: Any = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # not on this file system
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def write_text(path: Path, text: str) -> Path:

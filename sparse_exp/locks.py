@@ -5,9 +5,12 @@ process starts does not keep them alive.
 
 Two kinds:
 
-- `exclusive`: one process at a time. There are three, taken in this order and never in another: that of a
-  run's directory (`sparse_exp.runs.directory.locked`), that of a dense baseline
-  (`sparse_exp.stages.baseline`), and that of a stage which jobs share (`sparse_exp.stages.sharing`).
+- `exclusive`: one process at a time, and of its threads one at a time. Three of these locks are held for
+  long. They are taken in this order and never in another: that of a run's directory
+  (`sparse_exp.runs.directory.locked`), that of a dense baseline (`sparse_exp.stages.baseline`), and that of
+  a stage which jobs share (`sparse_exp.stages.sharing`). The others (of a file that is being fetched, of a
+  data set that is being built, of the local zoo, of the tracking store's database) are taken last: who
+  holds one of them waits for nobody.
 - The host: many may work on it (`working`), or one may measure (`measuring_alone`). Who wants to measure
   closes the turnstile, so that nobody begins to work, and waits until the room behind it is empty. Work
   looks at the turnstile every now and then (`give_way`), leaves the room, and comes back after the
@@ -21,13 +24,16 @@ each other's exclusive locks, and these are taken in one order.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
+import math
 import os
 import platform
 import shlex
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -49,17 +55,19 @@ class _Process:
     """What this process holds: it counts for all that happens in it.
 
     Attributes:
-        held: for each `exclusive` lock its descriptor and how often it was taken.
+        held: for each `exclusive` lock and the thread that took it: descriptor, and how often it was taken.
         depth: how often `working` was entered.
         doors: descriptors of turnstile and room while this process is in the room.
+        worker: the thread that does the heavy work.
         measuring: those while it has the host to itself.
         waited: seconds in all.
         warned: of locks that do not work here.
     """
 
-    held: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    held: dict[tuple[Path, threading.Thread], tuple[int, int]] = field(default_factory=dict)
     depth: int = 0
     doors: tuple[int, int] | None = None
+    worker: threading.Thread | None = None
     measuring: tuple[int, ...] = ()
     waited: float = 0.0
     warned: bool = False
@@ -86,49 +94,53 @@ def waited_seconds() -> float:
 
 
 @contextmanager
-def exclusive(path: Path, what: str, *, wait: bool = True, label: str = "") -> Iterator[None]:
+def exclusive(
+    path: Path, what: str, *, wait: bool = True, at_most: float = math.inf, label: str = ""
+) -> Iterator[None]:
     """Hold the lock of a file while the block runs; the file is there only meanwhile.
 
-    A process that holds it already takes it again.
+    A thread that holds it already takes it again. Other threads wait as other processes do.
 
     Args:
         path: of the file; its directory is made.
         what: what somebody else does, as the beginning of a sentence: "The run X is being worked on".
         wait: wait for whoever holds it, with a line in the log now and then.
+        at_most: seconds to wait.
         label: who this is, before the number of the process; shown to those who wait.
 
     Raises:
-        ConfigError: somebody else holds it, and ``wait`` is off.
+        ConfigError: somebody else holds it, and ``wait`` is off or took longer than ``at_most``.
         OSError: the file cannot be made.
     """
-    path = path.absolute()
-    descriptor, depth = _process.held.get(path) or (_acquired(path, what, wait=wait), 0)
-    if depth == 0:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{label} ({_me()})".encode() if label else _me().encode(), 0)
-    _process.held[path] = descriptor, depth + 1
+    key = path.absolute(), threading.current_thread()
+    descriptor, depth = _process.held.get(key) or (_acquired(key[0], what, wait=wait, at_most=at_most), 0)
+    _process.held[key] = descriptor, depth + 1
     try:
+        if depth == 0:
+            with suppress(OSError):  # on a full disk it does not say who holds it
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"{label} ({_me()})".encode() if label else _me().encode(), 0)
         yield
     finally:
-        _release(path)
+        _release(key)
 
 
 def _me() -> str:
     return f"process {os.getpid()} on {platform.node() or 'this host'}"
 
 
-def _release(path: Path) -> None:
-    descriptor, depth = _process.held.get(path, (-1, 0))
+def _release(key: tuple[Path, threading.Thread]) -> None:
+    descriptor, depth = _process.held.get(key, (-1, 0))
     if depth > 1:
-        _process.held[path] = descriptor, depth - 1
+        _process.held[key] = descriptor, depth - 1
     elif depth == 1:  # 0 in a forked child
-        del _process.held[path]
+        del _process.held[key]
         with suppress(OSError):
-            path.unlink()  # before it is free: who waits for this file then sees that it is another's
+            key[0].unlink()  # before it is free: who waits for this file then sees that it is another's
         os.close(descriptor)
 
 
-def _acquired(path: Path, what: str, *, wait: bool) -> int:
+def _acquired(path: Path, what: str, *, wait: bool, at_most: float) -> int:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -137,7 +149,7 @@ def _acquired(path: Path, what: str, *, wait: bool) -> int:
             continue
         try:
             if not _try(descriptor, fcntl.LOCK_EX):
-                _wait_for(descriptor, what, wait=wait)
+                _wait_for(descriptor, what, wait=wait, at_most=at_most)
             if _is_there(descriptor, path):
                 return descriptor
         except BaseException:
@@ -146,16 +158,22 @@ def _acquired(path: Path, what: str, *, wait: bool) -> int:
         os.close(descriptor)
 
 
-def _wait_for(descriptor: int, what: str, *, wait: bool) -> None:
-    def line(*, last: bool = False) -> str:
+def _wait_for(descriptor: int, what: str, *, wait: bool, at_most: float) -> None:
+    def held() -> str:
         holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
-        return f"{what} by {holder}{'. Wait for it to end.' if last else '; waiting for it to end.'}"
+        return f"{what} by {holder}"
 
-    if wait:
-        with aside():
-            _obtain(descriptor, fcntl.LOCK_EX, line)
-    elif not _obtain(descriptor, fcntl.LOCK_EX, line, patience=_PATIENCE):
-        raise ConfigError(line(last=True))
+    def line() -> str:
+        return f"{held()}; waiting for it to end."
+
+    if not wait:
+        if not _obtain(descriptor, fcntl.LOCK_EX, line, _PATIENCE):
+            raise ConfigError(f"{held()}. Wait for it to end.")
+        return
+    with aside():
+        if not _obtain(descriptor, fcntl.LOCK_EX, line, at_most):
+            do = "Wait for it to end, or end it if it hangs."
+            raise ConfigError(f"{held()}, for more than {at_most:g} s. {do}")
 
 
 def _is_there(descriptor: int, path: Path) -> bool:
@@ -163,11 +181,15 @@ def _is_there(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
+    except OSError as error:
+        if error.errno == errno.ESTALE:  # on a network file system: gone
+            return False
+        raise
 
 
 def is_held(path: Path) -> bool:
     """Whether somebody, perhaps this process, holds the `exclusive` lock of a file."""
-    if path.absolute() in _process.held:
+    if any(held == path.absolute() for held, _ in list(_process.held)):
         return True
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
@@ -184,12 +206,12 @@ def is_held(path: Path) -> bool:
 def open_shared(path: Path) -> int:
     """Open a lock's file, made for all users if it is not there; returns the descriptor.
 
-    (filelock would open it with ``O_CREAT``, which Linux refuses for another user's file in a sticky
-    directory such as /tmp, and would empty it, where it stands who holds it.)
+    A file that is there is opened without ``O_CREAT``, which Linux refuses for another user's file in a
+    sticky directory such as /tmp. It is not emptied: it says who holds the lock.
     """
     flags = os.O_RDWR | os.O_NOFOLLOW
     try:
-        descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:
         return os.open(path, flags)
     os.fchmod(descriptor, 0o666)  # whatever the umask says
@@ -201,7 +223,10 @@ def _try(descriptor: int, kind: int) -> bool:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError as error:  # some file systems know no locks
+    except OSError as error:
+        if error.errno == errno.ESTALE:  # on a network file system: the file is gone, which `_is_there` sees
+            return True
+        # Some file systems know no locks.
         _warn(f"Files cannot be locked here ({error.strerror}): do not start the same run twice.")
     return True
 
@@ -212,7 +237,7 @@ def _warn(message: str) -> None:
         _log.warning(message)
 
 
-def _obtain(descriptor: int, kind: int, line: Callable[[], str], patience: float = float("inf")) -> bool:
+def _obtain(descriptor: int, kind: int, line: Callable[[], str], patience: float = math.inf) -> bool:
     """Wait for a lock; False where it took longer than ``patience`` seconds."""
     started, next_line = time.monotonic(), _SECONDS_BEFORE_A_LINE
     try:
@@ -272,9 +297,10 @@ def give_way() -> None:
 
 @contextmanager
 def aside() -> Iterator[None]:
-    """Be out of the room while the block runs; does nothing where this process does no heavy work."""
-    inside = _process.doors is not None
-    _leave()
+    """Be out of the room while the block runs; does nothing in a thread that does no heavy work."""
+    inside = _process.doors is not None and _process.worker is threading.current_thread()
+    if inside:
+        _leave()
     yield  # where it raises, the work is over: coming back might wait for long
     if inside:
         _enter()
@@ -287,7 +313,7 @@ def _enter() -> None:
     except OSError as error:
         _warn(f"{path} cannot be opened ({error.strerror}): this run does not pause while others measure.")
         return
-    _process.doors = doors
+    _process.doors, _process.worker = doors, threading.current_thread()
     _pass(*doors)
 
 

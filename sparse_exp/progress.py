@@ -1,4 +1,4 @@
-"""Progress of long work: a rich bar on a terminal, now and then a plain line elsewhere."""
+"""Progress of long work: a bar on a terminal, a plain line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
 _log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 10.0
-_WORTH_A_LINE = 1.0  # seconds; what is over at once needs no line
+_SECONDS_WORTH_A_LINE = 1.0  # shorter work gets no line at its end
 
 
 class Bar(Protocol):
@@ -23,7 +26,7 @@ class Bar(Protocol):
         """Set the units done so far, and the total if it has become known."""
 
 
-_running: list[str] = []
+_running: list[str] = []  # the description of the work whose progress is shown now, if there is any
 
 
 class _SilentBar:
@@ -38,20 +41,20 @@ class _PlainBar:
     def __init__(self, description: str, total: float | None, unit: str) -> None:
         self._description, self._total, self._unit = description, total, unit
         self._done, self._note = 0.0, ""
-        self._started = self._printed = time.monotonic()
+        self._started = self._logged = time.monotonic()
 
     def advance(self, amount: float = 1.0, note: str = "") -> None:
         self._done, self._note = self._done + amount, note or self._note
-        self._print_now_and_then()
+        self._log_if_due()
 
     def goto(self, completed: float, total: float | None = None) -> None:
         self._done, self._total = completed, total or self._total
-        self._print_now_and_then()
+        self._log_if_due()
 
-    def _print_now_and_then(self) -> None:
+    def _log_if_due(self) -> None:
         now = time.monotonic()
-        if now - self._printed >= _SECONDS_BETWEEN_LINES:
-            self._printed = now
+        if now - self._logged >= _SECONDS_BETWEEN_LINES:
+            self._logged = now
             _log.info("%s", self._line())
 
     def _line(self) -> str:
@@ -61,7 +64,7 @@ class _PlainBar:
 
     def finish(self) -> None:
         seconds = time.monotonic() - self._started
-        if seconds >= _WORTH_A_LINE:
+        if seconds >= _SECONDS_WORTH_A_LINE:
             _log.info("%s, %.1f s", self._line(), seconds)
 
 
@@ -75,38 +78,28 @@ def progress(description: str, total: float | None = None, unit: str = "steps") 
         unit: name of the unit, plural.
 
     Yields:
-        A bar to advance. Where standard error is no terminal, it logs a plain line every ten
-        seconds and one at the end instead. Inside another ``progress`` it shows nothing.
+        The bar to advance. Where standard error is no terminal, it logs a plain line every ten
+        seconds and one at the end. Inside another ``progress`` it shows nothing.
     """
     if _running:
         yield _SilentBar()
         return
     _running.append(description)
+    console = Console(stderr=True)
     try:
-        with _shown_bar(description, total, unit) as bar:
-            yield bar
+        if console.is_terminal:
+            with _RichBar(console, description, total, unit) as bar:
+                yield bar
+        else:
+            plain = _PlainBar(description, total, unit)
+            yield plain
+            plain.finish()
     finally:
         _running.clear()
 
 
-@contextmanager
-def _shown_bar(description: str, total: float | None, unit: str) -> Iterator[Bar]:
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if console.is_terminal:
-        with _RichBar(console, description, total, unit) as bar:
-            yield bar
-        return
-    plain = _PlainBar(description, total, unit)
-    yield plain
-    plain.finish()
-
-
 class _RichBar:
-    def __init__(self, console: object, description: str, total: float | None, unit: str) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+    def __init__(self, console: Console, description: str, total: float | None, unit: str) -> None:
         counts = "{task.completed:g}/{task.total:g}" if total else "{task.completed:g}"
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -115,7 +108,7 @@ class _RichBar:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
-            console=console,  # type: ignore[arg-type]
+            console=console,
         )
         self._task = self._progress.add_task(description, total=total, note="")
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data import DetectionDataset, load_dataset
 from sparse_exp.data.digits import materialize
 from sparse_exp.data.loader import make_loader
+from sparse_exp.locks import exclusive
 
 torch.set_num_threads(1)  # the models are tiny, and several tests may run beside each other
 gc.set_threshold(50_000, 20, 50)  # a collection walks over a million objects of the libraries
@@ -46,7 +46,7 @@ def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Pat
     common = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
     def directory(name: str, fill: Callable[[Path], object]) -> Path:
-        with FileLock(common / f"{name}.lock"):
+        with exclusive(common / f"{name}.lock", f"{name} is being made"):
             if not (common / name).is_dir():
                 part = tmp_path_factory.mktemp(name)
                 fill(part)

@@ -3,9 +3,9 @@
     python tools/architecture.py            print picture and list
     python tools/architecture.py --write    put them into docs/architecture.md
 
-The page says on which floor a room stands; the picture and the checks of tests/unit/test_architecture.py follow
-from that and from the code. A room is a file or a folder of ``sparse_exp``; a file ``__main__.py`` is an entry
-point, in whatever folder it lies.
+The page says on which floor a room stands; the picture, and the checks of
+tests/unit/test_architecture.py, follow from that and from the code. A room is a file or a folder of
+``sparse_exp``; a file ``__main__.py`` is an entry point, in whatever folder it lies.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m sparse_exp.data``: convert data sets, and check them."""
+"""``python -m sparse_exp.data``: convert and check data sets."""
 
 from __future__ import annotations
 
@@ -6,29 +6,33 @@ import argparse
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from sparse_exp.command import Parser, run_command
+from sparse_exp.data.archives import open_tree
+from sparse_exp.data.check import Report, inspect
+from sparse_exp.data.convert import Converted, read_coco, read_voc, split_off, write_converted
 from sparse_exp.errors import DataError, expected
+from sparse_exp.files import landing_directory
+from sparse_exp.sources.cache import cache_directory
 
-if TYPE_CHECKING:
-    from sparse_exp.data.check import Report
-    from sparse_exp.data.convert import Converted
-
-_SHOWN = 10  # warnings of a kind; errors are all shown
+_SHOWN = 10  # warnings of a kind; all errors are shown
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: of the command line; None: those of this process.
+        arguments: of the command line; None: this process's.
 
     Returns:
         The exit code: 1 where ``check`` found errors, else 0.
 
     Raises:
-        SparseExpError: what was asked for cannot be done.
+        SparseExpError: the command cannot be carried out.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = _parser().parse_args(arguments)
@@ -60,10 +64,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Check a data set and print what was found; 1 where there are errors."""
-    from sparse_exp.data.check import inspect
-    from sparse_exp.sources.cache import cache_directory
+    """Check a data set and print the report.
 
+    Returns:
+        The exit code: 1 where there are errors, else 0.
+
+    Raises:
+        DataError: an option or the data yaml is wrong.
+    """
     if options.imgsz < 1:
         raise DataError(expected("--imgsz", "at least 1 px", options.imgsz, "Change it."))
     report = inspect(options.yaml.expanduser(), options.imgsz, cache_directory(options.cache))
@@ -75,13 +83,10 @@ def check(options: argparse.Namespace) -> int:
 
 
 def _show(report: Report, *, everything: bool) -> None:
-    from rich.console import Console
-
     console = Console(soft_wrap=True, highlight=False)
     console.print(_split_table(report))
     console.print(_class_table(report))
-    kinds = dict.fromkeys((finding.level, finding.kind) for finding in report.findings)
-    for level, kind in kinds:
+    for level, kind in dict.fromkeys((finding.level, finding.kind) for finding in report.findings):
         same = [finding for finding in report.findings if finding.kind == kind]
         colour = "red" if level == "error" else "yellow"
         console.print(f"\n[bold {colour}]{level}[/]: [bold]{kind}[/] ({len(same)})")
@@ -95,9 +100,7 @@ def _show(report: Report, *, everything: bool) -> None:
     console.print(f"\n{report.path}: {report.errors} errors, {warnings} warnings", markup=False)
 
 
-def _split_table(report: Report) -> object:
-    from rich.table import Table
-
+def _split_table(report: Report) -> Table:
     table = Table(title=f"Splits; sizes of boxes at {report.imgsz} px", title_justify="left")
     table.add_column("")
     for split in report.splits:
@@ -115,10 +118,7 @@ def _split_table(report: Report) -> object:
     return table
 
 
-def _class_table(report: Report) -> object:
-    from rich.table import Table
-    from rich.text import Text
-
+def _class_table(report: Report) -> Table:
     table = Table(title="Boxes by class", title_justify="left")
     for column in ("id", "class", *report.splits):
         table.add_column(column, justify="left" if column == "class" else "right")
@@ -129,13 +129,16 @@ def _class_table(report: Report) -> object:
 
 
 def convert(options: argparse.Namespace) -> int:
-    """Convert a data set and print what was taken and what was left out."""
-    from sparse_exp.data.archives import open_tree
-    from sparse_exp.data.convert import read_coco, read_voc, split_off, write_converted
-    from sparse_exp.data.writing import write_whole
+    """Convert a data set, and print the number of images and boxes taken and left out.
 
+    Returns:
+        The exit code: 0.
+
+    Raises:
+        DataError: an option or the source is wrong, or the data set cannot be written.
+    """
     dest = options.dest.expanduser()
-    _check_options(options, dest)
+    _check_convert_options(options, dest)
     with open_tree([options.source.expanduser()]) as tree:
         converted = read_coco(tree, options.images) if options.format == "coco" else read_voc(tree)
         if options.val_share is not None:
@@ -145,7 +148,8 @@ def convert(options: argparse.Namespace) -> int:
                 expected(str(options.source), "at least one image with annotations", 0, "Correct it.")
             )
         try:
-            write_whole(dest, lambda folder: write_converted(converted, tree, folder, link=options.link))
+            with landing_directory(dest) as folder:
+                write_converted(converted, tree, folder, link=options.link)
         except OSError as error:
             raise DataError(
                 f"Cannot write {dest}: {error.strerror or error}. Nothing was written."
@@ -154,7 +158,7 @@ def convert(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_options(options: argparse.Namespace, dest: Path) -> None:
+def _check_convert_options(options: argparse.Namespace, dest: Path) -> None:
     if options.val_share is not None and not 0 < options.val_share < 1:
         raise DataError(expected("--val-share", "above 0 and below 1", options.val_share, "For example 0.2."))
     if options.link and not options.source.expanduser().is_dir():

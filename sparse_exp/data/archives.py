@@ -1,7 +1,7 @@
-"""Files in a folder, a zip or a tar, read by name and never unpacked.
+"""Read files by name from a folder, a zip or a tar, without unpacking it.
 
-What an archive says about where its files belong is used to look them up only: nothing is written
-where an archive wants it. Links and special files in it are not there for the reader.
+The names in an archive serve only to look files up: no file is written to a place that an archive names.
+Links and special files in an archive are ignored.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath
 
 from sparse_exp.errors import DataError
 
-_MAX_FILE = 1 << 28  # bytes; no photo or annotation file comes near, what claims more is a trap
-_MAX_TOTAL = 1 << 37
+_MAX_FILE = 1 << 28  # bytes; no photo or annotation file is nearly as large: a larger one is an attack
+_MAX_TOTAL = 1 << 37  # bytes
 _BROKEN = (
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -37,8 +37,8 @@ class Tree:
 
     Attributes:
         place: the folder or archives, for messages.
-        readers: by name (``folder/file``, relative), a function that returns the content.
-        folder: where the files lie, for one that is no archive.
+        readers: by relative name (``folder/file``), a function that returns the file's content.
+        folder: the folder in which the files lie; None for archives.
     """
 
     place: str
@@ -49,7 +49,7 @@ class Tree:
         """The content of a file.
 
         Raises:
-            DataError: it is damaged.
+            DataError: the file is damaged.
         """
         try:
             return self.readers[name]()
@@ -59,11 +59,17 @@ class Tree:
 
 @contextmanager
 def open_tree(places: Sequence[Path]) -> Iterator[Tree]:
-    """Open a folder or archives; of several archives the files are put together.
+    """Open a folder or archives.
+
+    Args:
+        places: one folder, or one or more zips and tars, whose files are put together.
+
+    Yields:
+        Their files.
 
     Raises:
-        DataError: one is missing, neither a folder nor a zip or tar, damaged, or holds names that lead
-            out of it or files of absurd size.
+        DataError: a place is missing, damaged, or neither a folder nor a zip or tar; or it holds names that
+            lead out of it, or files of absurd size.
     """
     with ExitStack() as stack:
         readers: dict[str, Callable[[], bytes]] = {}
@@ -95,8 +101,8 @@ def _files_below(folder: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
 
 def _open_zip(archive: zipfile.ZipFile, place: Path) -> dict[str, Callable[[], bytes]]:
     members = [member for member in archive.infolist() if not member.is_dir() and not _is_link(member)]
-    _check([(member.filename, member.file_size) for member in members], place)
-    # ZipFile reads no more than the size that was checked, whatever the compressed data expand to.
+    _require_harmless([(member.filename, member.file_size) for member in members], place)
+    # ZipFile reads no more than the size that was checked, however far the compressed data expand.
     return {member.filename: partial(archive.read, member) for member in members}
 
 
@@ -106,11 +112,11 @@ def _is_link(member: zipfile.ZipInfo) -> bool:
 
 def _open_tar(archive: tarfile.TarFile, place: Path) -> dict[str, Callable[[], bytes]]:
     members = [member for member in archive.getmembers() if member.isreg()]
-    _check([(member.name, member.size) for member in members], place)
-    return {member.name.removeprefix("./"): partial(_read, archive, member) for member in members}
+    _require_harmless([(member.name, member.size) for member in members], place)
+    return {member.name.removeprefix("./"): partial(_read_from_tar, archive, member) for member in members}
 
 
-def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def _read_from_tar(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     stream = archive.extractfile(member)
     content = stream.read() if stream else b""
     if len(content) != member.size:
@@ -118,7 +124,8 @@ def _read(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return content
 
 
-def _check(members: Sequence[tuple[str, int]], place: Path) -> None:
+def _require_harmless(members: Sequence[tuple[str, int]], place: Path) -> None:
+    """Refuse an archive whose members, (name, bytes), would lead out of it or fill the disk."""
     for name, size in members:
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or size > _MAX_FILE:

@@ -1,8 +1,8 @@
-"""Training-time augmentation on uint8 images, with torchvision's v2 functions where they are fast.
+"""Training-time augmentation of uint8 images, with torchvision's v2 functions where they are fast.
 
-A mosaic, the zoom and the shift are one step: the pictures lie on a plane and a square window of it
-is cut out, so that only pixels that end up in the result are touched. All randomness comes from the
-generator that is passed in.
+Mosaic, zoom and shift are one step: the pictures lie on a plane, and a square window is cut out of it. Pixels
+that do not appear in the result are never computed. All randomness comes from the generator that is passed
+in.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torchvision.transforms.v2 import functional as v2
 from sparse_exp.config.schema import AugmentConfig
 from sparse_exp.data.letterbox import PADDING
 
-_MIN_SIDE = 2.0  # px; smaller boxes cannot be learnt from
-_MIN_VISIBLE = 0.15  # share of a box's area that must still be inside
+_MIN_SIDE = 2.0  # px; smaller boxes teach nothing
+_MIN_VISIBLE = 0.15  # share of a box's area that must lie in the window
 _GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision
 
 
@@ -43,29 +43,31 @@ def augment_example(examples: Sequence[Example], config: AugmentConfig, draw: np
     """A random variant of one image, or of four in a mosaic.
 
     Args:
-        examples: one image, or the four of a mosaic; all of one size.
-        config: probabilities and sizes.
+        examples: one image, or four for a mosaic; all of one size.
+        config: probabilities and strengths.
         draw: source of all randomness.
 
     Returns:
         An image of the same size. Boxes are clipped to it; those that shrink below 2 px or keep
         less than 15 % of their area are dropped.
     """
-    example = _window(examples, config, draw)
-    example = _flip(example, config, draw)
+    example = _flip(_random_window(examples, config, draw), config, draw)
     if draw.random() < config.jitter:
-        example = example._replace(image=_jitter(example.image, config, draw))
+        limits = np.array([config.brightness, config.contrast, config.saturation, config.hue])
+        brightness, contrast, saturation, hue = draw.uniform(-limits, limits)
+        image = jitter_colours(example.image, 1 + brightness, 1 + contrast, 1 + saturation, hue)
+        example = example._replace(image=image)
     return example
 
 
-def _window(examples: Sequence[Example], config: AugmentConfig, draw: np.random.Generator) -> Example:
+def _random_window(examples: Sequence[Example], config: AugmentConfig, draw: np.random.Generator) -> Example:
     size = examples[0].image.shape[-1]
     zoom = draw.uniform(1 - config.scale, 1 + config.scale)
     side = max(1, round(size / zoom))
     if len(examples) == 1:
         places, centre = [(0, 0)], np.array([size / 2, size / 2])
     else:
-        # The corner where the four meet may come anywhere in the result, as in the mosaic of YOLOv5.
+        # As in the mosaic of YOLOv5, the four pictures may meet anywhere in the result.
         places = [(-size, -size), (0, -size), (-size, 0), (0, 0)]
         centre = draw.uniform(-size / 2, size / 2, 2)
     shift = draw.uniform(-config.translate, config.translate, 2) * size
@@ -79,11 +81,14 @@ def crop_window(
     """Cut a square window out of a plane on which pictures lie, and scale it.
 
     Args:
-        pieces: pictures with the place of their left upper corner on the plane, px.
+        pieces: pictures with x, y of their upper left corner on the plane, px.
         x: left edge of the window, px.
         y: upper edge of the window, px.
-        side: side of the window, px. What no picture covers is grey.
+        side: side of the window, px. Where it shows no picture it is grey.
         size: side of the result, px.
+
+    Returns:
+        The scaled window and the boxes that are visible in it.
     """
     canvas = torch.full((3, side, side), PADDING, dtype=torch.uint8)
     boxes, classes = [], []
@@ -102,6 +107,7 @@ def crop_window(
 
 
 def _paste(canvas: Tensor, image: Tensor, left: int, top: int) -> None:
+    """Copy an image into a canvas, cut where it reaches beyond the edges."""
     height, width = image.shape[-2:]
     side = canvas.shape[-1]
     x1, y1, x2, y2 = max(left, 0), max(top, 0), min(left + width, side), min(top + height, side)
@@ -110,7 +116,7 @@ def _paste(canvas: Tensor, image: Tensor, left: int, top: int) -> None:
 
 
 def _clip(boxes: Tensor, side: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Which boxes stay (M,), and those boxes clipped to the window (K, 4)."""
+    """Which boxes are kept (M,), and the kept ones clipped to the window (K, 4)."""
     clipped = boxes.clamp(0, side)
     before, after = boxes[:, 2:] - boxes[:, :2], clipped[:, 2:] - clipped[:, :2]
     kept = (after.amin(1) * scale >= _MIN_SIDE) & (after.prod(1) >= _MIN_VISIBLE * before.prod(1))
@@ -120,7 +126,7 @@ def _clip(boxes: Tensor, side: int, scale: float) -> tuple[Tensor, Tensor]:
 def _flip(example: Example, config: AugmentConfig, draw: np.random.Generator) -> Example:
     image, boxes, classes = example
     framed = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[-2:]))
-    # Every number is drawn whether it is used or not, so that switching one off changes no other.
+    # All three numbers are always drawn, so that switching one flip off changes no other randomness.
     leftright, updown, swap = draw.random(3)
     if leftright < config.fliplr:
         image, framed = v2.horizontal_flip(image), v2.horizontal_flip(framed)
@@ -132,27 +138,21 @@ def _flip(example: Example, config: AugmentConfig, draw: np.random.Generator) ->
     return Example(image, boxes, classes)
 
 
-def _jitter(image: Tensor, config: AugmentConfig, draw: np.random.Generator) -> Tensor:
-    limits = np.array([config.brightness, config.contrast, config.saturation, config.hue])
-    brightness, contrast, saturation, hue = draw.uniform(-limits, limits)
-    return jitter_colours(image, 1 + brightness, 1 + contrast, 1 + saturation, hue)
-
-
 def jitter_colours(
     image: Tensor, brightness: float = 1.0, contrast: float = 1.0, saturation: float = 1.0, hue: float = 0.0
 ) -> Tensor:
     """Change colours by one affine map of RGB.
 
-    The first three are those of torchvision's ``adjust_*`` in this order, without its rounding and
-    clipping between them. The hue turns colours around the grey axis; torchvision's way through HSV
-    takes ten times as long as everything else here.
+    Brightness, contrast and saturation are those of torchvision's ``adjust_*``, in this order, without its
+    rounding and clipping between the steps. The hue is changed by a rotation around the grey axis;
+    torchvision's way through HSV would take ten times as long as everything else here.
 
     Args:
         image: uint8 RGB ``(3, H, W)``.
-        brightness: factor, 1 for none; `contrast` and `saturation` likewise.
-        contrast: see `brightness`.
-        saturation: see `brightness`.
-        hue: turn as a share of the colour circle, 0 for none.
+        brightness: factor; 1 changes nothing.
+        contrast: factor; 1 changes nothing.
+        saturation: factor; 1 changes nothing.
+        hue: rotation as a share of the colour circle; 0 changes nothing.
 
     Returns:
         uint8 ``(3, H, W)``.
@@ -161,13 +161,13 @@ def jitter_colours(
     pixels = image.reshape(3, -1).float()
     mean_grey = float(grey @ pixels.mean(1)) * brightness
     colour = saturation * torch.eye(3) + (1 - saturation) * grey.expand(3, 3)
-    matrix = brightness * contrast * (_turn(hue) @ colour)
-    bias = (1 - contrast) * mean_grey + 0.5  # half a step, because the cast to uint8 cuts off
+    matrix = brightness * contrast * (_hue_rotation(hue) @ colour)
+    bias = (1 - contrast) * mean_grey + 0.5  # half a step, because the cast to uint8 rounds down
     return (matrix @ pixels).add_(bias).clamp_(0, 255).to(torch.uint8).view_as(image)
 
 
-def _turn(share: float) -> Tensor:
-    """Rotation around the grey axis (1, 1, 1); a third of the circle takes red to green."""
+def _hue_rotation(share: float) -> Tensor:
+    """The rotation (3, 3) around the grey axis (1, 1, 1); a third of the circle turns red into green."""
     angle = 2 * math.pi * share
     along = torch.full((3, 3), 1 / 3)
     across = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)

@@ -1,4 +1,4 @@
-"""Everything that is wrong, or odd, with a data set, found in one pass."""
+"""Find everything that is wrong or unusual in a data set, in one pass."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from sparse_exp.data.labels import parse_labels
 from sparse_exp.data.letterbox import fitted_size
 from sparse_exp.data.scan import EMPTY, Scan
 
-_SMALL, _MEDIUM = 32**2, 96**2  # px of area at imgsz, as COCO's metrics divide
-_TINY = 3.0  # px at imgsz; the finest stride of YOLOv5 is 8
-_LONG = 8.0  # ratio of sides of an image from which letterboxing leaves little of it
+_SMALL, _MEDIUM = 32**2, 96**2  # upper bounds of a box's area, px² at imgsz, as in COCO's metrics
+_TINY = 3.0  # px at imgsz, of a box's shorter side; the finest stride of YOLOv5 is 8
+_LONG = 8.0  # ratio of an image's sides above which most of the letterboxed square is grey
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found.
+    """One problem.
 
     Attributes:
-        level: ``error``: training or what is measured would suffer; ``warning``: worth a look.
-        kind: which sort of thing, the same words for all of its sort.
-        where: the file and, in a label, the line.
-        message: what it is and what to do.
+        level: ``error``: it would harm training or make metrics wrong; ``warning``: worth a look.
+        kind: name of this kind of problem.
+        where: the file or, in a label file, ``file:line``; for a problem of a class, its name.
+        message: what is wrong and what to do.
     """
 
     level: str
@@ -41,20 +41,20 @@ class Finding:
 
 @dataclass
 class SplitFacts:
-    """What a split holds.
+    """Counts and sizes of the images and boxes of a split.
 
     Attributes:
-        images: all of them; `unusable` cannot be read or have damaged labels.
-        unusable: see `images`.
+        images: number of images.
+        unusable: images that cannot be read or have damaged labels; all that follows leaves them out.
         background: images without a box.
-        boxes: of the usable images.
-        classes: boxes of each class id.
-        small: share of boxes below 32 x 32 px at imgsz; `medium` below 96 x 96, `large` above.
-        medium: see `small`.
-        large: see `small`.
-        median_side: of boxes (the root of their area), px at imgsz; 0 without boxes.
-        widest: largest and smallest width of an image by its height.
-        narrowest: see `widest`.
+        boxes: number of boxes.
+        classes: number of boxes of each class id.
+        small: share of boxes below 32 x 32 px at imgsz, 0..1.
+        medium: share of boxes from there to below 96 x 96 px.
+        large: share of larger boxes.
+        median_side: median of the boxes' sides (roots of their areas), px at imgsz; 0 without boxes.
+        widest: largest ratio of an image's width to its height.
+        narrowest: smallest ratio of an image's width to its height.
     """
 
     images: int = 0
@@ -72,14 +72,14 @@ class SplitFacts:
 
 @dataclass(frozen=True)
 class Report:
-    """What `inspect` found.
+    """The result of `inspect`.
 
     Attributes:
         path: of the data yaml.
-        imgsz: side that images are scaled to, px; what sizes refer to.
+        imgsz: side that images are scaled to, px; sizes of boxes refer to it.
         names: class names.
         splits: facts by split.
-        findings: errors first.
+        findings: all problems, errors first.
     """
 
     path: str
@@ -90,16 +90,16 @@ class Report:
 
     @property
     def errors(self) -> int:
-        """Number of findings that training would suffer from."""
+        """Number of findings of level ``error``."""
         return sum(finding.level == "error" for finding in self.findings)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for json."""
+        """The report as plain data, for json."""
         return {**asdict(self), "errors": self.errors, "warnings": len(self.findings) - self.errors}
 
 
 def inspect(yaml_path: Path, imgsz: int, cache: Path | None = None) -> Report:
-    """Look at every image and label of a data set.
+    """Check every image and label of a data set.
 
     Args:
         yaml_path: the data yaml.
@@ -111,17 +111,18 @@ def inspect(yaml_path: Path, imgsz: int, cache: Path | None = None) -> Report:
     """
     listing = list_dataset(yaml_path)
     scans = scan_listing(listing, cache)
-    facts = {split: _facts(samples, listing, scans, imgsz) for split, samples in listing.splits.items()}
-    found = [
-        *_unusable(listing, scans),
-        *_leaks(listing, scans),
-        *_class_findings(listing.names, facts),
-        *_box_findings(listing, scans, imgsz),
-        *_label_findings(listing, scans, facts),
-        *_shape_findings(scans),
+    facts = {split: _facts_of(samples, listing, scans, imgsz) for split, samples in listing.splits.items()}
+    findings = [
+        *_unusable_files(listing, scans),
+        *_repeated_images(listing, scans),
+        *_unlearnable_classes(listing.names, facts),
+        *_odd_boxes(listing, scans, imgsz),
+        *_missing_labels(listing, scans, facts),
+        *_stray_labels(listing),
+        *_long_images(scans),
     ]
-    found.sort(key=lambda finding: finding.level)  # stable: errors, then warnings
-    return Report(str(yaml_path), imgsz, listing.names, facts, found)
+    findings.sort(key=lambda finding: finding.level)  # stable: errors, then warnings
+    return Report(str(yaml_path), imgsz, listing.names, facts, findings)
 
 
 def _boxes(scan: Scan) -> NDArray[np.float32]:
@@ -129,13 +130,15 @@ def _boxes(scan: Scan) -> NDArray[np.float32]:
 
 
 def _sides(scan: Scan, imgsz: int) -> NDArray[np.float32]:
-    """Width and height of the boxes of an image once it is scaled, px (M, 2)."""
+    """Width and height (M, 2) of an image's boxes once the image is scaled to ``imgsz``, px."""
     if not scan.width:
         return np.zeros((0, 2), np.float32)
     return _boxes(scan)[:, 3:] * np.array(fitted_size(scan.width, scan.height, imgsz), np.float32)
 
 
-def _facts(samples: Sequence[Sample], listing: Listing, scans: Mapping[Path, Scan], imgsz: int) -> SplitFacts:
+def _facts_of(
+    samples: Sequence[Sample], listing: Listing, scans: Mapping[Path, Scan], imgsz: int
+) -> SplitFacts:
     usable = [
         scans[s.image] for s in samples if s.image not in listing.missing and not scans[s.image].problems
     ]
@@ -155,25 +158,22 @@ def _facts(samples: Sequence[Sample], listing: Listing, scans: Mapping[Path, Sca
     return facts
 
 
-def _unusable(listing: Listing, scans: Mapping[Path, Scan]) -> Iterator[Finding]:
+def _unusable_files(listing: Listing, scans: Mapping[Path, Scan]) -> Iterator[Finding]:
     for image, scan in scans.items():
         for where, problem in problems_of(image, listing, scans):
-            kind = (
-                "missing image" if scan.stamp[0] < 0 else "bad image" if where == str(image) else "bad label"
-            )
+            bad = "bad image" if where == str(image) else "bad label"
+            kind = "missing image" if scan.stamp[0] < 0 else bad
             yield Finding("error", kind, where, problem)
 
 
-def _leaks(listing: Listing, scans: Mapping[Path, Scan]) -> Iterator[Finding]:
-    """Images that are in two splits, or in one of them twice."""
+def _repeated_images(listing: Listing, scans: Mapping[Path, Scan]) -> Iterator[Finding]:
+    """Images that are in two splits, or in one split twice."""
     trained = {sample.image for sample in listing.splits["train"]}
     first: dict[str, tuple[str, Path]] = {}
     for split, samples in listing.splits.items():
         if split != "train" and trained.issuperset(sample.image for sample in samples):
-            do = "What is measured there says nothing about images that the model has not seen."
-            yield Finding(
-                "warning", "no split of its own", str(listing.path), f"{split} is part of train. {do}"
-            )
+            text = f"{split} is part of train. Its mAP says nothing about images that the model has not seen."
+            yield Finding("warning", "no split of its own", str(listing.path), text)
             continue
         for sample in samples:
             sha256 = scans[sample.image].image_sha256
@@ -188,21 +188,21 @@ def _leaks(listing: Listing, scans: Mapping[Path, Scan]) -> Iterator[Finding]:
                 yield Finding("warning", "duplicate image", str(sample.image), text)
 
 
-def _class_findings(names: Sequence[str], facts: Mapping[str, SplitFacts]) -> Iterator[Finding]:
-    trained = facts["train"].classes
+def _unlearnable_classes(names: Sequence[str], facts: Mapping[str, SplitFacts]) -> Iterator[Finding]:
     for class_id, name in enumerate(names):
-        others = [split for split in facts if split != "train" and class_id in facts[split].classes]
-        if class_id in trained:
+        splits = [split for split in facts if class_id in facts[split].classes]
+        if "train" in splits:
             continue
-        if others:
-            text = f"Class {class_id} is in {', '.join(others)} only, so it cannot be learnt."
+        if splits:
+            text = f"Class {class_id} is in {', '.join(splits)} only, so it cannot be learned."
             yield Finding("error", "class not in train", name, f"{text} Move images of it into train.")
         else:
             text = f"Class {class_id} has no box. Remove it from names if that is no mistake."
             yield Finding("warning", "class never seen", name, text)
 
 
-def _box_findings(listing: Listing, scans: Mapping[Path, Scan], imgsz: int) -> Iterator[Finding]:
+def _odd_boxes(listing: Listing, scans: Mapping[Path, Scan], imgsz: int) -> Iterator[Finding]:
+    """Boxes that stand in a label file twice, and tiny ones."""
     labels = {sample.image: sample.label for samples in listing.splits.values() for sample in samples}
     for image, scan in scans.items():
         boxes = _boxes(scan)
@@ -220,33 +220,33 @@ def _box_findings(listing: Listing, scans: Mapping[Path, Scan], imgsz: int) -> I
                 yield Finding("warning", "duplicate box", f"{labels[image]}:{line}", text)
         for index in tiny:
             w, h = sides[index]
-            text = f"{w:.1f} x {h:.1f} px at {imgsz} px: hardly to be learnt. Use a larger imgsz, or tiles."
+            text = f"{w:.1f} x {h:.1f} px at {imgsz} px: too small to learn. Use a larger imgsz, or tiles."
             yield Finding("warning", "tiny box", f"{labels[image]}:{lines[index]}", text)
 
 
-def _label_findings(
+def _missing_labels(
     listing: Listing, scans: Mapping[Path, Scan], facts: Mapping[str, SplitFacts]
 ) -> Iterator[Finding]:
     for split, samples in listing.splits.items():
         without = [sample for sample in samples if not scans[sample.image].has_label]
         if not facts[split].boxes:
             where = without[0].label if without else samples[0].label
-            text = f"No image of {split} has a box; labels are looked for at places such as {where}."
+            text = f"No image of {split} has a box. Label files are expected at paths like {where}."
             yield Finding("error", "no labels", str(listing.path), text)
         elif without:
             text = f"{len(without)} of {len(samples)} images have no label file and count as background"
             yield Finding("warning", "no label file", str(without[0].image), f"{text}, this one first.")
-    yield from _stray_labels(listing)
 
 
 def _stray_labels(listing: Listing) -> Iterator[Finding]:
+    """Label files without an image."""
     folders: dict[Path, set[Path]] = defaultdict(set)
     for samples in listing.splits.values():
         for sample in samples:
             folders[sample.label.parent].add(sample.image.parent)
     for labels, images in sorted(folders.items()):
         if labels in images or not labels.is_dir():
-            continue  # other texts may lie beside images
+            continue  # a text file beside images need not be a label file
         stems = {
             path.stem for folder in images if folder.is_dir() for path in folder.iterdir()
             if path.suffix.lower() in IMAGE_SUFFIXES
@@ -257,7 +257,7 @@ def _stray_labels(listing: Listing) -> Iterator[Finding]:
                 yield Finding("warning", "label without image", str(label), text)
 
 
-def _shape_findings(scans: Mapping[Path, Scan]) -> Iterator[Finding]:
+def _long_images(scans: Mapping[Path, Scan]) -> Iterator[Finding]:
     for image, scan in scans.items():
         if scan.width and max(scan.width / scan.height, scan.height / scan.width) > _LONG:
             text = f"{scan.width} x {scan.height} px: most of the square will be grey. Cut it into tiles."

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import shutil
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from PIL import Image
 
 from sparse_exp.data.archives import Tree
 from sparse_exp.data.images import IMAGE_SUFFIXES
+from sparse_exp.data.voc import VocAnnotation, read_annotation
 from sparse_exp.data.writing import write_yaml
 from sparse_exp.errors import DataError, expected
 from sparse_exp.progress import progress
@@ -79,7 +79,7 @@ def write_converted(converted: Converted, tree: Tree, folder: Path, *, link: boo
 
 
 def _free_stem(name: PurePosixPath, taken: set[str]) -> str:
-    """A stem that no image of the split has yet, not even one in other letters' case."""
+    """A stem that no image of the split has yet; upper and lower case count as the same."""
     stem, number = name.stem, 1
     while stem.lower() in taken:
         number += 1
@@ -131,12 +131,12 @@ def _row(class_id: int, box: Box, size: tuple[float, float]) -> Row | None:
     x1, x2 = (min(max(edge / width, 0.0), 1.0) for edge in box[::2])
     y1, y2 = (min(max(edge / height, 0.0), 1.0) for edge in box[1::2])
     w, h = x2 - x1, y2 - y1
-    # "not above" instead of "below", for edges that are no numbers
+    # Edges may be NaN, which is above nothing: such a box is left out, too.
     return (class_id, x1 + w / 2, y1 + h / 2, w, h) if w > _SMALLEST and h > _SMALLEST else None
 
 
 def _split_of(path: PurePosixPath) -> str:
-    """The split that a path speaks of: train for ``instances_train2017.json``, val for ``valid/x.xml``."""
+    """The split that a path names: train for ``instances_train2017.json``, val for ``valid/x.xml``."""
     for part in reversed(path.parts):
         for word in part.lower().replace("-", "_").replace(".", "_").split("_"):
             split = _SPLIT_WORDS.get(word.rstrip("0123456789"))
@@ -179,12 +179,12 @@ def read_coco(tree: Tree, images: str | None = None) -> Converted:
     categories = _categories(parts)
     converted = Converted(tuple(categories.values()), {})
     positions = {category: position for position, category in enumerate(categories)}
-    places = _Places(tree)
+    finder = _ImageFinder(tree)
     for name, part in parts:
         path = PurePosixPath(name)
         rows = converted.splits.setdefault(_split_of(path), {})
         try:
-            _read_coco_part(tree, places, (path, images), part, positions, rows, converted.dropped)
+            _read_coco_part(tree, finder, (path, images), part, positions, rows, converted.dropped)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise DataError(
@@ -214,8 +214,8 @@ def _categories(parts: Sequence[tuple[str, dict[str, Any]]]) -> dict[int, str]:
     return dict(sorted(names.items()))
 
 
-class _Places:
-    """Where the images of a tree are."""
+class _ImageFinder:
+    """Finds images of a tree by their file names."""
 
     def __init__(self, tree: Tree) -> None:
         self._names = tree.readers
@@ -225,7 +225,7 @@ class _Places:
                 self._by_name.setdefault(PurePosixPath(name).name, []).append(name)
 
     def find(self, file_name: str, folders: Iterable[PurePosixPath]) -> str | None:
-        """The image in the first of the folders that has it, else the only one of that name."""
+        """The image in the first of the folders that has it, or else the only image of that name."""
         for folder in folders:
             name = os.path.normpath(folder / file_name).replace("\\", "/")
             if name in self._names:
@@ -239,7 +239,7 @@ class _Places:
 
 
 def _read_coco_part(
-    tree: Tree, places: _Places, where: tuple[PurePosixPath, str | None], part: Mapping[str, Any],
+    tree: Tree, finder: _ImageFinder, where: tuple[PurePosixPath, str | None], part: Mapping[str, Any],
     positions: Mapping[int, int], rows: dict[str, list[Row]], dropped: Counter[str],
 ) -> None:  # fmt: skip
     path, images = where
@@ -252,7 +252,7 @@ def _read_coco_part(
     )
     found: dict[Any, tuple[str, tuple[float, float]]] = {}
     for image in part["images"]:
-        name = places.find(str(image["file_name"]), folders)
+        name = finder.find(str(image["file_name"]), folders)
         if name is None:
             dropped["images not found"] += 1
             continue
@@ -313,59 +313,41 @@ def read_voc(tree: Tree, sets: Mapping[str, Sequence[str]] | None = None) -> Con
         if names
     }
     items = (item for parts in chosen.values() for _, part in parts for item in part.objects)
-    names = tuple(sorted({name for name, _, difficult in items if not difficult}))
-    converted, places = Converted(names, {}), _Places(tree)
+    names = tuple(sorted({item.name for item in items if not item.difficult}))
+    converted, finder = Converted(names, {}), _ImageFinder(tree)
     for split, parts in chosen.items():
         rows = converted.splits.setdefault(split, {})
         for name, part in parts:
-            _add_voc_image(tree, places, PurePosixPath(name), part, rows, converted)
+            _add_voc_image(tree, finder, PurePosixPath(name), part, rows, converted)
     return converted
 
 
-@dataclass(frozen=True)
-class _VocImage:
-    """One annotation file: the image's name and size in pixels, and class, box, difficult of each object."""
-
-    file_name: str
-    size: tuple[float, float]
-    objects: list[tuple[str, Box, bool]]
-
-
-def _read_voc_xml(tree: Tree, name: str) -> _VocImage:
+def _read_voc_xml(tree: Tree, name: str) -> VocAnnotation:
     try:
-        root = ElementTree.fromstring(tree.read(name))
-        size = (float(root.findtext("size/width") or 0), float(root.findtext("size/height") or 0))
-        objects = [_voc_object(item) for item in root.iter("object")]
-    except (ElementTree.ParseError, ValueError) as error:
+        return read_annotation(tree.read(name))
+    except ValueError as error:
         raise DataError(f"Cannot read {name} in {tree.place}: {error}. Correct or remove it.") from error
-    return _VocImage(root.findtext("filename") or "", size, objects)
-
-
-def _voc_object(item: ElementTree.Element) -> tuple[str, Box, bool]:
-    x1, y1, x2, y2 = (
-        float(item.findtext(f"bndbox/{edge}", "nan")) for edge in ("xmin", "ymin", "xmax", "ymax")
-    )
-    difficult = (item.findtext("difficult") or "0").strip() == "1"
-    return (item.findtext("name") or "").strip(), (x1 - 1, y1 - 1, x2, y2), difficult
 
 
 def _add_voc_image(
-    tree: Tree, places: _Places, path: PurePosixPath, part: _VocImage, rows: dict[str, list[Row]],
+    tree: Tree, finder: _ImageFinder, path: PurePosixPath, part: VocAnnotation, rows: dict[str, list[Row]],
     converted: Converted,
 ) -> None:  # fmt: skip
     folders = [path.parent.parent / "JPEGImages", path.parent, path.parent.parent / "images"]
     files = [f"{path.stem}{suffix}" for suffix in (".jpg", *sorted(IMAGE_SUFFIXES))]
-    candidates = (places.find(file, folders) for file in [part.file_name, *files] if file)
+    candidates = (finder.find(file, folders) for file in [part.file_name, *files] if file)
     name = next((found for found in candidates if found), None)
     if name is None:
         converted.dropped["images not found"] += 1
         return
     kept = rows.setdefault(name, [])
     size = part.size if all(part.size) else _image_size(tree, name)
-    for label, box, difficult in part.objects:
-        row = None if difficult else _row(converted.names.index(label), box, size)
+    for item in part.objects:
+        x1, y1, x2, y2 = item.box
+        box = (x1 - 1, y1 - 1, x2, y2)
+        row = None if item.difficult else _row(converted.names.index(item.name), box, size)
         if row is None:
-            converted.dropped["difficult objects" if difficult else "empty boxes"] += 1
+            converted.dropped["difficult objects" if item.difficult else "empty boxes"] += 1
         elif row in kept:
             converted.dropped["boxes listed twice"] += 1
         else:

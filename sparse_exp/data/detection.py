@@ -1,12 +1,12 @@
-"""Detection data in Ultralytics' format, the one format that everything here reads.
+"""Detection data in Ultralytics' format, the only format that training, evaluation and prediction read.
 
-A data set is a yaml file with the keys ``path`` (root; the yaml's own folder when left out),
-``train``, ``val``, optionally ``test`` (a folder, a text file that lists images, or a list of
-those) and ``names`` (a list, or a map from class id to name). The label file of
-``.../images/x.jpg`` is ``.../labels/x.txt``: one line ``class x y w h`` per box, centre and size as
-shares of the image's width and height. A polygon ``class x1 y1 x2 y2 ...`` becomes the box around
-it. An empty or missing label file is an image of background. Other keys, such as ``download``, are
-ignored: nothing in a data yaml is ever run.
+A data set is a yaml file with the keys ``path`` (its root; by default the yaml's own folder), ``train``,
+``val``, optionally ``test`` (each a folder, a text file that lists images, or a list of these) and ``names``
+(a list, or a map from class id to name). Other keys are ignored; above all, ``download`` is never run.
+
+The label file of ``.../images/x.jpg`` is ``.../labels/x.txt``. It has one line ``class x y w h`` per box:
+centre and size as shares of the image's width and height. A polygon ``class x1 y1 x2 y2 ...`` becomes the box
+around it. An image whose label file is empty or missing shows background.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from sparse_exp.data.images import IMAGE_SUFFIXES
@@ -29,16 +31,16 @@ from sparse_exp.errors import DataError, expected
 
 _log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
-_NAMED = 3  # files that a warning lists before it only counts
+_LISTED = 3  # unusable files that a warning lists; it only counts the others
 
 
 class Sample(NamedTuple):
-    """One image and its label file, which need not exist.
+    """One image and its label file.
 
     Attributes:
         image: path of the image.
-        label: path of the label file.
-        boxes: what is in it, float32 ``(M, 5)`` as bytes, where that is known; see `labels_of`.
+        label: path of the label file, which need not exist.
+        boxes: the boxes in it, float32 ``(M, 5)`` as bytes; None where it has not been read.
     """
 
     image: Path
@@ -46,23 +48,34 @@ class Sample(NamedTuple):
     boxes: bytes | None = None
 
     def labels_of(self, num_classes: int) -> NDArray[np.float32]:
-        """Class id and x, y, w, h of each box; see `sparse_exp.data.labels.read_boxes`."""
+        """Class id and x, y, w, h of each box; arguments, result and errors as of `read_boxes`."""
         if self.boxes is None:
             return read_boxes(self.label, num_classes)
         return np.frombuffer(self.boxes, np.float32).reshape(-1, 5)
 
 
+def evenly_spread(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """Samples that are spread evenly over a split, the first and the last among them.
+
+    Args:
+        samples: the split.
+        count: how many; where the split has fewer, all of them.
+    """
+    positions = np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int)
+    return [samples[position] for position in positions]
+
+
 @dataclass(frozen=True)
 class DetectionDataset:
-    """A detection data set on disk, all of whose files can be used.
+    """A detection data set on disk; all its images and labels have been checked.
 
     Attributes:
-        name: for people.
-        root: directory that relative paths of the yaml start from.
-        names: class names; the class id is the position.
-        splits: samples of ``train``, ``val`` and, where there is one, ``test``, sorted by path.
-        digest: SHA-256 over class names, splits, relative paths and file contents, 64 hex digits.
-        skipped: images that were left out because they or their labels cannot be used.
+        name: shown to users.
+        root: directory from which relative paths in the yaml start.
+        names: class names; a class id is an index into them.
+        splits: samples of ``train``, ``val`` and, if there is one, ``test``, sorted by path.
+        digest: SHA-256 of class names, splits, relative paths and file contents, 64 hex digits.
+        skipped: number of images left out because they or their labels cannot be used.
     """
 
     name: str
@@ -75,14 +88,14 @@ class DetectionDataset:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a data yaml says, before any image or label is looked at.
+    """The content of a data yaml; its images and labels have not been checked.
 
     Attributes:
         path: of the data yaml.
         root: see `DetectionDataset`.
         names: see `DetectionDataset`.
         splits: samples by split; some may not exist.
-        missing: for images that do not exist, the list and line that name them.
+        missing: for each image that does not exist, ``file:line`` of the list that names it.
     """
 
     path: Path
@@ -99,14 +112,14 @@ def load_dataset(
 
     Args:
         yaml_path: the data yaml.
-        name: name of the data set; the yaml's stem when None.
-        cache: cache directory, which keeps what was found for the next time; None: nothing is kept.
-        on_corrupt: ``fail``, or ``skip``: leave out images that cannot be used or whose labels
-            cannot. What is left out is a function of the files alone, and so is the digest.
+        name: name of the data set; None: the yaml's stem.
+        cache: cache directory, which keeps the results of the checks; None: they are not kept.
+        on_corrupt: ``fail``: refuse the data set; ``skip``: leave out images that cannot be used, or whose
+            labels cannot. Which ones those are depends only on the files, and so does the digest.
 
     Raises:
-        DataError: the yaml is missing or wrong, a split leads nowhere, ``train`` or ``val`` holds no
-            image, or, unless they are skipped, files cannot be used: names the first, and how many.
+        DataError: the yaml is missing or wrong, the path of a split does not exist, or ``train`` or ``val``
+            holds no image; or files cannot be used and are not skipped (names the first and their number).
     """
     listing = list_dataset(yaml_path)
     scans = scan_listing(listing, cache)
@@ -114,9 +127,9 @@ def load_dataset(
     corrupt = [*listing.missing, *corrupt]
     if corrupt:
         _refuse_or_warn(listing, scans, corrupt, on_corrupt)
-    gone = set(corrupt)
+    skipped = set(corrupt)
     splits = {
-        split: tuple(s._replace(boxes=scans[s.image].boxes) for s in samples if s.image not in gone)
+        split: tuple(s._replace(boxes=scans[s.image].boxes) for s in samples if s.image not in skipped)
         for split, samples in listing.splits.items()
     }
     _require_images(splits, yaml_path)
@@ -127,7 +140,7 @@ def load_dataset(
 
 
 def check_dataset(dataset: DetectionDataset) -> dict[str, int]:
-    """Number of boxes of each split; the files themselves were checked by `load_dataset`."""
+    """Number of boxes in each split."""
     classes = len(dataset.names)
     return {
         split: sum(len(sample.labels_of(classes)) for sample in samples)
@@ -136,18 +149,18 @@ def check_dataset(dataset: DetectionDataset) -> dict[str, int]:
 
 
 def list_dataset(yaml_path: Path) -> Listing:
-    """Read a data yaml and list its samples; images and labels are not looked at.
+    """Read a data yaml and list its samples; images and labels are not opened.
 
     Raises:
-        DataError: the yaml is missing or wrong, a split leads nowhere, or ``train`` or ``val``
+        DataError: the yaml is missing or wrong, the path of a split does not exist, or ``train`` or ``val``
             holds no image.
     """
     spec = _read_yaml(yaml_path)
     names = _read_names(spec, yaml_path)
-    root, tried = _root(spec, yaml_path)
+    root, hint = _find_root(spec, yaml_path)
     missing: dict[Path, str] = {}
     splits = {
-        split: _samples(spec[split], (root, tried), f"the split {split!r} of {yaml_path}", missing)
+        split: _samples(spec[split], root, hint, f"the split {split!r} of {yaml_path}", missing)
         for split in SPLITS
         if spec.get(split)
     }
@@ -156,7 +169,7 @@ def list_dataset(yaml_path: Path) -> Listing:
 
 
 def scan_listing(listing: Listing, cache: Path | None = None) -> dict[Path, Scan]:
-    """Look at every file of a data set, each image once; see `sparse_exp.data.scan.scan_files`."""
+    """Scan every file of a data set, each image once; see `sparse_exp.data.scan.scan_files`."""
     key = hashlib.sha256(str(listing.path.resolve()).encode()).hexdigest()[:20]
     place = cache / "scans" / f"{key}.json" if cache else None
     pairs = ((image, label) for samples in listing.splits.values() for image, label, _ in samples)
@@ -164,7 +177,7 @@ def scan_listing(listing: Listing, cache: Path | None = None) -> dict[Path, Scan
 
 
 def problems_of(image: Path, listing: Listing, scans: Mapping[Path, Scan]) -> list[tuple[str, str]]:
-    """What keeps an image from being used: file and line, and a sentence or two that name them."""
+    """Why an image cannot be used: for each problem the file or ``file:line``, and a message naming it."""
     if image in listing.missing:
         where, do = listing.missing[image], "Correct or remove the line."
         return [(where, expected(f"the image of {where}", "an existing file", str(image), do))]
@@ -174,22 +187,17 @@ def problems_of(image: Path, listing: Listing, scans: Mapping[Path, Scan]) -> li
 def _refuse_or_warn(
     listing: Listing, scans: Mapping[Path, Scan], corrupt: list[Path], on_corrupt: str
 ) -> None:
-    advice = f"python -m sparse_exp.data check {_quoted(listing.path)} lists all that is wrong."
+    """Refuse files that cannot be used, or warn that they are left out."""
+    advice = f"python -m sparse_exp.data check {shlex.quote(str(listing.path))} lists all that is wrong."
     if on_corrupt != "skip":
         _, first = problems_of(corrupt[0], listing, scans)[0]
         others = f" {len(corrupt)} of {len(scans)} images cannot be used." if len(corrupt) > 1 else ""
         raise DataError(f"{first}{others} Or go on without: dataset.on_corrupt=skip. {advice}")
-    named = ", ".join(str(path) for path in corrupt[:_NAMED])
-    named += ", ..." if len(corrupt) > _NAMED else ""
+    listed = ", ".join(str(path) for path in corrupt[:_LISTED])
+    listed += ", ..." if len(corrupt) > _LISTED else ""
     _log.warning(
-        "Left out %d of %d images that cannot be used: %s. %s", len(corrupt), len(scans), named, advice
+        "Left out %d of %d images that cannot be used: %s. %s", len(corrupt), len(scans), listed, advice
     )
-
-
-def _quoted(path: Path) -> str:
-    import shlex
-
-    return shlex.quote(str(path))
 
 
 def _require_images(splits: Mapping[str, tuple[Sample, ...]], yaml_path: Path) -> None:
@@ -200,8 +208,6 @@ def _require_images(splits: Mapping[str, tuple[Sample, ...]], yaml_path: Path) -
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
     try:
         spec = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -231,52 +237,63 @@ def _read_names(spec: dict[str, Any], path: Path) -> tuple[str, ...]:
     return tuple(str(name) for name in names)
 
 
-def _root(spec: dict[str, Any], yaml_path: Path) -> tuple[Path, str]:
-    """The root of a data set, and where it was looked for where it is not there."""
+def _find_root(spec: dict[str, Any], yaml_path: Path) -> tuple[Path, str]:
+    """The root of a data set; and where it does not exist, a hint for messages where it was looked for."""
     given = Path(str(spec.get("path") or ".")).expanduser()
     here = (yaml_path.absolute().parent / given).resolve()
     from_cwd = Path.cwd() / given
     if here.is_dir() or given.is_absolute():
         return here, ""
-    if from_cwd.is_dir():  # as the file was written for a trainer that is started there
+    if from_cwd.is_dir():  # the yaml was written for a trainer that is started there
         return from_cwd.resolve(), ""
     return here, f" (its path {str(given)!r} is neither in the yaml's folder nor in {Path.cwd()})"
 
 
 def _samples(
-    entry: Any, root: tuple[Path, str], what: str, missing: dict[Path, str]
+    entry: Any, root: Path, hint: str, what: str, missing: dict[Path, str]
 ) -> tuple[Sample, ...]:  # fmt: skip
+    """The samples of a split.
+
+    Args:
+        entry: the yaml's value for the split.
+        root: see `_find_root`, as ``hint``.
+        hint: ends the message where ``entry`` does not exist.
+        what: names the split in messages.
+        missing: gets the listed images that do not exist.
+    """
     images: set[Path] = set()
     for item in entry if isinstance(entry, list) else [entry]:
-        place = _place(str(item), root[0])
+        place = _resolve(str(item), root)
         if place.is_dir():
             images.update(_images_below(place))
         elif _is_image(place.name) and place.is_file():
             images.add(place)
         elif place.is_file():
-            images.update(_listed_images(place, root[0], missing))
+            images.update(_listed_images(place, root, missing))
         else:
-            got = f"{root[0] / Path(str(item)).expanduser()}{root[1]}"
+            got = f"{root / Path(str(item)).expanduser()}{hint}"
             raise DataError(expected(what, "an existing folder or list of images", got, "Correct the path."))
-    # In the order of paths, whose parts are compared one by one; with 10 000 of them, texts are faster.
+    # Sort as paths, part by part. With 10 000 of them, comparing texts is faster than comparing paths.
     ordered = sorted(images, key=lambda image: str(image).replace(os.sep, "\0"))
     return tuple(Sample(image, _label_of(image)) for image in ordered)
 
 
-def _place(item: str, root: Path) -> Path:
+def _resolve(item: str, root: Path) -> Path:
+    """The path that an item of a split means."""
     place = root / Path(item).expanduser()
-    # As upstream: exports of labelling services write ../train/images for train/images.
+    # As upstream: exports of labelling services write ../train/images and mean train/images.
     inside = root / item.removeprefix("../")
     return inside if item.startswith("../") and not place.exists() and inside.exists() else place
 
 
 def _is_image(name: str) -> bool:
-    # Names with a dot in front are litter of operating systems, such as ._photo.jpg of macOS.
+    # Names that begin with a dot are by-products of operating systems, such as ._photo.jpg of macOS.
+    # os.path is faster than Path, which counts with many thousand files.
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")  # noqa: PTH122
 
 
 def _images_below(folder: Path) -> Iterator[Path]:
-    """Images in a folder and all folders in it, linked ones too, but none of them twice."""
+    """Images in a folder and in all folders below it, linked ones too; each folder is visited once."""
     seen = set()
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
@@ -288,6 +305,7 @@ def _images_below(folder: Path) -> Iterator[Path]:
 
 
 def _listed_images(listing: Path, root: Path, missing: dict[Path, str]) -> Iterator[Path]:
+    """The images that a text file lists; those that do not exist are added to ``missing``."""
     try:
         lines = listing.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -295,7 +313,7 @@ def _listed_images(listing: Path, root: Path, missing: dict[Path, str]) -> Itera
     for number, line in enumerate(map(str.strip, lines), start=1):
         if not line:
             continue
-        # As upstream: ./x starts at the list's own folder, x at the root of the data set.
+        # As upstream: ./x is relative to the list's own folder, x to the root of the data set.
         starts = (listing.parent, root) if line.startswith("./") else (root, listing.parent)
         spellings = dict.fromkeys((line, line.replace("\\", "/")))  # lists may come from Windows
         places = [start / spelling for spelling in spellings for start in starts]
@@ -309,12 +327,13 @@ def _listed_images(listing: Path, root: Path, missing: dict[Path, str]) -> Itera
 def _label_of(image: Path) -> Path:
     before, _, after = str(image).rpartition(f"{os.sep}images{os.sep}")
     place = f"{before}{os.sep}labels{os.sep}{after}" if before else after
-    return Path(f"{os.path.splitext(place)[0]}.txt")  # noqa: PTH122 - see _samples
+    return Path(f"{os.path.splitext(place)[0]}.txt")  # noqa: PTH122 - see _is_image
 
 
 def _digest(
     root: Path, names: tuple[str, ...], splits: Mapping[str, Iterable[Sample]], scans: Mapping[Path, Scan]
 ) -> str:
+    """See `DetectionDataset`."""
     digest = hashlib.sha256(repr(names).encode())
     inside = f"{root}{os.sep}"
     for split, samples in sorted(splits.items()):

@@ -1,4 +1,4 @@
-"""Handwritten digits pasted on noise: a detection data set for tests, made in a second."""
+"""Handwritten digits on noise: a detection data set for tests, made in a second."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sparse_exp.data.writing import write_once, write_sample, write_yaml
 
 VERSION = "1"
-_TRIES = 50
+_TRIES = 50  # to find a free place for a digit
 
 
 def materialize(
@@ -18,16 +18,16 @@ def materialize(
 ) -> Path:
     """Write the data set in Ultralytics' format; the same bytes every time.
 
-    Each image shows two to five of scikit-learn's 8x8 digits, enlarged two to four times, in a
-    random light colour on dark noise. They do not touch. No digit is in two splits.
+    Each image shows up to five of scikit-learn's 8x8 digits, enlarged two to four times, in random
+    light colours on dark noise. Digits do not overlap, and no digit is in two splits.
 
     Args:
         destination: directory of the data set.
         imgsz: side of the images, px, at least 64.
-        train: number of training images; `val` and `test` likewise.
-        val: see `train`.
-        test: see `train`.
-        seed: of everything random.
+        train: number of training images.
+        val: number of validation images.
+        test: number of test images.
+        seed: of all randomness.
 
     Returns:
         Path of its ``data.yaml``.
@@ -38,15 +38,15 @@ def materialize(
 
 
 def _build(folder: Path, imgsz: int, counts: dict[str, int], seed: int) -> None:
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # slow to import, and no other data set needs it
 
     bunch = load_digits()
     glyphs, classes = bunch.images / 16.0, bunch.target
     for number, (split, count) in enumerate(counts.items()):
         draw = np.random.default_rng((seed, number))
-        own = np.arange(len(glyphs))[number :: len(counts)]
+        choice = np.arange(len(glyphs))[number :: len(counts)]
         for index in range(count):
-            image, boxes = _paint(imgsz, glyphs, classes, own, draw)
+            image, boxes = _paint(imgsz, glyphs, classes, choice, draw)
             write_sample(folder, split, f"{index:03}", image, boxes)
     write_yaml(folder, [str(digit) for digit in range(10)], [name for name, count in counts.items() if count])
 
@@ -55,13 +55,25 @@ def _paint(
     imgsz: int,
     glyphs: NDArray[np.float64],
     classes: NDArray[np.int64],
-    own: NDArray[np.int64],
+    choice: NDArray[np.int64],
     draw: np.random.Generator,
 ) -> tuple[NDArray[np.uint8], list[tuple[float, ...]]]:
+    """An image of two to five of the glyphs (fewer where there is no room), and its boxes.
+
+    Args:
+        imgsz: side of the image, px.
+        glyphs: ``(G, 8, 8)`` in 0..1.
+        classes: ``(G,)``: the digit of each.
+        choice: indices of the glyphs that may be taken.
+        draw: source of all randomness.
+
+    Returns:
+        uint8 RGB ``(imgsz, imgsz, 3)``, and rows of class id, x1, y1, x2, y2 in pixels.
+    """
     canvas = draw.uniform(0, 70, (imgsz, imgsz, 3))
     boxes: list[tuple[float, ...]] = []
     taken = np.zeros((imgsz, imgsz), bool)
-    for pick in draw.choice(own, draw.integers(2, 6), replace=False):
+    for pick in draw.choice(choice, draw.integers(2, 6), replace=False):
         ink = _enlarge(glyphs[pick], int(draw.integers(2, 5)))
         place = _free_place(taken, ink.shape, draw)
         if place is None:
@@ -85,6 +97,7 @@ def _enlarge(glyph: NDArray[np.float64], times: int) -> NDArray[np.float64]:
 def _free_place(
     taken: NDArray[np.bool_], shape: tuple[int, ...], draw: np.random.Generator
 ) -> tuple[int, int] | None:
+    """A random x, y where a shape covers nothing that is taken; None if several tries find none."""
     for _ in range(_TRIES):
         y, x = (int(draw.integers(0, side - size)) for side, size in zip(taken.shape, shape, strict=True))
         if not taken[y : y + shape[0], x : x + shape[1]].any():

@@ -1,4 +1,4 @@
-"""Image files as people have them, decoded to RGB as they are meant to be seen."""
+"""Decode image files to RGB, upright: whatever their format, colours and EXIF orientation."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from sparse_exp.data.letterbox import Letterbox, fitted_size, letterbox
 from sparse_exp.errors import DataError, first_line
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-# Of what Pillow reads, what people photograph and draw with: some of its other formats start programs.
+# Pillow's formats for photos and drawings. Some of its others start programs, so they are not read.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-# What Pillow's decoders raise on damaged or hostile files.
+# The exceptions that Pillow's decoders raise on damaged or hostile files.
 _UNREADABLE = (
     OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error,
     Image.DecompressionBombError,
@@ -28,33 +28,33 @@ _UNREADABLE = (
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """Decode an image as it is meant to be seen (the EXIF orientation is applied).
+    """Decode an image upright: its EXIF orientation is applied.
 
     Returns:
-        RGB, uint8 ``(H, W, 3)``. Grey, palette and CMYK images are converted, of 16 bits the upper
-        eight are kept, transparency is dropped; of several frames the first counts.
+        RGB, uint8 ``(H, W, 3)``. Grey, palette and CMYK images are converted; 16 bits are cut to the upper
+        eight; transparency is dropped; only the first of several frames is decoded.
 
     Raises:
-        DataError: the file is missing, no image, or damaged.
+        DataError: the file is missing, damaged, or no image.
     """
     with _opened(path, path) as image:
-        return np.asarray(_upright(image))
+        return np.asarray(_upright_rgb(image))
 
 
 def read_square(path: Path, imgsz: int, content: bytes | None = None) -> tuple[NDArray[np.uint8], Letterbox]:
     """Decode an image and letterbox it.
 
-    A JPEG that is to shrink by two or more is scaled by 1/2, 1/4 or 1/8 while it is decoded, never
-    below the size that it is to get: a quarter of the time, and within about one grey level of
+    A JPEG more than twice as large as needed is scaled by 1/2, 1/4 or 1/8 while it is decoded, but never
+    below the size it will have. That takes a quarter of the time, and differs by about one grey level from
     averaging the pixels of the whole image (measured on photos of 1280 x 960 at 640 px).
 
     Args:
         path: the image.
         imgsz: side of the square, px.
-        content: of the file, where it is in memory; ``path`` is then for the message.
+        content: the file's bytes, if they are in memory; ``path`` then only names it in messages.
 
     Returns:
-        RGB, uint8 ``(imgsz, imgsz, 3)``, and how boxes of the whole image map into it.
+        RGB, uint8 ``(imgsz, imgsz, 3)``, and the mapping of boxes from the whole image into it.
 
     Raises:
         DataError: as `read_image`.
@@ -66,12 +66,16 @@ def read_square(path: Path, imgsz: int, content: bytes | None = None) -> tuple[N
 def read_picture(
     path: Path, imgsz: int, content: bytes | None = None
 ) -> tuple[NDArray[np.uint8], Letterbox, Image.Image | None]:
-    """What `read_square` returns, and the whole image in RGB; None where it was scaled while decoded.
+    """Decode an image, letterbox it, and keep the whole image too if it was decoded.
 
     Args:
-        path: as of `read_square`, and so are ``imgsz`` and ``content``.
-        imgsz: side of the square, px.
-        content: of the file.
+        path: see `read_square`.
+        imgsz: see `read_square`.
+        content: see `read_square`.
+
+    Returns:
+        The two results of `read_square`, and the whole image in RGB; None instead of it where a JPEG was
+        scaled while it was decoded.
 
     Raises:
         DataError: as `read_image`.
@@ -79,24 +83,24 @@ def read_picture(
     with _opened(path if content is None else BytesIO(content), path) as image:
         size, stored = _upright_size(image), image.size
         image.draft("RGB", fitted_size(*image.size, imgsz))
-        picture = _upright(image)
+        picture = _upright_rgb(image)
         square, mapping = letterbox(picture, imgsz, size)
         return square, mapping, picture if image.size == stored else None
 
 
 def measure_image(content: bytes, path: Path) -> tuple[int, int]:
-    """Width and height, px, of an image as it is meant to be seen, after decoding all of it.
+    """Width and height, px, of an upright image; all of it is decoded, to find damage.
 
     Args:
-        content: of the file.
-        path: for the message.
+        content: the file's bytes.
+        path: the file, for messages.
 
     Raises:
-        DataError: it is no image, or damaged.
+        DataError: it is damaged, or no image.
     """
     with _opened(BytesIO(content), path) as image:
         size = _upright_size(image)
-        image.draft("RGB", (1, 1))  # reads the whole JPEG, but computes 1/64 of its pixels
+        image.draft("RGB", (1, 1))  # a JPEG is read to its end, but only 1/64 of its pixels are computed
         image.load()
         _check_mode(image)
         return size
@@ -104,9 +108,10 @@ def measure_image(content: bytes, path: Path) -> tuple[int, int]:
 
 @contextmanager
 def _opened(file: Path | BytesIO, path: Path) -> Iterator[Image.Image]:
+    """Open an image; whatever Pillow raises within the block becomes a DataError that names ``path``."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd metadata, and images of 90 and more megapixels
+            warnings.simplefilter("ignore")  # about odd metadata, and images of 90 megapixels and more
             with Image.open(file, formats=IMAGE_FORMATS) as image:
                 yield image
     except _UNREADABLE as error:
@@ -118,7 +123,7 @@ def _opened(file: Path | BytesIO, path: Path) -> Iterator[Image.Image]:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except _UNREADABLE:  # broken metadata of a whole image
+    except _UNREADABLE:  # the metadata is broken, but the image may be whole
         return 1
 
 
@@ -127,15 +132,11 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _upright_rgb(image: Image.Image) -> Image.Image:
     if _orientation(image) not in (0, 1):
         image = ImageOps.exif_transpose(image)
-    return _as_rgb(image)
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
     _check_mode(image)
-    if image.mode.startswith("I"):  # 16 bits; Pillow would cut off at 255 instead of scaling
+    if image.mode.startswith("I"):  # 16 bits; Pillow would clip at 255 instead of scaling
         image = Image.fromarray((np.asarray(image).clip(0, 0xFFFF) >> 8).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
 

@@ -1,4 +1,4 @@
-"""Label files: one line ``class x y w h`` per box, or a class and a polygon."""
+"""Label files: per box one line ``class x y w h``, or a class and a polygon."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from sparse_exp.errors import DataError, expected
 
-_TOLERANCE = 1e-3  # rounding in label files
+_TOLERANCE = 1e-3  # that coordinates may lie outside of 0..1, as those of rounded label files do
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Labels:
     Attributes:
         boxes: float32 ``(M, 5)``: class id and x, y, w, h (centre and size, 0..1 of the image),
             clipped to the image.
-        lines: number of the line of each box, counted from 1.
-        problems: for each line that cannot be used, file and line, and a sentence with both.
+        lines: line number of each box, counted from 1.
+        problems: for each line that cannot be used, ``file:line`` and a message that names it.
     """
 
     boxes: NDArray[np.float32]
@@ -33,14 +33,14 @@ def read_boxes(path: Path, num_classes: int) -> NDArray[np.float32]:
     """Parse a label file.
 
     Args:
-        path: the label file; missing means background.
+        path: the label file. A missing one holds no box: its image shows background.
         num_classes: class ids must be below it.
 
     Returns:
         ``boxes`` of `Labels`.
 
     Raises:
-        DataError: names file and line of the first problem.
+        DataError: the file cannot be read, or a line cannot be used; names the first one.
     """
     try:
         content = path.read_bytes()
@@ -55,12 +55,12 @@ def read_boxes(path: Path, num_classes: int) -> NDArray[np.float32]:
 
 
 def parse_labels(content: bytes, num_classes: int, path: Path) -> Labels:
-    """Parse the content of a label file, whatever its line ends, with or without a byte-order mark.
+    """Parse the content of a label file, with any line ends, with or without a byte-order mark.
 
     Args:
-        content: of the file.
+        content: the file's bytes.
         num_classes: class ids must be below it.
-        path: for the messages.
+        path: the file, for messages.
     """
     try:
         lines = content.decode("utf-8-sig").splitlines()
@@ -82,12 +82,15 @@ def parse_labels(content: bytes, num_classes: int, path: Path) -> Labels:
 
 
 class _BadLine(Exception):
+    """What a line should be, and what it is instead."""
+
     def __init__(self, should_be: str, got: list[str]) -> None:
         super().__init__()
         self.should_be, self.got = should_be, " ".join(got)
 
 
 def _parse_line(words: list[str], num_classes: int) -> tuple[float, ...]:
+    """Class id and x, y, w, h of a line's box; raises `_BadLine`."""
     try:
         class_id, *values = map(float, words)
     except ValueError:
@@ -99,16 +102,17 @@ def _parse_line(words: list[str], num_classes: int) -> tuple[float, ...]:
         raise _BadLine(f"a class id of 0..{num_classes - 1} (see names)", words[:1])
     if not all(-_TOLERANCE <= value <= 1 + _TOLERANCE for value in values):
         raise _BadLine("coordinates in 0..1 of the image", words[1:])
-    x1, y1, x2, y2 = (min(max(edge, 0.0), 1.0) for edge in (_edges if is_box else _around)(values))
+    edges = _edges_of_box(values) if is_box else _edges_of_polygon(values)
+    x1, y1, x2, y2 = (min(max(edge, 0.0), 1.0) for edge in edges)
     if x2 <= x1 or y2 <= y1:
         raise _BadLine("a box wider and higher than 0", words[1:])
     return class_id, x1 + (x2 - x1) / 2, y1 + (y2 - y1) / 2, x2 - x1, y2 - y1
 
 
-def _edges(xywh: list[float]) -> tuple[float, float, float, float]:
+def _edges_of_box(xywh: list[float]) -> tuple[float, float, float, float]:
     x, y, w, h = xywh
     return x - w / 2, y - h / 2, x + w / 2, y + h / 2
 
 
-def _around(polygon: list[float]) -> tuple[float, float, float, float]:
+def _edges_of_polygon(polygon: list[float]) -> tuple[float, float, float, float]:
     return min(polygon[::2]), min(polygon[1::2]), max(polygon[::2]), max(polygon[1::2])

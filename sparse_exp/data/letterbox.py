@@ -1,4 +1,4 @@
-"""Scale an image of any aspect ratio to a square, and map its boxes there and back."""
+"""Scale an image of any aspect ratio into a square, and map boxes between the two."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-PADDING = 114  # the grey that YOLOv5 checkpoints have learnt to ignore
+PADDING = 114  # the grey level that YOLOv5 checkpoints have learned to ignore
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,10 @@ class Letterbox:
     """How an image was scaled and centred in a square.
 
     Attributes:
-        scale_x: width of the scaled image by its own width; `scale_y` likewise. They differ only
-            because both are whole pixels.
-        left: grey columns left of the image, px; `top` likewise.
+        scale_x: width of the scaled image divided by that of the original.
+        scale_y: likewise its height. It differs from ``scale_x`` only because sizes are whole pixels.
+        left: grey columns left of the image, px.
+        top: grey rows above the image, px.
         size: width and height of the original image, px.
     """
 
@@ -29,11 +30,11 @@ class Letterbox:
     size: tuple[int, int]
 
     def boxes(self, boxes: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Boxes of the original image in the square; ``(M, 4)`` x1, y1, x2, y2 in pixels both ways."""
+        """Map boxes from the original image to the square; both ``(M, 4)`` x1, y1, x2, y2 in pixels."""
         return boxes * self._scale() + self._shift()
 
     def boxes_back(self, boxes: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Boxes of the square in the original image, clipped to it; the inverse of `boxes`."""
+        """Map boxes from the square to the original image, clipped to it; the inverse of `boxes`."""
         back = (boxes - self._shift()) / self._scale()
         limits = np.array([*self.size, *self.size], np.float32)
         return np.clip(back, 0, limits)
@@ -46,7 +47,7 @@ class Letterbox:
 
 
 def fitted_size(width: int, height: int, imgsz: int) -> tuple[int, int]:
-    """Width and height, px, at which an image fits a square of side ``imgsz``; at least 1 each."""
+    """Width and height, px, of an image scaled to fit a square of side ``imgsz``; at least 1 each."""
     scale = min(imgsz / height, imgsz / width)
     return max(1, round(width * scale)), max(1, round(height * scale))
 
@@ -54,15 +55,15 @@ def fitted_size(width: int, height: int, imgsz: int) -> tuple[int, int]:
 def letterbox(
     image: NDArray[np.uint8] | Image.Image, imgsz: int, size: tuple[int, int] | None = None
 ) -> tuple[NDArray[np.uint8], Letterbox]:
-    """Scale an image to fit a square, centred on grey, as YOLOv5 v6/v7 does.
+    """Scale an image to fit a square and centre it on grey, as YOLOv5 v6/v7 does.
 
-    Of an odd number of grey rows or columns the larger half comes after the image, as upstream.
+    Where the number of grey rows or columns is odd, the larger half comes after the image, as upstream.
 
     Args:
         image: uint8 ``(H, W, 3)``, or an RGB picture.
         imgsz: side of the square, px.
-        size: width and height of the original, px, where ``image`` was scaled down while it was
-            decoded; what boxes refer to.
+        size: width and height of the original image, px, which boxes refer to. Needed only where ``image``
+            was already scaled down while it was decoded.
 
     Returns:
         uint8 ``(imgsz, imgsz, 3)`` and the mapping of boxes.

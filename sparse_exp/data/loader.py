@@ -20,8 +20,8 @@ from sparse_exp.data.scan import in_threads
 from sparse_exp.hardware import usable_physical_cores
 from sparse_exp.progress import progress
 
-_CACHE_BYTES = 1 << 30  # a split that fits is decoded once and kept in memory
-_SHUFFLE, _AUGMENT = 0, 1  # independent streams of random numbers
+_CACHE_BYTES = 1 << 30  # a split that takes no more is decoded once and kept in memory
+_SHUFFLE, _AUGMENT = 0, 1  # part of the seeds, so that the two streams of random numbers are independent
 
 
 class Batch(NamedTuple):
@@ -29,8 +29,8 @@ class Batch(NamedTuple):
 
     Attributes:
         images: uint8 RGB ``(N, 3, S, S)``.
-        targets: float32 ``(M, 6)``: image's position in the batch, class id, and x, y, w, h
-            (centre and size) as shares of S.
+        targets: float32 ``(M, 6)``: index of the image in the batch, class id, and x, y, w, h (centre and
+            size) as shares of S.
     """
 
     images: Tensor
@@ -38,17 +38,22 @@ class Batch(NamedTuple):
 
 
 def fits_in_memory(images: int, imgsz: int) -> bool:
-    """Whether a split is decoded once and kept: at most 1 GiB, 873 images of 640 px or 3495 of 320 px."""
+    """Whether a split is decoded once and kept in memory.
+
+    Args:
+        images: of the split; up to 873 of 640 px or 3495 of 320 px fit, which is 1 GiB.
+        imgsz: side of the images, px.
+    """
     return images * 3 * imgsz**2 <= _CACHE_BYTES
 
 
 def choose_workers(configured: int | None, images: int, imgsz: int) -> int:
-    """Processes that decode and augment.
+    """Number of processes that decode and augment.
 
     Args:
-        configured: ``dataset.workers``; None: none for a split that is kept in memory, else one for
-            every two cores, at most 8. A core decodes and augments faster than two of them train
-            even YOLOv5n, see benchmarks/data.py.
+        configured: ``dataset.workers``; None chooses: 0 for a split that is kept in memory, else one for
+            every two cores, at most 8. One core decodes and augments faster than two cores train even
+            YOLOv5n, see benchmarks/data.py.
         images: of the split.
         imgsz: side of the images, px.
     """
@@ -60,18 +65,19 @@ def choose_workers(configured: int | None, images: int, imgsz: int) -> int:
 class DetectionImages(Dataset[Example]):
     """Letterboxed images of a split, each with its boxes in pixels.
 
-    An item is asked for by ``(epoch, index)``: augmentation depends on these two and the seed, and
-    on nothing else, so any number of workers gives the same images.
+    The key of an item is ``(epoch, index)``. Augmentation depends only on these two and the seed: any number
+    of workers gives the same images.
 
     Args:
         samples: images and labels.
         num_classes: class ids must be below it.
         imgsz: side of the square that images are scaled to, px.
         seed: of the augmentation.
-        augment: probabilities and sizes of the augmentation; None for none.
+        augment: probabilities and strengths of the augmentation; None: no augmentation.
 
     Raises:
-        DataError: an image or a label is damaged; here if the split is small, else on reading.
+        DataError: an image or a label is damaged. For a split that is kept in memory the constructor raises
+            it, else the access to the item.
     """
 
     def __init__(
@@ -80,9 +86,12 @@ class DetectionImages(Dataset[Example]):
     ) -> None:  # fmt: skip
         self._samples, self._num_classes, self._imgsz = samples, num_classes, imgsz
         self._seed, self._augment = seed, augment
-        self._kept: list[Example] = []
+        self._in_memory: list[Example] = []
         if fits_in_memory(len(samples), imgsz):
-            self._kept = self._read_all()
+            with progress("Reading images", total=len(self), unit="images") as bar:
+                for example in in_threads(self._read, range(len(self))):
+                    self._in_memory.append(example)
+                    bar.advance()
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -98,44 +107,33 @@ class DetectionImages(Dataset[Example]):
         return augment_example([self._example(chosen) for chosen in indices], self._augment, draw)
 
     def _example(self, index: int) -> Example:
-        return self._kept[index] if self._kept else self._read(index)
-
-    def _read_all(self) -> list[Example]:
-        examples = []
-        with progress("Reading images", total=len(self), unit="images") as bar:
-            for example in in_threads(self._read, range(len(self))):
-                examples.append(example)
-                bar.advance()
-        return examples
+        return self._in_memory[index] if self._in_memory else self._read(index)
 
     def _read(self, index: int) -> Example:
         sample = self._samples[index]
         square, mapping = read_square(sample.image, self._imgsz)
         labels = sample.labels_of(self._num_classes)
-        boxes = mapping.boxes(_corners(labels, *mapping.size))
+        size = np.array(mapping.size, np.float32)
+        centre, half = labels[:, 1:3] * size, labels[:, 3:5] * size / 2
+        boxes = mapping.boxes(np.concatenate([centre - half, centre + half], axis=1))
         planes = torch.from_numpy(square).permute(2, 0, 1).contiguous()
         return Example(planes, torch.from_numpy(boxes), torch.from_numpy(labels[:, 0].copy()))
 
 
-def _corners(labels: NDArray[np.float32], width: int, height: int) -> NDArray[np.float32]:
-    """Label rows as x1, y1, x2, y2 in pixels, (M, 4)."""
-    size = np.array([width, height], np.float32)
-    centre, half = labels[:, 1:3] * size, labels[:, 3:5] * size / 2
-    return np.concatenate([centre - half, centre + half], axis=1)
-
-
 class EpochSampler(Sampler[tuple[int, int]]):
-    """Yields ``(epoch, index)``, in an order that is a function of seed and epoch.
+    """Yields ``(epoch, index)`` in an order that depends only on the seed and the epoch.
 
     Args:
         count: number of samples.
-        seed: of the shuffling; None keeps the order.
-        batch_size: of the batches that are shared out; only looked at with ``share``.
-        share: (which, of how many) nearly equal runs of each batch to yield.
+        seed: of the shuffling; None: no shuffling.
+        batch_size: of whole batches; of use only with ``share``.
+        share: (which, of how many) nearly equal parts of each batch to yield.
 
     Attributes:
+        count: as given.
+        seed: as given.
         epoch: of the next pass.
-        skipped: samples at its beginning that are left out, of those that are yielded.
+        skipped: number of samples to leave out at the beginning of the next pass, counted in this share.
     """
 
     def __init__(
@@ -146,15 +144,15 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.epoch = self.skipped = 0
 
     def __len__(self) -> int:
-        return len(self._shared(np.arange(self.count)))
+        return len(self._share_of(np.arange(self.count)))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = np.arange(self.count)
         if self.seed is not None:
             order = np.random.default_rng((self.seed, _SHUFFLE, self.epoch)).permutation(order)
-        return iter([(self.epoch, int(index)) for index in self._shared(order)[self.skipped :]])
+        return iter([(self.epoch, int(index)) for index in self._share_of(order)[self.skipped :]])
 
-    def _shared(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _share_of(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
         which, of = self._share
         if of == 1:
             return order
@@ -172,19 +170,20 @@ class DetectionLoader(DataLoader[Example]):
 
         Args:
             epoch: counted from 0.
-            skip: batches at its beginning that are left out, without being made.
+            skip: number of batches to leave out at its beginning; they are not computed.
         """
         assert isinstance(self.sampler, EpochSampler)
         self.sampler.epoch, self.sampler.skipped = epoch, skip * (self.batch_size or 1)
 
     def share(self, which: int, of: int) -> DetectionLoader:
-        """A loader of one process's share of each batch; the shares in order are the batches of this one.
+        """A loader of one process's share of each batch; all shares in order make up this loader's batches.
 
-        Where the last batch has fewer images than there are processes, the last of them get one batch less.
+        If the last batch of an epoch has fewer images than there are processes, the last processes get one
+        batch less.
 
         Args:
-            which: process, counted from 0.
-            of: processes; they divide the size of a batch. 1: this loader itself.
+            which: number of the process, from 0.
+            of: number of processes; it divides the size of a batch. 1 gives this loader itself.
         """
         if of == 1:
             return self
@@ -195,7 +194,7 @@ class DetectionLoader(DataLoader[Example]):
         return _loader(self.dataset, size // of, own, math.ceil(self.num_workers / of))
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        """A loader goes to another process without its workers, which start there anew."""
+        """Pickle without the workers, which start again in the other process."""
         return _loader, (self.dataset, self.batch_size, self.sampler, self.num_workers)
 
 
@@ -209,7 +208,7 @@ def _loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         collate_fn=collate,
-        generator=torch.Generator(),  # or each pass would draw from torch's own, which the model uses
+        generator=torch.Generator(),  # else each pass would draw from torch's own, which the model uses
     )
 
 
@@ -223,12 +222,12 @@ def make_loader(
         samples: images and labels.
         num_classes: class ids must be below it.
         imgsz: side of the images, px.
-        batch_size: images of a batch; the last one may have fewer, nothing is dropped.
-        train: shuffle, and augment.
-        seed: of everything random.
-        workers: processes that decode and augment; 0: this one; None: see `choose_workers`. The
-            batches are the same.
-        augment: probabilities and sizes of the augmentation; ignored unless ``train``.
+        batch_size: images in a batch; the last batch may have fewer, and no image is dropped.
+        train: whether to shuffle and augment.
+        seed: of all randomness.
+        workers: number of processes that decode and augment; 0: this one does; None: see `choose_workers`.
+            The batches do not depend on it.
+        augment: probabilities and strengths of the augmentation; of use only with ``train``.
 
     Raises:
         DataError: an image or a label is damaged.

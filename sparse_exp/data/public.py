@@ -1,7 +1,7 @@
 """Public data sets, converted from the archives that the configuration names.
 
-Nothing is unpacked: images and annotations are read out of the archives, and the data set is
-written from them whole or not at all.
+Images and annotations are read out of the archives, which are never unpacked. A data set is written
+whole or not at all.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from sparse_exp.data.archives import Tree, open_tree
-from sparse_exp.data.convert import Converted, read_voc, write_converted
+from sparse_exp.data.convert import read_voc, write_converted
 from sparse_exp.data.images import IMAGE_SUFFIXES
 from sparse_exp.data.writing import write_once, write_yaml
 from sparse_exp.errors import DataError, expected
 
 VERSION = "1"
-# As YOLOv5 trains on VOC: everything with boxes but the test images of 2007, which are for validation.
+# The splits of YOLOv5's VOC.yaml: all images with boxes but those of the 2007 test set are for training.
 VOC_SETS: Mapping[str, Sequence[str]] = {
     "train": ("VOC2007/trainval", "VOC2012/trainval"),
     "val": ("VOC2007/test",),
@@ -34,7 +34,7 @@ COCO_NAMES = tuple(
 
 
 def materialize_voc(archives: Sequence[Path], destination: Path) -> Path:
-    """Convert Pascal VOC 2007 and 2012; done only if it has not been done before.
+    """Convert Pascal VOC 2007 and 2012, unless that has been done before.
 
     Args:
         archives: the tars (or zips) of 2007 trainval, 2007 test and 2012 trainval.
@@ -44,38 +44,35 @@ def materialize_voc(archives: Sequence[Path], destination: Path) -> Path:
         Path of its ``data.yaml``.
 
     Raises:
-        DataError: an archive is missing, damaged, or another one.
+        DataError: an archive is missing, damaged, or not one of these.
     """
 
     def build(folder: Path) -> None:
         with open_tree(archives) as tree:
-            write_converted(_all_found(read_voc(tree, VOC_SETS), tree), tree, folder)
+            converted = read_voc(tree, VOC_SETS)
+            lost = converted.dropped["images not found"]
+            if lost:
+                raise DataError(f"{lost} images are not in {tree.place}. Get the archives again.")
+            write_converted(converted, tree, folder)
 
     return write_once(destination, VERSION, build)
 
 
-def _all_found(converted: Converted, tree: Tree) -> Converted:
-    lost = converted.dropped["images not found"]
-    if lost:
-        raise DataError(f"{lost} images are not in {tree.place}. Get the archives again.")
-    return converted
-
-
 def materialize_coco128(archives: Sequence[Path], destination: Path) -> Path:
-    """Take over the 128 images of COCO that Ultralytics published with labels.
+    """Copy the 128 images of COCO that Ultralytics published with labels, unless that has been done before.
 
-    They are both ``train`` and ``val``, as upstream: what is measured on them is how well a model
-    can learn them by heart.
+    They are both ``train`` and ``val``, as upstream: an mAP measured on them says how well a model has
+    learned them by heart.
 
     Args:
-        archives: the zip; holds ``images/*/*.jpg`` and ``labels/*/*.txt``.
+        archives: the zip with ``images/*/*.jpg`` and ``labels/*/*.txt``.
         destination: directory of the data set.
 
     Returns:
         Path of its ``data.yaml``.
 
     Raises:
-        DataError: the archive is damaged, or another one.
+        DataError: the archive is damaged, or not that one.
     """
 
     def build(folder: Path) -> None:
@@ -87,6 +84,7 @@ def materialize_coco128(archives: Sequence[Path], destination: Path) -> Path:
 
 
 def _copy_labelled(tree: Tree, folder: Path) -> None:
+    """Copy all images of a tree, and their label files if there are any, into ``train``."""
     names = [PurePosixPath(name) for name in sorted(tree.readers)]
     images = [name for name in names if name.suffix.lower() in IMAGE_SUFFIXES and "images" in name.parts]
     if not images:

@@ -1,9 +1,8 @@
-"""One pass over the files of a data set: hashes, image sizes, boxes, and what cannot be used.
+"""One pass over the files of a data set: hashes, image sizes, boxes, and problems.
 
-What was found is kept in the cache directory, never beside the user's files, so that the next start
-only asks the file system whether a file has changed (its size, or the times of its last write and of
-its last change of any kind). A cache that cannot be read is rebuilt, one that cannot be written is
-done without.
+The results are kept in the cache directory, never beside the user's files. The next start then only asks the
+file system whether a file has changed: its size, its time of writing (mtime), or its time of any change
+(ctime). If the cache cannot be read, it is built again; if it cannot be written, the next start scans again.
 """
 
 from __future__ import annotations
@@ -27,21 +26,22 @@ from sparse_exp.progress import progress
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
-_FORMAT = 1  # of the cache, and of what scanning means; another one is not read
+_FORMAT = 1  # of the cache; raise it when a scan finds something else in the same files
 EMPTY = hashlib.sha256(b"").hexdigest()
+"""The hash that stands for a file that is not there; that of an empty file."""
 
 
 class Scan(NamedTuple):
-    """What is known of one image and its label file.
+    """The facts about one image and its label file.
 
     Attributes:
         stamp: sizes and times of both files when they were read.
-        image_sha256: of the image file, 64 hex digits; `EMPTY` where there is none.
-        label_sha256: of the label file; `EMPTY` where there is none.
-        width: of the image as it is meant to be seen, px; 0 where it cannot be read.
-        height: likewise.
+        image_sha256: SHA-256 of the image file, 64 hex digits; `EMPTY` without one.
+        label_sha256: SHA-256 of the label file; `EMPTY` without one.
+        width: of the upright image, px; 0 where it cannot be read.
+        height: of the upright image, px; 0 where it cannot be read.
         boxes: float32 rows of `sparse_exp.data.labels.Labels`, as bytes.
-        problems: a file and, in a label, the line; and a sentence that names both.
+        problems: for each problem the file, or ``file:line`` in a label file, and a message that names it.
     """
 
     stamp: list[int]
@@ -54,22 +54,22 @@ class Scan(NamedTuple):
 
     @property
     def has_label(self) -> bool:
-        """Whether there is a label file, be it empty."""
+        """Whether there is a label file; an empty one counts."""
         return self.stamp[3] >= 0
 
 
 def scan_files(
     pairs: Iterable[tuple[Path, Path]], num_classes: int, cache_file: Path | None = None
 ) -> dict[Path, Scan]:
-    """Look at images and their label files; at what has not changed since the last time, not again.
+    """Scan images and their label files; what has not changed since the last scan is taken from the cache.
 
     Args:
         pairs: image and label file; neither needs to exist.
         num_classes: class ids must be below it.
-        cache_file: keeps what was found; None: nothing is kept.
+        cache_file: keeps the scans; None: they are not kept.
 
     Returns:
-        What was found, by image.
+        The scans by image.
     """
     labels = dict(pairs)
     known = _read_cache(cache_file, num_classes) if cache_file else {}
@@ -78,7 +78,7 @@ def scan_files(
     fresh = [image for image in labels if image not in scans]
     if fresh:
         with progress("Checking images", total=len(fresh), unit="images") as bar:
-            found = in_threads(lambda image: _look(image, labels[image], num_classes), fresh)
+            found = in_threads(lambda image: _scan(image, labels[image], num_classes), fresh)
             for image, scan in zip(fresh, found, strict=True):
                 scans[image] = scan
                 bar.advance()
@@ -88,7 +88,10 @@ def scan_files(
 
 
 def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """Results in the order of items; when one raises, or on Ctrl-C, what has not begun is not done."""
+    """Apply a function to items in threads, and yield the results in the order of the items.
+
+    When one call raises, or on Ctrl-C, calls that have not begun are dropped.
+    """
     pool = ThreadPoolExecutor()
     try:
         yield from pool.map(function, items)
@@ -96,25 +99,26 @@ def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> Ite
         pool.shutdown(cancel_futures=True)
 
 
-def _look(image: Path, label: Path, num_classes: int) -> Scan:
-    stamp = _stamp(image, label)  # before reading: what changes in between is noticed next time
+def _scan(image: Path, label: Path, num_classes: int) -> Scan:
+    stamp = _stamp(image, label)  # before reading: the next scan then notices a change made meanwhile
     problems: list[tuple[str, str]] = []
-    content, text = _content(image, "image", problems), b""
+    content, text = _read(image, "image", problems), b""
     width, height = 0, 0
     if not problems:
         try:
             width, height = measure_image(content, image)
         except DataError as error:
             problems.append((str(image), str(error)))
-    if label.exists():  # else it is an image of background
-        text = _content(label, "label file", problems)
+    if label.exists():  # an image without a label file shows background
+        text = _read(label, "label file", problems)
     labels = parse_labels(text, num_classes, label)
     image_sha256, label_sha256 = (hashlib.sha256(data).hexdigest() for data in (content, text))
     problems.extend(labels.problems)
     return Scan(stamp, image_sha256, label_sha256, width, height, labels.boxes.tobytes(), problems)
 
 
-def _content(path: Path, what: str, problems: list[tuple[str, str]]) -> bytes:
+def _read(path: Path, what: str, problems: list[tuple[str, str]]) -> bytes:
+    """The bytes of a file; where it cannot be read, none, and a new entry in ``problems``."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -125,6 +129,7 @@ def _content(path: Path, what: str, problems: list[tuple[str, str]]) -> bytes:
 
 
 def _stamp(image: Path, label: Path) -> list[int]:
+    """Size, mtime and ctime of both files; -1, 0, 0 for a file that is not there."""
     numbers = []
     for path in (image, label):
         try:
@@ -136,11 +141,12 @@ def _stamp(image: Path, label: Path) -> list[int]:
 
 
 def _read_cache(file: Path, num_classes: int) -> dict[str, Scan]:
+    """The scans in a cache file by the image's path; none where the cache is of no use."""
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
         if (stored["format"], stored["classes"]) != (_FORMAT, num_classes):
             return {}
-        return {image: _unpack(entry) for image, entry in stored["scans"].items()}
+        return {image: _from_entry(entry) for image, entry in stored["scans"].items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -148,7 +154,7 @@ def _read_cache(file: Path, num_classes: int) -> dict[str, Scan]:
         return {}
 
 
-def _unpack(entry: list[Any]) -> Scan:
+def _from_entry(entry: list[Any]) -> Scan:
     problems = [(str(where), str(text)) for where, text in entry[6]]
     return Scan(*entry)._replace(boxes=base64.b64decode(entry[5], validate=True), problems=problems)
 

@@ -10,7 +10,6 @@ out-of-domain ``test`` split.
 from __future__ import annotations
 
 import io
-import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sparse_exp.data.voc import read_annotation
 from sparse_exp.data.writing import write_once, write_sample, write_yaml
 from sparse_exp.errors import DataError
 from sparse_exp.progress import progress
@@ -94,16 +94,21 @@ def _build(archive: Path, folder: Path) -> None:
                 _write_tiles(wheel, photo, folder)
                 bar.advance()
             for stem in TEST_PHOTOS:
-                boxes = [(0.0, *box) for box in read_voc(wheel.read(f"{_FOLDER}{stem}.xml"))]
+                boxes = [(0.0, *box) for box in _read_boxes(wheel, stem)]
                 write_sample(folder, "test", stem, _read_png(wheel, stem), boxes)
                 bar.advance()
             licence = next(name for name in wheel.namelist() if name.endswith("/LICENSE"))
             (folder / "LICENSE-deepforest").write_bytes(wheel.read(licence))
-    except (zipfile.BadZipFile, KeyError, StopIteration, ElementTree.ParseError) as error:
+    except (zipfile.BadZipFile, KeyError, StopIteration, ValueError) as error:
         do = "Give the deepforest wheel that conf/dataset/trees.yaml names."
         raise DataError(f"Cannot read photos and boxes from {archive}: {error}. {do}") from error
     (folder / "ATTRIBUTION.txt").write_text(_ATTRIBUTION, encoding="utf-8")
     write_yaml(folder, ["tree"], ["train", "val", "test"])
+
+
+def _read_boxes(wheel: zipfile.ZipFile, stem: str) -> list[Box]:
+    """Boxes of all trees, of whatever kind: x1, y1, x2, y2 in pixels, which count from 0 here."""
+    return [item.box for item in read_annotation(wheel.read(f"{_FOLDER}{stem}.xml")).objects]
 
 
 def _read_png(wheel: zipfile.ZipFile, stem: str) -> NDArray[np.uint8]:
@@ -112,22 +117,12 @@ def _read_png(wheel: zipfile.ZipFile, stem: str) -> NDArray[np.uint8]:
 
 def _write_tiles(wheel: zipfile.ZipFile, photo: Photo, folder: Path) -> None:
     image = _read_png(wheel, photo.stem)
-    boxes = read_voc(wheel.read(f"{_FOLDER}{photo.stem}.xml"))
+    boxes = _read_boxes(wheel, photo.stem)
     for split, x, y in tile_corners(image.shape[1], image.shape[0], photo.train_share):
         visible = clip_boxes(boxes, x, y)
         if visible or split != "train":
             tile = image[y : y + TILE, x : x + TILE]
             write_sample(folder, split, f"{photo.stem}_{x:04}_{y:04}", tile, [(0.0, *box) for box in visible])
-
-
-def read_voc(xml: bytes) -> list[Box]:
-    """Boxes of a Pascal VOC annotation: x1, y1, x2, y2 in pixels, whatever their class."""
-    corners = ("xmin", "ymin", "xmax", "ymax")
-    boxes = []
-    for item in ElementTree.fromstring(xml).iter("bndbox"):
-        x1, y1, x2, y2 = (float(item.findtext(corner, "nan")) for corner in corners)
-        boxes.append((x1, y1, x2, y2))
-    return boxes
 
 
 def tile_corners(width: int, height: int, train_share: float) -> Iterator[tuple[str, int, int]]:

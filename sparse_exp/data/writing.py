@@ -1,10 +1,9 @@
-"""Write data sets in Ultralytics' format: whole or not at all, and generated ones only once."""
+"""Write data sets in Ultralytics' format; those that are generated, only once."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,31 +12,34 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sparse_exp.files import sha256_of, write_text
+from sparse_exp.files import landing_directory, sha256_of, write_text
+from sparse_exp.locks import exclusive
 
 _STAMP = "stamp.json"
 
 
 def write_once(destination: Path, version: str, build: Callable[[Path], None]) -> Path:
-    """Build a directory unless it is there already, unchanged.
+    """Build a data set unless it is there already, unchanged.
 
-    It is built beside its place and lands by one rename. Two processes build it once. Its files are
-    hashed again only when one of them looks changed (size, time of the last write).
+    It lands whole or not at all (`sparse_exp.files.landing_directory`). Of two processes that want it at
+    the same time one builds it. Its files are hashed again only when one of them looks changed (size, time
+    of the last write).
 
     Args:
-        destination: the directory.
-        version: of what ``build`` writes; another version is built anew.
-        build: fills an empty directory, among others with ``data.yaml``.
+        destination: directory of the data set.
+        version: of what ``build`` writes; a data set of another version is built again.
+        build: fills an empty directory, ``data.yaml`` among its files.
 
     Returns:
         Path of ``data.yaml``.
     """
-    from filelock import FileLock
-
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(destination.parent / f".{destination.name}.lock"):
+    lock = destination.with_name(f".{destination.name}.lock")
+    with exclusive(lock, f"The data set {destination} is being built"):
         if not is_written(destination, version):
-            _build(destination, version, build)
+            with landing_directory(destination) as folder:
+                build(folder)
+                stamp = {"version": version, "sha256": _digest(folder)}
+                (folder / _STAMP).write_text(json.dumps(stamp) + "\n", encoding="utf-8")
     return destination / "data.yaml"
 
 
@@ -54,13 +56,13 @@ def is_written(destination: Path, version: str | None = None) -> bool:
             return False
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    with suppress(OSError):  # a cache on a disk that cannot be written is hashed every time
+    with suppress(OSError):  # on a disk that cannot be written the files are hashed every time
         write_text(seen, look)
     return True
 
 
 def _marker(destination: Path) -> Path:
-    """Remembers, beside the data set, how its files looked when they were last hashed."""
+    """The file beside the data set that says how its files looked when they were last hashed."""
     return destination.with_name(f".{destination.name}.seen")
 
 
@@ -72,41 +74,6 @@ def _look(folder: Path) -> str:
         line = f"{path.relative_to(folder).as_posix()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n"
         digest.update(line.encode())
     return digest.hexdigest()
-
-
-def _build(destination: Path, version: str, build: Callable[[Path], None]) -> None:
-    def build_and_stamp(folder: Path) -> None:
-        build(folder)
-        stamp = {"version": version, "sha256": _digest(folder)}
-        (folder / _STAMP).write_text(json.dumps(stamp) + "\n", encoding="utf-8")
-
-    write_whole(destination, build_and_stamp)
-
-
-def write_whole(destination: Path, build: Callable[[Path], None]) -> None:
-    """Build a directory beside its place and put it there, instead of what is there.
-
-    When ``build`` raises, or the process is killed, what was there before is there still.
-
-    Args:
-        destination: the directory.
-        build: fills an empty directory.
-    """
-    partial = destination.with_name(f".{destination.name}.partial")
-    old = destination.with_name(f".{destination.name}.old")
-    if old.exists() and not destination.exists():  # killed between the two renames below
-        old.replace(destination)
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        build(partial)
-        if destination.exists():
-            destination.replace(old)
-        partial.replace(destination)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,12 +1,12 @@
-"""What the processes of one training tell each other, so that together they compute what one would.
+"""Numbers that the processes of one training exchange, so that together they compute what one would.
 
-Everything here is about torch's default process group. Where there is none the process trains alone: sums
-over processes are then the values themselves, and nothing is replaced. See `sparse_exp.training.processes`,
-which starts the processes.
+Each process sees its share of every batch. What one process computes over the whole batch - the mean and
+variance of a batch norm, the range of an observer, the number of matches that divides a loss - is computed
+over all shares here, and the gradients of the shares are added up.
 
-Each process sees its share of every batch. What one process would take over the whole batch - the mean
-and variance of a batch norm, the range that an observer sees, the number of matches that a loss is divided
-by - is taken over all shares; the gradients of the shares add up to those of the whole batch.
+The processes are those of torch's default process group, which `sparse_exp.training.processes` sets up.
+Where there is no group, the process trains alone: then sums over all processes are the values themselves,
+and no module is changed.
 """
 
 from __future__ import annotations
@@ -32,22 +32,29 @@ class Disconnected(StageFailed):
         super().__init__("Another process of the training is gone. Set trainer.devices=1.")
 
     def __reduce__(self) -> tuple[type[Disconnected], tuple[()]]:
-        """An exception is otherwise made anew from its message."""
+        """Pickle without the message, which the constructor does not take."""
         return type(self), ()
 
 
 def size() -> int:
-    """How many processes train together; 1: this one is alone."""
+    """Number of processes that train together; 1 where this one is alone."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this one is, 0 to `size` - 1. The first one evaluates, tracks and writes files."""
+    """Number of this process, 0 to `size` - 1. Process 0 evaluates, tracks and writes files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def total(values: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, without gradient; itself where a process is alone."""
+    """The sum of a tensor over all processes, without gradient.
+
+    Returns:
+        A new tensor; ``values`` itself where this process is alone.
+
+    Raises:
+        Disconnected: a process is gone.
+    """
     if size() == 1:
         return values
     summed = values.detach().clone(memory_format=torch.contiguous_format)
@@ -56,7 +63,7 @@ def total(values: Tensor) -> Tensor:
 
 
 def total_of(numbers: Sequence[float]) -> list[float]:
-    """The sums of some numbers over all processes; exact for whole numbers up to 2^53."""
+    """The sum of each number over all processes; exact for whole numbers up to 2^53."""
     if size() == 1:
         return list(numbers)
     return cast(list[float], total(torch.tensor(numbers, dtype=torch.float64, device=_device())).tolist())
@@ -67,16 +74,16 @@ def batch_mean(values: Tensor, images: float) -> Tensor:
 
     Args:
         values: (n, ...) of this process's n images, with gradient; n may be 0.
-        images: of all processes together.
+        images: number of images in all processes together.
     """
     return values.sum() / (values.shape[1:].numel() * images)
 
 
 def sum_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Add up the gradients of all processes, in one message.
+    """Add up the gradients of all processes in one message, in place.
 
-    Not by hooks that run during the backward pass, as in `DistributedDataParallel`: QAT replaces modules
-    in the middle of a training, and a batch in parts runs backward several times in one step.
+    `DistributedDataParallel` does this by hooks during the backward pass. They do not suit here: QAT replaces
+    modules in the middle of a training, and a batch in parts runs backward several times in one step.
     """
     if size() == 1:
         return
@@ -87,25 +94,26 @@ def sum_gradients(optimizer: torch.optim.Optimizer) -> None:
         gradient.copy_(summed.view(gradient.shape))
 
 
-def differing(state: dict[str, Tensor]) -> list[str]:
-    """Names of the tensors whose bits are not the same in all processes.
+def differing_tensors(state: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors that are not the same, bit by bit, in all processes.
 
-    Compared are sums over the bytes, not the bytes: what drifted apart differs in them.
+    The sums of their bytes are compared, not the bytes: tensors that drifted apart differ in these too.
     """
     if size() == 1:
         return []
-    sums = torch.stack([_bytes(tensor).sum(dtype=torch.int64) for tensor in state.values()]).to(_device())
+    as_bytes = (tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in state.values())
+    sums = torch.stack([values.sum(dtype=torch.int64) for values in as_bytes]).to(_device())
     both = torch.cat([sums, -sums])
     _exchange(dist.all_reduce, both, dist.ReduceOp.MAX)
     highest, lowest = both[: len(sums)], -both[len(sums) :]
     return [name for name, differs in zip(state, (highest != lowest).tolist(), strict=True) if differs]
 
 
-def join_modules(model: nn.Module) -> None:
-    """Let batch norms and quantizers of a model in training look at the whole batch, in place.
+def synchronize_statistics(model: nn.Module) -> None:
+    """Make batch norms and observers of a model use the statistics of the whole batch, in place.
 
-    Modules keep their class, parameters, buffers and flags. Called again it takes in modules that came
-    since, as QAT makes them; alone it does nothing. In evaluation mode nothing is exchanged.
+    Modules keep their class, parameters, buffers and flags. In evaluation mode batch norms exchange nothing.
+    Where this process is alone, nothing is changed. Call it again when QAT has replaced modules.
 
     Raises:
         RecipeError: see `check_observers`.
@@ -121,13 +129,13 @@ def join_modules(model: nn.Module) -> None:
 
 
 def check_observers(model: nn.Module) -> None:
-    """Refuse quantizers whose ranges cannot be found together.
+    """Refuse observers of activations whose ranges several processes cannot find together.
 
     Raises:
-        RecipeError: an activation's range is found by something else than a minimum and a maximum.
+        RecipeError: an observer needs more than the minimum and the maximum of a batch.
     """
     for name, observer in _observers(model).items():
-        if not isinstance(observer, MinMaxObserver):  # those that average are such, too
+        if not isinstance(observer, MinMaxObserver):  # MovingAverageMinMaxObserver is a subclass
             do = "Use a MinMaxObserver or MovingAverageMinMaxObserver, or set trainer.devices=1."
             kind = type(observer).__name__
             raise RecipeError(
@@ -136,7 +144,7 @@ def check_observers(model: nn.Module) -> None:
 
 
 def _observers(model: nn.Module) -> dict[str, Any]:
-    """What finds the ranges of activations, by name; those of weights see the same in every process."""
+    """The observers of activations by name. Those of weights see the same values in every process."""
     return {
         name: module.activation_post_process
         for name, module in model.named_modules()
@@ -145,8 +153,8 @@ def _observers(model: nn.Module) -> dict[str, Any]:
 
 
 def _observe(self: MinMaxObserver, x: Tensor) -> Tensor:
-    """Observe the least and the greatest value of all processes instead of ``x``: to a range they are it."""
-    both = x.new_full((2,), -math.inf)  # of a share without images
+    """Observe the least and the greatest value of all processes, which give the range of the whole batch."""
+    both = x.new_full((2,), -math.inf)  # stays for a share without images
     if x.numel():
         low, high = torch.aminmax(x.detach())
         both = torch.stack([-low, high])
@@ -156,23 +164,23 @@ def _observe(self: MinMaxObserver, x: Tensor) -> Tensor:
 
 
 def _batch_norm(self: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """What ``BatchNorm2d.forward`` does, with the statistics of the whole batch."""
+    """Do what ``BatchNorm2d.forward`` does, with the statistics of the whole batch."""
     if not self.training:
         return nn.BatchNorm2d.forward(self, x)
     mean, variance, count = _statistics(x)
-    _move_averages(self, mean, variance, count)
+    _update_running_statistics(self, mean, variance, count)
     normalized: Tensor = _Normalize.apply(x, self.weight, self.bias, mean, variance, count, self.eps)
     return normalized
 
 
 @torch.no_grad()
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and variance of each channel over all processes, (C,) each, and the number of values."""
+    """Mean and variance of each channel over all processes, (C,) each, and the number of values of one."""
     own = _own_statistics(x.detach())
     rows = [torch.empty_like(own) for _ in range(size())]
     _exchange(dist.all_gather, rows, own)
-    every = torch.stack(rows)
-    counts, means, variances = every[:, :1], *every[:, 1:].chunk(2, dim=1)
+    table = torch.stack(rows)
+    counts, means, variances = table[:, :1], *table[:, 1:].chunk(2, dim=1)
     shares = counts / counts.sum()
     mean = (shares * means).sum(0)
     variance = (shares * (variances + (means - mean).square())).sum(0)
@@ -185,7 +193,7 @@ def _own_statistics(x: Tensor) -> Tensor:
     channels, count = x.shape[1], x.numel() // x.shape[1]
     row = torch.zeros(1 + 2 * channels, dtype=torch.float64, device=x.device)
     if count:
-        # These set the type of the result; the sums themselves are at least float32.
+        # The type of these two sets the type of the result; sums are computed in float32 or float64.
         kind = torch.float64 if x.dtype == torch.float64 else torch.float32
         unused = [torch.zeros(channels, dtype=kind, device=x.device) for _ in range(2)]
         mean, variance = torch.ops.aten.batch_norm_update_stats(x, *unused, 0.0)
@@ -194,7 +202,7 @@ def _own_statistics(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _move_averages(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+def _update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: Tensor) -> None:
     if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
         return
     norm.num_batches_tracked.add_(1)
@@ -218,7 +226,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of ``x`` in full, those of weight and bias as far as this share made them."""
+        """The whole gradient of ``x``; of weight and bias the part that comes from this share."""
         x, weight, mean, variance, count = ctx.saved_tensors
         of_x, of_weight, of_bias = torch.zeros_like(x), torch.zeros_like(weight), torch.zeros_like(weight)
         if x.numel():
@@ -227,20 +235,16 @@ class _Normalize(torch.autograd.Function):
             )
         both = total(torch.cat([of_weight, of_bias])) / count
         slope, shift = both.chunk(2)
-        # What mean and variance pass on: affine in the normalized values, hence a batch norm itself.
+        # The gradient that passes through mean and variance is affine in the normalized values: a batch norm.
         scale = weight * (variance + ctx.eps).rsqrt()
         through = _scaled(x, mean, variance, scale * slope, scale * shift, ctx.eps)
         return of_x - through, of_weight, of_bias, None, None, None, None
 
 
 def _scaled(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    if not x.numel():  # torch's divides by the size there, and crashes
+    if not x.numel():  # torch's batch_norm divides by the size, and crashes
         return x.clone()
     return batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def _exchange(function: Callable[..., Any], *arguments: Any) -> None:
@@ -251,5 +255,5 @@ def _exchange(function: Callable[..., Any], *arguments: Any) -> None:
 
 
 def _device() -> torch.device:
-    """Where small tensors lie that are exchanged."""
+    """The device from which the process group sends small tensors."""
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

@@ -1,4 +1,8 @@
-"""What the processes of one training say to each other."""
+"""What the processes of one training say to each other besides numbers.
+
+`sparse_exp.training.processes` starts the processes and fills `pipes`. The training loop asks here for its
+Fabric, takes over what the first process has decided, and sees to it that all weights stay equal.
+"""
 
 from __future__ import annotations
 
@@ -17,32 +21,38 @@ from sparse_exp.errors import StageFailed
 
 _T = TypeVar("_T")
 
-
-pipes: list[Connection[Any, Any]] = []  # of the first process one to each other; of those one to the first
+pipes: list[Connection[Any, Any]] = []
+"""Of the first process one to each other process; of each other process one to the first; alone, none."""
 
 
 def make_fabric() -> Fabric:
-    """The Fabric of this process: of a CPU or the GPU that is its own."""
+    """The Fabric of this process, on the CPU or on this process's own GPU."""
     if collectives.size() == 1:
         return Fabric(devices=1)
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     fabric = Fabric(
-        accelerator=accelerator, devices=collectives.size(), strategy=DDPStrategy(), plugins=[_Place()]
+        accelerator=accelerator,
+        devices=collectives.size(),
+        strategy=DDPStrategy(),
+        plugins=[_ProcessGroupEnvironment()],
     )
     fabric.launch()
     return fabric
 
 
-def told_by_first(value: _T) -> _T:
-    """What the first process has, in all of them; the others wait for it as long as it takes.
+def broadcast_from_first(value: _T) -> _T:
+    """The first process's value, in every process; the others wait for it, however long it takes.
+
+    Args:
+        value: can be pickled; that of the other processes is ignored.
 
     Raises:
         Disconnected: a process is gone.
     """
     try:
         if collectives.rank():
-            told: _T = pickle.loads(pipes[0].recv_bytes())
-            return told
+            received: _T = pickle.loads(pipes[0].recv_bytes())
+            return received
         message = pickle.dumps(value) if pipes else b""
         for pipe in pipes:
             pipe.send_bytes(message)
@@ -52,12 +62,16 @@ def told_by_first(value: _T) -> _T:
 
 
 def require_equal(model: torch.nn.Module, epoch: float) -> None:
-    """Hold all processes to the same weights and statistics.
+    """Refuse to go on where weights or statistics are not the same in all processes.
+
+    Args:
+        model: this process's.
+        epoch: for the message.
 
     Raises:
         StageFailed: they have drifted apart.
     """
-    names = collectives.differing(model.state_dict())
+    names = collectives.differing_tensors(model.state_dict())
     if names:
         raise StageFailed(
             f"After epoch {epoch:g} the processes of the training differ in {len(names)} tensors, such as "
@@ -65,8 +79,8 @@ def require_equal(model: torch.nn.Module, epoch: float) -> None:
         )
 
 
-class _Place(LightningEnvironment):
-    """Where a process stands among all, for Fabric: they are there already, and know each other."""
+class _ProcessGroupEnvironment(LightningEnvironment):
+    """Tells Fabric that the processes run already and that their group is set up."""
 
     @property
     def creates_processes_externally(self) -> bool:

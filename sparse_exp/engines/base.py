@@ -20,12 +20,12 @@ from sparse_exp.engines.profile import Profile
 from sparse_exp.engines.signature import Signature, check_detector, read_signature
 from sparse_exp.engines.timing import Timing, batches_of, time_engine
 from sparse_exp.errors import EngineError, MissingDependency, SparseExpError, expected
+from sparse_exp.sources.layout import CHECKPOINT_SUFFIXES
 
 Execute = Callable[[np.ndarray], list[np.ndarray]]
 Options = Mapping[str, Any]
 NO_OPTIONS: Options = MappingProxyType({})
 _LONGEST_REASON = 200
-_CHECKPOINTS = (".pt", ".pth", ".safetensors")
 
 
 class Engine(Protocol):
@@ -47,6 +47,7 @@ class Engine(Protocol):
         cores: int,
         streams: int = 1,
         options: Options = NO_OPTIONS,
+        signature: Signature | None = None,
     ) -> None:
         """Compile a model; the one loaded before is closed first.
 
@@ -57,6 +58,7 @@ class Engine(Protocol):
             cores: physical cores to use, all streams together, at least 1.
             streams: inferences that run at once, which is how many threads may call `run` at a time.
             options: of this engine, as `sparse_exp.engines.search_space` lists them.
+            signature: what `read_signature` returned for the model; None: `load` reads it.
 
         Raises:
             MissingDependency: the runtime is not installed.
@@ -158,7 +160,7 @@ class LocalEngine:
 
     def _read(self, model: Path) -> Signature | None:
         """The inputs and outputs that the file names, not yet checked; None where it names none."""
-        if model.suffix in _CHECKPOINTS:
+        if model.suffix in CHECKPOINT_SUFFIXES:
             do = "Take model.onnx of the run's deployment directory, or the engine torch."
             raise EngineError(expected(f"the model of {self.name}", "an ONNX file", str(model), do))
         return read_signature(model)
@@ -171,12 +173,13 @@ class LocalEngine:
         cores: int,
         streams: int = 1,
         options: Options = NO_OPTIONS,
+        signature: Signature | None = None,
     ) -> None:
         """See `Engine.load`."""
         self.close()
         setup = Setup(Path(model), batch_size, cores, streams, options)
         self._check_options(options)
-        self._signature = self._checked(setup)
+        self._signature = self._checked(setup, signature)
         with silence() if self._quiet else nullcontext():
             library, self.version = self._import()
             lanes: LifoQueue[Execute] = LifoQueue()
@@ -245,12 +248,12 @@ class LocalEngine:
                 known = f"one of {', '.join(map(str, self.choices[name]))}"
                 raise EngineError(expected(f"the option {name} of {self.name}", known, value, do))
 
-    def _checked(self, setup: Setup) -> Signature | None:
+    def _checked(self, setup: Setup, signature: Signature | None) -> Signature | None:
         """The model's inputs and outputs, checked; None where the file does not name them."""
         if not setup.model.is_file():
             do = "Run the export stage first, or check the path."
             raise EngineError(expected("the model", "an existing file", str(setup.model), do))
-        signature = self._read(setup.model)
+        signature = signature or self._read(setup.model)
         if signature is not None:
             check_detector(setup.model, signature, setup.batch_size)
         return signature

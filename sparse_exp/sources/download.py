@@ -1,9 +1,9 @@
-"""Downloads over HTTP that go on where an earlier try stopped.
+"""Downloads over HTTP that continue where an earlier try stopped.
 
-The beginning of a file is kept as ``<name>`` beside ``<name>.json``, which holds what the server told of that
-version of the file: its strong ETag, or its date. The rest is asked for under the condition that the file is
-still that one (RFC 9110, Range and If-Range); a server that does not know ranges, or has another file by now,
-sends all of it, and the beginning is given up.
+The beginning of a file is kept as ``<name>`` beside ``<name>.json``, which holds the version that the server
+named: a strong ETag, or a date. The rest is requested on condition that the version is still the same
+(RFC 9110, Range and If-Range). A server that does not know ranges, or has another version by now, sends the
+whole file, and the kept beginning is dropped.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ ADVICE = (
     "or give a local file (model.weights=PATH, dataset.path=YAML)."
 )
 _CHUNK = 1 << 20
-_CONNECT_S = 5.0  # a host that does not answer must not hold up the next source
+_CONNECT_S = 5.0  # seconds; a host that does not answer must not hold up the next source
 _READ_S = 30.0
 _NETWORK = (OSError, http.client.HTTPException)  # URLError and timeouts are OSErrors
 
 
-class _QuickToGiveUp:
-    """A connection that is waited for less long than an answer."""
+class _ShortConnect:
+    """Waits less long for a connection than for an answer."""
 
     timeout: Any
     sock: Any
@@ -44,11 +44,11 @@ class _QuickToGiveUp:
         self.sock.settimeout(_READ_S)
 
 
-class _Connection(_QuickToGiveUp, http.client.HTTPConnection):
+class _Connection(_ShortConnect, http.client.HTTPConnection):
     pass
 
 
-class _SecureConnection(_QuickToGiveUp, http.client.HTTPSConnection):
+class _SecureConnection(_ShortConnect, http.client.HTTPSConnection):
     pass
 
 
@@ -63,18 +63,17 @@ class _Https(urllib.request.HTTPSHandler):
 
 
 def download(url: str, part: Path, name: str) -> None:
-    """Bring a file here, or the rest of it.
+    """Download a file, or the rest of it.
 
     Args:
         url: ``https://`` or ``http://``; redirects are followed.
-        part: the file; what an earlier call left of it is gone on with. Once it is whole, what was kept
-            beside it is gone.
+        part: where the file goes. What an earlier call left there is continued.
         name: of the file, for people.
 
     Raises:
-        SourceUnavailable: the server cannot be reached, refuses, or stops in the middle. What came of the
-            file stays for the next try.
-        OSError: it cannot be written; nothing stays.
+        SourceUnavailable: the server cannot be reached, refuses, or stops in the middle. What has arrived
+            stays for the next try.
+        OSError: the file cannot be written; nothing of it stays.
     """
     try:
         with _opened(url, part) as response:
@@ -118,7 +117,7 @@ def _opened(url: str, part: Path) -> Any:
     try:
         return urllib.request.build_opener(_Http, _Https).open(request, timeout=_READ_S)
     except HTTPError as error:
-        if error.code == 416 and version:  # there is no more than we have: what we have is no beginning of it
+        if error.code == 416 and version:  # the file is not longer than what we have: that is another file's
             forget(part)
             return _opened(url, part)
         raise _unavailable(url, f"{error.code} {error.reason}") from error
@@ -133,7 +132,7 @@ def _kept_version(part: Path) -> str | None:
 
 
 def _receive(response: Any, part: Path, name: str, url: str) -> int | None:
-    """Write what comes behind the beginning, or in its place; returns the size that the whole should have."""
+    """Append the answer to the beginning, or replace that; returns the whole file's size if it is known."""
     start = _start_of(response)
     if start == 0:
         _keep_version(response, part)
@@ -160,7 +159,7 @@ def _keep_version(response: Any, part: Path) -> None:
     part.unlink(missing_ok=True)
     part.parent.mkdir(parents=True, exist_ok=True)
     tag = response.headers.get("ETag") or ""
-    # a weak tag names content that is about the same: no use for bytes
+    # A weak tag stays the same while bytes change.
     version = response.headers.get("Last-Modified") if not tag or tag.startswith("W/") else tag
     write_json(_note(part), {"version": version}) if version else _note(part).unlink(missing_ok=True)
 

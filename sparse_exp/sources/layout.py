@@ -1,4 +1,4 @@
-"""Where things lie in a directory in SparseZoo's layout."""
+"""Where checkpoints and recipes lie in a directory in SparseZoo's layout."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ from pathlib import Path
 from sparse_exp.errors import SourceUnavailable
 
 TRAINING, DEPLOYMENT = "training", "deployment"
-
-
 FINAL, BEFORE_QAT = "model.pt", "checkpoint_preqat.pt"
-
-
-_CHECKPOINTS = (".pt", ".pth", ".safetensors")
+CHECKPOINT_SUFFIXES = (".pt", ".pth", ".safetensors")
 
 
 def checkpoint_in(directory: Path, which: str | None = None) -> Path:
@@ -24,7 +20,7 @@ def checkpoint_in(directory: Path, which: str | None = None) -> Path:
             file's name. None: the one before quantization where there is one, to be trained further.
 
     Raises:
-        SourceUnavailable: there is none such; the message names those that there are.
+        SourceUnavailable: there is no such checkpoint; the message names those that the directory has.
     """
     files = _checkpoints(directory)
     before = [path for path in files if _is_before_qat(path.name)]
@@ -48,10 +44,10 @@ def recipe_in(directory: Path, which: str | None = None) -> Path:
 
     Args:
         directory: of the model.
-        which: as after ``?recipe=``: ``original`` means the one that made the model. None: likewise.
+        which: as after ``?recipe=`` in a stub; None or ``original``: the recipe that made the model.
 
     Raises:
-        SourceUnavailable: there is none such; the message names those that there are.
+        SourceUnavailable: there is no such recipe; the message names those that the directory has.
     """
     wanted = which or "original"
     names = [f"recipe_{wanted}.md", f"recipe_{wanted}.yaml"]
@@ -70,12 +66,12 @@ def recipe_in(directory: Path, which: str | None = None) -> Path:
 def _checkpoints(directory: Path) -> list[Path]:
     for folder in (directory / TRAINING, directory):
         if folder.is_dir():
-            files = [p for p in folder.rglob("*") if p.suffix in _CHECKPOINTS and p.is_file()]
+            files = [p for p in folder.rglob("*") if p.suffix in CHECKPOINT_SUFFIXES and p.is_file()]
             if files:
                 return sorted(files)
     return []
 
 
 def _is_before_qat(name: str) -> bool:
-    """SparseZoo calls such a file ``model.ckpt.pt``; newer ones and ours say ``preqat``."""
+    """Older models of SparseZoo have ``model.ckpt.pt``; newer ones, and ours, say ``preqat``."""
     return "preqat" in name.lower() or ".ckpt" in name.lower()

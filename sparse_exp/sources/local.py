@@ -1,8 +1,8 @@
 """The local zoo: models that runs have published, in SparseZoo's directory layout, to start from again.
 
 A model lies in ``<zoo>/<path of its stub>``, such as
-``cv/detection/yolov5-s/pytorch/sparse_exp/trees/pruned75_quant-none``, and its ``model.json`` says what it
-is. Nothing here imports torch: finding and listing are to be fast.
+``cv/detection/yolov5-s/pytorch/sparse_exp/trees/pruned75_quant-none``, and its ``model.json`` describes it.
+Nothing here imports torch, so that finding and listing models is fast.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Published:
     Attributes:
         stub: ``zoo:...``, first grammar.
         directory: where it lies.
-        metadata: what ``model.json`` says: plain data.
+        metadata: content of ``model.json``, plain data.
     """
 
     stub: str
@@ -65,7 +65,7 @@ def find(stub: str, zoo: Path) -> Path | None:
         zoo: see `zoo_directory`.
 
     Returns:
-        The directory, or None where there is none.
+        The directory, or None where the zoo has no such model.
 
     Raises:
         ConfigError: the stub is malformed, or means several models; the message names them.
@@ -82,10 +82,10 @@ def find(stub: str, zoo: Path) -> Path | None:
 
 
 def directory_of(stub: str, zoo: Path) -> Path:
-    """Where a model of this stub lies, or would.
+    """The directory of a stub, whether there is a model or not.
 
     Args:
-        stub: of either grammar. The second says no repository: it is ``sparse_exp`` then.
+        stub: of either grammar. The second names no repository; then it is ``sparse_exp``.
         zoo: see `zoo_directory`.
 
     Raises:
@@ -109,7 +109,7 @@ def default_stub(size: str, dataset: str, tag: str, *, repo: str = _REPO) -> str
 
     Args:
         size: n, s, m, l or x.
-        dataset: its name; what a stub cannot hold becomes an underscore.
+        dataset: its name; characters that a stub cannot hold become underscores.
         tag: see `sparse_tag`.
         repo: who made it.
     """
@@ -118,7 +118,7 @@ def default_stub(size: str, dataset: str, tag: str, *, repo: str = _REPO) -> str
 
 
 def sparse_tag(sparsity: float, *, quantized: bool, block4: bool = False) -> str:
-    """SparseZoo's way to say how sparse a model is: ``pruned75_quant-none``, ``base-none``.
+    """The tag of a stub, as SparseZoo writes how sparse a model is: ``pruned75_quant-none``, ``base-none``.
 
     Args:
         sparsity: share of zeros in the prunable convolutions, 0..1; below half a percent counts as none.
@@ -134,15 +134,15 @@ def short_name(stub: str) -> str:
     """The stub of the second grammar that means this model: ``zoo:yolov5-s-trees-pruned75_quant``.
 
     Args:
-        stub: of the first grammar. Of its tag ``none`` (nothing else was done) is left out, and other
-            hyphens become underscores: the second grammar allows none.
+        stub: of the first grammar. The ``none`` of its tag (nothing else was done) is left out, and other
+            hyphens of the tag become underscores, because the second grammar allows no hyphens there.
     """
     architecture, dataset, tag = _short_parts(_path_of(stub).split("/"))
     return f"{STUB_PREFIX}{architecture}-{dataset}-{tag}"
 
 
 def published(zoo: Path) -> list[Published]:
-    """All models of the zoo that say what they are, by stub."""
+    """All models of the zoo that have a readable ``model.json``, sorted by stub."""
     found = []
     for directory in _directories(zoo):
         metadata = read_metadata(directory)
@@ -152,7 +152,7 @@ def published(zoo: Path) -> list[Published]:
 
 
 def read_metadata(directory: Path) -> dict[str, Any]:
-    """What a model's ``model.json`` says; empty where it is missing, damaged or of another format."""
+    """The content of a model's ``model.json``; empty where it is missing, damaged or of another format."""
     try:
         content = json.loads((directory / METADATA).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -165,7 +165,7 @@ def _path_of(stub: str) -> str:
 
 
 def _directories(zoo: Path) -> Iterator[Path]:
-    """Directories of models, at the depth of a stub's path, hidden ones left out; sorted."""
+    """Directories of models, sorted. They lie as deep as a stub's path is long; hidden ones are left out."""
     level = [zoo]
     for _ in range(_DEPTH):
         level = [child for folder in level for child in _folders(folder)]
@@ -221,10 +221,10 @@ def require_free(stub: str, zoo: Path, *, force: bool) -> None:
 
 
 def require_writable(zoo: Path) -> None:
-    """Refuse a zoo that this user cannot write, or make.
+    """Refuse a zoo that this user can neither write nor make.
 
     Raises:
-        ConfigError: that is so.
+        ConfigError: the user cannot.
     """
     there = next(folder for folder in (zoo, *zoo.parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):

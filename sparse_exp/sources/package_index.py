@@ -1,4 +1,4 @@
-"""Packages fetched through pip, as this machine has it configured; nothing is installed."""
+"""Packages fetched with pip, as it is configured on this machine; nothing is installed."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def download_package(requirement: str, sha256: str | None, folder: Path) -> Path
     Args:
         requirement: ``<distribution>==<version>``.
         sha256: expected hash of the file, 64 hex digits.
-        folder: empty directory that takes the file and pip's own temporary files.
+        folder: an empty directory for the file and pip's own temporary files.
 
     Returns:
         Path of the wheel or source distribution inside ``folder``.
 
     Raises:
-        SourceUnavailable: pip cannot find or reach it, or its hash is another.
-        OSError: there is no space for it.
+        SourceUnavailable: pip cannot find or reach the file, or its hash is another.
+        OSError: the disk is full.
     """
-    landing, scratch = folder / "landing", folder / "pip"
-    landing.mkdir()
+    downloads, scratch = folder / "downloads", folder / "pip"
+    downloads.mkdir()
     scratch.mkdir()
-    output = _run_pip(_command(requirement, sha256, landing, scratch), scratch, requirement)
-    files = [path for path in landing.iterdir() if path.is_file()]
+    output = _run_pip(_command(requirement, sha256, downloads, scratch), scratch, requirement)
+    files = [path for path in downloads.iterdir() if path.is_file()]
     if len(files) == 1:
         return files[0]
     if _DISK_FULL in output:
@@ -64,9 +64,9 @@ def download_package(requirement: str, sha256: str | None, folder: Path) -> Path
     raise SourceUnavailable(f"pip could not find or reach {requirement}{wheels_only}")
 
 
-def _command(requirement: str, sha256: str | None, landing: Path, scratch: Path) -> list[str]:
+def _command(requirement: str, sha256: str | None, downloads: Path, scratch: Path) -> list[str]:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "--no-input"]
-    command += ["--disable-pip-version-check", "--no-cache-dir", "-d", str(landing)]
+    command += ["--disable-pip-version-check", "--no-cache-dir", "-d", str(downloads)]
     command += ["--progress-bar", "raw" if _pip_reports_progress() else "off"]
     if sha256 is None:
         return [*command, "--only-binary", ":all:", requirement]
@@ -85,8 +85,8 @@ def _pip_reports_progress() -> bool:
 
 
 def _run_pip(command: list[str], scratch: Path, requirement: str) -> str:
-    # pip's temporary files go where the caller cleans up, even when pip is killed.
-    # An index that does not answer must not hold up the next source, unless the user has more patience.
+    # The caller clears the directory of pip's temporary files, even when pip is killed.
+    # An index that does not answer must not hold up the next source, unless the user has set other times.
     patience = {"PIP_DEFAULT_TIMEOUT": "8", "PIP_RETRIES": "1", **os.environ}
     environment = {**patience, "TMPDIR": str(scratch), "PYTHONUNBUFFERED": "1"}
     lines: list[str] = []

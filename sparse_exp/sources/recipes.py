@@ -1,9 +1,13 @@
-"""Recipes by their stub."""
+"""Recipes that a stub names."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from sparse_exp.config.schema import SourceConfig
+from sparse_exp.sources.cache import fetch
+from sparse_exp.sources.layout import recipe_in
+from sparse_exp.sources.local import find
 from sparse_exp.sources.stub import parse_stub
 
 
@@ -11,7 +15,7 @@ def fetch_recipe(text: str, cache: Path, zoo: Path) -> Path:
     """The recipe that a stub names, from the local zoo, the cache or SparseZoo.
 
     Args:
-        text: the stub; without ``?recipe=`` its original recipe is taken.
+        text: the stub; without ``?recipe=`` the original recipe is meant.
         cache: see `sparse_exp.sources.cache.cache_directory`.
         zoo: the local zoo.
 
@@ -22,11 +26,6 @@ def fetch_recipe(text: str, cache: Path, zoo: Path) -> Path:
         ConfigError: the stub is malformed.
         SourceUnavailable: SparseZoo does not answer, or has no such recipe.
     """
-    from sparse_exp.config.schema import SourceConfig
-    from sparse_exp.sources.cache import fetch
-    from sparse_exp.sources.layout import recipe_in
-    from sparse_exp.sources.local import find
-
     stub, published = parse_stub(text), find(text, zoo)
     if published:
         return recipe_in(published, stub.parameters.get("recipe") or stub.parameters.get("recipe_type"))

@@ -1,8 +1,8 @@
-"""The start checkpoint of a run: where it is had, and what serves when its own size cannot be had.
+"""Find the start checkpoint of a run, and fetch it where it is not on this machine.
 
-In order: a model that the local zoo holds under ``model.stub``; the model's sources, first those whose file
-is on this machine and then the others; and last the checkpoints of smaller sizes that one can be grown from.
-``model.weights`` takes the place of all of these.
+Tried in this order: a model that the local zoo holds under ``model.stub``; the model's sources, first those
+whose file is on this machine and then the others; last, checkpoints of smaller sizes that one of the model's
+size can be grown from. Where ``model.weights`` is set, only that is tried.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class StartFile:
     """The file that a training starts from.
 
     Attributes:
-        file: as it is on this machine.
-        name: where the start comes from, for people: the file's origin, or ``grown:yolov5s(coco)``.
-        grown: whether it is of a smaller size than the model, which is to be grown from it.
+        file: the file on this machine.
+        name: where the weights come from, for people: the file's origin, or ``grown:yolov5s(coco)``.
+        grown: whether the file is of a smaller size than the model, so that the model is grown from it.
     """
 
     file: FetchedFile
@@ -49,13 +49,13 @@ class StartFile:
     grown: bool = False
 
     def as_facts(self) -> dict[str, str]:
-        """As plain data, which the fetch stage leaves for the stages behind it."""
+        """The plain data that the fetch stage records for later stages."""
         facts = {"origin": self.name, "sha256": self.file.sha256, "path": str(self.file.path)}
         return facts | ({"grown_from": self.file.origin} if self.grown else {})
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> StartFile | None:
-        """The start checkpoint of a run whose fetch stage is finished; no source is asked.
+        """The start checkpoint that a finished fetch stage has recorded; no source is asked.
 
         Args:
             facts: of the fetch stage.
@@ -65,7 +65,7 @@ class StartFile:
 
         Raises:
             ConfigError: the fetch stage did not look for a start checkpoint.
-            SourceUnavailable: its file is gone, or is another now.
+            SourceUnavailable: its file is missing, or has another hash now.
         """
         if facts.get("origin") == SCRATCH:
             return None
@@ -80,7 +80,7 @@ class StartFile:
 
 
 def cached_start(model: ModelConfig, cache: Path, zoo: Path) -> StartFile | None:
-    """The start checkpoint as far as it is on this machine; nothing is fetched.
+    """The start checkpoint if its file is on this machine; nothing is fetched.
 
     Args:
         model: names the sources.
@@ -88,8 +88,8 @@ def cached_start(model: ModelConfig, cache: Path, zoo: Path) -> StartFile | None
         zoo: the local zoo.
 
     Returns:
-        The first of the model's own size, else the first to grow it from; None where there is neither, and
-        for ``model.weights=scratch``.
+        The first file of the model's own size, or else the first one to grow the model from. None where
+        neither is here, and for ``model.weights=scratch``.
     """
     if model.weights == SCRATCH:
         return None
@@ -101,7 +101,7 @@ def cached_start(model: ModelConfig, cache: Path, zoo: Path) -> StartFile | None
 
 
 def fetch_start(model: ModelConfig, cache: Path, zoo: Path) -> StartFile | None:
-    """Fetch the start checkpoint from the first source that serves.
+    """Fetch the start checkpoint from the first source that has it.
 
     Args:
         model: names the sources.
@@ -112,9 +112,9 @@ def fetch_start(model: ModelConfig, cache: Path, zoo: Path) -> StartFile | None:
         The file, or None where ``model.weights=scratch`` asks for random weights.
 
     Raises:
-        SourceUnavailable: no source serves, nor is there a smaller size to grow from; the message names
-            each one's reason.
-        CheckpointError: what it is to be grown from is no checkpoint.
+        SourceUnavailable: no source has it, and no smaller size can be fetched either; the message gives
+            the reason of each source.
+        CheckpointError: the file of a smaller size is no checkpoint.
     """
     if model.weights == SCRATCH:
         return None
@@ -127,21 +127,21 @@ def fetch_start(model: ModelConfig, cache: Path, zoo: Path) -> StartFile | None:
         return StartFile(file, file.origin)
     grown = here or _grown_fetched(model, cache, zoo, reasons)
     if grown is None:
-        raise SourceUnavailable(_nothing_serves(model, reasons))
+        raise SourceUnavailable(_why_none(model, reasons))
     _log.info("No %s can be had: its start is %s, from %s.", model.name, grown.name, grown.file.origin)
     return grown
 
 
 def require_place(key: str, uri: str, word: str) -> None:
-    """Refuse what cannot be a checkpoint's place, as far as that is known without the network.
+    """Refuse a URI that cannot lead to a checkpoint, without using the network.
 
     Args:
         key: of the configuration.
         uri: see `locate`.
-        word: that the key takes in a place's stead, for the message.
+        word: that the key accepts besides URIs, for the message.
 
     Raises:
-        ConfigError: the stub, hash or package is malformed, or there is no such file.
+        ConfigError: the stub, hash or package is malformed, or the file does not exist.
         SourceUnavailable: a directory holds no checkpoint.
     """
     source = _checked(SourceConfig(uri=uri))
@@ -156,18 +156,18 @@ def require_place(key: str, uri: str, word: str) -> None:
 
 
 def locate(uri: str, cache: Path, zoo: Path, *, sha256: str | None = None) -> FetchedFile:
-    """A checkpoint file on this machine, fetched where it is not here yet.
+    """A checkpoint file on this machine; it is fetched where it is not here yet.
 
     Args:
-        uri: a path; a directory in SparseZoo layout; a stub, which the local zoo is asked for first;
-            ``https://...`` or ``index:...``, with ``#sha256=...`` behind it or not.
+        uri: a path; a directory in SparseZoo's layout; a stub, which is looked up in the local zoo first;
+            or ``https://...`` or ``index:...``, perhaps followed by ``#sha256=...``.
         cache: directory for downloads.
         zoo: the local zoo.
         sha256: that the file must have.
 
     Raises:
         ConfigError: the URI is malformed.
-        SourceUnavailable: it cannot be had, or is not the file that was promised.
+        SourceUnavailable: it cannot be fetched, or has another hash than promised.
     """
     return _located(SourceConfig(uri=uri, sha256=sha256), cache, zoo)
 
@@ -178,18 +178,18 @@ def teacher_file(
     """The checkpoint that a distilling recipe learns from.
 
     Args:
-        teacher: ``self``, ``baseline``, or where a checkpoint can be had, as `locate` takes it; None: none.
+        teacher: ``self``, ``baseline``, or a URI as for `locate`; None: there is no teacher.
         cache: directory for downloads.
         zoo: the local zoo.
         baseline: the dense counterpart's checkpoint, where one was trained or found.
-        offline: do not fetch it.
+        offline: only look on this machine.
 
     Returns:
-        Its file; None for ``self``, for a baseline that there is not yet, and for what is not on this
-        machine where ``offline`` is on.
+        The file. None for ``self``, for a baseline that does not exist yet, and for a file that is not on
+        this machine where ``offline`` is set.
 
     Raises:
-        SourceUnavailable: the checkpoint cannot be had.
+        SourceUnavailable: the checkpoint cannot be fetched.
     """
     if teacher in (None, "self", "baseline"):
         return baseline if teacher == "baseline" else None
@@ -202,7 +202,7 @@ def _located(source: SourceConfig, cache: Path, zoo: Path) -> FetchedFile:
 
 
 def _checked(source: SourceConfig) -> SourceConfig:
-    """The source, its hash where hashes belong, once its stub is known to be that of a checkpoint."""
+    """The source, its hash in the field ``sha256``; refuses the stub of a recipe."""
     if source.uri.startswith(STUB_PREFIX) and parse_stub(source.uri).names_recipe:
         do = "Leave out recipe and recipe_type."
         raise ConfigError(expected("the stub of a checkpoint", "one that names no recipe", source.uri, do))
@@ -214,7 +214,7 @@ def find_here(source: SourceConfig, cache: Path, zoo: Path) -> FetchedFile | Non
 
     Raises:
         ConfigError: its URI is malformed.
-        SourceUnavailable: it is another file than promised.
+        SourceUnavailable: the file has another hash than promised.
     """
     source = _checked(source)
     if source.uri.startswith(STUB_PREFIX):
@@ -248,7 +248,7 @@ def _first_here(sources: Sequence[SourceConfig], cache: Path, zoo: Path) -> Fetc
 def _first_fetched(
     sources: Sequence[SourceConfig], cache: Path, zoo: Path, reasons: list[str]
 ) -> FetchedFile | None:
-    """The first that serves; the reasons of those before it are added to ``reasons``."""
+    """The file of the first source that has it; why the sources before it do not is added to ``reasons``."""
     for source in sources:
         try:
             return _located(source, cache, zoo)
@@ -282,7 +282,7 @@ def _grown(file: FetchedFile, source: SourceConfig) -> StartFile:
     return StartFile(file, f"grown:yolov5{checkpoint.size}({trained_on})", grown=True)
 
 
-def _nothing_serves(model: ModelConfig, reasons: Sequence[str]) -> str:
+def _why_none(model: ModelConfig, reasons: Sequence[str]) -> str:
     tried = " ".join(reason.removesuffix(ADVICE).strip() for reason in reasons)
     tried = tried or f"{model.name} names no source."
     smaller = "" if model.weights or model.grow_from else " There is no smaller size to grow it from."

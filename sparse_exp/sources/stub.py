@@ -1,7 +1,7 @@
 """SparseZoo stubs: their two grammars, and the files that they name.
 
-SparseZoo closed in June 2025, and its service may be gone for good; what it serves can be given as a
-local file wherever a stub can. The client is imported when a stub is fetched, and nowhere else.
+SparseZoo closed in June 2025, and its service may be gone for good. Wherever a stub is accepted, so is a
+local file. The client is imported when a stub is fetched, and nowhere else.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_exp.errors import ConfigError, SourceUnavailable, expected, first_line
+from sparse_exp.sources.layout import checkpoint_in
 
 STUB_PREFIX = "zoo:"
 PARAMETERS = ("recipe", "recipe_type", "checkpoint", "deployment")
@@ -37,13 +38,13 @@ _FORMS = (
 
 @dataclass(frozen=True)
 class Stub:
-    """What a stub says.
+    """The parts of a stub.
 
     Attributes:
         text: as given, ``zoo:`` and parameters included.
         architecture: such as ``yolov5``.
-        sub: its variant, such as ``s``; empty where none is named.
-        dataset: that the model was trained on, such as ``coco``; in the second grammar its first one.
+        sub: its variant, such as ``s``; empty where the stub names none.
+        dataset: that the model was trained on, such as ``coco``; in the second grammar the first of two.
         tag: how it was made sparse, such as ``pruned75_quant-none``.
         parameters: after the question mark: which recipe, checkpoint or deployment.
     """
@@ -68,7 +69,7 @@ def parse_stub(text: str) -> Stub:
         text: ``zoo:...``, perhaps with ``?key=value&key=value``.
 
     Raises:
-        ConfigError: it is of neither grammar, or has a parameter that there is not.
+        ConfigError: it is of neither grammar, or has an unknown parameter.
     """
     path, question, query = text.removeprefix(STUB_PREFIX).partition("?")
     match = (_V1 if "/" in path else _V2).fullmatch(path)
@@ -83,7 +84,7 @@ def parse_stub(text: str) -> Stub:
 
 
 def file_name(text: str) -> str:
-    """What the file of a stub is called in the cache."""
+    """The name of a stub's file in the cache."""
     stub = parse_stub(text)
     return f"{stub.architecture}-{stub.sub}-{stub.dataset}-{stub.tag}.{'md' if stub.names_recipe else 'pt'}"
 
@@ -98,19 +99,19 @@ def download_stub(text: str, file: Path, folder: Path) -> None:
 
     Raises:
         SourceUnavailable: the service does not answer, or has no such file.
-        OSError: there is no space for it.
+        OSError: the disk is full.
     """
     stub = parse_stub(text)
     try:
         with _short_timeouts():
-            shutil.copyfile(_served(stub, folder / "sparsezoo"), file)
+            shutil.copyfile(_fetched_by_client(stub, folder / "sparsezoo"), file)
     except SourceUnavailable:
         raise
-    except Exception as error:  # the client lets those of requests, JSON and its own through
+    except Exception as error:  # of requests, of JSON, of the client itself
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
         reason = first_line(error).rstrip(".")
-        if not 0 < len(reason) < 100:  # a failed connection is told at length
+        if not 0 < len(reason) < 100:  # messages on failed connections are long
             reason = type(error).__name__
         raise SourceUnavailable(
             f"SparseZoo does not answer for {text} ({reason}). The service closed in 2025: give a local "
@@ -118,22 +119,20 @@ def download_stub(text: str, file: Path, folder: Path) -> None:
         ) from error
 
 
-def _served(stub: Stub, folder: Path) -> Path:
+def _fetched_by_client(stub: Stub, folder: Path) -> Path:
     os.environ.setdefault("NM_DISABLE_ANALYTICS", "True")  # read when the client is imported
     from sparsezoo import Model
 
     model = Model(stub.text, download_path=str(folder))
     if stub.names_recipe:
         return Path(model.recipes.default.path)
-    from sparse_exp.sources.layout import checkpoint_in
-
     _ = model.training.default.path  # fetches it; single files do not land where this says
     return checkpoint_in(folder, stub.parameters.get("checkpoint"))
 
 
 @contextmanager
 def _short_timeouts() -> Iterator[None]:
-    """Give the client's requests a time limit: it sets none, and would wait for a dead host for minutes."""
+    """Give the client's requests a time limit; without one they wait minutes for a dead host."""
     from requests.adapters import HTTPAdapter
 
     send = HTTPAdapter.send

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import NodeProto
+from onnx import NodeProto  # type: ignore[attr-defined]
 from torch import nn
 
 from sparse_exp.errors import SparsityError, expected
 from sparse_exp.sparsity.onnx_graph import constants, per_channel, producers, quantized_weight
-from sparse_exp.yolov5 import YOLOv5
+from sparse_exp.sparsity.prune import BLOCK, blocks
 
 MEGABYTE = 1e6
 
@@ -298,14 +298,17 @@ SPARSE_FROM = 0.10  # share of zeros from which a checkpoint counts as pruned; S
 _IN_BLOCKS_FROM = 0.99  # share of the zeros that lie in whole blocks; single ones may be so by chance
 
 
-def in_blocks(model: YOLOv5) -> bool:
-    """Whether zeros come in groups of four input channels (of layers whose number of them allows it)."""
-    from sparse_exp.sparsity.prune import BLOCK, blocks
+def in_blocks(weights: Iterable[torch.Tensor]) -> bool:
+    """Whether there are zeros, and they come in blocks of four input channels (pattern ``block4``).
 
+    Args:
+        weights: (O, I, height, width) of the prunable convolutions; those whose input channels are no
+            multiple of four do not count.
+    """
     zeros, whole = 0, 0
-    for conv in model.prunable_convolutions().values():
-        groups = (conv.weight == 0).flatten()[blocks(conv.weight, BLOCK)]
+    for weight in weights:
+        groups = (weight == 0).flatten()[blocks(weight, BLOCK)]
         if groups.shape[1] == BLOCK:
             zeros += int(groups.sum())
             whole += BLOCK * int(groups.all(dim=1).sum())
-    return whole >= _IN_BLOCKS_FROM * zeros
+    return zeros > 0 and whole >= _IN_BLOCKS_FROM * zeros

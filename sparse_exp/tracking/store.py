@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import SparseExpError, expected
+from sparse_exp.locks import exclusive
 from sparse_exp.tracking.messages import one_line, without_password
 
 SQLITE = "sqlite:///"
@@ -45,6 +46,7 @@ def ready_database(uri: str) -> Iterator[None]:
     Raises:
         ValueError: the path cannot be written in a database address.
         sqlite3.Error: it is no database, or not writable; MLflow would try for minutes.
+        ConfigError: another process has been opening it for minutes.
         OSError: its directory cannot be made, or nothing answers at its host and port.
         Exception: the database server's, such as that there is no such user.
     """
@@ -56,13 +58,11 @@ def ready_database(uri: str) -> Iterator[None]:
     if not uri.startswith(SQLITE):
         yield
         return
-    import filelock
-
     if "?" in uri:
         raise ValueError("a path with a question mark does not work for SQLite")
     database = Path(uri.removeprefix(SQLITE))
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{database}.lock", timeout=_LOCK_TIMEOUT_S):
+    lock, what = database.with_name(f"{database.name}.lock"), f"The database {database} is being opened"
+    with exclusive(lock, what, at_most=_LOCK_TIMEOUT_S):
         with closing(sqlite3.connect(database, timeout=_LOCK_TIMEOUT_S)) as connection:
             connection.execute("BEGIN IMMEDIATE")
             connection.rollback()

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data.loader import Batch, DetectionLoader
 from sparse_exp.distributed import collectives
-from sparse_exp.distributed.peers import make_fabric, require_equal, told_by_first
+from sparse_exp.distributed.peers import broadcast_from_first, make_fabric, require_equal
 from sparse_exp.locks import give_way, waited_seconds
 from sparse_exp.progress import Bar, progress
 from sparse_exp.sparsity.checkpoints import CheckpointWriter
@@ -283,7 +283,7 @@ class Trainer:
         bar: Bar,
     ) -> Record:
         self._model.train()
-        collectives.join_modules(self._model)
+        collectives.synchronize_statistics(self._model)
         started, sums = time.perf_counter() - waited_seconds(), defaultdict[str, float](float)
         for step in steps:
             if collectives.rank() == 0:  # the others wait for it
@@ -364,7 +364,7 @@ class Trainer:
         promised = self._hold(phase, model, epoch)
         require_equal(self._model, epoch)
         record = {} if collectives.rank() else self._judge(phase, model, epoch, promised, ends=ends)
-        record, self._best, random = told_by_first((record, self._best, random_state()))
+        record, self._best, random = broadcast_from_first((record, self._best, random_state()))
         set_random_state(random)  # evaluating draws from it
         return record
 

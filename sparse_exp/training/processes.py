@@ -1,11 +1,12 @@
 """Several processes that train one detector together: how they start, and how they end.
 
-The run's own process is the first of them. It starts the others with all that a `Trainer` is made of, and
-they train as it does, each on its share of every batch (see `sparse_exp.distributed.collectives`). What is
-decided by evaluating, and every file and event, is the first one's; it tells the others what came of it.
+The run's own process is the first one. It starts the others and sends them all that a `Trainer` is made of.
+Each process trains on its share of every batch; `sparse_exp.distributed` makes the result that of one
+process. Only the first process evaluates, writes files and reports epochs; it tells the others what it
+decided.
 
-They start as fresh interpreters and not by `multiprocessing`, for the reasons in
-`sparse_exp.engines.isolated`. One that dies ends the training with its reason, and none outlives the first.
+The others are fresh interpreters, not children of `multiprocessing`; `sparse_exp.engines.isolated` gives the
+reasons. If one dies, the training ends and says why. None outlives the first process.
 """
 
 from __future__ import annotations
@@ -24,54 +25,52 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 
-from sparse_exp.children import exit_with_parent, last_line, start_child
+from sparse_exp.children import exit_with_parent, how_it_ended, start_child
 from sparse_exp.config.schema import Experiment
 from sparse_exp.distributed import collectives
 from sparse_exp.distributed.collectives import Disconnected
 from sparse_exp.distributed.peers import pipes
 from sparse_exp.errors import ConfigError, SparseExpError, StageFailed, expected, first_line
+from sparse_exp.sparsity.recipe import Recipe
+from sparse_exp.training.loop import Trainer, TrainingResult
 from sparse_exp.training.memory import is_out_of_memory
+from sparse_exp.training.state import State
 from sparse_exp.training.threads import using_threads
-
-if TYPE_CHECKING:
-    from sparse_exp.sparsity.recipe import Recipe
-    from sparse_exp.training.loop import TrainingResult
-    from sparse_exp.training.state import State
-    from sparse_exp.yolov5 import YOLOv5
+from sparse_exp.yolov5 import YOLOv5
 
 _log = logging.getLogger(__name__)
-# Of one exchange. A process that dies is noticed at once, and what the others wait for while the first
-# evaluates comes through a pipe, however long that takes. An hour: a training gives way to benchmarks.
+# How long one exchange of numbers may take. A process that dies is noticed at once, and while the first one
+# evaluates, the others wait at a pipe without a limit. An hour, because a training pauses for benchmarks.
 _TIMEOUT = timedelta(hours=1)
-_PATIENCE_S = 30.0  # for the reason of a process that broke a connection
+_SECONDS_FOR_A_REASON = 30.0  # that a process which broke a connection has to say why
 _INTERFACE = "GLOO_SOCKET_IFNAME"
-# The interrupt belongs to the first process, which then ends the others.
+# The child ignores Ctrl-C: the first process handles it, and ends the others.
 _CHILD = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 sys.path[:] = sys.argv[2:]
-from sparse_exp.training.processes import serve
-serve(int(sys.argv[1]))
+from sparse_exp.training.processes import join_training
+join_training(int(sys.argv[1]))
 """
 
 
 def check_devices(experiment: Experiment, recipe: Recipe, model: YOLOv5) -> None:
-    """Refuse what several processes cannot train.
+    """Refuse a training that ``trainer.devices`` processes cannot do together.
 
     Args:
         experiment: the configuration.
         recipe: its recipe.
-        model: before quantization; left as it is.
+        model: before quantization; not changed.
 
     Raises:
-        ConfigError: there are fewer GPUs than processes.
-        RecipeError: it quantizes with observers that cannot be shared.
+        ConfigError: this machine has GPUs, but fewer than processes.
+        RecipeError: the recipe quantizes with observers whose ranges processes cannot find together.
     """
     devices = experiment.trainer.devices
     if devices == 1:
@@ -94,35 +93,56 @@ def fit_together(
     threads: int,
     on_epoch: Callable[[dict[str, Any]], None],
 ) -> TrainingResult:
-    """Train with one process or more.
+    """Train in one process or more.
 
     Args:
-        arguments: of `Trainer`, all but ``on_epoch``; they go to the other processes by pickle.
-        state: where to go on, see `Trainer.fit`.
-        devices: processes; they divide the size of a batch.
-        threads: of each.
+        arguments: of `Trainer`, all but ``on_epoch``; they are pickled for the other processes.
+        state: where to continue, see `Trainer.fit`.
+        devices: number of processes; it divides the size of a batch.
+        threads: of each process.
         on_epoch: called in this process only, with each record of the history.
+
+    Returns:
+        What the training left.
 
     Raises:
         SparseExpError: what stopped the training in any of the processes.
     """
-    from sparse_exp.training.loop import Trainer  # which imports this module
-
-    with using_threads(threads), _others(devices, threads, arguments, state):
+    with using_threads(threads), _other_processes(devices, threads, arguments, state):
         return Trainer(**arguments, on_epoch=on_epoch).fit(state)
 
 
+def join_training(descriptor: int) -> None:
+    """The work of another process: train as the first one does, and end with it.
+
+    Args:
+        descriptor: file descriptor of its end of the pipe to the first process.
+    """
+    threading.Thread(target=exit_with_parent, args=(descriptor,), daemon=True).start()
+    pipe: Connection[Any, Any] = Connection(descriptor)
+    rank = 0
+    try:
+        task: _Task = pickle.loads(pipe.recv_bytes())
+        rank = task.rank
+        pipe.send_bytes(pickle.dumps(None))
+        pipes[:] = [pipe]
+        with using_threads(task.threads), _process_group(rank, task.devices, task.meeting):
+            Trainer(**task.arguments).fit(task.state)
+    except Exception as error:
+        pipe.send_bytes(pickle.dumps(_Failure(_as_ours(error, rank), traceback.format_exc())))
+
+
 @dataclass(frozen=True)
-class _Order:
-    """What another process is to do.
+class _Task:
+    """What another process has to do.
 
     Attributes:
-        rank: which one it is.
-        devices: how many there are.
-        threads: of each.
-        meeting: file by which they find each other.
+        rank: its number, at least 1.
+        devices: number of processes.
+        threads: of each process.
+        meeting: file by which the processes find each other.
         arguments: of its `Trainer`.
-        state: where it goes on, if not at the beginning.
+        state: where it continues; None: from the beginning.
     """
 
     rank: int
@@ -135,19 +155,21 @@ class _Order:
 
 @dataclass(frozen=True)
 class _Failure:
-    """Why another process ended: in one line, and for the log."""
+    """Why another process failed: the error for the user, and the traceback for the log."""
 
     error: SparseExpError
     trace: str
 
 
 @contextmanager
-def _others(devices: int, threads: int, arguments: Mapping[str, Any], state: State | None) -> Iterator[None]:
-    """All other processes of a training, at work until the block ends."""
+def _other_processes(
+    devices: int, threads: int, arguments: Mapping[str, Any], state: State | None
+) -> Iterator[None]:
+    """Start all other processes of a training; they end with the block."""
     if devices == 1:
         yield
         return
-    # Only the first evaluates; and no image is sent twice.
+    # The others do not evaluate: with the same loader twice, pickle sends no image of the validation split.
     sent = {**arguments, "data": replace(arguments["data"], val=arguments["data"].train)}
     others: list[_Other] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -155,14 +177,14 @@ def _others(devices: int, threads: int, arguments: Mapping[str, Any], state: Sta
             others += [_Other(rank) for rank in range(1, devices)]
             meeting = str(Path(folder) / "meeting")
             for other in others:
-                other.order(_Order(other.rank, devices, threads, meeting, sent, state))
+                other.give(_Task(other.rank, devices, threads, meeting, sent, state))
             for other in others:
-                other.wait()
+                other.wait_until_given()
             pipes[:] = [other.pipe for other in others]
-            with _group(0, devices, meeting):
+            with _process_group(0, devices, meeting):
                 yield
         except Disconnected as error:
-            raise _reason(others) from error
+            raise _why_disconnected(others) from error
         finally:
             pipes.clear()
             for other in others:
@@ -170,25 +192,25 @@ def _others(devices: int, threads: int, arguments: Mapping[str, Any], state: Sta
 
 
 class _Other:
-    """Another process of the training, as the first one sees it.
+    """Another process of the training, seen from the first one.
 
     Args:
-        rank: which one.
+        rank: its number, at least 1.
     """
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self._process, self.pipe, self._output = start_child(_CHILD)
 
-    def order(self, order: _Order) -> None:
-        """Tell it what to do."""
+    def give(self, task: _Task) -> None:
+        """Send it its task."""
         try:
-            self.pipe.send_bytes(pickle.dumps(order))
+            self.pipe.send_bytes(pickle.dumps(task))
         except OSError as error:
             raise Disconnected from error
 
-    def wait(self) -> None:
-        """Wait until it has understood."""
+    def wait_until_given(self) -> None:
+        """Wait until it has received its task."""
         try:
             answer = pickle.loads(self.pipe.recv_bytes())
         except (OSError, EOFError) as error:
@@ -197,45 +219,46 @@ class _Other:
             raise answer.error
 
     def failure(self, deadline: float) -> SparseExpError | None:
-        """Why it ended; None if it has not until then (`time.monotonic`)."""
-        with suppress(OSError, EOFError):  # then it is dead, and its end of the pipe closed
+        """Why it ended; None if it says nothing before the deadline, a time of `time.monotonic`."""
+        with suppress(OSError, EOFError):  # raised where the process is dead and its end of the pipe closed
             if not self.pipe.poll(max(0.0, deadline - time.monotonic())):
                 return None
             failure: _Failure = pickle.loads(self.pipe.recv_bytes())
             _log.debug("Process %d of the training failed:\n%s", self.rank, failure.trace)
             return failure.error
-        code = self._process.wait()
-        how, said = f"signal {-code}" if code < 0 else f"exit code {code}", last_line(self._output)
         return StageFailed(
-            f"Process {self.rank} of the training died ({how}{', ' if said else ''}{said}). "
+            f"Process {self.rank} of the training died ({how_it_ended(self._process.wait(), self._output)}). "
             "Check that memory suffices, or set trainer.devices=1."
         )
 
     def close(self) -> None:
-        """End it; it has nothing to save."""
+        """Kill it: it has nothing to save."""
         self.pipe.close()
         self._process.kill()
         self._process.wait()
         self._output.close()
 
 
-def _reason(others: Sequence[_Other]) -> SparseExpError:
-    """Why a connection broke: what happened to one of the others, not what it did to the rest."""
-    deadline = time.monotonic() + _PATIENCE_S
+def _why_disconnected(others: Sequence[_Other]) -> SparseExpError:
+    """The error that broke a connection; a process that only lost its connection to another comes last."""
+    deadline = time.monotonic() + _SECONDS_FOR_A_REASON
     failures = [failure for other in others if (failure := other.failure(deadline))]
     failures.sort(key=lambda failure: isinstance(failure, Disconnected))
-    late = StageFailed(
+    if failures:
+        return failures[0]
+    return StageFailed(
         f"A process of the training has not answered for {_TIMEOUT.seconds // 60} minutes. "
         "Set trainer.devices=1."
     )
-    return failures[0] if failures else late
 
 
 @contextmanager
-def _group(rank: int, devices: int, meeting: str) -> Iterator[None]:
-    """Torch's default process group, of processes of this machine."""
+def _process_group(rank: int, devices: int, meeting: str) -> Iterator[None]:
+    """Set up torch's default process group, of processes of this machine, for the block."""
     given = os.environ.get(_INTERFACE)
-    os.environ[_INTERFACE] = given or _loopback()
+    addresses = psutil.net_if_addrs().items()
+    loopback = (name for name, own in addresses if any(a.address == "127.0.0.1" for a in own))
+    os.environ[_INTERFACE] = given or next(loopback, "lo")
     try:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         store = dist.FileStore(meeting, devices)  # type: ignore[attr-defined]
@@ -251,39 +274,8 @@ def _group(rank: int, devices: int, meeting: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _loopback() -> str:
-    """The network interface that leads to this machine only."""
-    addresses = psutil.net_if_addrs().items()
-    return next((name for name, own in addresses if any(a.address == "127.0.0.1" for a in own)), "lo")
-
-
-def serve(descriptor: int) -> None:
-    """The work of another process: train as the first one does, and end with it.
-
-    Args:
-        descriptor: file descriptor of its end of the pipe to the first one.
-    """
-    threading.Thread(target=exit_with_parent, args=(descriptor,), daemon=True).start()
-    pipe: Connection[Any, Any] = Connection(descriptor)
-    rank = 0
-    try:
-        order: _Order = pickle.loads(pipe.recv_bytes())
-        rank = order.rank
-        pipe.send_bytes(pickle.dumps(None))
-        pipes[:] = [pipe]
-        _train(order)
-    except Exception as error:
-        pipe.send_bytes(pickle.dumps(_Failure(_in_one_line(error, rank), traceback.format_exc())))
-
-
-def _train(order: _Order) -> None:
-    from sparse_exp.training.loop import Trainer
-
-    with using_threads(order.threads), _group(order.rank, order.devices, order.meeting):
-        Trainer(**order.arguments).fit(order.state)
-
-
-def _in_one_line(error: Exception, rank: int) -> SparseExpError:
+def _as_ours(error: Exception, rank: int) -> SparseExpError:
+    """An error of another process as one for the user, of one line."""
     if isinstance(error, SparseExpError):
         return error
     who = f"Process {rank} of the training"

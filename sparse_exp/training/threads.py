@@ -1,4 +1,4 @@
-"""How many threads torch computes with."""
+"""How many threads torch computes with in a training."""
 
 from __future__ import annotations
 
@@ -13,29 +13,27 @@ from sparse_exp.hardware import usable_physical_cores
 
 
 def training_threads(experiment: Experiment) -> int:
-    """Threads of each training process: ``trainer.threads``, or the cores shared out among all that run.
+    """Threads of each training process: ``trainer.threads``, else its share of the physical cores.
 
-    Like torch's own choice this respects ``OMP_NUM_THREADS``.
+    The cores are shared among the processes of this training and the jobs of a sweep that run on this
+    machine. Like torch's own default, a share is at most ``OMP_NUM_THREADS``.
     """
     if experiment.trainer.threads is not None:
         return experiment.trainer.threads
-    most = os.environ.get("OMP_NUM_THREADS", "")
-    share = usable_physical_cores() // (experiment.trainer.devices * _jobs_here(experiment))
-    return max(1, min(share, int(most) if most.isdigit() else share))
-
-
-def _jobs_here(experiment: Experiment) -> int:
-    """Jobs of a sweep that share this machine; a cluster gives each its own cores."""
     launcher = experiment.launcher
-    here = launcher.name == "joblib" or (launcher.name == "ray" and experiment.ray.address is None)
-    return launcher.jobs if here else 1
+    # A cluster gives each job cores of its own.
+    jobs_here = launcher.name == "joblib" or (launcher.name == "ray" and experiment.ray.address is None)
+    share = usable_physical_cores() // (experiment.trainer.devices * (launcher.jobs if jobs_here else 1))
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(share, int(limit) if limit.isdigit() else share))
 
 
 @contextmanager
 def using_threads(count: int) -> Iterator[None]:
-    """Let torch compute with so many threads for a while.
+    """Let torch compute with ``count`` threads within the block.
 
-    Sums are added up in another order with another number: results agree bit for bit only with equal ones.
+    The number of threads decides in which order sums are added: results agree bit for bit only with the same
+    number.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(count)

@@ -1,4 +1,4 @@
-"""The detector: modules, safe checkpoint loading, loss, decoding."""
+"""The detector: its modules, loss and checkpoints, and detections from its predictions."""
 
 from sparse_exp.yolov5.checkpoint import (
     Checkpoint,

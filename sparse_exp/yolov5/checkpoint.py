@@ -1,29 +1,29 @@
-"""Checkpoints of YOLOv5: reading published ones and our own, starting a model from them, writing ours."""
+"""Checkpoints of YOLOv5: read published ones and our own, start a model from one, write our own."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparse_exp.errors import CheckpointError, expected
+from sparse_exp.files import landing
 from sparse_exp.yolov5.model import SCALES, YOLOv5
 from sparse_exp.yolov5.restricted import Inert, RestrictedFile, TensorRecord, damaged, open_restricted
 
 FORMAT = "sparse_exp/1"
 _HEAD = "model.24."
 _LEVELS = 3
-_OBSERVED = (".scale", ".zero_point", ".min_val", ".max_val")
+_OBSERVED = (".scale", ".zero_point", ".min_val", ".max_val")  # buffers of observers
 _MAX_MODULES = 10_000
-# What else has tensors of names that are told at once; names are those of Ultralytics and torchvision.
+# Other models (of Ultralytics and torchvision), each with a pattern for names that only its tensors have.
 _FOREIGN = {
     "the Focus layer of YOLOv5 before v6.0": r"^model\.0\.conv\.conv\.",
     "a segmentation model": r"^model\.\d+\.proto\.",
@@ -39,18 +39,17 @@ class Checkpoint:
     """What a checkpoint file holds.
 
     Attributes:
-        format: "ultralytics" (official or of a user's training: a pickled model or a state dict),
-            "sparseml" (of Neural Magic's fork: a state dict with what it was made with), "safetensors" or
-            "sparse_exp".
+        format: "ultralytics" (official, or from a user's training: a pickled model or a state dict),
+            "sparseml" (from Neural Magic's fork: a state dict and its recipe), "safetensors" or "sparse_exp".
         size: of the architecture: n, s, m, l or x.
-        num_classes: classes of the head.
-        names: of the classes, ``num_classes`` of them.
+        num_classes: number of classes of the head.
+        names: class names, ``num_classes`` of them.
         state_dict: tensors by their published names; floating point as float32. After quantization-aware
-            training they are SparseML's names, to be loaded once the recipe has been applied.
-        recipe: the SparseML recipe that the weights went through, or "".
-        phase: "dense", "pruned" or "pruned_quant"; None in published checkpoints, which do not say.
+            training the names are SparseML's: apply the recipe to a model before loading them.
+        recipe: the SparseML recipe that the weights were trained with, or "".
+        phase: "dense", "pruned" or "pruned_quant"; None for published checkpoints, which do not tell.
         epoch: epochs trained; -1 or less where unknown.
-        metrics: by name, such as ``val/map50``.
+        metrics: values by name, for example ``val/map50``.
         imgsz: side of the images trained on, in pixels; None where unknown.
     """
 
@@ -71,10 +70,10 @@ class TransferReport:
     """Which tensors a model took from a checkpoint.
 
     Attributes:
-        taken: how many.
-        total: how many the model has, buffers included.
-        left: names of the model's tensors that kept own values: where the classes differ, those of the
-            head's convolutions, of which only the rows for boxes and objectness are taken.
+        taken: number of tensors taken whole.
+        total: number of the model's tensors, buffers included.
+        left: names of the model's tensors that kept values of their own. Where the numbers of classes differ,
+            these are the head's convolutions, which take only the rows for boxes and objectness.
     """
 
     taken: int
@@ -87,12 +86,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Args:
         path: a checkpoint of Ultralytics YOLOv5 v6.0 to v7.0 or of Neural Magic's fork (a pickled model,
-            or a state dict, bare or under "model" or "ema"), ``.safetensors`` with the same names, or one of
-            `save_checkpoint`.
+            or a state dict, bare or under "model" or "ema"), a ``.safetensors`` file with the same names, or
+            a file that `save_checkpoint` wrote.
 
     Raises:
-        CheckpointError: if the file is missing or damaged, asks to run code, or holds another
-            architecture.
+        CheckpointError: the file is missing or damaged, asks to run code, or holds another architecture.
     """
     if path.suffix == ".safetensors" and path.is_file():
         return _read_safetensors(path)
@@ -131,7 +129,7 @@ def _read_ours(path: Path, file: RestrictedFile) -> Checkpoint:
 def _read_ultralytics(path: Path, file: RestrictedFile) -> Checkpoint:
     tree = file.tree if isinstance(file.tree, dict) else {}
     model = next((tree[key] for key in ("ema", "model") if tree.get(key) is not None), tree)
-    records = _walk(path, model) if isinstance(model, Inert) else model
+    records = _tensors_of_module(path, model) if isinstance(model, Inert) else model
     of_model = model.state if isinstance(model, Inert) else {}
     names = (found.get("names") for found in (of_model, tree, _mapping(tree.get("yaml"))))
     epoch, fitness = tree.get("epoch"), tree.get("best_fitness")
@@ -149,9 +147,7 @@ def _read_ultralytics(path: Path, file: RestrictedFile) -> Checkpoint:
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
-    """Tensors by their published names; what is not numbers may stand in the header, as texts."""
-    from safetensors import SafetensorError, safe_open
-
+    """Read tensors by their published names; class names and recipe may be texts in the file's header."""
     try:
         with safe_open(path, framework="pt") as file:
             state, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -162,15 +158,15 @@ def _read_safetensors(path: Path) -> Checkpoint:
         path,
         state,
         format="safetensors",
-        names=_from_json(header.get("names")),
+        names=_names_in_header(header.get("names")),
         recipe=header.get("recipe") or header.get("checkpoint_recipe") or "",
         epoch=-1.0,
         metrics={},
     )
 
 
-def _from_json(text: str | None) -> Any:
-    """Class names from a header, where numbers of classes are texts; None where there are none."""
+def _names_in_header(text: str | None) -> Any:
+    """Class names from JSON, whose keys are texts where names are mapped from ids; None without names."""
     try:
         names = json.loads(text or "null")
     except ValueError:
@@ -182,7 +178,7 @@ def _published(
     path: Path, state: dict[str, Tensor], *, names: Any, format: str, recipe: str, epoch: float,
     metrics: dict[str, float],
 ) -> Checkpoint:  # fmt: skip
-    """A checkpoint that does not say what it is: that is told by its tensors."""
+    """A checkpoint that does not name its architecture: the shapes of its tensors tell it."""
     first = "model.0.conv.weight"
     wrapped = next((name.removesuffix(first) for name in state if name.endswith(f".{first}")), "module.")
     state = {name.removeprefix(wrapped): tensor for name, tensor in state.items()}
@@ -191,7 +187,7 @@ def _published(
         format=format,
         size=size,
         num_classes=num_classes,
-        names=_names(names, num_classes),
+        names=_class_names(names, num_classes),
         state_dict=state,
         recipe=recipe,
         phase=None,
@@ -201,8 +197,8 @@ def _published(
     )
 
 
-def _walk(path: Path, model: Inert) -> dict[str, TensorRecord]:
-    """The tensors of a pickled module by their dotted names, as ``Module.state_dict`` names them."""
+def _tensors_of_module(path: Path, model: Inert) -> dict[str, TensorRecord]:
+    """The tensors of a pickled module under the dotted names that ``Module.state_dict`` gives them."""
     found: dict[str, TensorRecord] = {}
     waiting, visited = [("", model)], 0
     while waiting:
@@ -232,39 +228,39 @@ def _tensors(path: Path, file: RestrictedFile, records: Any) -> dict[str, Tensor
 
 
 def _architecture(path: Path, state: Mapping[str, Tensor]) -> tuple[str, int]:
-    """Size and number of classes, from the shapes of the tensors."""
+    """Size and number of classes, from the names and shapes of the tensors."""
     anchors, stem, head = (_find(state, n) for n in ("model.24.anchors", "model.0.conv", "model.24.m.0"))
     for found, pattern in _FOREIGN.items():
         if any(re.search(pattern, name) for name in state):
-            raise _another(path, found)
+            raise _wrong_architecture(path, found)
     if anchors is None or stem is None or head is None:
         names = ", ".join(repr(name) for name in list(state)[:2])
-        raise _another(path, f"{len(state)} tensors such as {names}")
+        raise _wrong_architecture(path, f"{len(state)} tensors such as {names}")
     foreign = [n for n in state if n.startswith(_HEAD) and not n.startswith((f"{_HEAD}m.", f"{_HEAD}anch"))]
     if foreign:
-        raise _another(path, f"a head with {foreign[0]!r}")
+        raise _wrong_architecture(path, f"a head with {foreign[0]!r}")
     depth = len({m[1] for m in (re.match(r"model\.6\.m\.(\d+)\.", name) for name in state) if m})
     shape = (stem.shape[0], depth)
     size = next((s for s, k in SCALES.items() if (k.channels(64), k.repeats(9)) == shape), None)
     num_classes, rest = divmod(head.shape[0] - 5 * _LEVELS, _LEVELS)
     if size is None or rest or num_classes < 1 or tuple(anchors.shape) != (_LEVELS, 3, 2):
         found = f"a stem of {shape[0]} channels, {depth} blocks in layer 6 and {head.shape[0]} outputs"
-        raise _another(path, found)
+        raise _wrong_architecture(path, found)
     return size, num_classes
 
 
 def _find(state: Mapping[str, Tensor], name: str) -> Tensor | None:
-    """The tensor or the layer's weight of that name; quantization-aware training may have wrapped it."""
+    """The tensor of a name, or the weight of the layer of that name, which QAT may have wrapped."""
     return next((state[n] for n in (name, f"{name}.weight", f"{name}.module.weight") if n in state), None)
 
 
-def _another(path: Path, found: str) -> CheckpointError:
+def _wrong_architecture(path: Path, found: str) -> CheckpointError:
     do = "Choose a detection checkpoint of YOLOv5 v6.0 to v7.0, size n, s, m, l or x."
     return CheckpointError(f"Expected {path} to hold YOLOv5 v6.0 to v7.0, but found {found}. {do}")
 
 
-def _names(names: Any, num_classes: int) -> tuple[str, ...]:
-    """Names from a list, or from a mapping by class id; numbered ones where they do not fit."""
+def _class_names(names: Any, num_classes: int) -> tuple[str, ...]:
+    """Class names from a list or a mapping by class id; ``class0``, ``class1``, ... where they do not fit."""
     if isinstance(names, dict):
         names = [names.get(i) for i in range(num_classes)]
     fits = isinstance(names, list) and len(names) == num_classes and all(isinstance(n, str) for n in names)
@@ -274,18 +270,18 @@ def _names(names: Any, num_classes: int) -> tuple[str, ...]:
 def transfer_weights(model: YOLOv5, checkpoint: Checkpoint) -> TransferReport:
     """Start a model from a checkpoint.
 
-    Everything is taken, anchors included, where the numbers of classes agree. Where they differ, the
-    head's convolutions take the rows of boxes and objectness, which mean the same for any classes, and
-    keep their own for the class scores: a training then finds boxes in its first epoch.
+    Where the numbers of classes agree, the model takes everything, anchors included. Where they differ, the
+    head's convolutions take only the rows of boxes and objectness, which mean the same for any classes, and
+    keep their own rows for class scores: a training then finds boxes in its first epoch.
 
     Args:
-        model: changed in place. For weights after quantization-aware training, the checkpoint's recipe
-            must have been applied to it before.
+        model: changed in place. For weights after quantization-aware training, apply the checkpoint's recipe
+            to it first.
         checkpoint: of the same size.
 
     Raises:
-        CheckpointError: if the sizes differ, or a tensor is missing or has another shape; then the model
-            is as it was.
+        CheckpointError: the sizes differ, or a tensor is missing or has another shape. The model is then
+            unchanged.
     """
     if model.size != checkpoint.size:
         should_be = f"yolov5{model.size} as configured"
@@ -304,7 +300,7 @@ def transfer_weights(model: YOLOv5, checkpoint: Checkpoint) -> TransferReport:
 
 
 def _with_boxes_of(other: Tensor | None, num_classes: int, own: Tensor) -> Tensor:
-    """A head convolution's weight or bias with the rows of x, y, w, h and objectness of another head."""
+    """A head convolution's weight or bias, its rows of x, y, w, h and objectness taken from another head."""
     anchors = 3
     if other is None or other.shape != (anchors * (5 + num_classes), *own.shape[1:]):
         return own
@@ -317,7 +313,7 @@ def _check_fits(name: str, own: Tensor, other: Tensor | None) -> None:
     if other is None:
         message = f"Expected the checkpoint to hold {name!r}, but it does not."
         raise CheckpointError(f"{message} Choose another one, or apply its recipe to the model first.")
-    # observers take their shape from the first batch, or from what is loaded
+    # observers take their shape from the first batch, or from the tensors that are loaded
     if other.shape != own.shape and not name.endswith(_OBSERVED):
         should_be, do = f"of shape {tuple(own.shape)}", "Fetch or choose another checkpoint."
         raise CheckpointError(expected(f"the checkpoint's {name}", should_be, tuple(other.shape), do))
@@ -336,25 +332,25 @@ def save_checkpoint(
     epoch: float,
     metrics: Mapping[str, float],
 ) -> None:
-    """Write a checkpoint of our own format, whole or not at all.
+    """Write a checkpoint in our own format, whole or not at all.
 
-    The file is a dict of builtin types and tensors, which ``torch.load(weights_only=True)`` and
-    `read_checkpoint` read.
+    The file is a dict of builtin types and tensors that ``torch.load(weights_only=True)`` and
+    `read_checkpoint` can read.
 
     Args:
-        path: replaced if it exists; its directory must exist.
+        path: replaced if it exists; its directory is made.
         model_state: ``state_dict()`` of the model; copied to the CPU.
         size: n, s, m, l or x.
-        num_classes: classes of the head.
-        names: of the classes.
+        num_classes: number of classes of the head.
+        names: class names.
         imgsz: side of the training images in pixels.
-        recipe: the SparseML recipe that the weights went through, or "".
+        recipe: the SparseML recipe that the weights were trained with, or "".
         phase: "dense", "pruned" or "pruned_quant".
         epoch: epochs trained.
-        metrics: by name.
+        metrics: values by name.
 
     Raises:
-        OSError: if the directory cannot be written.
+        OSError: the directory cannot be written.
     """
     content = {
         "format": FORMAT,
@@ -369,16 +365,5 @@ def save_checkpoint(
         "epoch": float(epoch),
         "metrics": {str(k): float(v) for k, v in metrics.items()},
     }
-    _write_atomically(path, content)
-
-
-def _write_atomically(path: Path, content: dict[str, Any]) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
-        temporary.chmod(0o644)  # mkstemp makes files that others may not read
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with landing(path) as temporary, temporary.open("wb") as file:  # to a path, torch hides OSErrors
+        torch.save(content, file)

@@ -1,24 +1,29 @@
-"""Growing a detector: a larger size that computes (nearly) what a smaller one does.
+"""Grow a detector: make a larger size that computes (nearly) the same as a smaller one.
 
-Net2Net (Chen, Goodfellow and Shlens 2016, https://arxiv.org/abs/1511.05641) for YOLOv5 v6/v7, so that a size
-of which no checkpoint can be had starts from what a smaller one has learned.
+This is Net2Net (Chen, Goodfellow and Shlens 2016, https://arxiv.org/abs/1511.05641) for YOLOv5 v6/v7. A size
+without a checkpoint can thus start from what a smaller size has learned.
 
-*Wider.* Each new channel copies an old one. What reads a channel that has copies gets its weight shared out
-among them, so that the sum stays: any shares are exact, and here the first copy gets the whole weight. The
-incoming weights of the others are a tenth, for which their batch norm makes up: exact too. A grown start is
-pruned next, by magnitude, which then takes the second copy of every weight before the first. With equal
-halves, from s to l, each old weight becomes four small equal ones, and most are lost. Measured on yolov5s
-(COCO) grown to l, pruned to 90 % and its batch norms fitted anew, as relative error of the maps that the head
-reads (17, 20, 23): equal halves 0.70, 0.83, 0.92; the whole weight to a copy drawn for each pair of channels
-0.47, 0.59, 0.68; as it is here 0.22, 0.28, 0.33. For comparison s itself, pruned to 40 % 0.18, 0.23, 0.29 and
-to 75 % 0.54, 0.67, 0.75.
+*Wider.* Each new channel copies an old one. A convolution that reads a channel with copies must share its
+weight among the copies. Any shares give the same sum; here the first copy gets the whole weight. All copies
+but the first compute their channel from a tenth of the incoming weights, and their batch norm makes up for
+it, which is exact too. A grown start is pruned next, by magnitude, and pruning then takes the later copies of
+a weight before the first. With equal shares, from s to l, each old weight would become four small equal ones,
+of which pruning takes most.
 
-*Deeper.* A new bottleneck of the backbone adds to what comes by its shortcut: at first nothing, in training
-mode too, as the scale of its last batch norm is next to 0, from where it learns. Its convolutions are random
-and sparse, so that pruning leaves most of the weights to the old layers. The neck's bottlenecks have no
-shortcut: a new one passes each channel on through SiLU, shifted to where it is nearly straight. What slope
-and shift are left the convolution behind them takes back. They follow from the batch norm before, whose
-outputs are taken to be normally distributed; the maps that the head reads change by less than 1 %.
+Measured on yolov5s (COCO) grown to l, pruned to 90 %, its batch norms fitted again. The numbers are relative
+errors of the maps that the head reads (17, 20, 23):
+
+- equal shares: 0.70, 0.83, 0.92
+- the whole weight to a random copy for each pair of channels: 0.47, 0.59, 0.68
+- the whole weight to the first copy, as here: 0.22, 0.28, 0.33
+- for comparison s itself, pruned to 40 %: 0.18, 0.23, 0.29; pruned to 75 %: 0.54, 0.67, 0.75
+
+*Deeper.* A new bottleneck of the backbone has a shortcut, and at first adds nothing to it, in training mode
+either: the scale of its last batch norm is nearly 0, and learns from there. Its convolutions are random and
+sparse, so that pruning leaves most of the weights to the old layers. Bottlenecks of the neck have no
+shortcut. A new one passes each channel on through SiLU, shifted to where SiLU is nearly straight; the
+convolution behind it reverses the remaining slope and shift. Both are computed from the batch norm before,
+whose outputs are assumed to be normally distributed. The maps that the head reads change by less than 1 %.
 """
 
 from __future__ import annotations
@@ -48,35 +53,36 @@ from sparse_exp.yolov5.model import (
 )
 
 _ORDER = tuple(SCALES)
-# The scale from which a residual branch starts. At 0 itself QAT, which divides by it, would give NaN; this
-# adds less than float32 resolves.
+# Scale of a new residual branch. QAT divides by it, so that 0 would give NaN; with this value the branch adds
+# less than float32 resolves.
 _SILENT = 1e-8
-_SHIFT = 6.0  # of SiLU: more is straighter (8: 0.15 %), and leaves fewer of QAT's 256 steps to what varies
-_FAINT = 0.1  # incoming weights of a copy as a share of those of the first
-_DENSITY = 0.05  # of a new residual branch: a dense one would take a large part of what pruning leaves
-_POINTS = 64  # at which a normal distribution is looked at
+# Shift of SiLU's input. With a larger one SiLU is straighter (8: 0.15 %), but fewer of QAT's 256 steps are
+# left for the values.
+_SHIFT = 6.0
+_FAINT = 0.1  # incoming weights of later copies, as a share of those of the first copy
+_DENSITY = 0.05  # of a new residual branch: a dense one would keep many of the weights that pruning leaves
+_POINTS = 64  # of the quadrature over a normal distribution
 
 
 @torch.no_grad()
 def grow(checkpoint: Checkpoint, size: str, *, seed: int = 0, noise: float = 1e-3) -> Checkpoint:
-    """Make a larger detector of a smaller one.
+    """Make a larger detector from a smaller one.
 
     Args:
-        checkpoint: n, s, m or l in floating point; left as it is. Zeros are not kept: a sparse one becomes a
-            dense one, whose smallest weights they are.
-        size: of the new one: larger than the checkpoint's.
-        seed: of everything random; nothing else is.
-        noise: standard deviation of what is added to the weights of every convolution but the head's, as a
-            share of their root mean square. It makes copies differ, and weights that got no share more
-            than 0, at which a recipe would hold them.
+        checkpoint: of size n, s, m or l, in floating point; not changed. Its zeros are not kept: they are
+            among the smallest weights of the result, which is dense.
+        size: of the result, larger than the checkpoint's.
+        seed: of all randomness.
+        noise: standard deviation of the noise that is added to the weights of every convolution but the
+            head's, as a share of their root mean square. It makes copies differ, and moves weights away from
+            0, where a recipe would hold them.
 
     Returns:
-        The same classes and names; float32 tensors of the new size by their published names. It has no
-        metrics and no recipe: neither is true of it.
+        A checkpoint for the same classes: float32 tensors of the new size by their published names. It has no
+        metrics and no recipe, because those of the smaller one do not hold for it.
 
     Raises:
-        CheckpointError: ``size`` is not larger, or a tensor of the checkpoint's size is missing, or is
-            quantized.
+        CheckpointError: ``size`` is not larger, or a tensor of the checkpoint is missing or quantized.
     """
     larger = _ORDER[_ORDER.index(checkpoint.size) + 1 :]
     if size not in larger:
@@ -88,7 +94,7 @@ def grow(checkpoint: Checkpoint, size: str, *, seed: int = 0, noise: float = 1e-
     transfer_weights(small, checkpoint)
     growth = _Growth(torch.Generator().manual_seed(seed))
     growth.detector(small, large)
-    growth.blur(large, noise)
+    growth.add_noise(large, noise)
     state, phase = dict(large.state_dict()), checkpoint.phase and "dense"
     return replace(checkpoint, size=size, state_dict=state, recipe="", phase=phase, metrics={})
 
@@ -97,7 +103,8 @@ def grow(checkpoint: Checkpoint, size: str, *, seed: int = 0, noise: float = 1e-
 class _Growth:
     """Fills the modules of a larger detector from those of a smaller one.
 
-    A *map* says of each new channel which old one it copies: int64 (new channels,).
+    A *map* holds, for each new channel, the index of the old channel that it copies: int64 (new channels,).
+    The methods take the map of a module's inputs and return the map of its outputs.
     """
 
     random: torch.Generator
@@ -120,7 +127,6 @@ class _Growth:
             cast(Tensor, theirs.bias).copy_(cast(Tensor, ours.bias))
 
     def c3(self, old: C3, new: C3, x: Tensor) -> Tensor:
-        """Fill a C3 block that reads the map ``x``; returns the map of its outputs, as do the next two."""
         trunk, side = self.conv(old.cv1, new.cv1, x), self.conv(old.cv2, new.cv2, x)
         for ours, theirs in zip(old.m, new.m, strict=False):
             self.bottleneck(cast(Bottleneck, ours), cast(Bottleneck, theirs), trunk)
@@ -129,7 +135,7 @@ class _Growth:
         if bottlenecks[0].shortcut:
             self.silence(bottlenecks[len(old.m) :])
         else:
-            _pass_on(bottlenecks[len(old.m) - 1], bottlenecks[len(old.m) :], new.cv3)
+            _make_identity(bottlenecks[len(old.m) - 1], bottlenecks[len(old.m) :], new.cv3)
         return out
 
     def sppf(self, old: SPPF, new: SPPF, x: Tensor) -> Tensor:
@@ -145,17 +151,17 @@ class _Growth:
         return out
 
     def bottleneck(self, old: Bottleneck, new: Bottleneck, trunk: Tensor) -> None:
-        """Outputs are copied as inputs are: the two may be added, and the next bottleneck reads them."""
+        """Fill a bottleneck; its outputs have its inputs' map, because a shortcut adds the two."""
         inner = self.conv(old.cv1, new.cv1, trunk)
         self.conv(old.cv2, new.cv2, inner, trunk)
 
     def copies(self, old: int, new: int) -> Tensor:
-        """A map: each old channel once in its place, then again as evenly as can be, drawn at random."""
+        """A new map: each old channel once at its own index, then random ones, all as often as possible."""
         again = [torch.randperm(old, generator=self.random) for _ in range(-(-(new - old) // old))]
         return torch.cat([torch.arange(old), *again])[:new]
 
     def silence(self, added: Sequence[Bottleneck]) -> None:
-        """Residual branches that add nothing yet."""
+        """Make residual branches add nothing yet."""
         for conv in [conv for bottleneck in added for conv in (bottleneck.cv1.conv, bottleneck.cv2.conv)]:
             drawn = torch.randn(conv.weight.shape, generator=self.random)
             kept = torch.rand(conv.weight.shape, generator=self.random) < _DENSITY
@@ -163,20 +169,20 @@ class _Growth:
         for bottleneck in added:
             bottleneck.cv2.bn.weight.fill_(_SILENT)
 
-    def blur(self, model: YOLOv5, noise: float) -> None:
+    def add_noise(self, model: YOLOv5, noise: float) -> None:
         for conv in [module.conv for module in model.modules() if isinstance(module, Conv)]:
             drawn = torch.randn(conv.weight.shape, generator=self.random)
             conv.weight.add_(drawn * (noise * conv.weight.square().mean().sqrt()))
 
 
 def _widen(old: nn.Conv2d, new: nn.Conv2d, x: Tensor, out: Tensor | None = None) -> None:
-    """Fill a convolution's weight; without a map ``out`` its outputs stay."""
+    """Fill a convolution's weight from a narrower one's; without a map ``out`` the outputs are the same."""
     new.weight.zero_()
     new.weight[:, _firsts(x)] = old.weight if out is None else old.weight[out]
 
 
 def _make_faint(conv: Conv, firsts: Tensor) -> None:
-    """Make the incoming weights of all but the first copies smaller; what comes out is the same."""
+    """Shrink the incoming weights of all copies but the first, and let the batch norm make up for it."""
     factor = torch.full((conv.conv.out_channels,), _FAINT)
     factor[firsts] = 1.0
     mean, variance = cast(Tensor, conv.bn.running_mean), cast(Tensor, conv.bn.running_var)
@@ -188,16 +194,16 @@ def _make_faint(conv: Conv, firsts: Tensor) -> None:
 
 
 def _firsts(x: Tensor) -> Tensor:
-    """Of a map: for each old channel the first new one that copies it."""
+    """For each old channel of a map, the index of the first new channel that copies it."""
     olds, positions = int(x.max()) + 1, torch.arange(len(x))
     return torch.full((olds,), len(x)).scatter_reduce(0, x, positions, "amin")
 
 
 class _Spread(NamedTuple):
-    """How the values of each channel are distributed.
+    """The distribution of each channel's values.
 
     Attributes:
-        values: (C, P), at the points of a quadrature.
+        values: (C, P), at the P points of a quadrature.
         weights: (P,) of these points; their sum is 1.
     """
 
@@ -206,7 +212,7 @@ class _Spread(NamedTuple):
 
     @classmethod
     def after(cls, norm: nn.BatchNorm2d) -> _Spread:
-        """Behind a batch norm and SiLU, where the batch norm's input is normally distributed."""
+        """The distribution after a batch norm and SiLU, if the batch norm's input is normally distributed."""
         points, weights = np.polynomial.hermite_e.hermegauss(_POINTS)  # type: ignore[no-untyped-call]
         variance = cast(Tensor, norm.running_var)
         deviation = norm.weight * (variance / (variance + norm.eps)).sqrt()
@@ -223,19 +229,19 @@ class _Spread(NamedTuple):
         return self.centred().square() @ self.weights
 
 
-def _pass_on(last: Bottleneck, added: Sequence[Bottleneck], behind: Conv) -> None:
-    """Make bottlenecks without shortcut give on what they get.
+def _make_identity(last: Bottleneck, added: Sequence[Bottleneck], behind: Conv) -> None:
+    """Make bottlenecks without a shortcut return (nearly) their input.
 
     Args:
         last: the bottleneck before them.
-        added: these.
-        behind: the 1x1 convolution that reads them (its first inputs), which takes back what is left of their
-            shift and slope.
+        added: the bottlenecks.
+        behind: the 1x1 convolution that reads them as its first inputs; it reverses the shift and the slope
+            that they leave.
     """
     wanted = now = _Spread.after(last.cv2.bn)
     for conv in [conv for bottleneck in added for conv in (bottleneck.cv1, bottleneck.cv2)]:
-        now = _straight(conv, now, wanted)
-    # the straight line through (now, wanted) that fits best
+        now = _make_straight(conv, now, wanted)
+    # the straight line that best predicts the wanted values from those that come out now
     slope = (now.centred() * wanted.centred()) @ now.weights / now.variance().clamp_min(1e-12)
     slope = torch.where(now.variance() > 1e-12, slope, 1.0)
     offset = wanted.mean() - slope * now.mean()
@@ -244,8 +250,17 @@ def _pass_on(last: Bottleneck, added: Sequence[Bottleneck], behind: Conv) -> Non
     trunk.mul_(slope[:, None, None])
 
 
-def _straight(conv: Conv, now: _Spread, wanted: _Spread) -> _Spread:
-    """Make a convolution pass each channel on with the wanted mean (but for the shift) and deviation."""
+def _make_straight(conv: Conv, now: _Spread, wanted: _Spread) -> _Spread:
+    """Make a convolution pass on each channel with the wanted deviation and the wanted mean plus the shift.
+
+    Args:
+        conv: filled in place.
+        now: the distribution of its inputs.
+        wanted: the distribution that its outputs should have.
+
+    Returns:
+        The distribution of its outputs.
+    """
     middle = conv.conv.kernel_size[0] // 2
     conv.conv.weight.zero_()
     conv.conv.weight[:, :, middle, middle] = torch.eye(len(now.values))

@@ -8,6 +8,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
+from torch.nn.functional import one_hot
 from torchvision.ops import box_convert, complete_box_iou_loss
 
 from sparse_exp.config.schema import LossConfig
@@ -18,7 +19,7 @@ _SMALLEST_SIDE = 1e-4  # cells; keeps the CIoU's gradient finite
 
 
 class Matches(NamedTuple):
-    """The predictions of one level that answer for an object, K of them.
+    """The K predictions of one level that are trained to find an object.
 
     Attributes:
         cells: int64 (K, 4): image, anchor, row, column.
@@ -32,17 +33,17 @@ class Matches(NamedTuple):
 
 
 def match(targets: Tensor, anchors: Tensor, size: tuple[int, int], anchor_t: float) -> Matches:
-    """The anchors and cells of one level that answer for each object.
+    """Match each object with anchors and cells of one level.
 
-    An anchor answers if neither of its sides is more than ``anchor_t`` times longer or shorter than the
-    object's. Of the cells, the one with the centre answers, and the two neighbours that the centre is
-    nearest to (less than half a cell away), where they lie inside the map.
+    An anchor matches if both its sides differ from the object's by less than a factor of ``anchor_t``.
+    The cell that holds the object's centre matches, and so do the two neighbours nearest to the centre (less
+    than half a cell away) if they lie inside the map.
 
     Args:
         targets: float (M, 6): image, class, xywh in 0..1.
         anchors: float (3, 2): width and height in cells.
         size: (ny, nx) of the map, in cells.
-        anchor_t: largest ratio, exclusive.
+        anchor_t: largest ratio of sides, exclusive.
     """
     ny, nx = size
     scale = targets.new_tensor([nx, ny])
@@ -51,7 +52,7 @@ def match(targets: Tensor, anchors: Tensor, size: tuple[int, int], anchor_t: flo
     fits = torch.maximum(ratio, 1 / ratio).amax(2) < anchor_t
     anchor, target = fits.nonzero(as_tuple=True)
     centre = targets[target, 2:4] * scale
-    row, offset = _cells(centre, scale)
+    row, offset = _matching_cells(centre, scale)
     cell = (centre[row] - offset).long()
     limits = cell.new_tensor([nx - 1, ny - 1])
     cell = torch.minimum(cell.clamp(min=0), limits)
@@ -60,8 +61,8 @@ def match(targets: Tensor, anchors: Tensor, size: tuple[int, int], anchor_t: flo
     return Matches(cells, torch.cat([centre[row] - cell, sides[target[row]]], 1), label)
 
 
-def _cells(centre: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Index of the centre and the offset to subtract, for each cell that answers."""
+def _matching_cells(centre: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """For each matching cell, the index of its centre (K,) and the offset that leads to the cell (K, 2)."""
     from_left, from_right = centre, scale - centre
     near_left = (from_left % 1 < 0.5) & (from_left > 1)
     near_right = (from_right % 1 < 0.5) & (from_right > 1)
@@ -76,9 +77,9 @@ class DetectionLoss:
 
     Args:
         anchors: (3, 3, 2): level, anchor, width and height in units of the level's stride.
-        num_classes: classes of the head; with one, there is no class loss.
-        gains: weights of the three parts, for a 640 px image and 80 classes; they are scaled to the
-            image size and number of classes at hand.
+        num_classes: number of classes of the head; with one, there is no class loss.
+        gains: weights of the three parts for a 640 px image and 80 classes. They are scaled to ``imgsz`` and
+            ``num_classes``.
         imgsz: side of the images in pixels.
     """
 
@@ -95,20 +96,24 @@ class DetectionLoss:
     def __call__(self, raw: Sequence[Tensor], targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss, in float32 whatever the precision of ``raw``.
 
+        Where several processes train together, each passes its share of the batch; N may be 0 then. The
+        results of all processes add up to the loss of the whole batch.
+
         Args:
             raw: three maps (N, 3, ny, nx, 5 + nc) of `YOLOv5` in training mode.
             targets: float (M, 6): image index in the batch, class id, xywh in 0..1; M may be 0.
 
-        Where several processes train together each gives its share of the batch; N may be 0 then, and what
-        all of them return adds up to the loss of the whole batch.
-
         Returns:
-            The scalar to run backward from - the sum over the batch: mean loss times N, as published -
-            and the weighted means of its parts "box", "obj" and "cls", detached.
+            The scalar to run backward from, which is the mean loss times N, as published; and the weighted
+            means of its parts "box", "obj" and "cls", detached.
         """
         with torch.autocast(raw[0].device.type, enabled=False):
             targets = targets.to(raw[0].device, torch.float32)
-            matches = [self._match(level, r, targets) for level, r in enumerate(raw)]
+            anchors = self._anchors.to(raw[0].device)
+            matches = [
+                match(targets, own, (r.shape[2], r.shape[3]), self._anchor_t)
+                for own, r in zip(anchors, raw, strict=True)
+            ]
             images, *counts = total_of([len(raw[0]), *(len(m.classes) for m in matches)])
             levels = [
                 self._level(level, r.float(), matches[level], counts[level], images)
@@ -119,12 +124,16 @@ class DetectionLoss:
         total = torch.stack(list(parts.values())).sum() * images
         return total, {name: value.detach() for name, value in parts.items()}
 
-    def _match(self, level: int, raw: Tensor, targets: Tensor) -> Matches:
-        anchors = self._anchors[level].to(raw.device)
-        return match(targets, anchors, (raw.shape[2], raw.shape[3]), self._anchor_t)
-
     def _level(self, level: int, raw: Tensor, matches: Matches, count: float, images: float) -> Tensor:
-        """Box, objectness and class loss of one level, (3,); ``count`` matches in ``images`` of all."""
+        """Box, objectness and class loss of one level, (3,).
+
+        Args:
+            level: index of the level.
+            raw: its map.
+            matches: of this process's share of the batch.
+            count: number of matches in all processes.
+            images: number of images in all processes.
+        """
         anchors = self._anchors[level].to(raw.device)
         image, anchor, row, column = matches.cells.unbind(1)
         predicted = raw[image, anchor, row, column]
@@ -134,38 +143,47 @@ class DetectionLoss:
             distance = ciou_loss(decode_cells(predicted[:, :4], anchors[anchor]), matches.boxes)
             box = distance.sum() / count
             wanted = _best_iou(wanted, matches.cells, 1 - distance.detach())
-            classes = _class_loss(predicted[:, 5:], matches.classes, count)
+            logits = predicted[:, 5:]
+            if logits.shape[1] > 1:
+                labels = one_hot(matches.classes, logits.shape[1]).to(logits.dtype)
+                classes = batch_mean(bce(logits, labels, reduction="none"), count)
         objectness = batch_mean(bce(raw[..., 4], wanted, reduction="none"), images)
         return torch.stack([box, objectness * _BALANCE[level], classes])
 
 
 def decode_cells(raw: Tensor, anchors: Tensor) -> Tensor:
-    """Raw boxes (K, 4) to xywh in cells, the centre relative to the cell's corner."""
+    """Raw boxes (K, 4) to xywh in cells, the centre relative to the cell's corner.
+
+    Args:
+        raw: x, y, w and h as the head gives them.
+        anchors: (K, 2) width and height of their anchors, in cells.
+    """
     unit = raw.sigmoid() * 2
     return torch.cat([unit[:, :2] - 0.5, unit[:, 2:] ** 2 * anchors], 1)
 
 
 def ciou_loss(predicted: Tensor, wanted: Tensor) -> Tensor:
-    """One minus the complete IoU (https://arxiv.org/abs/1911.08287) of xywh boxes (K, 4), pairwise, (K,)."""
+    """One minus the complete IoU (https://arxiv.org/abs/1911.08287) of each pair of xywh boxes.
+
+    Args:
+        predicted: (K, 4).
+        wanted: (K, 4).
+
+    Returns:
+        (K,).
+    """
     predicted = torch.cat([predicted[:, :2], predicted[:, 2:].clamp(min=_SMALLEST_SIDE)], 1)
     corners = (box_convert(boxes, "cxcywh", "xyxy") for boxes in (predicted, wanted))
     return cast(Tensor, complete_box_iou_loss(*corners))
 
 
 def _best_iou(wanted: Tensor, cells: Tensor, iou: Tensor) -> Tensor:
-    """Objectness targets: the IoU of each matched prediction, 0 elsewhere.
+    """Objectness targets: the IoU of each matched prediction, and 0 for all others.
 
-    Of several objects in one cell and anchor the best counts. Published code keeps any one of them,
-    which would make equal runs differ.
+    Where several objects match one cell and anchor, the best IoU counts. The published code keeps any one of
+    them, which would make equal runs differ.
     """
     _, anchors, ny, nx = wanted.shape
     image, anchor, row, column = cells.unbind(1)
     index = ((image * anchors + anchor) * ny + row) * nx + column
     return wanted.view(-1).scatter_reduce(0, index, iou.clamp(min=0), "amax").view_as(wanted)
-
-
-def _class_loss(logits: Tensor, classes: Tensor, count: float) -> Tensor:
-    if logits.shape[1] == 1:
-        return logits.new_zeros(())
-    wanted = torch.nn.functional.one_hot(classes, logits.shape[1]).to(logits.dtype)
-    return batch_mean(bce(logits, wanted, reduction="none"), count)

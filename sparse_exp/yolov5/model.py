@@ -55,9 +55,10 @@ SCALES = {
 
 Output = list[Tensor] | tuple[Tensor, list[Tensor]] | Tensor
 
-# What a module of the Sequential reads besides the one before it: the four joints of the neck.
 JOINED_WITH = {12: 6, 16: 4, 19: 14, 22: 10}
+"""For each concatenation of the neck, by its index in the model, the second module that it reads."""
 HEAD_INPUTS = (17, 20, 23)
+"""Indices of the modules that the head reads, by rising stride."""
 
 
 class Conv(nn.Module):
@@ -86,10 +87,10 @@ class Conv(nn.Module):
 
 
 class Add(nn.Module):
-    """A residual addition that SparseML can quantize, and that adds nothing to the state dict.
+    """A residual addition that SparseML can quantize; it has no tensors in the state dict.
 
-    SparseML's quantization wraps modules with ``wrap_qat`` so that both inputs are quantized; a bare
-    ``+`` would stay in floating point and keep the convolution behind it from being integer.
+    SparseML wraps modules with ``wrap_qat`` so that both inputs are quantized. A bare ``+`` would stay in
+    floating point, and so would the convolution that reads its result.
     """
 
     wrap_qat = True
@@ -105,7 +106,7 @@ class Add(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A 1x1 and a 3x3 convolution, around which the input may be added.
+    """A 1x1 and a 3x3 convolution, with or without a shortcut around both.
 
     Args:
         channels: of input and output.
@@ -181,7 +182,7 @@ class Concat(nn.Module):
 
 
 class Grid(NamedTuple):
-    """What decoding adds to and multiplies with, per prediction; each float (A, 2), in pixels.
+    """Constants that decode raw predictions, for each of A predictions; each float (A, 2), in pixels.
 
     Attributes:
         scale: of the centre: twice the stride.
@@ -196,9 +197,9 @@ class Grid(NamedTuple):
     def decode(self, raw: Tensor) -> Tensor:
         """Raw predictions (N, A, 5 + nc) to xywh in input pixels, objectness and class scores in 0..1.
 
-        The published formulas, ``xy = (2 sigmoid - 0.5 + cell) * stride`` and
-        ``wh = (2 sigmoid)**2 * anchor``, with the constants multiplied out: once for all levels, so
-        that the exported graph decodes in a handful of nodes.
+        These are the published formulas, ``xy = (2 sigmoid - 0.5 + cell) * stride`` and
+        ``wh = (2 sigmoid)**2 * anchor``, with the constants multiplied out for all levels together: the
+        exported graph then decodes in a handful of nodes.
         """
         if raw.dtype != torch.float32:
             raw = raw.float()
@@ -228,15 +229,15 @@ def make_grid(anchors: Tensor, sizes: Sequence[tuple[int, int]]) -> Grid:
 
 
 class Detect(nn.Module):
-    """The head: one 1x1 convolution per level, and the decoding of what they give.
+    """The head: one 1x1 convolution per level, and the decoding of their outputs.
 
     Args:
-        num_classes: classes told apart, at least 1.
+        num_classes: number of classes, at least 1.
         channels: of the three input maps, by rising stride.
 
     Attributes:
         anchors: buffer (3, 3, 2): level, anchor, width and height in units of the level's stride.
-        static: set during export (see `YOLOv5.export_mode`): sizes (ny, nx) of the maps and their grid.
+        static: sizes (ny, nx) of the maps and their grid, set during export (see `YOLOv5.export_mode`).
     """
 
     anchors: Tensor
@@ -248,18 +249,14 @@ class Detect(nn.Module):
         strides = torch.tensor(STRIDES).view(-1, 1, 1)
         self.register_buffer("anchors", torch.tensor(ANCHORS_PX, dtype=torch.float32) / strides)
         self.m = nn.ModuleList(nn.Conv2d(c, 3 * self.outputs, 1) for c in channels)
-        self._initialize_biases(num_classes)
-
-    @torch.no_grad()
-    def _initialize_biases(self, num_classes: int) -> None:
-        """Start from about 8 objects in a 640 px image, and from even classes (as published)."""
-        for conv, stride in zip(self.m, STRIDES, strict=True):
-            bias = cast(Tensor, conv.bias).view(3, -1)
-            bias[:, 4] += math.log(8 / (640 / stride) ** 2)
-            bias[:, 5:] += math.log(0.6 / (num_classes - 0.99999))
+        with torch.no_grad():  # as published: expect about 8 objects in a 640 px image, and even classes
+            for conv, stride in zip(self.m, STRIDES, strict=True):
+                bias = cast(Tensor, conv.bias).view(3, -1)
+                bias[:, 4] += math.log(8 / (640 / stride) ** 2)
+                bias[:, 5:] += math.log(0.6 / (num_classes - 0.99999))
 
     def forward(self, maps: Sequence[Tensor]) -> Output:
-        """Three maps (N, C, ny, nx) to what `YOLOv5.forward` returns."""
+        """Three maps (N, C, ny, nx) to the output that `YOLOv5.forward` describes."""
         if self.static is None:
             sizes = [(m.shape[-2], m.shape[-1]) for m in maps]
             grid = None if self.training else make_grid(self.anchors, sizes)
@@ -316,7 +313,7 @@ class YOLOv5(nn.Module):
 
     Args:
         size: one of n, s, m, l, x.
-        num_classes: classes told apart, at least 1.
+        num_classes: number of classes, at least 1.
 
     Attributes:
         size: as given.
@@ -325,7 +322,7 @@ class YOLOv5(nn.Module):
         stem: name of the first convolution, which reads the pixels.
 
     Raises:
-        ConfigError: if the size is unknown or there are no classes.
+        ConfigError: the size is unknown, or there are no classes.
     """
 
     stem = "model.0.conv"
@@ -344,7 +341,7 @@ class YOLOv5(nn.Module):
 
     @property
     def head(self) -> Detect:
-        """The last module."""
+        """The last module, which turns feature maps into predictions."""
         return cast(Detect, self.model[-1])
 
     @property
@@ -353,16 +350,16 @@ class YOLOv5(nn.Module):
         return self.head.anchors
 
     def forward(self, x: Tensor) -> Output:
-        """Detect.
+        """Predict boxes from images.
 
         Args:
             x: (N, 3, H, W) RGB in 0..1; H and W multiples of 32.
 
         Returns:
-            In training mode a list of three raw maps (N, 3, ny, nx, 5 + nc) at strides 8, 16, 32. In
-            evaluation mode a pair of predictions float32 (N, A, 5 + nc) - xywh in input pixels,
-            objectness and class scores in 0..1, ordered by level, anchor, y, x; A = 25200 at 640 px -
-            and that list. In `export_mode` only the predictions.
+            In training mode a list of three raw maps (N, 3, ny, nx, 5 + nc) at strides 8, 16, 32.
+            In evaluation mode a pair: predictions float32 (N, A, 5 + nc) - xywh in input pixels, objectness
+            and class scores in 0..1, ordered by level, anchor, y, x; A = 25200 at 640 px - and that list.
+            In `export_mode` only the predictions.
         """
         kept: dict[int, Tensor] = {}
         layers = list(self.model)
@@ -373,10 +370,11 @@ class YOLOv5(nn.Module):
 
     @contextmanager
     def export_mode(self, imgsz: int) -> Iterator[YOLOv5]:
-        """Evaluation mode for tracing: square images of one size, any batch, only predictions returned.
+        """Put the model into evaluation mode for tracing, with square images of one size and any batch size.
 
-        Inside, sizes are Python integers and the grid is a constant, so that the traced graph has no
-        shape arithmetic. A deep copy taken inside stays in this mode.
+        Within the block the model returns only predictions. Sizes are Python integers and the grid is a
+        constant, so that the traced graph has no shape arithmetic. A deep copy made within the block stays in
+        this mode.
 
         Args:
             imgsz: side of the images in pixels, a multiple of 32.
@@ -385,7 +383,7 @@ class YOLOv5(nn.Module):
             The model itself.
 
         Raises:
-            ConfigError: if ``imgsz`` is no positive multiple of 32.
+            ConfigError: ``imgsz`` is no positive multiple of 32.
         """
         if imgsz < STRIDES[-1] or imgsz % STRIDES[-1]:
             raise ConfigError(expected("imgsz", "a positive multiple of 32", imgsz, "Change dataset.imgsz."))
@@ -401,7 +399,7 @@ class YOLOv5(nn.Module):
                 self.train()
 
     def quantizable_convolutions(self) -> dict[str, nn.Conv2d]:
-        """All convolutions by their published names, also where SparseML has wrapped or fused them."""
+        """All convolutions by their published names, whether SparseML has wrapped or fused them or not."""
         return {
             name.removesuffix(".module"): module
             for name, module in self.named_modules()
@@ -409,7 +407,7 @@ class YOLOv5(nn.Module):
         }
 
     def prunable_convolutions(self) -> dict[str, nn.Conv2d]:
-        """`quantizable_convolutions` without the stem and the head's: small, and costly to prune."""
+        """`quantizable_convolutions` without the stem and the head's: few weights, costly to prune."""
         head = f"model.{len(self.model) - 1}."
         convolutions = self.quantizable_convolutions().items()
         return {name: c for name, c in convolutions if name != self.stem and not name.startswith(head)}

@@ -1,9 +1,10 @@
 """Reads PyTorch checkpoints without running anything that they ask for.
 
-A checkpoint is a pickle, a little program that may call any function. Here its opcodes are compared with
-a short list first, then the names that it wants: storages and tensor rebuilding become plain records,
-classes of known modules become inert stand-ins that only keep what they are given, and everything else
-is refused by name. Tensors are made afterwards, from records whose bounds have been checked.
+A checkpoint is a pickle: a small program that may call any function. Before any of it runs, its opcodes and
+the names that it asks for are compared with short lists. Storages and functions that rebuild tensors then
+become plain records, and classes of known modules become stand-ins that run nothing and only keep their
+arguments and state. Everything else is refused by name. Tensors are made last, from records whose bounds have
+been checked.
 
 File format: https://github.com/pytorch/pytorch/blob/main/torch/csrc/jit/serialization (zip archive with
 ``data.pkl`` and one uncompressed member per storage).
@@ -67,9 +68,9 @@ class StorageRecord(NamedTuple):
     """Where the numbers of a tensor lie in the archive.
 
     Attributes:
-        key: name of the member under ``data/``.
-        dtype: of its numbers.
-        numel: how many it holds.
+        key: name of the archive's member under ``data/``.
+        dtype: type of its numbers.
+        numel: count of its numbers.
     """
 
     key: str
@@ -78,7 +79,14 @@ class StorageRecord(NamedTuple):
 
 
 class TensorRecord(NamedTuple):
-    """A tensor as the checkpoint describes it; all counts in elements, within the storage's bounds."""
+    """A tensor as the checkpoint describes it.
+
+    Attributes:
+        storage: where its numbers lie.
+        offset: of the first element in the storage, in elements.
+        size: its shape.
+        stride: of each axis, in elements. With ``offset`` and ``size`` it stays within the storage.
+    """
 
     storage: StorageRecord
     offset: int
@@ -87,10 +95,15 @@ class TensorRecord(NamedTuple):
 
 
 class Inert:
-    """Stands for an object of a class that is not run: keeps the arguments and the state it is given."""
+    """A stand-in for an object whose class is not run; it keeps its arguments and its state.
+
+    Attributes:
+        args: arguments of the constructor.
+        state: what the pickle sets as its ``__dict__``.
+    """
 
     def __new__(cls, *_: Any) -> Inert:
-        """An object, whatever the arguments."""
+        """Make a stand-in, whatever the arguments."""
         return object.__new__(cls)
 
     def __init__(self, *args: Any) -> None:
@@ -105,7 +118,7 @@ class RestrictedFile:
     """An open checkpoint.
 
     Attributes:
-        tree: what was pickled, made of builtin containers, numbers, strings, `TensorRecord` and `Inert`.
+        tree: the pickled object, made of builtin containers, numbers, strings, `TensorRecord` and `Inert`.
     """
 
     def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
@@ -116,10 +129,10 @@ class RestrictedFile:
         self.tree = _Unpickler(path, data).load()
 
     def tensor(self, record: TensorRecord) -> Tensor:
-        """The tensor that a record describes, with memory of its own; floating point becomes float32.
+        """Read the tensor that a record describes into its own memory; floating point becomes float32.
 
         Raises:
-            CheckpointError: if its storage is missing or has another length than promised.
+            CheckpointError: its storage is missing, or has another length than the record says.
         """
         key, dtype, numel = record.storage
         data = self._member(f"data/{key}")
@@ -145,11 +158,11 @@ def open_restricted(path: Path) -> Iterator[RestrictedFile]:
         path: the file.
 
     Yields:
-        The file, read but for its tensors.
+        The file. All but its tensors has been read.
 
     Raises:
-        CheckpointError: if there is no such file, it is no zip archive of PyTorch, is damaged, or asks
-            for a function, class or opcode that is not on the list.
+        CheckpointError: there is no such file, it is no zip archive of PyTorch, is damaged, or asks for a
+            function, class or opcode that is not on the lists.
     """
     try:
         _check_kind(path)
@@ -161,13 +174,20 @@ def open_restricted(path: Path) -> Iterator[RestrictedFile]:
         raise CheckpointError(damaged(path, f"{type(error).__name__}: {error}")) from error
 
 
-def damaged(path: Path, what: str, kind: str = "PyTorch checkpoint") -> str:
-    """The sentence for a file that is not what it should be."""
-    what = " ".join(what.split()).encode("unicode_escape").decode()[:200].rstrip(".")
-    return f"Expected {path} to be a whole {kind}, but {what}. Fetch or write it again."
+def damaged(path: Path, problem: str, kind: str = "PyTorch checkpoint") -> str:
+    """The message for a damaged file.
+
+    Args:
+        path: the file.
+        problem: continues "..., but"; brought into one line of at most 200 characters.
+        kind: of the file that was expected.
+    """
+    problem = " ".join(problem.split()).encode("unicode_escape").decode()[:200].rstrip(".")
+    return f"Expected {path} to be a whole {kind}, but {problem}. Fetch or write it again."
 
 
 def _check_kind(path: Path) -> None:
+    """Refuse a file that is no zip archive, and say what it is instead."""
     if not path.is_file():
         raise CheckpointError(damaged(path, "there is no such file"))
     with path.open("rb") as file:
@@ -185,7 +205,7 @@ def _check_kind(path: Path) -> None:
 
 
 def _other_kind(path: Path, start: bytes) -> str:
-    """What a file is that people give in a checkpoint's place; "" where it may be one."""
+    """What a file is that users often give in place of a checkpoint; "" where it may be a checkpoint."""
     text = start.lstrip().lower()
     if path.suffix.lower() == ".onnx":
         return "an ONNX model, which cannot be trained. Give the .pt file that it was exported from"
@@ -196,7 +216,7 @@ def _other_kind(path: Path, start: bytes) -> str:
 
 
 def _root(path: Path, archive: zipfile.ZipFile) -> str:
-    """The folder in the archive that everything lies in; refuses archives that unpack to more bytes."""
+    """The archive's top folder; refuses TorchScript, compressed or too large members, big-endian numbers."""
     members = archive.infolist()
     if any(m.filename.count("/") == 1 and m.filename.endswith("/constants.pkl") for m in members):
         do = "Give the .pt file that it was exported from."
@@ -216,19 +236,20 @@ def _root(path: Path, archive: zipfile.ZipFile) -> str:
 
 
 def _check_opcodes(path: Path, data: bytes) -> None:
-    """Refuse the pickle as a whole, before any of it runs."""
+    """Refuse a pickle with an opcode or a name that is not on the lists, before any of it runs."""
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name not in _OPCODES:
             raise CheckpointError(_refused(path, f"the pickle opcode {opcode.name}"))
         if opcode.name == "GLOBAL":
             module, _, name = str(argument).partition(" ")
             _check_name(path, module, name)
-        # the memo is an array: a huge index would make one of that length
+        # the memo is an array: a huge index would make it that long
         if opcode.name == "LONG_BINPUT" and int(argument or 0) > len(data):
             raise CheckpointError(damaged(path, "its memo index is out of range"))
 
 
 def _check_name(path: Path, module: str, name: str) -> None:
+    """Refuse a function or class that is not on the lists."""
     full = f"{module}.{name}"
     known = full in _STORAGES or full in _CONTAINERS or full in _REBUILDERS or full in _INERT_NAMES
     if not known and not full.startswith(_INERT_MODULES):
@@ -246,8 +267,8 @@ def _refused(path: Path, what: str) -> str:
 class _Unpickler(pickle.Unpickler):
     """Resolves names and storages to the records and stand-ins of this module.
 
-    These are made anew for each file: a pickle may set attributes of what it gets, and what one file
-    sets must not reach the next.
+    Each file gets its own stand-ins: a pickle may set attributes of the objects that it is given, and these
+    must not reach the next file.
     """
 
     def __init__(self, path: Path, data: bytes) -> None:
@@ -256,7 +277,7 @@ class _Unpickler(pickle.Unpickler):
         self._stand_ins: dict[str, Any] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """A record maker, a container or a stand-in for a name on the list."""
+        """The function that makes a record, the container or the stand-in for a name on the lists."""
         _check_name(self._path, module, name)
         full = f"{module}.{name}"
         if full in _STORAGES:
@@ -279,14 +300,14 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> TensorRecord:
-    """The record of a tensor, once it is known to lie within its storage."""
+    """The record of a tensor; raises ValueError unless it lies within its storage."""
     if not isinstance(storage, StorageRecord) or len(size) != len(stride):
         message = "malformed tensor"
         raise ValueError(message)
     _check_counts([offset, *size, *stride])
     elements = math.prod(size)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if elements else 0
-    # repeated elements (stride 0) are refused as well: they could make a small file a huge tensor
+    # repeated elements (stride 0) are refused too: with them a small file could become a huge tensor
     if elements > storage.numel or (elements and last >= storage.numel):
         message = "a tensor lies outside its storage"
         raise ValueError(message)

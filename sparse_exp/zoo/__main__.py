@@ -11,9 +11,10 @@ from typing import Any
 
 from sparse_exp.command import Parser, run_command
 from sparse_exp.errors import ConfigError, expected
+from sparse_exp.metrics.names import SIGNS
 from sparse_exp.sources.local import Published, find, published, read_metadata, stub_of, zoo_directory
 from sparse_exp.sources.stub import STUB_PREFIX
-from sparse_exp.zoo.query import KEYS, parse_query
+from sparse_exp.zoo.search import KEYS, find_models
 
 _WIDE = 1000  # columns
 _DESCRIPTION = "The local zoo: models that runs have published, to start from again."
@@ -91,8 +92,10 @@ def _add_reading(add: Callable[..., argparse.ArgumentParser]) -> None:
         "query",
         metavar="QUERY",
         nargs="*",
-        help="terms joined by spaces, all to be met: KEY OP VALUE with = != < <= > >=, or a word. "
-        f"Keys: {', '.join(KEYS)}. Quote it: < and > mean something to the shell.",
+        help="terms between spaces or commas, all to be met: a word, or KEY OP VALUE with OP one of "
+        f"{' '.join(SIGNS)}. "
+        f"Keys: {', '.join(KEYS)}, and metrics in full or short, as for compare --best. "
+        "Quote it: < and > mean something to the shell.",
     )
     _add_json(command)
     command = add("verify", _verify, "check hashes, zeros and sample outputs; exit code 1 if one differs")
@@ -113,7 +116,7 @@ def _publish(options: argparse.Namespace, zoo: Path) -> int:
     if options.stub:
         require_free(options.stub, zoo, force=options.force)
     dataset = dataset_of(run, cache_directory(options.cache or run.config["paths"]["cache"]))
-    return _tell(publish_run(run, zoo, stub=options.stub or AUTO, force=options.force, dataset=dataset))
+    return _report(publish_run(run, zoo, stub=options.stub or AUTO, force=options.force, dataset=dataset))
 
 
 def _import(options: argparse.Namespace, zoo: Path) -> int:
@@ -126,10 +129,10 @@ def _import(options: argparse.Namespace, zoo: Path) -> int:
         raise ConfigError(expected("what to import", "an existing path", str(source), do))
     require_writable(zoo)
     take = import_directory if source.is_dir() else import_checkpoint
-    return _tell(take(source, zoo, stub=options.stub, force=options.force))
+    return _report(take(source, zoo, stub=options.stub, force=options.force))
 
 
-def _tell(model: Published) -> int:
+def _report(model: Published) -> int:
     print(f"Published {model.stub}\nin {model.directory}")
     return 0
 
@@ -139,8 +142,7 @@ def _list(options: argparse.Namespace, zoo: Path) -> int:
 
 
 def _search(options: argparse.Namespace, zoo: Path) -> int:
-    fits = parse_query(" ".join(options.query))
-    found = [model for model in published(zoo) if fits(model.metadata)]
+    found = find_models(" ".join(options.query), published(zoo))
     return _print(found, f"No model in {zoo} fits.", as_json=options.json)
 
 
@@ -175,12 +177,12 @@ def _print_table(models: list[Published]) -> None:
 
 
 def _row(model: Published) -> list[str]:
-    says = model.metadata
-    numbers = [says.get("metrics", {}).get(key) for key in ("val/map50", "size/onnx_gzip_mb")]
+    info = model.metadata
+    numbers = [info.get("metrics", {}).get(key) for key in ("val/map50", "size/onnx_gzip_mb")]
     map50, megabytes = ("" if number is None else f"{number:.3g}" for number in numbers)
-    texts = [says["size"], says["dataset"], says.get("imgsz") or "", f"{says['sparsity']:.1%}"]
-    texts += ["yes" if says["quantized"] else "no", map50, megabytes, str(says["published"])[:10], model.stub]
-    return [str(text) for text in texts]
+    quantized, day = "yes" if info["quantized"] else "no", str(info["published"])[:10]
+    texts = [info["size"], info["dataset"], info.get("imgsz") or "", f"{info['sparsity']:.1%}"]
+    return [*map(str, texts), quantized, map50, megabytes, day, model.stub]
 
 
 def _show(options: argparse.Namespace, zoo: Path) -> int:
@@ -188,21 +190,21 @@ def _show(options: argparse.Namespace, zoo: Path) -> int:
     if options.json:
         print(json.dumps(_as_data(model), indent=2))
         return 0
-    says = model.metadata
+    info = model.metadata
     lines = {
         "stub": model.stub,
-        "short": says["short"],
+        "short": info["short"],
         "directory": str(model.directory),
-        "model": f"YOLOv5{says['size']}, {len(says['classes'])} classes, {says.get('imgsz') or '?'} px",
-        "zeros": f"{says['sparsity']:.2%}" + (" in blocks of 4" if says["block4"] else ""),
-        "8 bit": "yes" if says["quantized"] else "no",
-        "recipe": says["recipe"],
-        "origin": says.get("origin", ""),
-        "published": f"{says['published']} by {says['by']}",
-        "licence": " ".join(says.get("licence", [])),
+        "model": f"YOLOv5{info['size']}, {len(info['classes'])} classes, {info.get('imgsz') or '?'} px",
+        "zeros": f"{info['sparsity']:.2%}" + (" in blocks of 4" if info["block4"] else ""),
+        "8 bit": "yes" if info["quantized"] else "no",
+        "recipe": info["recipe"],
+        "origin": info.get("origin", ""),
+        "published": f"{info['published']} by {info['by']}",
+        "licence": " ".join(info.get("licence", [])),
     }
     lines |= {
-        name: f"{value:.4g}" for name, value in says["metrics"].items() if isinstance(value, int | float)
+        name: f"{value:.4g}" for name, value in info["metrics"].items() if isinstance(value, int | float)
     }
     width = max(map(len, lines))
     print("\n".join(f"{label:<{width}}  {text}" for label, text in lines.items() if text))

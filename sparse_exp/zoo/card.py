@@ -1,4 +1,4 @@
-"""``model.md``: a published model in words, with the front matter that SparseZoo's client reads."""
+"""The model card ``model.md``: what the model is, with the front matter that SparseZoo's client reads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from sparse_exp.runs.deployment import MODEL
 from sparse_exp.sources.local import CARD
 
 _SHOWN = {
@@ -26,10 +29,10 @@ def write_card(directory: Path, metadata: Mapping[str, Any]) -> None:
     """Write the model card.
 
     Args:
-        directory: of the model; its files decide which of its uses are described.
+        directory: of the model. How to run it is described if it holds ``model.onnx``.
         metadata: what ``model.json`` says.
     """
-    deployed = (directory / "model.onnx").is_file()
+    deployed = (directory / MODEL).is_file()
     parts = [
         _front_matter(metadata),
         _summary(metadata),
@@ -41,8 +44,6 @@ def write_card(directory: Path, metadata: Mapping[str, Any]) -> None:
 
 
 def _front_matter(metadata: Mapping[str, Any]) -> str:
-    import yaml
-
     domain, sub_domain, architecture, framework, repo, dataset, tag = (
         str(metadata["stub"]).removeprefix("zoo:").split("/")
     )

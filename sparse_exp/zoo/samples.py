@@ -1,4 +1,4 @@
-"""Sample images of a published model, and what it predicts on them: to try it, and to verify it by."""
+"""Sample images of a published model and its predictions on them, to try the model and to verify it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sparse_exp.data import DetectionDataset, Sample
+from sparse_exp.data import DetectionDataset, Sample, evenly_spread
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.errors import EngineError, MissingDependency
 from sparse_exp.export.onnx import INPUT, OUTPUT
 from sparse_exp.hardware import usable_physical_cores
+from sparse_exp.runs.deployment import MODEL
 
 _log = logging.getLogger(__name__)
 _IMAGES = 3
@@ -28,17 +29,17 @@ def write_samples(directory: Path, dataset: DetectionDataset, imgsz: int) -> dic
 
     Written are ``sample-originals`` and ``sample-labels`` (files of the data set), ``sample-inputs``
     (``inp-0000.npz``: uint8 (3, S, S)) and for each engine that can run here ``sample-outputs_<engine>``
-    (``out-0000.npz``: float32 (A, 5 + nc)); where it is one engine alone, ``sample-outputs``.
+    (``out-0000.npz``: float32 (A, 5 + nc)). Where only one engine can, it is called ``sample-outputs``.
 
     Args:
         directory: of the model, with ``model.onnx``.
-        dataset: of which images of the validation split are taken, evenly.
+        dataset: the images are taken from its validation split, evenly spread.
         imgsz: side of the images that the model takes, in pixels.
 
     Returns:
         The directory of each engine's outputs, by engine.
     """
-    samples = _spread(dataset.splits["val"])
+    samples = evenly_spread(dataset.splits["val"], _IMAGES)
     for number, sample in enumerate(samples):
         for kind, file in (("sample-originals", sample.image), ("sample-labels", sample.label)):
             if file.is_file():
@@ -46,7 +47,7 @@ def write_samples(directory: Path, dataset: DetectionDataset, imgsz: int) -> dic
                 shutil.copyfile(file, directory / kind / f"{number:04}-{file.name}")
     images = _as_input(samples, len(dataset.names), imgsz)
     _save(directory / INPUTS, "inp", INPUT, images)
-    outputs = dict(_outputs(directory / "model.onnx", images))
+    outputs = dict(_outputs(directory / MODEL, images))
     folders = {engine: f"{OUTPUTS}_{engine}" if len(outputs) > 1 else OUTPUTS for engine in outputs}
     for engine, predictions in outputs.items():
         _save(directory / folders[engine], "out", OUTPUT, predictions)
@@ -54,11 +55,11 @@ def write_samples(directory: Path, dataset: DetectionDataset, imgsz: int) -> dic
 
 
 def read_samples(folder: Path) -> NDArray[np.generic]:
-    """The arrays of a folder of samples, stacked in the order of their names; the first of each file.
+    """The arrays in a folder of samples: the first array of each file, stacked in the order of file names.
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: there is none, or they are no arrays of one shape.
+        ValueError: there is no file, or the arrays differ in shape.
     """
     arrays = []
     for path in sorted(folder.glob("*.npz")):
@@ -68,7 +69,7 @@ def read_samples(folder: Path) -> NDArray[np.generic]:
 
 
 def predict_with(engine: str, model: Path, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Predictions of a deployed model, one image after the other.
+    """Predictions of a deployed model, in batches of one image.
 
     Args:
         engine: ``onnxruntime`` or ``deepsparse``.
@@ -94,11 +95,6 @@ def _outputs(model: Path, images: NDArray[np.uint8]) -> Iterator[tuple[str, NDAr
             yield engine, predict_with(engine, model, images)
         except (EngineError, MissingDependency) as error:
             _log.warning("No sample outputs of %s: %s", engine, error)
-
-
-def _spread(samples: Sequence[Sample]) -> list[Sample]:
-    positions = np.linspace(0, len(samples) - 1, min(_IMAGES, len(samples))).astype(int)
-    return [samples[position] for position in positions]
 
 
 def _as_input(samples: Sequence[Sample], classes: int, imgsz: int) -> NDArray[np.uint8]:

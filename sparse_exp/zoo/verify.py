@@ -1,4 +1,4 @@
-"""Is a published model still what it was, and does it do what its ``model.json`` promises?"""
+"""Check a published model: its files against their hashes, and what they hold against ``model.json``."""
 
 from __future__ import annotations
 
@@ -10,27 +10,29 @@ import numpy as np
 
 from sparse_exp.config.schema import ExportConfig
 from sparse_exp.errors import EngineError, MissingDependency, first_line
+from sparse_exp.runs.deployment import MODEL
 from sparse_exp.sources.layout import checkpoint_in
 from sparse_exp.sources.local import METADATA, SUMS, read_metadata
-from sparse_exp.zoo.landing import changed_files
+from sparse_exp.zoo.checksums import changed_files
+from sparse_exp.zoo.facts import measure_checkpoint, onnx_sparsity
 from sparse_exp.zoo.samples import INPUTS, predict_with, read_samples
 
 _SAME_SPARSITY = 1e-4
 
 
 def verify(directory: Path) -> Iterator[str]:
-    """Look at a model from all sides.
+    """Check a model.
 
-    Its hashes; the architecture, classes, zeros and quantization of its checkpoint and the zeros of its
-    ONNX file, against ``model.json``; its sample outputs, against what each engine computes here. Two CPUs
-    may round 8-bit numbers differently, so outputs may differ as an exported file may from its checkpoint
-    (`export.score_atol`, `export.box_atol`).
+    Compared are its files with their hashes; the architecture, classes, zeros and quantization of its
+    checkpoint and the zeros of its ONNX file with ``model.json``; and its sample outputs with what each
+    engine computes here. Two CPUs may round 8-bit numbers differently, so outputs may differ as much as
+    those of an exported file from those of its checkpoint (`export.score_atol`, `export.box_atol`).
 
     Args:
         directory: of the model.
 
     Yields:
-        What differs, a sentence each, beginning with the file.
+        A sentence for each difference, beginning with the file.
     """
     metadata = read_metadata(directory)
     if not metadata:
@@ -42,13 +44,11 @@ def verify(directory: Path) -> Iterator[str]:
     for check in (_checkpoint, _onnx, _samples):
         try:
             yield from check(directory, metadata)
-        except Exception as error:  # of a damaged file each library throws what it likes
+        except Exception as error:  # each library raises errors of its own for a damaged file
             yield f"The {check.__name__.lstrip('_')} cannot be read: {first_line(error)}"
 
 
 def _checkpoint(directory: Path, metadata: dict[str, Any]) -> Iterator[str]:
-    from sparse_exp.zoo.facts import measure_checkpoint
-
     path = checkpoint_in(directory, "postqat")
     found, name = measure_checkpoint(path), path.relative_to(directory).as_posix()
     if abs(found.sparsity - metadata["sparsity"]) > _SAME_SPARSITY:
@@ -65,13 +65,11 @@ def _checkpoint(directory: Path, metadata: dict[str, Any]) -> Iterator[str]:
 
 def _onnx(directory: Path, metadata: dict[str, Any]) -> Iterator[str]:
     promised = metadata["metrics"].get("sparsity/onnx")
-    if promised is None or not (directory / "model.onnx").is_file():
+    if promised is None or not (directory / MODEL).is_file():
         return
-    from sparse_exp.zoo.facts import onnx_sparsity
-
-    found = onnx_sparsity(directory / "model.onnx")
+    found = onnx_sparsity(directory / MODEL)
     if abs(found - promised) > _SAME_SPARSITY:
-        yield f"model.onnx has {found:.2%} zeros, and {METADATA} says {promised:.2%}"
+        yield f"{MODEL} has {found:.2%} zeros, and {METADATA} says {promised:.2%}"
 
 
 def _samples(directory: Path, metadata: dict[str, Any]) -> Iterator[str]:
@@ -81,7 +79,7 @@ def _samples(directory: Path, metadata: dict[str, Any]) -> Iterator[str]:
     for engine, folder in metadata["samples"].items():
         wanted = read_samples(directory / folder)
         try:
-            found = predict_with(engine, directory / "model.onnx", images)
+            found = predict_with(engine, directory / MODEL, images)
         except (MissingDependency, EngineError) as error:
             yield f"{folder} cannot be compared: {error}"
             continue

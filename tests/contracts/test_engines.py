@@ -488,6 +488,15 @@ def test_a_child_killed_while_it_measures_is_an_error_and_not_a_hang(isolated):
         isolated.measure(some_images(1), 60)
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C counts, here and in children, even where the tests were started with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_the_child_and_not_just_the_question(model):
     engine = IsolatedEngine("onnxruntime")
     engine.load(model.path, batch_size=1, cores=1)
@@ -512,10 +521,13 @@ def modules_of(pid: int) -> set[str]:
 
 
 @each_isolated
-def test_the_child_loads_no_torch(loaded):
-    packages = modules_of(loaded[0].pid)
+def test_the_child_loads_no_more_than_its_engine_needs(loaded):
+    engine, _ = loaded
+    packages = modules_of(engine.pid)
     assert "numpy" in packages
     assert "torch" not in packages
+    # The parent checks the file. DeepSparse imports onnx itself.
+    assert ("onnx" in packages) == (engine.name == "deepsparse")
 
 
 def test_openvino_leaves_no_trace_of_its_telemetry(model, tmp_path, monkeypatch):
@@ -538,6 +550,7 @@ engine.measure(np.zeros((1, 3, 32, 32), np.uint8), 60)
 """
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_the_child_of_a_script_ends_with_it_and_prints_nothing(end, model, tmp_path):
     script = tmp_path / "script.py"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparse_exp.data.detection import check_dataset, load_dataset
+from sparse_exp.data.detection import Sample, check_dataset, evenly_spread, load_dataset
 from sparse_exp.data.images import read_image
 from sparse_exp.data.labels import read_boxes
 from sparse_exp.errors import DataError
@@ -324,3 +324,12 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     assert image.shape == (64, 32, 3)
     assert image[:28].min() > 200
     assert image[36:].max() < 50
+
+
+@pytest.mark.parametrize(
+    ("there", "count", "taken"),
+    [(6, 3, [0, 2, 5]), (9, 5, [0, 2, 4, 6, 8]), (2, 3, [0, 1]), (5, 1, [0]), (1, 1, [0]), (0, 3, [])],
+)
+def test_samples_spread_evenly_over_a_split(there, count, taken):
+    samples = [Sample(Path(f"{number}.png"), Path(f"{number}.txt")) for number in range(there)]
+    assert [samples.index(sample) for sample in evenly_spread(samples, count)] == taken

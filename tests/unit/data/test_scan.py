@@ -21,8 +21,8 @@ def yaml(tmp_path: Path) -> Path:
 def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of images that are read, as they are."""
     seen: list[str] = []
-    original = scan._look
-    monkeypatch.setattr(scan, "_look", lambda image, *rest: seen.append(image.stem) or original(image, *rest))
+    original = scan._scan
+    monkeypatch.setattr(scan, "_scan", lambda image, *rest: seen.append(image.stem) or original(image, *rest))
     return seen
 
 

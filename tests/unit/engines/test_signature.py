@@ -1,4 +1,4 @@
-"""The reader of ONNX headers says what the onnx package says, and refuses other models in one line."""
+"""Inputs and outputs are read as the ONNX file says, and other models are refused in one line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sparse_exp.engines import create_engine
-from sparse_exp.engines.signature import read_signature
+from sparse_exp.engines.signature import Port, read_signature
 from sparse_exp.errors import EngineError
 
 NAMES = {TensorProto.UINT8: "uint8", TensorProto.FLOAT: "float32"}
@@ -55,6 +55,42 @@ def write(path, inputs=(("images", TensorProto.UINT8, ["n", 3, 32, 32]),), outpu
     )
     onnx.save(helper.make_model(graph), path)
     return path
+
+
+def field(number: int, content: bytes | int) -> bytes:
+    """A field of a protobuf message, as https://protobuf.dev/programming-guides/encoding says: one short."""
+    if isinstance(content, int):
+        return bytes([number << 3, content])
+    return bytes([number << 3 | 2, len(content)]) + content
+
+
+def port(name: bytes, dtype: int, *dims: bytes | int) -> bytes:
+    """A ValueInfoProto of https://github.com/onnx/onnx/blob/main/onnx/onnx.proto; dims by value or name."""
+    sizes = [field(1, field(1, dim) if isinstance(dim, int) else field(2, dim)) for dim in dims]
+    tensor = field(1, dtype) + field(2, b"".join(sizes))
+    return field(1, name) + field(2, field(1, tensor))
+
+
+def test_a_file_written_by_hand_is_read(tmp_path):
+    fields = [
+        field(5, field(8, b"w")),  # an initializer, which is listed as an input as well
+        field(11, port(b"w", 1, 5)),
+        field(11, port(b"images", 2, b"n", 3, 32, 64)),
+        field(12, port(b"output", 1, b"n", 84, 8)),
+        *(field(12, port(b"o", dtype)) for dtype in (10, 11, 16, 99)),
+        field(12, field(1, b"unknown")),
+    ]
+    path = tmp_path / "by_hand.onnx"
+    graph = b"".join(fields)
+    length = bytes([128 | len(graph) & 127, len(graph) >> 7])  # above 127 it takes two bytes
+    path.write_bytes(field(1, 8) + b"\x3a" + length + graph)
+    signature = read_signature(path)
+    assert signature.inputs == (Port("images", "uint8", (None, 3, 32, 64)),)
+    first, *others, unknown = signature.outputs
+    assert first == Port("output", "float32", (None, 84, 8))
+    assert [other.dtype for other in others] == ["float16", "float64", "bfloat16", "another type"]
+    assert unknown == Port("unknown", "", None)
+    assert (signature.batch, signature.size) == (None, (32, 64))
 
 
 def test_a_weight_that_is_listed_as_an_input_is_none(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparse_exp.sparsity.measure import in_blocks
 from sparse_exp.sparsity.prune import blocks, prune_by_magnitude, prune_layer_adaptively
 from sparse_exp.yolov5 import YOLOv5
 
@@ -165,6 +166,20 @@ def test_a_detector_pruned_in_blocks_has_no_partial_block():
         zeros = (conv.weight.flatten()[blocks(conv.weight, 4)] == 0).sum(1)
         assert blocks(conv.weight, 4).shape[1] == 4, name
         assert set(zeros.tolist()) <= {0, 4}, name
+
+
+def test_zeros_in_blocks_are_told_from_single_ones():
+    dense, whole, single = (torch.ones(2, 8, 3, 3) for _ in range(3))
+    whole[0, 4:, 1, 1] = 0.0
+    single[0, 3:7, 1, 1] = 0.0  # four in a row, but of two blocks
+    stem = torch.zeros(2, 3, 3, 3)  # has no blocks
+    assert in_blocks([dense, whole, stem])
+    assert not in_blocks([single])
+    assert not in_blocks([whole, single])
+    assert not in_blocks([dense, stem])  # no zeros, so none in blocks
+    assert not in_blocks([])
+    many = torch.zeros(8, 64, 3, 3)
+    assert in_blocks([many, single])  # 4 of 4612 zeros may be so by chance
 
 
 @pytest.mark.parametrize("prune", [prune_by_magnitude, prune_layer_adaptively])

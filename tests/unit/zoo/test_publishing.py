@@ -17,15 +17,17 @@ import pytest
 import torch
 from finished_run import STUB, pruned, save
 
+from sparse_exp import files
 from sparse_exp.errors import CheckpointError, ConfigError, SourceUnavailable
 from sparse_exp.export.differences import matched_shares
 from sparse_exp.export.reference import as_deployed
 from sparse_exp.export.verification import predict
+from sparse_exp.locks import exclusive
 from sparse_exp.sources.layout import checkpoint_in
 from sparse_exp.sources.local import find, read_metadata
 from sparse_exp.yolov5 import non_max_suppression, read_checkpoint
-from sparse_exp.zoo import landing
-from sparse_exp.zoo.landing import put
+from sparse_exp.zoo import placing
+from sparse_exp.zoo.placing import put
 from sparse_exp.zoo.publish import (
     dataset_of,
     import_checkpoint,
@@ -46,8 +48,8 @@ def minimal(stub: str, directory: Path, content: str = "one") -> None:
 
 
 def everything(zoo: Path) -> set[str]:
-    """All files of a zoo but its lock."""
-    return {str(p.relative_to(zoo)) for p in zoo.rglob("*") if p.is_file() and p.name != ".lock"}
+    """All files of a zoo."""
+    return {str(p.relative_to(zoo)) for p in zoo.rglob("*") if p.is_file()}
 
 
 def test_what_a_published_run_holds(published_model, finished_run, lively_model):
@@ -94,15 +96,21 @@ def test_samples_are_the_images_and_what_the_model_says_of_them(published_model,
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
 def test_permissions_follow_the_umask(tmp_path, umask):
+    lock_modes = []
+
+    def fill(stub: str, directory: Path) -> None:
+        lock_modes.append((tmp_path / "zoo/.lock").stat().st_mode & 0o777)
+        minimal(stub, directory)
+
     before = os.umask(umask)
     try:
-        model = put(BASE, tmp_path / "zoo", minimal)
+        model = put(BASE, tmp_path / "zoo", fill)
     finally:
         os.umask(before)
     for path in (model.directory, *model.directory.parents[:5]):
         assert path.stat().st_mode & 0o777 == 0o777 & ~umask
     assert (model.directory / "SHA256SUMS").stat().st_mode & 0o777 == 0o666 & ~umask
-    assert (tmp_path / "zoo/.lock").stat().st_mode & 0o777 == 0o666  # the next one may have another
+    assert lock_modes == [0o666]  # the next one may have another umask
 
 
 def test_sparsezoo_opens_it_as_it_is(published_model):
@@ -172,20 +180,20 @@ def test_numbered_takes_the_next_free_name(tmp_path):
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_force_replaces_a_model_whole(tmp_path, monkeypatch, can_exchange):
     if not can_exchange:
-        monkeypatch.setattr(landing, "_exchange", lambda *_: False)
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
     directory = put(BASE, tmp_path, minimal).directory
     (directory / "extra.txt").write_text("of the old one")
     put(BASE, tmp_path, lambda stub, d: minimal(stub, d, "two"), force=True)
     assert everything(directory) == {"content.txt", "model.json", "SHA256SUMS"}
     assert (directory / "content.txt").read_text() == "two"
-    assert {path.name for path in tmp_path.iterdir()} == {".lock", "cv"}
+    assert {path.name for path in tmp_path.iterdir()} == {"cv"}
 
 
 def test_there_is_no_moment_without_a_model_while_it_is_replaced(tmp_path):
     directory = put(BASE, tmp_path, minimal).directory
-    if not landing._exchange(directory, _other(tmp_path)):
+    if not files._exchange(directory, _other(tmp_path)):
         pytest.skip("the file system cannot exchange directories")
-    landing._exchange(directory, tmp_path / "other")
+    files._exchange(directory, tmp_path / "other")
     there, done = [], threading.Event()
 
     def look() -> None:
@@ -215,7 +223,7 @@ def test_what_fails_leaves_nothing(tmp_path):
     with pytest.raises(ConfigError) as raised:
         put(BASE, tmp_path, breaks)
     assert str(raised.value).startswith(f"Cannot publish in {tmp_path}: No space left on device.")
-    assert {path.name for path in tmp_path.iterdir()} == {".lock"}
+    assert list(tmp_path.iterdir()) == []
     put(BASE, tmp_path, minimal)
     with pytest.raises(ConfigError):
         put(BASE, tmp_path, breaks, force=True)
@@ -229,7 +237,7 @@ def test_what_fails_leaves_nothing(tmp_path):
 HANGS = """
 import sys, time
 from pathlib import Path
-from sparse_exp.zoo.landing import put
+from sparse_exp.zoo.placing import put
 
 def hangs(stub, directory):
     (directory / "half.bin").write_bytes(b"x" * 1000)
@@ -258,17 +266,17 @@ def test_a_killed_publish_leaves_nothing_to_be_found(tmp_path, there_before):
 def test_a_publish_killed_between_two_renames_gives_the_old_model_back(tmp_path):
     """Where directories cannot be exchanged the old one is out of its place for a moment."""
     directory = put(BASE, tmp_path, minimal).directory
-    directory.replace(tmp_path / ".replaced")
+    directory.replace(tmp_path / ".publishing.old")
     (tmp_path / ".publishing").mkdir()
     put(f"{BASE}-2", tmp_path, minimal)
     assert (directory / "content.txt").read_text() == "one"
-    assert not (tmp_path / ".replaced").exists()
+    assert not (tmp_path / ".publishing.old").exists()
 
 
 PUBLISHES = """
 import json, sys
 from pathlib import Path
-from sparse_exp.zoo.landing import put
+from sparse_exp.zoo.placing import put
 
 def fill(stub, directory):
     (directory / "model.json").write_text(json.dumps({"format": "sparse_exp.zoo/1", "stub": stub}))
@@ -286,14 +294,23 @@ def test_several_publishers_at_once_do_not_collide(tmp_path):
 
 
 def test_a_publisher_that_waits_too_long_says_so(tmp_path, monkeypatch):
-    from filelock import FileLock
+    monkeypatch.setattr(placing, "_WAIT_S", 0.1)
+    held, done = threading.Event(), threading.Event()
 
-    monkeypatch.setattr(landing, "_WAIT_S", 0.1)
-    with (
-        FileLock(tmp_path / ".lock"),
-        pytest.raises(ConfigError, match="Another process has been publishing"),
-    ):
-        put(BASE, tmp_path, minimal)
+    def hold() -> None:
+        with exclusive(tmp_path / ".lock", "The zoo is being held"):
+            held.set()
+            done.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(60)
+    try:
+        with pytest.raises(ConfigError, match=r"The zoo \S+ is being written by process .* than 0\.1 s\."):
+            put(BASE, tmp_path, minimal)
+    finally:
+        done.set()
+        holder.join()
 
 
 def test_only_a_finished_run_is_published(finished_run, tmp_path):

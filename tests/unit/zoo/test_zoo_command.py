@@ -14,7 +14,7 @@ from sparse_exp.errors import ConfigError
 from sparse_exp.files import write_json
 from sparse_exp.sources.local import read_metadata
 from sparse_exp.zoo.__main__ import main
-from sparse_exp.zoo.landing import write_sums
+from sparse_exp.zoo.checksums import write_sums
 
 
 @pytest.fixture

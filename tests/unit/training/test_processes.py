@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 
 from sparse_exp.cli import _register_schema
 from sparse_exp.config.plain import CONF_DIRECTORY
-from sparse_exp.config.schema import Experiment, LauncherConfig, RayConfig, TrainerConfig
+from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data import load_dataset, prepare
 from sparse_exp.data.digits import materialize
 from sparse_exp.data.loader import make_loader
@@ -28,8 +28,7 @@ from sparse_exp.sources.cache import cache_directory
 from sparse_exp.sources.start import fetch_start
 from sparse_exp.sparsity.prune import prune_by_magnitude
 from sparse_exp.sparsity.recipe import Recipe
-from sparse_exp.training import loop
-from sparse_exp.training import processes as devices
+from sparse_exp.training import loop, processes
 from sparse_exp.training.precision import Precision
 from sparse_exp.training.start import load_start
 from sparse_exp.yolov5 import YOLOv5, read_checkpoint
@@ -76,7 +75,7 @@ def train(folder: Path, count: int, monkeypatch, *given, **options) -> tuple[lis
 
 def others() -> list[psutil.Process]:
     """The other processes of a training; what else runs belongs to other tests."""
-    return [child for child in psutil.Process().children() if "training.devices" in " ".join(child.cmdline())]
+    return [child for child in psutil.Process().children() if "join_training" in " ".join(child.cmdline())]
 
 
 class Enough(Exception):
@@ -97,7 +96,7 @@ def steps_of(made: dict, count: int, monkeypatch, epochs: float = math.inf) -> t
             raise Enough
 
     with suppress(Enough):
-        devices.fit_together(made, devices=count, threads=1, on_epoch=until)
+        processes.fit_together(made, devices=count, threads=1, on_epoch=until)
     monkeypatch.undo()
     return steps, read_checkpoint(made["weights"] / "last.pt").state_dict
 
@@ -188,7 +187,7 @@ def test_a_process_that_dies_ends_the_training_with_one_line(tmp_path):
 
     with pytest.raises(StageFailed, match=r"^Process 1 of the training died \(signal 9\)\. .*$") as error:
         # 5 images: the second process has no share of the last batch
-        devices.fit_together(arguments(tmp_path, TWO_EPOCHS, images=5), devices=2, threads=1, on_epoch=kill)
+        processes.fit_together(arguments(tmp_path, TWO_EPOCHS, images=5), devices=2, threads=1, on_epoch=kill)
     assert "\n" not in str(error.value)
     assert [record["epoch"] for record in records] == [1.0]
     assert not torch.distributed.is_initialized()
@@ -203,17 +202,17 @@ def test_what_fails_in_another_process_is_said_here(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "make_optimizer", lambda model, *_: torch.optim.SGD(model.parameters(), 0.1))
     made["config"].momentum = "much"
     with pytest.raises(StageFailed, match=r"^Process 1 of the training failed: TypeError: .*$"):
-        devices.fit_together(made, devices=2, threads=1, on_epoch=lambda _: None)
+        processes.fit_together(made, devices=2, threads=1, on_epoch=lambda _: None)
 
 
 @pytest.mark.slow
 def test_no_process_outlives_the_first(tmp_path):
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
-        "import test_devices as t\n"
+        "import test_processes as t\n"
         "text = t.TWO_EPOCHS.replace('2.0', '500.0')\n"
         "made = t.arguments(Path(sys.argv[1]), text)\n"
-        "t.devices.fit_together(made, devices=2, threads=1, on_epoch=lambda _: print('on', flush=True))\n"
+        "t.processes.fit_together(made, devices=2, threads=1, on_epoch=lambda _: print('on', flush=True))\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)]
@@ -227,47 +226,3 @@ def test_no_process_outlives_the_first(tmp_path):
     while other.is_running() and other.status() != psutil.STATUS_ZOMBIE and time.monotonic() < until:
         time.sleep(0.1)
     assert not other.is_running() or other.status() == psutil.STATUS_ZOMBIE
-
-
-@pytest.mark.parametrize(
-    ("given", "count", "jobs", "limit", "threads"),
-    [
-        (None, 1, 1, None, 12),
-        (None, 2, 3, None, 2),
-        (None, 4, 8, None, 1),
-        (None, 2, 1, "4", 4),
-        (7, 2, 3, "1", 7),
-    ],
-)
-def test_threads_are_the_cores_shared_out(monkeypatch, given, count, jobs, limit, threads):
-    monkeypatch.setattr(devices, "usable_physical_cores", lambda: 12)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if limit:
-        monkeypatch.setenv("OMP_NUM_THREADS", limit)
-    trainer = TrainerConfig(batch_size=8, devices=count, threads=given)
-    experiment = Experiment(trainer=trainer, launcher=LauncherConfig("joblib", jobs))
-    assert devices.training_threads(experiment) == threads
-
-
-@pytest.mark.parametrize(
-    ("launcher", "address", "threads"),
-    [("ray", None, 3), ("ray", "10.0.0.1:6379", 12), ("slurm", None, 12)],
-)
-def test_jobs_on_other_machines_do_not_share_these_cores(monkeypatch, launcher, address, threads):
-    monkeypatch.setattr(devices, "usable_physical_cores", lambda: 12)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    experiment = Experiment(launcher=LauncherConfig(launcher, 4), ray=RayConfig(address))
-    assert devices.training_threads(experiment) == threads
-
-
-def test_threads_are_given_back():
-    before, within = torch.get_num_threads(), []
-
-    def fail() -> None:
-        with devices.using_threads(before + 1):
-            within.append(torch.get_num_threads())
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    assert (within, torch.get_num_threads()) == ([before + 1], before)

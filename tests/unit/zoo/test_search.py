@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from sparse_exp.errors import ConfigError
-from sparse_exp.zoo.query import parse_query
+from sparse_exp.sources.local import Published
+from sparse_exp.zoo.search import find_models
 
 MODEL = {
     "size": "s",
@@ -17,9 +20,24 @@ MODEL = {
     "imgsz": 320,
     "classes": ["Tree crown", "dead"],
     "published": "2026-11-22T10:00:00Z",
-    "metrics": {"val/map50": 0.55, "size/onnx_gzip_mb": 2.5},
+    "metrics": {
+        "val/map50": 0.55,
+        "val/map50_95": 0.3,
+        "test/map50": 0.7,
+        "recovery/map50": 0.98,
+        "recovery/deepsparse/map50": 0.98,
+        "recovery/openvino/map50": 0.9,
+        "size/onnx_gzip_mb": 2.5,
+        "size/onnx_mb": 7.5,
+        "benchmark/deepsparse/sparse/b1/items_per_s": 100.0,
+        "benchmark/openvino/sparse/b1/items_per_s": 50.0,
+        "benchmark/openvino/sparse/b1/latency_p50_ms": 20.0,
+        "benchmark/openvino/sparse/b1/latency_p99_ms": 25.0,
+        "weights/origin": "scratch",
+    },
 }
 DENSE = {**MODEL, "tag": "base-none", "sparsity": 0.0, "quantized": False, "block4": False, "metrics": {}}
+MODELS = [Published(str(model["tag"]), Path(), model) for model in (MODEL, DENSE)]
 
 
 @pytest.mark.parametrize(
@@ -52,11 +70,35 @@ DENSE = {**MODEL, "tag": "base-none", "sparsity": 0.0, "quantized": False, "bloc
         ("stub=*/trees/*", True, True),
         ("published>=2026-11", True, True),
         ("published<2026-11", False, False),
+        ("published<2026", False, False),
+        ("published>=2026", True, True),
+        # as compare --best has it
+        ("map50>=0.5, size<=4", True, False),
+        ("map50>=0.5,size<=2", False, False),
+        ("size==s", True, True),
+        ("sparsity==0 quantized==no", False, True),
+        ("val/map50>=55%", True, False),
+        ("test/map50>=0.7", True, False),
+        ("test/map50!=0.7", False, False),
+        ("MAP50>0.5", True, False),
+        ("recovery>=0.95", True, False),
+        ("recovery/openvino>=0.95", False, False),
+        ("items_per_s>99", True, False),
+        ("openvino/items_per_s>99", False, False),
+        ("p99<30", True, False),
+        ("size=2.5", True, False),
+        ("onnx_mb>7, trees, quantized", True, False),
     ],
 )
-def test_what_a_query_finds(query, fits, fits_dense):
-    test = parse_query(query)
-    assert (test(MODEL), test(DENSE)) == (fits, fits_dense)
+def test_what_a_search_finds(query, fits, fits_dense):
+    wanted = [model for model, is_found in zip(MODELS, (fits, fits_dense), strict=True) if is_found]
+    assert find_models(query, MODELS) == wanted
+
+
+@pytest.mark.parametrize("key", ["map50", "map50_95", "recovery", "onnx_mb", "onnx_gzip_mb", "size"])
+def test_metrics_that_all_know_may_be_named_where_no_model_has_them(key):
+    assert find_models(f"{key}>0", MODELS[1:]) == []
+    assert find_models(f"{key}>0", []) == []
 
 
 @pytest.mark.parametrize(
@@ -69,14 +111,23 @@ def test_what_a_query_finds(query, fits, fits_dense):
         ("quantized>no", "quantized>no", "quantized=true or quantized=false"),
         ("size=", "size=", "KEY OP VALUE"),
         ("=s", "=s", "KEY OP VALUE"),
-        ("size==s", "size==s", "KEY OP VALUE"),
+        ("size=>s", "size=>s", "KEY OP VALUE, OP one of = == != <= >= < >"),
+        ("map50>=many", "map50>=many", "map50 compared with a number"),
+        ("size<=", "size<=", "KEY OP VALUE"),
+        ("size>=nan", "size>=nan", "size=VALUE or size!=VALUE"),
+        ("weights/origin=scratch", "weights/origin=scratch", "a key of size, dataset, "),
         ("0.1<sparsity<0.5", "0.1<sparsity<0.5", "KEY OP VALUE"),
     ],
 )
 def test_a_term_that_cannot_be_is_named(query, term, fragment):
     with pytest.raises(ConfigError) as raised:
-        parse_query(query)
+        find_models(query, MODELS)
     message = str(raised.value)
     assert f"but got '{term}'" in message
     assert fragment in message
     assert "\n" not in message
+
+
+def test_a_metric_that_fits_several_lists_them():
+    with pytest.raises(ConfigError, match=r"got 'latency'.*latency_p50_ms, \S+latency_p99_ms. Name more"):
+        find_models("latency<20", MODELS)

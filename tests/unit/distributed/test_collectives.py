@@ -37,7 +37,7 @@ def normalize(share: slice) -> dict[str, Any]:
     norm = nn.BatchNorm2d(3, eps=1e-3, momentum=0.3).double()
     nn.init.uniform_(norm.weight)
     model = nn.Sequential(norm)
-    collectives.join_modules(model)
+    collectives.synchronize_statistics(model)
     x = 3 + 2 * torch.randn(2, 4, 3, 5, 2, dtype=torch.float64)
     upstream = torch.randn(4, 3, 5, 2, dtype=torch.float64)
     model(x[0, share].to(memory_format=torch.channels_last))
@@ -54,7 +54,7 @@ def observe(share: slice) -> dict[str, Any]:
     torch.manual_seed(0)
     model = nn.Module()
     model.quant = FakeQuantize(observer=MovingAverageMinMaxObserver, quant_min=0, quant_max=255)
-    collectives.join_modules(model)
+    collectives.synchronize_statistics(model)
     x = torch.randn(2, 4, 2, 2, 2) * torch.tensor([1.0, 2.0, 3.0, 4.0]).view(4, 1, 1, 1)
     outs = [model.quant(batch[share]) for batch in x]
     return {"out": outs[1], "state": model.state_dict()}
@@ -88,7 +88,7 @@ def meet(rank: int, folder: Path) -> None:
         share = slice(0, first) if rank == 0 else slice(first, first + second)
         results |= {(kind, name): work(share) for kind, work in WORK.items()}
     drifted = {"same": torch.ones(2), "other": torch.full((), float(rank)), "flag": torch.tensor([True])}
-    results["differing"] = collectives.differing(drifted)
+    results["differing"] = collectives.differing_tensors(drifted)
     torch.save(results, folder / f"{rank}.pt")
 
 
@@ -142,11 +142,12 @@ def test_what_has_drifted_apart_is_named(met):
 
 def test_alone_nothing_is_replaced_or_copied():
     norm, values = nn.BatchNorm2d(2), torch.ones(3)
-    collectives.join_modules(norm)
+    collectives.synchronize_statistics(norm)
     assert "forward" not in vars(norm)
     assert collectives.total(values) is values
     assert collectives.total_of([1.5, 2]) == [1.5, 2]
-    assert (collectives.size(), collectives.rank(), collectives.differing({"a": values})) == (1, 0, [])
+    assert (collectives.size(), collectives.rank()) == (1, 0)
+    assert collectives.differing_tensors({"a": values}) == []
 
 
 def test_ranges_that_are_not_made_of_extremes_are_refused():

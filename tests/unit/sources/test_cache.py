@@ -257,7 +257,7 @@ def test_interrupted_download_leaves_nothing(server, cache: Path, monkeypatch: p
             fetch(source, cache)
     assert left_in(cache) == []
     # What a process that was killed left behind is no obstacle, and is cleared.
-    (cache / "files" / f"{SHA256[:20]}.partial" / "kept").mkdir(parents=True)
+    (cache / "files" / f".{SHA256[:20]}.partial" / ".scratch").mkdir(parents=True)
     fetch(source, cache)
     assert not any(name.endswith("partial") for name in left_in(cache))
 

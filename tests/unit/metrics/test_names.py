@@ -14,6 +14,7 @@ METRICS = {
     *CELLS, "val/map50", "val/map50_95", "test/map50", "deployed/openvino/map50", "time/train_s",
     "size/checkpoint_mb", "size/onnx_mb", "size/onnx_gzip_mb", "sparsity/prunable", "sparsity/total",
     "deployed/openvino/dense/map50", "size/sparse_fp32/onnx_mb", "size/dense_int8/openvino/onnx_gzip_mb",
+    "recovery/map50", "recovery/deepsparse/map50", "recovery/openvino/map50",
 }  # fmt: skip
 
 
@@ -37,6 +38,8 @@ METRICS = {
         ("openvino/dense/items_per_s", "benchmark/openvino/dense/b1/items_per_s"),
         ("b32/items_per_s", "benchmark/deepsparse/sparse/b32/items_per_s"),
         ("p99", "benchmark/deepsparse/sparse/b1/latency_p99_ms"),
+        ("recovery", "recovery/map50"),
+        ("recovery/openvino", "recovery/openvino/map50"),
     ],
 )
 def test_short_names(short, full):
@@ -84,7 +87,36 @@ def test_limits():
 
 
 @pytest.mark.parametrize(
-    "text", ["map50", "map50>=", "map50>=many", "map50=>0.6", ">=3", "map50>=nan", "1<map50<2"]
+    ("text", "kept"),
+    [
+        ("sparsity>=70%", [False, True, True]),
+        ("sparsity = 0.7", [False, True, False]),
+        ("sparsity == 0.7", [False, True, False]),
+        ("sparsity!=0.7", [True, False, True]),
+        ("sparsity<0.7 sparsity>1%", [True, False, False]),
+        (" ", [True, True, True]),
+    ],
+)
+def test_signs_percentages_and_spaces(text, kept):
+    limits = parse_limits(text, METRICS)
+    assert {limit.metric for limit in limits} <= {"sparsity/prunable"}
+    assert [all(limit.keeps(value) for limit in limits) for value in (0.69, 0.7, 0.71)] == kept
+    assert not any(limit.keeps(None) for limit in limits)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "map50",
+        "map50>=",
+        "map50>=many",
+        "map50=>0.6",
+        ">=3",
+        "map50>=70 %",
+        "map50>=%",
+        "map50>=nan",
+        "1<map50<2",
+    ],
 )
 def test_what_is_no_limit_is_refused_in_one_line(text):
     with pytest.raises(ConfigError, match="Expected --best to be limits") as error:

@@ -8,7 +8,9 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
@@ -259,6 +261,70 @@ def test_a_process_takes_its_own_lock_again(tmp_path):
         assert is_held(path)
         assert path.exists()
     assert not is_held(path)
+
+
+def test_threads_of_a_process_pass_one_after_the_other(tmp_path):
+    order = []
+
+    def enter(name: str) -> None:
+        with exclusive(tmp_path / "x", "X is being done"), exclusive(tmp_path / "x", "X is being done"):
+            order.append(f"{name} in")
+            time.sleep(0.05)
+            order.append(f"{name} out")
+
+    threads = [threading.Thread(target=enter, args=(name,)) for name in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert [step.split()[1] for step in order] == ["in", "out"] * 3
+    assert all(one.split()[0] == two.split()[0] for one, two in zip(order[::2], order[1::2], strict=True))
+    assert not is_held(tmp_path / "x")
+
+
+def test_a_lock_may_be_given_back_by_another_thread(tmp_path):
+    stack = ExitStack()
+    taking = threading.Thread(
+        target=stack.enter_context, args=(exclusive(tmp_path / "x", "X is being done"),)
+    )
+    taking.start()
+    taking.join(20)
+    assert is_held(tmp_path / "x")
+    with pytest.raises(ConfigError), exclusive(tmp_path / "x", "X is being done", wait=False):
+        pass
+    stack.close()
+    with exclusive(tmp_path / "x", "X is being done", wait=False):
+        pass
+
+
+def test_who_waits_gives_up_when_it_took_too_long(tmp_path, start):
+    process = start(keep, tmp_path / "x", tmp_path / "held")
+    until((tmp_path / "held").exists)
+    began = time.monotonic()
+    with pytest.raises(ConfigError) as error, exclusive(tmp_path / "x", "X is being done", at_most=0.3):
+        pass
+    assert 0.3 <= time.monotonic() - began < 10
+    assert str(error.value).startswith(f"X is being done by somebody (process {process.pid} on ")
+    assert "), for more than 0.3 s. Wait for it to end, or" in str(error.value)
+
+
+def test_a_thread_that_waits_leaves_the_heavy_work_of_another_in_the_room(tmp_path, start):
+    """Else a measurement would begin while the other works, and the thread come back when it has ended."""
+    process = start(keep, tmp_path / "x", tmp_path / "held")
+    until((tmp_path / "held").exists)
+
+    def wait() -> None:
+        with exclusive(tmp_path / "x", "X is being done"):
+            pass
+
+    waiting = threading.Thread(target=wait)
+    with working():
+        waiting.start()
+        time.sleep(0.1)
+        assert host._process.doors is not None
+    kill(process)
+    waiting.join(20)
+    assert host._process.doors is None
 
 
 def test_many_processes_pass_one_after_the_other(tmp_path, start):
