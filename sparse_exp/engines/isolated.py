@@ -4,24 +4,22 @@ Engines start thread pools, pin threads to cores and can crash in native code. I
 that affects the run, or another engine.
 
 The child is a fresh interpreter. `multiprocessing` would import the parent's main module again, which may be
-a script without a guard, or import torch.
+a script without a guard, or import torch. `sparse_exp.engines.child` is what it runs.
 """
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
-from functools import cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from sparse_exp.children import exit_with_parent, obituary, start_child
+from sparse_exp.children import obituary, start_child
 from sparse_exp.engines.base import NO_OPTIONS, Options, not_loaded, reason
 from sparse_exp.engines.profile import Profile
 from sparse_exp.engines.signature import Signature, read_signature
@@ -36,7 +34,7 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)
 if sys.argv[3]:
     os.sched_setaffinity(0, map(int, sys.argv[3].split(",")))
 sys.path[:] = sys.argv[4:]
-from sparse_exp.engines.isolated import serve
+from sparse_exp.engines.child import serve
 serve(int(sys.argv[1]), sys.argv[2])
 """
 
@@ -219,33 +217,6 @@ def _usable(pin: Sequence[int] | None) -> str:
         do = "Set hardware.pinning=false to leave the choice to the kernel."
         raise EngineError(expected("the CPUs to keep to", f"some of {sorted(mine)}", list(pin), do))
     return ",".join(map(str, pin or ()))
-
-
-def serve(descriptor: int, name: str) -> None:
-    """The child's side: answer questions from the pipe until the parent closes it.
-
-    Args:
-        descriptor: file descriptor of the child's end of the pipe.
-        name: engine to serve.
-    """
-    from sparse_exp.engines import create_engine  # which imports this module
-
-    if name != "torch":  # DeepSparse would import it if it could, which takes seconds and 500 MB
-        sys.modules["torch"] = None  # type: ignore[assignment]
-    threading.Thread(target=exit_with_parent, args=(descriptor,), daemon=True).start()
-    pipe: Connection[Any, Any] = Connection(descriptor)
-    engine = cache(partial(create_engine, name, quiet=False))  # when first asked: an error is an answer, too
-
-    def ask(method: str, *arguments: Any, **named: Any) -> Any:
-        value = getattr(engine(), method)(*arguments, **named)
-        return engine().version if method == "load" else value
-
-    while True:
-        try:
-            method, arguments, named = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(answer(f"The engine {name}", ask, method, *arguments, **named))
 
 
 def answer(who: str, action: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[str, Any]:

@@ -10,6 +10,7 @@ import yaml
 
 from sparse_exp.runs.deployment import MODEL
 from sparse_exp.sources.local import CARD
+from sparse_exp.text import markdown_table
 
 _SHOWN = {
     "val/map50": "mAP50, validation split, torch",
@@ -80,21 +81,17 @@ def _summary(metadata: Mapping[str, Any]) -> str:
         "published": f"{metadata['published']} by {metadata['by']}, sparse_exp {metadata['sparse_exp']}",
     }
     title = f"# YOLOv5{metadata['size']} on {metadata['dataset']}: {metadata['tag']}"
-    return f"{title}\n\n| | |\n|---|---|\n" + "\n".join(f"| {k} | {_cell(v)} |" for k, v in rows.items())
-
-
-def _cell(text: object) -> str:
-    return str(text).replace("|", "\\|").replace("\n", " ")
+    return f"{title}\n\n{markdown_table(('', ''), rows.items(), right=())}"
 
 
 def _numbers(metadata: Mapping[str, Any]) -> Iterator[str]:
     metrics = metadata["metrics"]
-    rows = [f"| {label} | {metrics[key]:.4g} |" for key, label in _SHOWN.items() if key in metrics]
+    rows = [(label, f"{metrics[key]:.4g}") for key, label in _SHOWN.items() if key in metrics]
     if rows:
         host = f" Throughput: {metadata['host']}." if metadata.get("host") else ""
         versions = ", ".join(f"{name} {number}" for name, number in metadata["engines"].items())
         where = f"Engines: {versions}.{host} All numbers are in metrics.yaml."
-        yield "## Measured\n\n| | |\n|---|---:|\n" + "\n".join(rows) + f"\n\n{where}"
+        yield f"## Measured\n\n{markdown_table(('', ''), rows)}\n\n{where}"
 
 
 def _uses(metadata: Mapping[str, Any], *, deployed: bool) -> str:
