@@ -275,9 +275,7 @@ def _photos(folder: Path, count: int) -> DetectionDataset:
         for kind in ("images", "labels"):
             (folder / kind / split).mkdir(parents=True)
         for index in range(images):
-            x, y = (
-                int(draw.integers(0, full - part)) for full, part in zip(photo.size, _PHOTO, strict=True)
-            )
+            x, y = (int(draw.integers(0, full - part)) for full, part in zip(photo.size, _PHOTO, strict=True))
             part = photo.crop((x, y, x + _PHOTO[0], y + _PHOTO[1]))
             part.save(folder / "images" / split / f"{index:03}.jpg", quality=90)
             lines = (f"0 {cx:.4f} {cy:.4f} 0.04 0.05\n" for cx, cy in draw.uniform(0.1, 0.9, (15, 2)))

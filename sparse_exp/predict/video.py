@@ -71,7 +71,7 @@ class Video:
 
     def _read(self) -> NDArray[np.uint8] | None:
         good, frame = self._capture.read()
-        return frame[:, :, ::-1].copy() if good else None
+        return np.ascontiguousarray(frame[:, :, ::-1], dtype=np.uint8) if good else None
 
 
 class VideoWriter:
@@ -94,7 +94,7 @@ class VideoWriter:
         """
         if self._writer is None:  # the size is known now
             _set_up_opencv()
-            codec = cv2.VideoWriter_fourcc(*"mp4v")  # MPEG-4 part 2: in every build of OpenCV
+            codec = cv2.VideoWriter.fourcc(*"mp4v")  # MPEG-4 part 2: in every build of OpenCV
             self._writer = cv2.VideoWriter(_opencv_name(self._path), codec, self._fps, frame.size)
             if not self._writer.isOpened():
                 message = "OpenCV cannot write MPEG-4 there"
