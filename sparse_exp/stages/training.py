@@ -44,7 +44,8 @@ def run_training(context: Context, on_epoch: Callable[[Record], None]) -> tuple[
         SparseExpError: the start is not what was planned, a promise about zeros was broken, or the
             teacher cannot be had.
     """
-    file = StateFile(context.run.path / STATE, context.mark, context.tracker.run_id)
+    path, run_id = context.run.path / STATE, context.tracker.run_id
+    file = StateFile(path, context.mark, run_id, earlier_mark=context.earlier_mark)
     state = None if context.experiment.recipe.oneshot else file.read()
     if state and state["tracker_run"] != context.tracker.run_id:  # a new one, which knows no epoch yet
         for record in state["history"]:

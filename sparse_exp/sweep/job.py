@@ -18,7 +18,10 @@ from sparse_exp.files import fingerprint, read_json, sha256_of, write_json
 from sparse_exp.runs.conditions import code_differences
 from sparse_exp.runs.directory import MANIFEST, Run, empty, locked
 from sparse_exp.runs.past import JOB_TAG, OVERRIDES_TAG
+from sparse_exp.sources.cache import cache_directory
 from sparse_exp.stages.base import SweepMember
+from sparse_exp.stages.fetch import content_now
+from sparse_exp.stages.fingerprint import content_name
 from sparse_exp.stages.names import resolve_objective
 from sparse_exp.sweep.aside import aside_of
 from sparse_exp.sweep.parent import parent_of
@@ -131,7 +134,10 @@ def _forget(experiment: Experiment, manifest: Mapping[str, Any]) -> None:
 
 
 def _changes(job: Job, manifest: Mapping[str, Any], experiment: Experiment) -> list[str]:
-    """The keys whose values are not as the job's record has them; with the recipe's file and our version."""
+    """What is not as the job's record has it: keys, the recipe's file, our version, and the content of files.
+
+    The content is only looked at where all else is the same.
+    """
     then = _flat(counted(_recorded(job.directory)))
     now = _flat(counted(as_dict(experiment)))
     keys = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
@@ -139,7 +145,22 @@ def _changes(job: Job, manifest: Mapping[str, Any], experiment: Experiment) -> l
     recipe = sha256_of(file) if file.is_file() else None
     if manifest.get("conditions", {}).get("recipe") != recipe:
         keys.append(f"the file {experiment.recipe.file}")
-    return [*keys, *(["the version of sparse_exp"] if manifest.get("version") != __version__ else [])]
+    changed = [*keys, *(["the version of sparse_exp"] if manifest.get("version") != __version__ else [])]
+    return changed or _changed_content(job, experiment)
+
+
+def _changed_content(job: Job, experiment: Experiment) -> list[str]:
+    """Whether the data set or the start checkpoint is another now than the job's fetch stage found."""
+    from sparse_exp.data import prepare
+
+    run = Run.find(job.directory)
+    facts = run.facts("fetch") if run else {}
+    if not facts:
+        return []
+    cache = cache_directory(experiment.paths.cache)
+    now = content_now(experiment, facts, lambda: prepare(experiment.dataset, cache))
+    then = {"data set": facts.get("dataset"), "start checkpoint": facts.get("sha256")}
+    return [content_name(name) for name, digest in now.items() if digest != then[name]]
 
 
 def counted(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,10 +69,15 @@ class StateFile:
         path: the file; its directory must exist.
         mark: fingerprint of everything that the training depends on.
         tracker_run: the tracker's name of the run, which knows the epochs so far.
+        earlier_mark: the fingerprint as an earlier version took it, whose state can be gone on with; None:
+            no such state counts.
     """
 
-    def __init__(self, path: Path, mark: str, tracker_run: str | None = None) -> None:
+    def __init__(
+        self, path: Path, mark: str, tracker_run: str | None = None, *, earlier_mark: str | None = None
+    ) -> None:
         self.path, self._mark, self.tracker_run = path, mark, tracker_run
+        self._marks = {mark} if earlier_mark is None else {mark, earlier_mark}
         for left in path.parent.glob(f".{path.stem}.*.part{path.suffix}"):  # by a process that was killed
             left.unlink(missing_ok=True)
 
@@ -109,7 +114,7 @@ class StateFile:
             raise StateError(f"it cannot be read ({in_brackets(error)})") from error
         if not isinstance(state, dict) or state.get("format") != _FORMAT:
             raise StateError("it is no state of a training of this version")
-        if state.get("mark") != self._mark:
+        if state.get("mark") not in self._marks:
             raise StateError("the configuration, the data or the code has changed since")
         return state
 

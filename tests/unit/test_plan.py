@@ -265,7 +265,7 @@ def test_durations_as_words():
 
 
 def test_what_is_printed_holds_everything(plan, sparse, caplog, monkeypatch):
-    monkeypatch.setattr("sparse_exp.report.console._width", lambda: 100)
+    monkeypatch.setattr("sparse_exp.planning.show.console_width", lambda: 100)
     used = recipe("transfer_quant", num_epochs=12)
     laid_out = plan(chosen=used, start=Start("zoo", 0.75), model=sparse, teacher="self")
     trial = Trial({"float": 1.0, "quantized": 2.0}, {"float": 0.1, "quantized": 0.1}, {}, 2)

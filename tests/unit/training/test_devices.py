@@ -28,8 +28,9 @@ from sparse_exp.sources.cache import cache_directory
 from sparse_exp.sources.start import fetch_start
 from sparse_exp.sparsity.prune import prune_by_magnitude
 from sparse_exp.sparsity.recipe import Recipe
-from sparse_exp.training import loop
+from sparse_exp.training import loop, threads
 from sparse_exp.training import processes as devices
+from sparse_exp.training.evaluation import Validation
 from sparse_exp.training.precision import Precision
 from sparse_exp.training.start import load_start
 from sparse_exp.yolov5 import YOLOv5, read_checkpoint
@@ -50,7 +51,7 @@ def arguments(folder: Path, text: str, variables=None, *, images: int = 18, spar
     if sparsity:
         prune_by_magnitude(model.prunable_convolutions(), sparsity)
     config = TrainerConfig(batch_size=4)
-    loaders = [
+    train, val = [
         make_loader(data.splits[split], 10, imgsz=64, batch_size=4, train=split == "train", seed=3,
                     augment=config.augment)
         for split in ("train", "val")
@@ -60,7 +61,7 @@ def arguments(folder: Path, text: str, variables=None, *, images: int = 18, spar
     return {
         "model": model,
         "recipe": Recipe(text, variables),
-        "data": loop.TrainingData(*loaders, data.names, 64),
+        "data": loop.TrainingData(train, Validation(val, 10), data.names, 64),
         "config": config,
         "precision": Precision(autocast=False, channels_last=True),
         "weights": weights,
@@ -76,7 +77,8 @@ def train(folder: Path, count: int, monkeypatch, *given, **options) -> tuple[lis
 
 def others() -> list[psutil.Process]:
     """The other processes of a training; what else runs belongs to other tests."""
-    return [child for child in psutil.Process().children() if "training.devices" in " ".join(child.cmdline())]
+    children = psutil.Process().children()
+    return [child for child in children if "training.processes" in " ".join(child.cmdline())]
 
 
 class Enough(Exception):
@@ -156,10 +158,10 @@ def real_arguments(folder: Path) -> dict:
         experiment = resolve(compose("config", words))
     cache = cache_directory(None)
     data = prepare(experiment.dataset, cache)
-    fetch_start(experiment.model, cache, folder)
-    model, _ = load_start(experiment, data, cache)
+    start = fetch_start(experiment.model, cache, folder)
+    model, _ = load_start(start, experiment.model.size, len(data.names), seed=experiment.seed)
     prune_by_magnitude(model.prunable_convolutions(), 0.75)
-    loaders = [
+    train, val = [
         make_loader(data.splits[split], len(data.names), imgsz=160, batch_size=4, train=split == "train",
                     seed=0, augment=experiment.trainer.augment)
         for split in ("train", "val")
@@ -169,7 +171,7 @@ def real_arguments(folder: Path) -> dict:
     return {
         "model": model,
         "recipe": Recipe(text, {"init_lr": 1e-4, "final_lr": 1e-5}),
-        "data": loop.TrainingData(*loaders, data.names, 160),
+        "data": loop.TrainingData(train, Validation(val, len(data.names)), data.names, 160),
         "config": experiment.trainer,
         "precision": Precision(autocast=False, channels_last=True),
         "weights": folder / "weights",
@@ -230,7 +232,7 @@ def test_no_process_outlives_the_first(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "count", "jobs", "limit", "threads"),
+    ("given", "count", "jobs", "limit", "wanted"),
     [
         (None, 1, 1, None, 12),
         (None, 2, 3, None, 2),
@@ -239,32 +241,32 @@ def test_no_process_outlives_the_first(tmp_path):
         (7, 2, 3, "1", 7),
     ],
 )
-def test_threads_are_the_cores_shared_out(monkeypatch, given, count, jobs, limit, threads):
-    monkeypatch.setattr(devices, "usable_physical_cores", lambda: 12)
+def test_threads_are_the_cores_shared_out(monkeypatch, given, count, jobs, limit, wanted):
+    monkeypatch.setattr(threads, "usable_physical_cores", lambda: 12)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if limit:
         monkeypatch.setenv("OMP_NUM_THREADS", limit)
     trainer = TrainerConfig(batch_size=8, devices=count, threads=given)
     experiment = Experiment(trainer=trainer, launcher=LauncherConfig("joblib", jobs))
-    assert devices.training_threads(experiment) == threads
+    assert threads.training_threads(experiment) == wanted
 
 
 @pytest.mark.parametrize(
-    ("launcher", "address", "threads"),
+    ("launcher", "address", "wanted"),
     [("ray", None, 3), ("ray", "10.0.0.1:6379", 12), ("slurm", None, 12)],
 )
-def test_jobs_on_other_machines_do_not_share_these_cores(monkeypatch, launcher, address, threads):
-    monkeypatch.setattr(devices, "usable_physical_cores", lambda: 12)
+def test_jobs_on_other_machines_do_not_share_these_cores(monkeypatch, launcher, address, wanted):
+    monkeypatch.setattr(threads, "usable_physical_cores", lambda: 12)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     experiment = Experiment(launcher=LauncherConfig(launcher, 4), ray=RayConfig(address))
-    assert devices.training_threads(experiment) == threads
+    assert threads.training_threads(experiment) == wanted
 
 
 def test_threads_are_given_back():
     before, within = torch.get_num_threads(), []
 
     def fail() -> None:
-        with devices.using_threads(before + 1):
+        with threads.using_threads(before + 1):
             within.append(torch.get_num_threads())
             raise ZeroDivisionError
 
