@@ -24,7 +24,10 @@ from sparse_exp.files import fingerprint, read_json, sha256_of, write_json
 from sparse_exp.runs.conditions import code_differences
 from sparse_exp.runs.directory import MANIFEST, Run, empty, locked
 from sparse_exp.runs.past import JOB_TAG, OVERRIDES_TAG
+from sparse_exp.sources.cache import cache_directory
 from sparse_exp.stages.base import SweepMember
+from sparse_exp.stages.fetch import content_now
+from sparse_exp.stages.fingerprint import content_name
 from sparse_exp.stages.names import resolve_objective
 from sparse_exp.sweep.parent import ensure_parent
 from sparse_exp.sweep.superseded import superseded_manifest
@@ -136,7 +139,10 @@ def _delete_tracked_run(experiment: Experiment, manifest: Mapping[str, Any]) -> 
 
 
 def _changed_settings(job: Job, manifest: Mapping[str, Any], experiment: Experiment) -> list[str]:
-    """What changed since the job's record: keys of the configuration, the recipe's file, our version."""
+    """What changed since the job's record: keys, the recipe's file, our version, and the content of files.
+
+    The content is read only where all else is the same.
+    """
     then = _flat(_with_effect(_recorded_config(job.directory)))
     now = _flat(_with_effect(as_dict(experiment)))
     changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
@@ -146,7 +152,21 @@ def _changed_settings(job: Job, manifest: Mapping[str, Any], experiment: Experim
         changed.append(f"the file {experiment.recipe.file}")
     if manifest.get("version") != __version__:
         changed.append("the version of sparse_exp")
-    return changed
+    return changed or _changed_content(job, experiment)
+
+
+def _changed_content(job: Job, experiment: Experiment) -> list[str]:
+    """The data set or the start checkpoint, where it is another now than the job's fetch stage found."""
+    from sparse_exp.data import prepare
+
+    run = Run.find(job.directory)
+    facts = run.facts("fetch") if run else {}
+    if not facts:
+        return []
+    cache = cache_directory(experiment.paths.cache)
+    now = content_now(experiment, facts, lambda: prepare(experiment.dataset, cache))
+    then = {"data set": facts.get("dataset"), "start checkpoint": facts.get("sha256")}
+    return [content_name(name) for name, digest in now.items() if digest != then[name]]
 
 
 def _with_effect(config: Mapping[str, Any]) -> dict[str, Any]:
