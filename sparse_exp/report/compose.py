@@ -16,22 +16,20 @@ import torch
 
 from sparse_exp.benchmark.measurements import measured
 from sparse_exp.benchmark.speed_table import label
-from sparse_exp.config.schema import Experiment
+from sparse_exp.config.schema import ENGINES, Experiment
 from sparse_exp.data import DetectionDataset, evenly_spread
 from sparse_exp.data.attributions import attributions_of
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.hardware import host_facts
 from sparse_exp.hardware.targets import mismatch_sentence
 from sparse_exp.metrics.recovery import recovery_engine
-from sparse_exp.metrics.results import recovery
+from sparse_exp.metrics.result_rows import recovery
 from sparse_exp.report import plots
 from sparse_exp.report.markdown import ReportData, write_report
 from sparse_exp.runs.directory import Run
 from sparse_exp.runs.past import read_run
 
-_PACKAGES = (
-    "torch", "sparseml", "deepsparse", "onnxruntime", "openvino", "mlflow", "hydra-core", "torchmetrics",
-)  # fmt: skip
+_PACKAGES = tuple(dict.fromkeys(("torch", "sparseml", *ENGINES, "mlflow", "hydra-core", "torchmetrics")))
 _SHEET_IMAGES = 8
 _SCENARIOS = {
     "sync": "sync: one inference after the other",

@@ -9,7 +9,7 @@ import re
 import signal
 import socket
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from sparse_exp.command import Parser, checked, number, run_command, whole
 from sparse_exp.errors import ConfigError, first_line
@@ -28,35 +28,33 @@ model.onnx, or an ONNX file.
 
 GET /health, GET /metrics (Prometheus), GET /docs (all answers and errors). See docs/serve.md."""
 _INTERRUPTED = 130
-MOST_PIXELS = 178_956_970  # twice `PIL.Image.MAX_IMAGE_PIXELS`
+MOST_PIXELS = 178_956_970  # twice `PIL.Image.MAX_IMAGE_PIXELS`, which takes too long to import here
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
 def main() -> int:
-    """Serve until SIGTERM (exit code 0) or Ctrl-C (130); a second Ctrl-C ends it at once.
+    """Serve until SIGTERM (exit code 0) or Ctrl-C (130); a second Ctrl-C ends the service at once.
 
     Raises:
-        SparseExpError: what the user can put right, one line.
+        SparseExpError: the service cannot run; one line for the user.
         KeyboardInterrupt: after Ctrl-C, when all is closed.
     """
     options = _options()
-    signal.signal(signal.SIGTERM, _leave)  # while it serves, uvicorn's handler, which ends with this one
+    # Uvicorn puts its own handlers in place of these while it serves, and calls these at its end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job starts ignoring it
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # what it says, clients are told
-    # Before the model, which takes longer: an address in use is said at once.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # the client is told what it would log
+    # First of all, since the model takes longer: an address that is in use is reported at once.
     with _listen(options.host, options.port) as listener:
         _serve(options, listener)
     return 0
 
 
-def _leave(*_: object) -> NoReturn:
-    sys.exit(0)
-
-
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        # It may be taken again at once after a crash: Python sets SO_REUSEADDR.
+        # Python sets SO_REUSEADDR, so that the port can be used again at once after a crash.
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError, UnicodeError) as error:
         do = "Choose others with --host and --port; port 0 takes a free one."
@@ -83,8 +81,8 @@ def _run(service: Service, listener: socket.socket) -> None:
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            if self.should_exit and sig == signal.SIGINT:  # for the second time: whoever asks means it
-                service.kill_engine()  # it would see the end of this process, unless it hangs
+            if self.should_exit and sig == signal.SIGINT:  # the second Ctrl-C
+                service.kill_engine()  # it ends with this process, unless it hangs
                 os._exit(_INTERRUPTED)
             super().handle_exit(sig, frame)
 
@@ -102,7 +100,7 @@ def _run(service: Service, listener: socket.socket) -> None:
         create_app(service, announce, give_up),
         log_level="error",
         access_log=False,
-        # No request takes longer: when it is over all are answered.
+        # No request takes longer, so that all are answered by then.
         timeout_graceful_shutdown=int(service.limits.timeout) + 1,
     )
     server = Server(config)
@@ -129,15 +127,16 @@ def _options() -> argparse.Namespace:
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("limits; sizes as in 500k, 10MB, 1G").add_argument
-    wait = "how long an image waits for others to fill its batch (%(default)s)"
+    wait = "most time that an image waits for others to fill its batch (%(default)s)"
     add("--max-wait-ms", metavar="MS", type=_amount, default=5.0, help=wait)
-    add("--max-bytes", metavar="SIZE", type=_size, default="10MB", help="length of a body (%(default)s)")
+    length = "length of a request's body (%(default)s)"
+    add("--max-bytes", metavar="SIZE", type=_size, default="10MB", help=length)
     pixels = "width times height of an image (%(default)s)"
     add("--max-pixels", metavar="SIZE", type=_pixels, default="50M", help=pixels)
     add("--max-files", metavar="N", type=whole, default=16, help="images of a request (%(default)s)")
-    queue = "requests inside at once; more get status 503 (%(default)s)"
+    queue = "requests worked on at once; more get status 503 (%(default)s)"
     add("--queue", metavar="N", type=whole, default=128, help=queue)
-    timeout = "a request takes no longer (%(default)s)"
+    timeout = "most time that a request takes (%(default)s)"
     add("--timeout", metavar="SECONDS", type=_seconds, default=60.0, help=timeout)
 
 

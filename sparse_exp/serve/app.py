@@ -1,4 +1,4 @@
-"""The HTTP side: routes, the JSON of answers and of errors, and the server itself."""
+"""The HTTP side: routes, and the JSON of answers and of errors."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from starlette.exceptions import HTTPException
 from sparse_exp import __version__
 from sparse_exp.errors import SparseExpError
 from sparse_exp.predict.outputs import described
-from sparse_exp.serve.limits import FIELD, Refused, read_uploads, refusal
+from sparse_exp.serve.limits import LimitBody, Refused, refusal
 from sparse_exp.serve.metrics import CountRequests
-from sparse_exp.serve.service import Found, Service
+from sparse_exp.serve.service import ImageResult, Service
+from sparse_exp.serve.uploads import FIELD, read_uploads
 
 _FORM = {
     "type": "object",
@@ -30,7 +31,7 @@ _BODY = {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}
 
 
 class Detection(BaseModel):
-    """What is where, in pixels of the image as it is meant to be seen; as `predict` writes it."""
+    """One object, its box in pixels of the upright image; `predict` writes the same."""
 
     class_id: int = Field(ge=0)
     class_name: str = Field(alias="class")
@@ -42,7 +43,7 @@ class Detection(BaseModel):
 
 
 class Milliseconds(BaseModel):
-    """Where the time of an image went."""
+    """How long each step took for an image."""
 
     decode: float
     wait: float
@@ -50,7 +51,7 @@ class Milliseconds(BaseModel):
 
 
 class ImageAnswer(BaseModel):
-    """What is in an image; width and height in pixels, detections best first."""
+    """The objects in an image; width and height in pixels, detections best first."""
 
     name: str
     width: int
@@ -60,13 +61,13 @@ class ImageAnswer(BaseModel):
 
 
 class Prediction(BaseModel):
-    """The answer to a request: its images in order."""
+    """The answer to a request, its images in order."""
 
     images: list[ImageAnswer]
 
 
 class Health(BaseModel):
-    """What is served, and whether it is ready: ``ok``, ``loading`` or ``restarting``."""
+    """What is served, and whether it is ready: its status is ``ok``, ``loading`` or ``restarting``."""
 
     status: str
     model: str
@@ -85,7 +86,7 @@ class Problem(BaseModel):
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": text}
     for status, text in {
-        400: "The body is no whole multipart form",
+        400: "The body is no multipart form, or ends too early",
         408: "The body did not arrive in time",
         413: "Too long, too many images, or an image with too many pixels",
         415: "The body is not multipart/form-data",
@@ -100,12 +101,12 @@ def create_app(
     on_ready: Callable[[], None] = lambda: None,
     on_failure: Callable[[], None] = lambda: None,
 ) -> FastAPI:
-    """The application; the service runs from its start to its shutdown.
+    """Make the application; the service runs from the application's start to its shutdown.
 
     Args:
-        service: what answers.
+        service: answers the requests.
         on_ready: called when the engine has run for the first time.
-        on_failure: called when it cannot be started.
+        on_failure: called when the engine cannot be started.
     """
 
     @asynccontextmanager
@@ -114,10 +115,11 @@ def create_app(
             yield
 
     app = FastAPI(title="sparse_exp", version=__version__, lifespan=lifespan)
-    app.add_middleware(CountRequests, metrics=service.metrics)
+    app.add_middleware(LimitBody, max_bytes=service.limits.max_bytes)
+    app.add_middleware(CountRequests, metrics=service.metrics)  # around LimitBody, to count what it refuses
     _add_error_handlers(app)
     _add_predict(app, service)
-    _add_watching(app, service)
+    _add_monitoring(app, service)
     return app
 
 
@@ -133,32 +135,32 @@ def _add_predict(app: FastAPI, service: Service) -> None:
             None, ge=lowest, le=1, description="leave out detections below this confidence"
         ),
     ) -> Response:
-        """Detect objects in one image or several, each a file of the form field ``images``."""
+        """Detect objects in one image or several, each a file in the form field ``images``."""
         with service.admitted():
             start = time.perf_counter()
             uploads = await read_uploads(request, service.limits)
             left = service.limits.timeout - (time.perf_counter() - start)
-            found = await service.detect(uploads, left)
-        # Boxes below a threshold suppress none above it: cutting off is the same as a higher threshold.
-        images = [_image_json(one, service.names, conf or lowest) for one in found]
+            results = await service.detect(uploads, left)
+        # A box never suppresses a better one, so it makes no difference that boxes are left out only now.
+        images = [_image_json(result, service.names, conf or lowest) for result in results]
         return Response(json.dumps({"images": images}), media_type="application/json")
 
 
-def _image_json(found: Found, names: tuple[str, ...], conf: float) -> dict[str, Any]:
-    kept = found.detections[found.detections[:, 4] > np.float32(conf)]
+def _image_json(result: ImageResult, names: tuple[str, ...], conf: float) -> dict[str, Any]:
+    kept = result.detections[result.detections[:, 4] > np.float32(conf)]
     return {
-        "name": found.name,
-        "width": found.size[0],
-        "height": found.size[1],
+        "name": result.name,
+        "width": result.size[0],
+        "height": result.size[1],
         "detections": [described(row, names) for row in kept.tolist()],
-        "milliseconds": found.milliseconds,
+        "milliseconds": result.milliseconds,
     }
 
 
-def _add_watching(app: FastAPI, service: Service) -> None:
+def _add_monitoring(app: FastAPI, service: Service) -> None:
     @app.get("/health", response_model=Health, responses={503: {"model": Health}})
     async def health() -> Response:
-        """Whether the service is ready, which it is when the engine has run; 503 where it is not."""
+        """Say whether the service is ready: 200 once the engine has run and while it is running, else 503."""
         status = "ok" if service.ready else "restarting" if service.version else "loading"
         model = service.model
         facts = Health(
@@ -174,7 +176,7 @@ def _add_watching(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        """What the service counts, in the text format of Prometheus."""
+        """Give all counters in the text format of Prometheus."""
         content, kind = service.metrics.text()
         return Response(content, headers={"Content-Type": kind})
 

@@ -1,8 +1,8 @@
-"""Images of many requests, gathered into batches for one engine.
+"""Batches for one engine, gathered from the images of many requests.
 
-A batch leaves when it is full, or when its first image has waited long enough; while the engine is busy
-it waits anyway, and fills up meanwhile. One batch more than the engine works on is handed over in advance,
-so that the engine need not wait for us.
+A batch goes to the engine when it is full, or when its first image has waited long enough. While the engine
+is busy a batch waits in any case, and fills up meanwhile. The engine is given one batch more than it works
+on, so that it never waits for the next.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,16 +26,15 @@ Detect = Callable[[Sequence[Square], Sequence[Letterbox]], Awaitable[list[Detect
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of an image.
+    """The detections in an image.
 
     Attributes:
         detections: float32 (D, 6): x1, y1, x2, y2 in pixels of the original, confidence, class id.
-        waited: seconds from the queue to the engine.
-        engine: seconds that its batch was in the engine, with what waited there before it.
+        engine: seconds from when the engine was given the image's batch to the detections; the time that
+            the batch waited there behind another is included.
     """
 
     detections: Detections
-    waited: float
     engine: float
 
 
@@ -44,18 +43,21 @@ class _Item:
     square: Square
     box: Letterbox
     answer: asyncio.Future[Answer]
-    since: float = field(default_factory=time.perf_counter)
 
 
 class Batcher:
-    """Runs a detector on images that arrive one by one.
+    """Gathers images that arrive one by one into batches, and runs a detector on each batch.
 
     Args:
-        detect: the detector; of at most ``batch_size`` images; called ``streams + 1`` times at once at most.
-        metrics: what it counts in.
+        detect: the detector, for ``batch_size`` images at most; at most ``streams + 1`` calls run at once.
+        metrics: counts the batches and their seconds.
         batch_size: images of a batch, at least 1.
-        max_wait: seconds that an image waits at most for others to fill its batch.
+        max_wait: most seconds that an image waits for others to fill its batch.
         streams: batches that the detector works on at once, at least 1.
+
+    Attributes:
+        room: a place for each image that may be decoded; whoever calls `detect` holds one. There are as
+            many places again as images in the engine: those are decoded ahead, and memory is bounded.
     """
 
     def __init__(
@@ -66,12 +68,11 @@ class Batcher:
         self._queue: asyncio.Queue[_Item] = asyncio.Queue()
         self._free = asyncio.Semaphore(streams + 1)
         self._running: set[asyncio.Task[None]] = set()
-        # As many images again as are with the engine: decoded ahead, and no more of them in memory.
         self.room = asyncio.Semaphore(2 * batch_size * (streams + 1))
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
-        """While this is open images are worked on."""
+        """Work on images while this context is open."""
         gathering = asyncio.create_task(self._gather())
         try:
             yield
@@ -81,11 +82,11 @@ class Batcher:
                 await gathering
 
     async def detect(self, square: Square, box: Letterbox) -> Answer:
-        """Detections of one image; to be called by who has entered `room`.
+        """Detect the objects in one image; the caller must have entered `room`.
 
         Args:
             square: uint8 (S, S, 3), RGB.
-            box: how it lies in its original.
+            box: how the original lies in the square.
 
         Raises:
             SparseExpError: the detector failed.
@@ -104,7 +105,7 @@ class Batcher:
             while len(batch) < self._batch_size and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
             task = asyncio.create_task(self._run(batch))
-            self._running.add(task)  # the loop itself would forget it
+            self._running.add(task)  # the event loop does not keep a task alive
             task.add_done_callback(self._running.discard)
 
     async def _fill(self, batch: list[_Item]) -> None:
@@ -113,24 +114,24 @@ class Batcher:
 
     async def _run(self, batch: list[_Item]) -> None:
         try:
-            await self._answer([item for item in batch if not item.answer.done()])
+            waiting = [item for item in batch if not item.answer.done()]
+            if waiting:  # otherwise all requests of the batch were given up
+                await self._answer(waiting)
         finally:
             self._free.release()
 
     async def _answer(self, batch: list[_Item]) -> None:
-        if not batch:  # all of them were given up
-            return
         start = time.perf_counter()
         self._metrics.batch_images.observe(len(batch))
         try:
-            found = await self._detect([item.square for item in batch], [item.box for item in batch])
+            results = await self._detect([item.square for item in batch], [item.box for item in batch])
         except Exception as error:
             for item in batch:
                 if not item.answer.done():
                     item.answer.set_exception(error)
             return
-        took = time.perf_counter() - start
-        self._metrics.engine_seconds.observe(took)
-        for item, detections in zip(batch, found, strict=True):
+        seconds = time.perf_counter() - start
+        self._metrics.engine_seconds.observe(seconds)
+        for item, detections in zip(batch, results, strict=True):
             if not item.answer.done():
-                item.answer.set_result(Answer(detections, start - item.since, took))
+                item.answer.set_result(Answer(detections, seconds))

@@ -1,33 +1,16 @@
-"""What the service takes in: bounds on a request, its images read from the body, and refusals.
-
-Nothing here trusts the client: a body is counted while it arrives and left unread as soon as it is too
-long, and an image is measured by its header before any pixel of it is decoded.
-"""
+"""Bounds on requests, the answer to a refused one, and the middleware that bounds the length of bodies."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import io
-import warnings
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 
-from fastapi import Request, Response
 from fastapi.responses import JSONResponse
-from PIL import Image, UnidentifiedImageError
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
-from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sparse_exp.data.images import IMAGE_FORMATS
-
-FIELD = "images"
-_LONGEST_NAME = 100
-_BODY_READ = "sparse_exp.body_read"  # in the scope of a request
-_LINGER_SECONDS, _LINGER_BYTES = 2.0, 64 * 2**20
+_DISCARD_SECONDS, _DISCARD_BYTES = 2.0, 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -38,8 +21,8 @@ class Limits:
         max_bytes: length of a request's body.
         max_pixels: width times height of an image, as its header says.
         max_files: images of one request.
-        queue: requests inside the service at once; more are sent away with status 503. Together with
-            ``max_bytes`` this bounds the memory that bodies can take.
+        queue: requests inside the service at once; more get status 503. Together with ``max_bytes`` this
+            bounds the memory that bodies can take.
         timeout: seconds from a request's first byte to its answer.
     """
 
@@ -48,19 +31,6 @@ class Limits:
     max_files: int = 16
     queue: int = 128
     timeout: float = 60.0
-
-
-@dataclass(frozen=True)
-class Upload:
-    """An image file as it was sent.
-
-    Attributes:
-        name: of the file, as the client calls it, cut to 100 characters; ``image 1``... where it has none.
-        content: its bytes, at least one.
-    """
-
-    name: str
-    content: bytes
 
 
 class Refused(Exception):
@@ -78,207 +48,73 @@ class Refused(Exception):
         self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
 
 
-class Refusal(JSONResponse):
-    """The answer to a request whose body was perhaps not read to its end.
+def refusal(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """The JSON answer ``{"error": message}``."""
+    return JSONResponse({"error": message}, status, headers)
 
-    Many clients send the whole body before they look at the answer, and a connection that is closed under
-    them shows as a broken pipe instead of as our message. So what they go on sending is thrown away for a
-    while: for at most 2 s and 64 MB.
+
+class LimitBody:
+    """ASGI middleware that refuses bodies that are too long.
+
+    A body is refused by its Content-Length before any of it is read, and otherwise as soon as too much has
+    arrived: the application's ``receive`` then raises `Refused`.
+
+    Many clients send the whole body before they read the answer. If the connection were closed meanwhile they
+    would report a broken pipe and not the answer. So after an error whose request was not read to its end,
+    the rest is received and thrown away for at most 2 s and 64 MB, and then the connection is closed.
+
+    Args:
+        app: the application.
+        max_bytes: length of a body.
     """
 
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app, self._max_bytes = app, max_bytes
+        do = "Send fewer or smaller images, or start the service with a larger --max-bytes."
+        self._too_long = f"The body is longer than {max_bytes} bytes. {do}"
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the answer; if the body was not read to its end, listen a little longer, then hang up."""
-        if scope.get(_BODY_READ):
-            await super().__call__(scope, receive, send)
+        """Pass a request on, its body bounded."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
             return
-        self.headers["Connection"] = "close"
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        # With its length in the headers the answer is complete, and yet the exchange is not over.
-        await send({"type": "http.response.body", "body": self.body, "more_body": True})
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(_discard(receive), _LINGER_SECONDS)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        headers = Headers(scope=scope)
+        length = headers.get("Content-Length", "")
+        received, closing = 0, False
+        unread = bool(length) or "Transfer-Encoding" in headers  # without either there is no body
+
+        async def counted() -> Message:
+            nonlocal received, unread
+            message = await receive()
+            received += len(message.get("body", b""))
+            unread = message.get("more_body", False)
+            if received > self._max_bytes:
+                raise Refused(413, self._too_long)
+            return message
+
+        async def answer(message: Message) -> None:
+            nonlocal closing
+            if message["type"] == "http.response.start" and message["status"] >= 400 and unread:
+                closing = True
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+            elif closing and not message.get("more_body", False):
+                # By its Content-Length the answer is complete for the client, and for the server it is not.
+                await send({**message, "more_body": True})
+                await _discard(receive)
+                message = {"type": "http.response.body", "body": b"", "more_body": False}
+            await send(message)
+
+        refused = length.isdecimal() and int(length) > self._max_bytes
+        app = refusal(413, self._too_long) if refused else self._app
+        await app(scope, counted, answer)
 
 
 async def _discard(receive: Receive) -> None:
-    thrown_away = 0
-    while thrown_away < _LINGER_BYTES:
-        message = await receive()
-        thrown_away += len(message.get("body", b""))
-        if not message.get("more_body", False):
-            return
-
-
-def refusal(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
-    """The JSON answer ``{"error": message}``."""
-    return Refusal({"error": message}, status, headers)
-
-
-async def read_uploads(request: Request, limits: Limits) -> list[Upload]:
-    """The images of a multipart request, in order.
-
-    Args:
-        request: with its body not yet read.
-        limits: its bounds.
-
-    Raises:
-        Refused: the body is no whole multipart form of images, is too long, or came too slowly.
-    """
-    boundary = _boundary(request)
-    try:
-        form = _Form(boundary, limits)
-        await asyncio.wait_for(_feed(form, _chunks(request, limits)), limits.timeout)
-    except TimeoutError:
-        do = "Send it faster, or in smaller requests."
-        raise Refused(408, f"The body did not arrive within {limits.timeout:g} s. {do}") from None
-    except ClientDisconnect:
-        raise Refused(400, "The connection was closed before the body was complete.") from None
-    except FormParserError as error:
-        raise Refused(400, f"The body is no multipart form: {error}. Send it as curl -F does.") from None
-    return form.uploads()
-
-
-def _boundary(request: Request) -> bytes:
-    kind, options = parse_options_header(request.headers.get("Content-Type"))
-    if request.headers.get("Content-Encoding", "identity") != "identity":
-        raise Refused(415, "The body is compressed as a whole. Send it without Content-Encoding.")
-    if kind != b"multipart/form-data":
-        got = kind.decode("latin-1")[:_LONGEST_NAME] or "none"
-        do = f"Send it as curl -F {FIELD}=@photo.jpg does."
-        raise Refused(415, f"Expected Content-Type to be multipart/form-data, but got {got}. {do}")
-    if not options.get(b"boundary"):
-        raise Refused(400, "Content-Type names no boundary. Let your HTTP library write that header.")
-    return options[b"boundary"]
-
-
-async def _chunks(request: Request, limits: Limits) -> AsyncIterator[bytes]:
-    """The body in parts; stops reading where it is too long."""
-    length = request.headers.get("Content-Length", "")
-    _check_length(int(length) if length.isdecimal() else 0, limits)
-    received, more = 0, True
-    while more:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        more = message.get("more_body", False)
-        request.scope[_BODY_READ] = not more
-        received += len(message.get("body", b""))
-        _check_length(received, limits)
-        yield message.get("body", b"")
-
-
-def _check_length(length: int, limits: Limits) -> None:
-    if length > limits.max_bytes:
-        do = "Send fewer or smaller images, or start the service with a larger --max-bytes."
-        raise Refused(413, f"The body is longer than {limits.max_bytes} bytes. {do}")
-
-
-async def _feed(form: _Form, chunks: AsyncIterator[bytes]) -> None:
-    async for chunk in chunks:
-        form.write(chunk)
-
-
-@dataclass
-class _Part:
-    """A part of a form while it arrives."""
-
-    headers: dict[bytes, bytes] = field(default_factory=dict)
-    name: bytes = b""
-    filename: bytes = b""
-    content: bytearray = field(default_factory=bytearray)
-
-
-class _Form:
-    """A multipart form as it arrives; all of it is kept, and its bounds are checked at once."""
-
-    def __init__(self, boundary: bytes, limits: Limits) -> None:
-        self._limits, self._parts = limits, list[_Part]()
-        self._header, self._value, self._complete = b"", b"", False
-        events = ("part_begin", "part_data", "header_field", "header_value", "header_end")
-        callbacks = {f"on_{event}": getattr(self, f"_{event}") for event in events}
-        callbacks |= {"on_headers_finished": self._headers_finished, "on_end": self._end}
-        self._parser = MultipartParser(boundary, callbacks)  # type: ignore[arg-type]
-
-    def write(self, chunk: bytes) -> None:
-        """Take the next bytes of the body."""
-        self._parser.write(chunk)
-
-    def uploads(self) -> list[Upload]:
-        """The images, when all has arrived."""
-        if not self._complete:
-            raise Refused(400, "The body ends before its last boundary. Send it whole.")
-        if not self._parts:
-            raise Refused(422, f"The form has no image. Send at least one as field {FIELD!r}.")
-        return [self._upload(number, part) for number, part in enumerate(self._parts, 1)]
-
-    def _upload(self, number: int, part: _Part) -> Upload:
-        name = part.filename.decode("utf-8", "replace")
-        upload = Upload(_printable(name) or f"image {number}", bytes(part.content))
-        if not upload.content:
-            raise Refused(422, f"The file {upload.name} is empty. Send an image.")
-        return upload
-
-    def _part_begin(self) -> None:
-        if len(self._parts) == self._limits.max_files:
-            do = "Send several requests, or start the service with a larger --max-files."
-            raise Refused(413, f"The form has more than {self._limits.max_files} parts. {do}")
-        self._parts.append(_Part())
-
-    def _header_field(self, data: bytes, start: int, end: int) -> None:
-        self._header += data[start:end]
-
-    def _header_value(self, data: bytes, start: int, end: int) -> None:
-        self._value += data[start:end]
-
-    def _header_end(self) -> None:
-        self._parts[-1].headers[self._header.lower()] = self._value
-        self._header = self._value = b""
-
-    def _headers_finished(self) -> None:
-        part = self._parts[-1]
-        _, options = parse_options_header(part.headers.get(b"content-disposition"))
-        part.name, part.filename = options.get(b"name", b""), options.get(b"filename", b"")
-        if part.name != FIELD.encode():
-            got = _printable(part.name.decode("utf-8", "replace"))
-            raise Refused(422, f"Expected all fields to be named {FIELD!r}, but got {got!r}. Rename it.")
-
-    def _part_data(self, data: bytes, start: int, end: int) -> None:
-        self._parts[-1].content += data[start:end]
-
-    def _end(self) -> None:
-        self._complete = True
-
-
-def _printable(name: str) -> str:
-    return "".join(letter for letter in name if letter.isprintable())[:_LONGEST_NAME]
-
-
-def check_image(upload: Upload, limits: Limits) -> None:
-    """Read the header of an image, and refuse what must not be decoded.
-
-    Raises:
-        Refused: it is no image of a known kind, or has too many pixels.
-    """
-    with _header_of(upload) as image:
-        width, height = image.size
-    if width * height > limits.max_pixels:
-        do = "Scale it down, or start the service with a larger --max-pixels."
-        size = f"{width} x {height} = {width * height} pixels"
-        raise Refused(413, f"The image {upload.name} has {size}, more than {limits.max_pixels}. {do}")
-
-
-@contextmanager
-def _header_of(upload: Upload) -> Iterator[Image.Image]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(upload.content), formats=IMAGE_FORMATS) as image:
-                yield image
-    except Image.DecompressionBombError:
-        do = "Scale it down."
-        raise Refused(413, f"The image {upload.name} has far too many pixels. {do}") from None
-    except UnidentifiedImageError:
-        kinds = "JPEG, PNG, WebP, GIF, BMP or TIFF"
-        raise Refused(422, f"The file {upload.name} is no image. Send {kinds}.") from None
-    except Exception:  # a header of a known kind can be broken in ways of its own
-        raise Refused(422, f"The header of the image {upload.name} is broken. Save it anew.") from None
+    """Receive what a client goes on sending and throw it away, within bounds."""
+    discarded, more = 0, True
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARD_SECONDS):
+            while more and discarded < _DISCARD_BYTES:
+                message = await receive()
+                discarded += len(message.get("body", b""))
+                more = message.get("more_body", False)

@@ -1,8 +1,9 @@
-"""What the service counts, in the text format of Prometheus."""
+"""The counters of the service, for Prometheus."""
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -17,52 +18,47 @@ from prometheus_client import (
 )
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-disable_created_metrics()  # type: ignore[no-untyped-call] # beside each counter: when it began
+# Without this each counter has a second number beside it: the time when it was made.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _KNOWN_PATHS = ("/predict", "/health", "/metrics")
 
 
 class Metrics:
-    """Counters of one service; several services in one process do not mix.
+    """The counters of one service; each service has its own, also where several share a process.
 
     Attributes:
-        requests: answered, by path and status; paths that the service does not have count as ``other``.
-        request_seconds: from the request line to the end of the answer, of ``/predict``.
+        requests: requests answered, by path and status; paths that the service does not have count as
+            ``other``.
+        request_seconds: seconds from the request line to the end of the answer, of ``/predict``.
         in_service: requests of ``/predict`` that are being worked on.
-        images: that got an answer.
+        images: images answered.
         queue: images that were received and have no answer yet.
         batch_images: images of a batch.
-        engine_seconds: of a batch: from when it is handed over to its detections.
-        engine_starts: how often the engine's process was started; more than one is a crash.
-        model: name of the model, engine and its version.
+        engine_seconds: seconds of a batch, from when the engine is given it to its detections.
+        engine_starts: how often the engine's process was started; above 1 it has crashed.
+        model: name of the model, of the engine, and the engine's version.
     """
 
     def __init__(self) -> None:
-        self._registry = registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-
-        def name(rest: str) -> str:
-            return f"sparse_exp_{rest}"
-
-        self.requests = Counter(name("requests"), "Requests answered", ["path", "status"], registry=registry)
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        common: dict[str, Any] = {"namespace": "sparse_exp", "registry": self._registry}
+        self.requests = Counter("requests", "Requests answered", ["path", "status"], **common)
         self.request_seconds = Histogram(
-            name("request_seconds"), "Seconds of a prediction", buckets=_SECONDS, registry=registry
+            "request_seconds", "Seconds of a prediction", buckets=_SECONDS, **common
         )
-        self.in_service = Gauge(name("requests_in_service"), "Predictions being made", registry=registry)
-        self.images = Counter(name("images"), "Images answered", registry=registry)
-        self.queue = Gauge(name("queue_images"), "Images without an answer yet", registry=registry)
-        self.batch_images = Histogram(
-            name("batch_images"), "Images of a batch", buckets=_BATCHES, registry=registry
-        )
-        self.engine_seconds = Histogram(
-            name("engine_seconds"), "Seconds of a batch", buckets=_SECONDS, registry=registry
-        )
-        self.engine_starts = Counter(name("engine_starts"), "Starts of the engine", registry=registry)
-        self.model = Info(name("model"), "The model that is served", registry=registry)
+        self.in_service = Gauge("requests_in_service", "Predictions being made", **common)
+        self.images = Counter("images", "Images answered", **common)
+        self.queue = Gauge("queue_images", "Images without an answer yet", **common)
+        self.batch_images = Histogram("batch_images", "Images of a batch", buckets=_BATCHES, **common)
+        self.engine_seconds = Histogram("engine_seconds", "Seconds of a batch", buckets=_SECONDS, **common)
+        self.engine_starts = Counter("engine_starts", "Starts of the engine", **common)
+        self.model = Info("model", "The model that is served", **common)
 
     def text(self) -> tuple[bytes, str]:
-        """All counters, and the content type of that text."""
+        """All counters as text, and the content type of the text."""
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
 
 
@@ -71,14 +67,14 @@ class CountRequests:
 
     Args:
         app: the application.
-        metrics: what it counts in.
+        metrics: the counters.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on and remember how it was answered."""
+        """Pass a request on, and count it with the status of its answer."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -1,4 +1,4 @@
-"""From the images of a request to their detections; the engine is started, and started again."""
+"""The service behind the HTTP side: detections for the images of a request, and an engine kept running."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sparse_exp.data.images import read_square
 from sparse_exp.data.letterbox import Letterbox
@@ -18,23 +17,25 @@ from sparse_exp.errors import DataError, SparseExpError
 from sparse_exp.hardware import usable_physical_cores
 from sparse_exp.predict.models import Model
 from sparse_exp.serve.batching import Batcher, Detections, Square
-from sparse_exp.serve.limits import Limits, Refused, Upload, check_image
+from sparse_exp.serve.limits import Limits, Refused
 from sparse_exp.serve.metrics import Metrics
+from sparse_exp.serve.uploads import Upload, check_image
 from sparse_exp.serve.worker import DetectorSettings, Worker, WorkerDied
 
 _log = logging.getLogger(__name__)
-_LONGEST_PAUSE = 30.0  # seconds between two starts of an engine that does not start
+_LONGEST_PAUSE = 30.0  # seconds, before an engine that cannot be started is started again
 
 
 @dataclass(frozen=True)
-class Found:
-    """The answer to one image.
+class ImageResult:
+    """The detections in one image, and how long they took.
 
     Attributes:
         name: of the file that was sent.
-        size: width and height, px, as it is meant to be seen.
-        detections: float32 (D, 6), best first: x1, y1, x2, y2 in pixels of it, confidence, class id.
-        milliseconds: ``decode``; ``wait`` for decoding and for a batch; ``engine``: its batch was there.
+        size: width and height of the upright image, px.
+        detections: float32 (D, 6), best first: x1, y1, x2, y2 in pixels of the image, confidence, class id.
+        milliseconds: ``decode``, decoding and letterboxing; ``wait``, waiting for both and for a batch;
+            ``engine``, the image's batch in the engine.
     """
 
     name: str
@@ -44,16 +45,16 @@ class Found:
 
 
 class Service:
-    """A model behind a queue; all of it lives in one event loop.
+    """A model in an engine, for the requests of one event loop.
 
     Args:
-        model: what is served.
+        model: the model to serve.
         settings: how it is loaded.
-        limits: of requests.
-        max_wait: seconds that an image waits at most for others to fill its batch.
+        limits: bounds on requests.
+        max_wait: most seconds that an image waits for others to fill its batch.
 
     Attributes:
-        metrics: what it counts.
+        metrics: the counters.
         names: of the classes; empty until the engine has run.
         version: of the engine; empty until it has run.
         failure: why the engine could not be started the first time; None otherwise.
@@ -65,7 +66,7 @@ class Service:
         self.names, self.version = tuple[str, ...](), ""
         self.failure: SparseExpError | None = None
         self._worker: Worker | None = None
-        self._inside = 0
+        self._admitted = 0
         self._batcher = Batcher(
             self._ask_worker,
             self.metrics,
@@ -77,11 +78,11 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether the engine has run, and runs."""
+        """Whether the engine has run once, and is running."""
         return self._worker is not None
 
     def kill_engine(self) -> None:
-        """End the process of the engine, as if it had died."""
+        """Kill the engine's process; the service notices that as it notices a crash."""
         if self._worker:
             self._worker.kill()
 
@@ -89,25 +90,25 @@ class Service:
     async def open(
         self, on_ready: Callable[[], None] = lambda: None, on_failure: Callable[[], None] = lambda: None
     ) -> AsyncIterator[None]:
-        """Start the engine in the background; it is gone at the end.
+        """Run the engine in the background while this context is open.
 
         Args:
             on_ready: called when the engine has run for the first time.
-            on_failure: called when it cannot be started; `failure` says why.
+            on_failure: called when the engine cannot be started the first time; `failure` says why.
         """
         async with self._batcher.open():
-            keeping = asyncio.create_task(self._keep_engine(on_ready, on_failure))
+            engine = asyncio.create_task(self._keep_engine(on_ready, on_failure))
             try:
                 yield
             finally:
-                keeping.cancel()
+                engine.cancel()
                 with suppress(asyncio.CancelledError):
-                    await keeping
+                    await engine
                 self._decoding.shutdown(wait=False, cancel_futures=True)
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
-        """Room for one request.
+        """Admit one request, for as long as this context is open.
 
         Raises:
             Refused: the engine is not ready, or as many requests as are allowed are being worked on.
@@ -115,61 +116,59 @@ class Service:
         if not self.ready:
             state = "starts again" if self.version else "is loading"
             raise Refused(503, f"The engine {state}. Send the request again in a few seconds.", 2)
-        if self._inside >= self.limits.queue:
+        if self._admitted >= self.limits.queue:
             do = "Send the request again in a second."
-            raise Refused(503, f"The service is busy with {self._inside} requests. {do}", 1)
-        self._inside += 1
+            raise Refused(503, f"The service is busy with {self._admitted} requests. {do}", 1)
+        self._admitted += 1
         try:
             with self.metrics.in_service.track_inprogress():
                 yield
         finally:
-            self._inside -= 1
+            self._admitted -= 1
 
-    async def detect(self, uploads: Sequence[Upload], timeout: float) -> list[Found]:
-        """Detections of the images of a request, in order.
+    async def detect(self, uploads: Sequence[Upload], timeout: float) -> list[ImageResult]:
+        """Detect the objects in the images of a request, in order.
 
         Args:
-            uploads: at least one.
-            timeout: seconds that it may take.
+            uploads: the images, at least one.
+            timeout: seconds that this may take.
 
         Raises:
-            Refused: an image cannot be read, the engine died under it, or time is up.
+            Refused: an image cannot be read, the engine died meanwhile, or time is up.
             EngineError: the engine failed.
         """
         every = asyncio.gather(*map(self._detect_one, uploads), return_exceptions=True)
         try:
-            found = await asyncio.wait_for(every, timeout)
+            results = await asyncio.wait_for(every, timeout)
         except TimeoutError:
             do = "Send the request again later, or start the service with a larger --timeout."
             raise Refused(503, f"No answer within {self.limits.timeout:g} s. {do}", 1) from None
-        self.metrics.images.inc(sum(isinstance(one, Found) for one in found))
-        for one in found:
-            if isinstance(one, BaseException):
-                raise one
-        return [one for one in found if isinstance(one, Found)]
+        good = [result for result in results if isinstance(result, ImageResult)]
+        self.metrics.images.inc(len(good))
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return good
 
-    async def _detect_one(self, upload: Upload) -> Found:
+    async def _detect_one(self, upload: Upload) -> ImageResult:
         start = time.perf_counter()
         with self.metrics.queue.track_inprogress():
             async with self._batcher.room:
                 loop = asyncio.get_running_loop()
-                prepare = loop.run_in_executor(self._decoding, self._prepare, upload)
-                square, box, decoding = await prepare
-                answer = await self._answer(square, box)
+                prepared = loop.run_in_executor(self._decoding, self._prepare, upload)
+                square, box, decoding = await prepared
+                try:
+                    answer = await self._batcher.detect(square, box)
+                except WorkerDied as error:
+                    do = "It starts again: send the request again in a few seconds."
+                    raise Refused(503, f"{error} {do}", 2) from error
         waiting = time.perf_counter() - start - decoding - answer.engine
         times = {"decode": decoding, "wait": waiting, "engine": answer.engine}
         milliseconds = {name: round(1e3 * seconds, 3) for name, seconds in times.items()}
-        return Found(upload.name, box.size, answer.detections, milliseconds)
-
-    async def _answer(self, square: Square, box: Letterbox) -> Any:
-        try:
-            return await self._batcher.detect(square, box)
-        except WorkerDied as error:
-            raise Refused(
-                503, f"{error} It starts again: send the request again in a few seconds.", 2
-            ) from error
+        return ImageResult(upload.name, box.size, answer.detections, milliseconds)
 
     def _prepare(self, upload: Upload) -> tuple[Square, Letterbox, float]:
+        """The letterboxed image, how it lies in its square, and the seconds that this took."""
         start = time.perf_counter()
         check_image(upload, self.limits)
         try:
@@ -184,12 +183,12 @@ class Service:
             raise WorkerDied("The engine is not running.")
         try:
             return await asyncio.wait_for(worker.detect(squares, boxes), self.limits.timeout)
-        except TimeoutError:  # it hangs, and would for ever
+        except TimeoutError:  # it hangs, and nothing but its end helps
             worker.kill()
             raise WorkerDied(f"The engine did not answer within {self.limits.timeout:g} s.") from None
 
     async def _keep_engine(self, on_ready: Callable[[], None], on_failure: Callable[[], None]) -> None:
-        """Start the engine, and again whenever it has died; give up only if it never ran."""
+        """Start the engine, and start it again whenever it has died; give up only if it never ran."""
         pause = 0.5
         while True:
             try:
@@ -205,7 +204,7 @@ class Service:
             await asyncio.sleep(pause)
 
     async def _run_engine(self, on_ready: Callable[[], None]) -> None:
-        """From the start of the engine to its death."""
+        """Start the engine and wait until it has died."""
         worker = Worker(self.model, self.settings)
         try:
             await worker.start()

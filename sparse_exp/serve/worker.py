@@ -1,8 +1,8 @@
-"""The detector in a process of its own, which can crash without the service.
+"""The detector in a child process, which can crash without ending the service.
 
-Inference and non-maximum suppression both happen there: what comes back are detections, some hundred
-bytes, and not predictions, some megabytes. And this process, which reads requests and decodes images,
-needs neither torch nor the runtime.
+The child runs both inference and non-maximum suppression. So it sends detections back, some hundred bytes,
+and not predictions, some megabytes. And the parent, which reads requests and decodes images, needs neither
+torch nor the engine's library.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import pickle
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -28,7 +28,7 @@ from sparse_exp.predict.models import Model
 from sparse_exp.serve.batching import Detections, Square
 
 _log = logging.getLogger(__name__)
-# Signals that are meant for the service reach its whole process group; it ends this process itself.
+# A terminal sends its signals to all processes of the service. The service ends the child itself.
 _CHILD = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -52,21 +52,21 @@ class DetectorSettings:
 
 
 class WorkerDied(EngineError):
-    """The process of the detector ended under a request."""
+    """The process of the detector ended before it answered."""
 
 
 class Worker:
     """A detector in a child process, for coroutines of one event loop.
 
     Args:
-        model: what to load.
-        settings: how.
+        model: the model to load.
+        settings: how to load it.
 
     Attributes:
         version: of the engine; empty until `start`.
         names: of the classes; empty until `start`.
-        died: set when the child has ended, however that came.
-        obituary: how it ended, one line; empty until then.
+        died: set when the child has ended, for whatever reason.
+        obituary: one sentence that says how the child ended; empty until then.
     """
 
     def __init__(self, model: Model, settings: DetectorSettings) -> None:
@@ -81,10 +81,10 @@ class Worker:
         self._sending = ThreadPoolExecutor(1, "send")
 
     async def start(self) -> None:
-        """Start the child; when this returns it has loaded the model and run it once.
+        """Start the child; when this returns the child has loaded the model and run it once.
 
         Raises:
-            EngineError: the engine cannot run the model here; also when the child died.
+            EngineError: no child can be started, it died, or the engine cannot run the model here.
             MissingDependency: the engine is not installed.
         """
         try:
@@ -99,7 +99,7 @@ class Worker:
         self.version, self.names = await self._ask((self._model, asdict(self._settings)))
 
     async def detect(self, squares: Sequence[Square], boxes: Sequence[Letterbox]) -> list[Detections]:
-        """See `sparse_exp.predict.detector.Detector.detect`.
+        """Detect the objects in prepared images; see `sparse_exp.predict.detector.Detector.detect`.
 
         Raises:
             WorkerDied: the child ended before it answered.
@@ -109,12 +109,12 @@ class Worker:
         return detections
 
     def kill(self) -> None:
-        """End the child, as if it had died."""
+        """Kill the child; `died` is set soon after."""
         if self._process:
             self._process.kill()
 
     def close(self) -> None:
-        """End the child; it is gone when this returns. Closing twice does nothing."""
+        """End the child and wait for its end. Closing twice does nothing."""
         process, pipe, output, listener = self._process, self._pipe, self._output, self._listener
         self._process = self._pipe = self._output = self._listener = None
         self._sending.shutdown(wait=False)
@@ -122,7 +122,7 @@ class Worker:
             process.kill()  # it has nothing to save, and may be deep in native code
             process.wait()
             if listener:
-                listener.join(1.0)  # or it might read from whatever gets the pipe's number next
+                listener.join(1.0)  # it must not read from what gets the pipe's file descriptor next
             pipe.close()
             output.close()
 
@@ -132,31 +132,38 @@ class Worker:
             raise WorkerDied(self.obituary)
         future = self._answers[number] = loop.create_future()
         try:
-            with suppress(OSError):  # the listener sees the end, too, and says so
+            with suppress(OSError):  # the listener notices the child's end, and tells the future
                 await loop.run_in_executor(self._sending, pipe.send, (number, *question))
             return await future
         finally:
-            future.cancel()  # given up before it was sent whole: nobody waits for it any more
+            future.cancel()  # does nothing to an answered one; a late answer to this is thrown away
 
     def _listen(self, loop: asyncio.AbstractEventLoop, pipe: Connection[Any, Any]) -> None:
-        """In a thread of its own: pass answers on until the child has no more."""
-        with suppress(RuntimeError):  # the loop is closed, and nobody waits
+        """Pass the child's answers on until it has ended; runs in a thread of its own."""
+        with suppress(RuntimeError):  # the event loop is closed, so nobody waits for an answer
             with suppress(EOFError, OSError, pickle.UnpicklingError):
                 while True:
                     loop.call_soon_threadsafe(self._settle, *pipe.recv())
-            loop.call_soon_threadsafe(self._bury)
+            loop.call_soon_threadsafe(self._fail_all)
 
     def _settle(self, number: int, kind: str, value: Any) -> None:
         future = self._answers.pop(number)
-        if future.done():  # given up
+        if future.done():  # whoever asked has given up
             return
         if kind == "value":
             future.set_result(value)
         else:
             future.set_exception(error_of(kind, value))
 
-    def _bury(self) -> None:
-        code = _exit_code(self._process) if self._process else None
+    def _fail_all(self) -> None:
+        """Note how the child ended, and fail every question that has no answer."""
+        code = None
+        if self._process:
+            try:
+                code = self._process.wait(1.0)
+            except subprocess.TimeoutExpired:  # it has closed its pipe and yet goes on
+                self._process.kill()
+                code = self._process.wait()
         self.obituary = obituary(self._model.engine, code, self._output)
         self.died.set()
         error = WorkerDied(self.obituary)
@@ -166,16 +173,8 @@ class Worker:
         self._answers.clear()
 
 
-def _exit_code(process: subprocess.Popen[bytes]) -> int:
-    try:
-        return process.wait(1.0)
-    except subprocess.TimeoutExpired:  # it hung up, and yet goes on
-        process.kill()
-        return process.wait()
-
-
 def work(descriptor: int) -> None:
-    """The child's side: load a detector, then answer until the parent closes the pipe.
+    """Run the child: load a detector, then answer questions until the parent closes the pipe.
 
     Args:
         descriptor: file descriptor of the child's end of the pipe.
@@ -183,31 +182,30 @@ def work(descriptor: int) -> None:
     threading.Thread(target=exit_with_parent, args=(descriptor,), daemon=True).start()
     pipe: Connection[Any, Any] = Connection(descriptor)
     sending = threading.Lock()
+    detector: Any = None
 
-    def reply(number: int, action: Any, *arguments: Any) -> None:
+    def reply(number: int, action: Callable[..., Any], *arguments: Any) -> None:
         kind, value = answer("The engine", action, *arguments)
         with sending:
             pipe.send((number, kind, value))
 
+    def load(model: Model, settings: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+        import torch  # not at the top, since the parent imports this module as well
+
+        from sparse_exp.predict.detector import Detector
+
+        nonlocal detector
+        if model.engine != "torch":
+            torch.set_num_threads(1)  # torch suppresses boxes only; more threads would slow the engine down
+        detector = Detector(model, **settings)  # runs once, suppression included
+        return detector.version, detector.names
+
     number, model, settings = pipe.recv()
-    detectors: list[Any] = []
-    reply(number, _load, detectors, model, settings)
+    reply(number, load, model, settings)
     with ThreadPoolExecutor(settings["streams"]) as threads:
         while True:
             try:
                 number, squares, boxes = pipe.recv()
             except EOFError:
                 return
-            threads.submit(reply, number, detectors[0].detect, squares, boxes)
-
-
-def _load(detectors: list[Any], model: Model, settings: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-    import torch
-
-    from sparse_exp.predict.detector import Detector
-
-    if model.engine != "torch":
-        torch.set_num_threads(1)  # non-maximum suppression is small, and its threads would hinder the engine
-    detector = Detector(model, **settings)  # which has run once, suppression included, when it is made
-    detectors.append(detector)
-    return detector.version, detector.names
+            threads.submit(reply, number, detector.detect, squares, boxes)

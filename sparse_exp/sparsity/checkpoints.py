@@ -1,4 +1,4 @@
-"""The checkpoints of a training: written and checked, and back to the model that wrote them."""
+"""The checkpoints of a training: write and check them, and rebuild the model that was saved."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class CheckpointWriter:
 
     Attributes:
         folder: an existing directory.
-        names: of the classes.
+        names: class names.
         imgsz: side of the training images in pixels.
-        recipe: what the weights went through, that of the start checkpoint included.
+        recipe: the recipe that the weights are trained with, that of the start checkpoint included.
     """
 
     folder: Path
@@ -32,14 +32,17 @@ class CheckpointWriter:
     def save(
         self, name: str, model: YOLOv5, phase: str, record: Mapping[str, Any], promised: Mapping[str, float]
     ) -> Path:
-        """Write a checkpoint, and read it again to see that what was promised is in the file.
+        """Write a checkpoint, and read it again to check its zeros.
 
         Args:
             name: of the file.
-            model: its weights are written.
+            model: the model with the weights to write.
             phase: name of the phase.
-            record: of the history; its numbers are kept as metrics.
-            promised: least share of zeros of each layer, 0..1.
+            record: a record of the history; its numbers become the checkpoint's metrics.
+            promised: least share of zeros of each layer, 0..1; empty: no check.
+
+        Returns:
+            The path of the file.
 
         Raises:
             SparsityError: a layer in the file has fewer zeros.
@@ -64,10 +67,10 @@ class CheckpointWriter:
 
 
 def restore(path: Path) -> tuple[YOLOv5, Checkpoint]:
-    """Rebuild a trained model; a quantized one gets its structure from the recipe it was trained with.
+    """Rebuild a trained model. A quantized one gets its structure from the recipe in the checkpoint.
 
     Args:
-        path: a checkpoint that a training here wrote.
+        path: a checkpoint in our own format.
 
     Returns:
         The model in evaluation mode, its quantizers frozen, and the checkpoint.

@@ -16,7 +16,7 @@ from sparse_exp.distributed.collectives import batch_mean, total, total_of
 from sparse_exp.errors import RecipeError
 
 _log = logging.getLogger(__name__)
-_BALANCE = (4.0, 1.0, 0.4)  # of objectness at strides 8, 16, 32, as in the task's loss
+_BALANCE = (4.0, 1.0, 0.4)  # weights of objectness at strides 8, 16, 32, as in the task's loss
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class OutputTerm:
         start: first epoch.
         end: epoch at which it ends; negative: never.
         hardness: share of the distillation loss in the total, 0..1; the task's loss has the rest.
-        temperature: by which logits are divided before they are compared, more than 0.
+        temperature: divides logits before they are compared; more than 0.
     """
 
     start: float
@@ -43,11 +43,11 @@ class LayerTerm:
     Attributes:
         start: first epoch.
         end: epoch at which it ends; negative: never.
-        gain: weight of this loss beside the others.
-        layers: (student's, teacher's) module names.
+        gain: weight of this term in the total loss.
+        layers: pairs of module names: the student's, the teacher's.
         normalize: divide by the mean square of the teacher's map.
-        project: learn a 1x1 convolution to the teacher's channels where these differ.
-        epsilon: added to what is divided by.
+        project: where the numbers of channels differ, learn a 1x1 convolution to the teacher's channels.
+        epsilon: added to the divisor of ``normalize``.
     """
 
     start: float
@@ -62,22 +62,23 @@ class LayerTerm:
 def detection_distillation(
     student: Sequence[Tensor], teacher: Sequence[Tensor], temperature: float
 ) -> Tensor:
-    """How far a student's raw predictions are from a teacher's; 0 where they are the same.
+    """Distance of a student's raw predictions from a teacher's; 0 where they are the same.
 
-    Objectness counts everywhere; boxes and classes count as much as the teacher believes that there is
-    an object (Mehta and Ozturk 2018, https://arxiv.org/abs/1805.09300). Objectness and classes: the
-    cross entropy with the teacher's probabilities less the teacher's own entropy, both softened by the
-    temperature and multiplied by its square, so that gradients keep their size. Boxes: squared
-    differences, in cells, of centres, and of the roots of the sides in units of the anchor's. Levels and
-    parts are weighted as in `sparse_exp.yolov5.DetectionLoss` with its published gains.
+    Objectness counts everywhere; boxes and classes are weighted by the teacher's objectness (Mehta and
+    Ozturk 2018, https://arxiv.org/abs/1805.09300). The distance of objectness and classes is the cross
+    entropy with the teacher's probabilities minus the teacher's own entropy. Both are softened by the
+    temperature and multiplied by its square, so that gradients keep their size. The distance of boxes is
+    the sum of squared differences, in cells, of centres, and of the roots of sides in units of the anchor's.
+    Levels and parts are weighted as in `sparse_exp.yolov5.DetectionLoss` with its published gains.
 
     Args:
         student: three maps (N, 3, ny, nx, 5 + nc), with gradient.
-        teacher: likewise, of the same shapes.
+        teacher: three maps of the same shapes.
         temperature: more than 0.
 
     Returns:
-        A scalar, as the task's loss a mean times N; where several processes train together, a share of it.
+        A scalar: the mean over the batch times N, as the task's loss. Where several processes train together,
+        their results add up to it.
     """
     _, _, ny, nx, outputs = student[0].shape
     (images,) = total_of([len(student[0])])
@@ -92,15 +93,23 @@ def detection_distillation(
 
 
 def _level(student: Tensor, teacher: Tensor, temperature: float, balance: float, images: float) -> Tensor:
-    """Box, objectness and class difference of one level, (3,); ``images`` of all processes."""
-    believed = teacher[..., 4].sigmoid()
-    weight = believed / total(believed.sum()).clamp(min=1.0)  # a teacher that sees nothing teaches no boxes
+    """Box, objectness and class distance of one level, (3,).
+
+    Args:
+        student: its map of the level.
+        teacher: its map of the level.
+        temperature: of objectness and classes.
+        balance: weight of the level's objectness.
+        images: number of images in all processes.
+    """
+    objects = teacher[..., 4].sigmoid()
+    weight = objects / total(objects.sum()).clamp(min=1.0)  # a teacher that sees no object teaches no boxes
     boxes = (2 * (student[..., :4].sigmoid() - teacher[..., :4].sigmoid())).square().sum(-1)
     objectness = batch_mean(_divergence(student[..., 4], teacher[..., 4], temperature), images) * balance
     classes = student.new_zeros(())
     if student.shape[-1] > 6:
-        kinds = _divergence(student[..., 5:], teacher[..., 5:], temperature).mean(-1)
-        classes = (weight * kinds).sum()
+        divergences = _divergence(student[..., 5:], teacher[..., 5:], temperature).mean(-1)
+        classes = (weight * divergences).sum()
     return torch.stack([(weight * boxes).sum(), objectness, classes])
 
 
@@ -113,17 +122,17 @@ def _divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 class Distiller:
-    """Adds what a recipe's distillation modifiers ask for to the task's loss.
+    """Adds the distillation terms of a recipe to the task's loss.
 
     Args:
         student: the model in training.
-        teacher: another detector for the same classes; put into evaluation mode.
+        teacher: another detector for the same classes; it is put into evaluation mode.
         outputs: terms on predictions.
         layers: terms on feature maps.
-        optimizer: gets the parameters of projections.
+        optimizer: the parameters of projections are added to it.
 
     Raises:
-        RecipeError: the teacher has no layer of a name.
+        RecipeError: the teacher lacks a layer that a term names.
     """
 
     def __init__(
@@ -140,95 +149,99 @@ class Distiller:
         self._maps: dict[tuple[str, str], Tensor] = {}
         self._handles: list[Any] = []
         pairs = [pair for term in layers for pair in term.layers]
-        self._kinds = {own: type(student.get_submodule(own)) for own, _ in pairs}
+        self._types = {own: type(student.get_submodule(own)) for own, _ in pairs}
         for _, name in pairs:
             _require_layer(teacher, name)
         self.watch()
 
     def watch(self) -> None:
-        """Look at the layers' outputs from now on.
+        """Keep the layers' outputs from now on.
 
-        A convolution that quantization has replaced is left out: its batch norm is folded into it, so
-        that its output is no longer what the teacher's is.
+        A convolution that quantization has replaced is left out: its batch norm is folded into it, so that
+        its output no longer corresponds to the teacher's.
         """
-        modules = {(owner, name): module for owner, name, module in self._watched()}
-        for key, module in modules.items():
-            self._handles.append(module.register_forward_hook(self._keep(key)))
-
-    def _watched(self) -> list[tuple[str, str, nn.Module]]:
-        found = []
+        watched: dict[tuple[str, str], nn.Module] = {}
         for own, other in {pair for term in self._layers for pair in term.layers}:
             module = self._student.get_submodule(own)
-            if type(module) is self._kinds[own]:
-                found += [("student", own, module), ("teacher", other, self._teacher.get_submodule(other))]
+            if type(module) is self._types[own]:
+                watched["student", own] = module
+                watched["teacher", other] = self._teacher.get_submodule(other)
             else:
                 _log.info("The layer %s is quantized now and no longer imitates the teacher's.", own)
-        return found
+        for key, module in watched.items():
+            self._handles.append(module.register_forward_hook(self._hook(key)))
 
-    def _keep(self, key: tuple[str, str]) -> Callable[[nn.Module, Any, Tensor], None]:
-        def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+    def _hook(self, key: tuple[str, str]) -> Callable[[nn.Module, Any, Tensor], None]:
+        """A forward hook that keeps a module's output under a key."""
+
+        def keep_output(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
             if key[0] == "teacher" or torch.is_grad_enabled():  # not while the student is evaluated
                 self._maps[key] = output
 
-        return keep
+        return keep_output
 
     def unwatch(self) -> None:
-        """Stop looking at the layers' outputs."""
+        """Stop keeping the layers' outputs."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._maps.clear()
 
     def add_to(self, loss: Tensor, images: Tensor, raw: Sequence[Tensor], epoch: float) -> Tensor:
-        """The task's loss together with all terms that act at an epoch.
+        """Add all terms that act at an epoch to the task's loss.
 
         Args:
-            loss: of the task, a mean times N.
-            images: float (N, 3, H, W) in 0..1 that gave ``raw``.
+            loss: of the task: a mean times N.
+            images: float (N, 3, H, W) in 0..1, from which the student computed ``raw``.
             raw: the student's three raw maps.
-            epoch: now.
+            epoch: of this step.
 
         Returns:
             ``(1 - hardness) * loss + hardness * distillation`` for each term on predictions in turn, plus
             for each term on feature maps ``gain`` times their mean squared difference times N.
+
+        Raises:
+            RecipeError: the feature maps of a pair of layers have different shapes and are not projected.
         """
         outputs = [term for term in self._outputs if _acts(term, epoch)]
         layers = [term for term in self._layers if _acts(term, epoch)]
         if not outputs and not layers:
             return loss
-        taught = self._teach(images, raw[0].dtype)
+        dtype = raw[0].dtype
+        half = dtype != torch.float32  # the student ran under autocast, and so must the teacher
+        with torch.no_grad(), torch.autocast(images.device.type, dtype=dtype if half else None, enabled=half):
+            teacher_raw: list[Tensor] = self._teacher(images)[1]
         (count,) = total_of([len(images)])
         with torch.autocast(raw[0].device.type, enabled=False):
             for term in outputs:
-                distillation = detection_distillation(raw, taught, term.temperature)
+                distillation = detection_distillation(raw, teacher_raw, term.temperature)
                 loss = (1.0 - term.hardness) * loss + term.hardness * distillation
             for layer_term in layers:
                 loss = loss + layer_term.gain * self._imitation(layer_term, count) * count
         self._maps.clear()
         return loss
 
-    @torch.no_grad()
-    def _teach(self, images: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        half = dtype != torch.float32  # the student ran under autocast: so does the teacher
-        with torch.autocast(images.device.type, dtype=dtype if half else None, enabled=half):
-            raw: list[Tensor] = self._teacher(images)[1]
-        return raw
-
     def _imitation(self, term: LayerTerm, images: float) -> Tensor:
-        """Sum over layers of the mean squared difference of feature maps, over the ``images`` of all."""
+        """The mean squared difference of feature maps, summed over layers.
+
+        Args:
+            term: names the layers.
+            images: number of images in all processes.
+        """
         summed = torch.zeros((), device=next(self._student.parameters()).device)
         for own, other in term.layers:
             if ("student", own) not in self._maps:
                 continue
             wanted = self._maps["teacher", other].float()
-            given = self._fitted(own, self._maps["student", own].float(), wanted, project=term.project)
+            given = self._projected(own, self._maps["student", own].float(), wanted, project=term.project)
             difference = batch_mean((given - wanted).square(), images)
             if term.normalize:
                 difference = difference / (total(batch_mean(wanted.square(), images)) + term.epsilon)
             summed = summed + difference
         return summed
 
-    def _fitted(self, name: str, given: Tensor, wanted: Tensor, *, project: bool) -> Tensor:
+    def _projected(self, name: str, given: Tensor, wanted: Tensor, *, project: bool) -> Tensor:
+        """A layer's feature map, projected to the teacher's channels where these differ."""
         if given.shape == wanted.shape:
             return given
         if not project or given.shape[2:] != wanted.shape[2:]:
@@ -237,32 +250,33 @@ class Distiller:
                 f"{tuple(given.shape)} and {tuple(wanted.shape)}. Set project_features: True, or name others."
             )
         if name not in self._projections:
-            self._project(name, nn.Conv2d(given.shape[1], wanted.shape[1], 1, bias=False).to(given.device))
-        fitted: Tensor = self._projections[name](given)
-        return fitted
+            new = nn.Conv2d(given.shape[1], wanted.shape[1], 1, bias=False).to(given.device)
+            self._add_projection(name, new)
+        projected: Tensor = self._projections[name](given)
+        return projected
 
-    def _project(self, name: str, projection: nn.Conv2d) -> None:
+    def _add_projection(self, name: str, projection: nn.Conv2d) -> None:
         self._projections[name] = projection
-        rate = self._optimizer.param_groups[0]["lr"]  # not that of the biases, which come last
+        rate = self._optimizer.param_groups[0]["lr"]  # not that of the last group, the biases: it may differ
         group = {"params": list(projection.parameters()), "weight_decay": 0.0, "lr": rate}
         self._optimizer.add_param_group(group)
 
     def projections(self) -> dict[str, Tensor]:
-        """The weights (C teacher, C student, 1, 1) learned so far, by the student's layer, in order."""
+        """Weights (C teacher, C student, 1, 1) of the projections by the student's layer, oldest first."""
         return {name: module.weight.detach() for name, module in self._projections.items()}
 
     @torch.no_grad()
-    def project_with(self, weights: Mapping[str, Tensor]) -> None:
-        """Go on with what another distiller has learned, whose optimizer got these parameters in this order.
+    def restore_projections(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over the projections of another distiller, and add them to the optimizer in the same order.
 
         Args:
-            weights: of its `projections`.
+            weights: of the other one's `projections`.
         """
         device = next(self._student.parameters()).device
         for name, weight in weights.items():
             projection = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=False).to(device)
             projection.weight.copy_(weight)
-            self._project(name, projection)
+            self._add_projection(name, projection)
 
 
 def _acts(term: OutputTerm | LayerTerm, epoch: float) -> bool:

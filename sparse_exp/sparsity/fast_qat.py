@@ -1,17 +1,17 @@
-"""Quantization-aware training at less cost per step: the same numbers from cheaper operations.
+"""Faster quantization-aware training: the same numbers from cheaper operations.
 
-Three things make torch's eager QAT (`torch.ao`, version 2.14) slow on a CPU, and `accelerate` replaces them:
+`accelerate` replaces three things that make torch's eager QAT (`torch.ao`, version 2.14) slow on a CPU:
 
 - ``fake_quantize_per_tensor_affine`` works element by element; the same values come from four
   vectorized operations, about six times as fast.
 - The observer's minimum and maximum copy a channels_last tensor first; a permuted view needs no copy.
-- A convolution fused with batch norm divides its output map by the batch norm's scale to undo what the
-  scaled weights did. Dividing the quantized weights instead gives the same map, and a frozen batch norm
-  is nothing but a bias.
+- A convolution fused with batch norm scales its weights by the batch norm's scale, and divides its output
+  map by it again. Dividing the quantized weights gives the same map at less cost. A frozen batch norm needs
+  no division: it is only a bias.
 
-Only the way to compute changes: a module keeps its class, its parameters, buffers and flags, so that
-state dicts, SparseML and torch's ``disable_observer`` and ``freeze_bn_stats`` see what they know. While
-a model is exported to ONNX, torch's own computations run, and the graph is the same.
+A module keeps its class, parameters, buffers and flags: state dicts, SparseML, and torch's
+``disable_observer`` and ``freeze_bn_stats`` work as before. While a model is exported to ONNX, torch's own
+computations run, so that the graph is the same.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver
 def accelerate(model: nn.Module) -> None:
     """Replace the forward computations of QAT modules by faster equal ones, in place.
 
-    Fake-quantized values and their gradients are those of torch's own modules bit for bit; outputs of
-    convolutions agree within float rounding. Calling it again changes nothing. Modules that are not
-    known here (per-channel quantizers, other observers, other fused layers) stay as they are.
+    Fake-quantized values and their gradients equal those of torch's modules bit for bit; outputs of
+    convolutions agree within float rounding. Calling it again changes nothing. Other modules (per-channel
+    quantizers, other observers, other fused layers) do not change.
 
     Args:
         model: a model after QAT has begun.
@@ -39,20 +39,18 @@ def accelerate(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is ConvBn2d:
             module._forward = MethodType(_conv_bn, module)  # type: ignore[method-assign]
-        elif type(module) is FakeQuantize and _averages(module.activation_post_process):
-            module.forward = MethodType(_fake_quantize, module)  # type: ignore[method-assign]
-
-
-def _averages(observer: nn.Module) -> bool:
-    return type(observer) is MovingAverageMinMaxObserver
+        elif type(module) is FakeQuantize:
+            observer: nn.Module = module.activation_post_process
+            if type(observer) is MovingAverageMinMaxObserver:
+                module.forward = MethodType(_fake_quantize, module)  # type: ignore[method-assign]
 
 
 def _fake_quantize(self: FakeQuantize, x: Tensor) -> Tensor:
-    """What ``FakeQuantize.forward`` does per tensor; reads its flags each time, as training changes them."""
+    """Do what ``FakeQuantize.forward`` does per tensor. Flags are read each time: training changes them."""
     if torch.onnx.is_in_onnx_export() or x.dtype != torch.float32 or not x.is_cpu:
         return cast(Tensor, FakeQuantize.forward(self, x))  # type: ignore[no-untyped-call]
     if self.observer_enabled[0] == 1:
-        self.activation_post_process(_without_gaps(x.detach()))
+        self.activation_post_process(_as_contiguous(x.detach()))
         scale, zero_point = self.calculate_qparams()
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
@@ -64,7 +62,7 @@ def _fake_quantize(self: FakeQuantize, x: Tensor) -> Tensor:
 
 
 def _conv_bn(self: ConvBn2d, x: Tensor) -> Tensor:
-    """What ``ConvBn2d._forward`` does, without a pass over the output map."""
+    """Do what ``ConvBn2d._forward`` does, without a division of the output map."""
     if torch.onnx.is_in_onnx_export():
         return cast(Tensor, ConvBn2d._forward(self, x))  # type: ignore[no-untyped-call]
     bn: Any = self.bn
@@ -83,7 +81,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float, low: int, high: int) -> Tensor:
         """``x`` of any shape; ``low`` and ``high`` are the first and the last step, counted from 0.0."""
-        # The input is kept instead of a mask: often two quantizers read it, and no pass makes a mask.
+        # Keeping the input is cheaper than computing a mask, and often two quantizers share the input.
         ctx.save_for_backward(x)
         ctx.open_interval = (-_first_above(-low, scale), _first_above(high, scale))
         return (x * (1.0 / scale)).round_().clamp_(low, high).mul_(scale)
@@ -99,7 +97,7 @@ class _StraightThrough(torch.autograd.Function):
 def _first_above(step: int, scale: float) -> float:
     """The smallest float32 that rounds to more than ``step`` steps of ``scale``.
 
-    It is within some float32 neighbours of ``(step + 0.5) * scale``. Which one is decided by the
+    It lies a few float32 numbers around ``(step + 0.5) * scale``; which one it is follows from the
     multiplication and the rounding (half to even) of the forward pass.
     """
     per_unit, infinity = np.float32(1.0 / scale), np.float32(np.inf)
@@ -111,6 +109,6 @@ def _first_above(step: int, scale: float) -> float:
     return float(value)
 
 
-def _without_gaps(x: Tensor) -> Tensor:
-    """The same values as a contiguous tensor, without a copy where channels_last allows it."""
+def _as_contiguous(x: Tensor) -> Tensor:
+    """Permute the axes of a channels_last tensor, which makes it contiguous without a copy; others stay."""
     return x.permute(0, 2, 3, 1) if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) else x

@@ -1,4 +1,4 @@
-"""One-shot pruning of a dense start checkpoint, of single weights or of blocks."""
+"""Prune a dense start checkpoint at once: single weights, or blocks of weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 BLOCK = 4
 """Weights in a block of the pattern ``block4``, which DeepSparse skips fastest with VNNI instructions."""
-_TRAILING_BITS = 42  # of a float64, which its exponent and ten bits more stand before
-_NEARLY_ZERO = 1e-8  # below what float16 holds: published checkpoints are stored in it
+_TRAILING_BITS = 42  # of a float64; before them stand its sign, its exponent and 10 bits of its fraction
+_NEARLY_ZERO = 1e-8  # less than float16, the type of published checkpoints, can hold
 
 
 @torch.no_grad()
@@ -19,79 +19,82 @@ def prune_by_magnitude(convolutions: Mapping[str, nn.Conv2d], sparsity: float, b
     """Set the smallest weights of each layer to 0, in place: the same share in every layer.
 
     Args:
-        convolutions: the layers to prune.
+        convolutions: the layers to prune, by name.
         sparsity: share of each layer's weights that is 0 afterwards, 0..1, rounded up to whole blocks.
-        block: weights that are pruned together, see `blocks`; of these those with the smallest norm go.
+        block: number of weights that are pruned together, see `blocks`. Blocks with the smallest norm are
+            pruned.
     """
     for conv in convolutions.values():
         groups = blocks(conv.weight, block)
-        order = _energies(conv.weight, groups).argsort(stable=True)
-        doomed = torch.zeros(len(groups), dtype=torch.bool)
-        doomed[order[: math.ceil(sparsity * len(groups))]] = True
-        _zero(conv, groups, doomed)
+        order = _squared_norms(conv.weight, groups).argsort(stable=True)
+        pruned = torch.zeros(len(groups), dtype=torch.bool)
+        pruned[order[: math.ceil(sparsity * len(groups))]] = True
+        _set_to_zero(conv, groups, pruned)
 
 
 @torch.no_grad()
 def prune_layer_adaptively(convolutions: Mapping[str, nn.Conv2d], sparsity: float, block: int = 1) -> None:
     """Set the weights with the smallest layer-adaptive magnitude to 0, in place.
 
-    The score of a weight is its square over the sum of the squares in its layer that are not smaller
-    (LAMP, Lee et al. 2021, https://arxiv.org/abs/2010.07611): the largest weight of every layer has
-    score 1, so no layer dies, and layers that need their weights keep more of them. At one shot and
-    equal overall sparsity it costs the detector less accuracy than the same share everywhere. Of a block
-    the squared norm takes the place of the weight's square.
+    The score of a weight is its square divided by the sum of all squares in its layer that are not smaller
+    (LAMP, Lee et al. 2021, https://arxiv.org/abs/2010.07611). The largest weight of every layer has score 1,
+    so that no layer loses all its weights, and layers that need their weights keep more of them. Pruned at
+    once to the same overall sparsity, the detector loses less accuracy than with the same share in every
+    layer. For a block, the squared norm takes the place of the weight's square.
 
     Args:
-        convolutions: the layers to prune, together.
+        convolutions: the layers to prune together, by name.
         sparsity: share of all their weights that is 0 afterwards, 0..1, rounded up to whole blocks.
-        block: weights that are pruned together, see `blocks`.
+        block: number of weights that are pruned together, see `blocks`.
     """
-    groups = {name: blocks(conv.weight, block) for name, conv in convolutions.items()}
-    scores = [_lamp_scores(_energies(convolutions[name].weight, of)) for name, of in groups.items()]
-    sizes = torch.cat([torch.full((len(of),), of.shape[1]) for of in groups.values()])
-    doomed = _smallest(torch.cat(scores), sizes, math.ceil(sparsity * int(sizes.sum())))
-    for (name, of), mine in zip(
-        groups.items(), torch.split(doomed, [len(of) for of in groups.values()]), strict=True
-    ):
-        _zero(convolutions[name], of, mine)
+    groups = [blocks(conv.weight, block) for conv in convolutions.values()]
+    scores = [
+        _lamp_scores(_squared_norms(conv.weight, own))
+        for conv, own in zip(convolutions.values(), groups, strict=True)
+    ]
+    sizes = torch.cat([torch.full((len(own),), own.shape[1]) for own in groups])
+    pruned = _smallest(torch.cat(scores), sizes, math.ceil(sparsity * int(sizes.sum())))
+    shares = torch.split(pruned, [len(own) for own in groups])
+    for conv, own, share in zip(convolutions.values(), groups, shares, strict=True):
+        _set_to_zero(conv, own, share)
 
 
 def _smallest(scores: Tensor, sizes: Tensor, count: int) -> Tensor:
-    """The blocks with the smallest scores, as few as have ``count`` weights together.
+    """Find the blocks with the smallest scores: as few as have ``count`` weights together.
 
-    Of blocks with equal scores the first ones. Sorting them all takes half a minute at the size of yolov5l,
-    of which only those near the limit matter: they are found by a histogram over the leading bits, in which
-    floating-point numbers that are not negative stand in order.
+    Of blocks with equal scores the first ones are taken. Sorting all blocks of yolov5l would take half a
+    minute, but only those near the limit need to be sorted. A histogram over the leading bits finds them:
+    floating-point numbers that are not negative have the order of their bits.
 
     Args:
         scores: float64 (blocks,), not negative.
-        sizes: int64 (blocks,): weights in each.
-        count: weights wanted.
+        sizes: int64 (blocks,): number of weights in each.
+        count: number of weights.
 
     Returns:
-        bool (blocks,).
+        bool (blocks,): True for the blocks found.
     """
     leading = scores.view(torch.int64) >> _TRAILING_BITS
     leading -= leading.min()
-    mass = torch.bincount(leading, weights=sizes.double()).cumsum(0)
-    limit = int(torch.searchsorted(mass, float(count)))
-    doomed, near = leading < limit, (leading == limit).nonzero().flatten()
+    weights_up_to = torch.bincount(leading, weights=sizes.double()).cumsum(0)
+    limit = int(torch.searchsorted(weights_up_to, float(count)))
+    found, near = leading < limit, (leading == limit).nonzero().flatten()
     near = near[scores[near].argsort(stable=True)]
-    before = int(sizes[doomed].sum()) + sizes[near].cumsum(0) - sizes[near]
-    doomed[near[before < count]] = True
-    return doomed
+    weights_before = int(sizes[found].sum()) + sizes[near].cumsum(0) - sizes[near]
+    found[near[weights_before < count]] = True
+    return found
 
 
 def blocks(weight: Tensor, block: int) -> Tensor:
-    """The weights of a convolution that are pruned together.
+    """Divide the weights of a convolution into blocks that are pruned together.
 
-    A block is ``block`` consecutive input channels at one position of the kernel and one output channel,
-    the first block beginning at channel 0. A layer whose input channels are no multiple of it (the stem,
-    which reads three colours) has blocks of one weight.
+    A block spans ``block`` consecutive input channels at one output channel and one position of the kernel;
+    the first block begins at channel 0. If the number of input channels is no multiple of ``block`` (as in
+    the stem, which reads three colours), blocks have one weight.
 
     Args:
         weight: (O, I, height, width).
-        block: weights in a block, at least 1.
+        block: number of weights in a block, at least 1.
 
     Returns:
         int64 (blocks, size): indices into the flattened weight.
@@ -102,29 +105,29 @@ def blocks(weight: Tensor, block: int) -> Tensor:
     return indices.permute(0, 1, 3, 4, 2).reshape(-1, size)
 
 
-def _energies(weight: Tensor, groups: Tensor) -> Tensor:
-    """Squared norm of each block, in double precision."""
+def _squared_norms(weight: Tensor, groups: Tensor) -> Tensor:
+    """Squared norm of each block, in double precision (blocks,)."""
     return weight.detach().flatten()[groups].double().square().sum(1)
 
 
-def _lamp_scores(energies: Tensor) -> Tensor:
-    """Layer-adaptive magnitude of each block of one layer, 0..1."""
-    squares, order = energies.sort(stable=True)
+def _lamp_scores(squared_norms: Tensor) -> Tensor:
+    """Layer-adaptive magnitude of each block of one layer, 0..1 (blocks,)."""
+    squares, order = squared_norms.sort(stable=True)
     not_smaller = squares.flip(0).cumsum(0).flip(0)
     scores = torch.empty_like(squares)
     scores[order] = squares / not_smaller.clamp_min(torch.finfo(torch.float64).tiny)
     return scores
 
 
-def _zero(conv: nn.Conv2d, groups: Tensor, doomed: Tensor) -> None:
-    """Set whole blocks to 0, and only whole ones.
+def _set_to_zero(conv: nn.Conv2d, groups: Tensor, pruned: Tensor) -> None:
+    """Set the pruned blocks to 0, and see to it that no kept block holds a 0.
 
-    A weight that is 0 by chance in a block that stays would be held there by the recipe's mask; it gets a
-    value from which it can train.
+    The recipe's mask would hold a weight at 0 that is 0 by chance. Where blocks have more than one weight,
+    such a weight gets a tiny value from which it can train.
     """
-    flat = conv.weight.flatten().clone()  # of some layouts flatten is a view
-    kept = groups[~doomed].flatten()
+    flat = conv.weight.flatten().clone()  # in some memory layouts flatten returns a view
+    kept = groups[~pruned].flatten()
     if groups.shape[1] > 1:
         flat[kept[flat[kept] == 0]] = _NEARLY_ZERO
-    flat[groups[doomed].flatten()] = 0.0
+    flat[groups[pruned].flatten()] = 0.0
     conv.weight.copy_(flat.view(conv.weight.shape))

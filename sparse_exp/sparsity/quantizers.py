@@ -1,4 +1,4 @@
-"""Quantizers of a model after quantization-aware training has begun."""
+"""The quantizers of a model after quantization-aware training has begun: freeze, list, pin them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_exp.sparsity.targets import published_name
+from sparse_exp.sparsity.layer_patterns import published_name
 
 
 def freeze_quantizers(model: nn.Module) -> nn.Module:
-    """Stop observers from moving the quantization ranges, as in a deployed model."""
+    """Keep the quantization ranges as they are, as in a deployed model; returns the model itself."""
     return model.apply(torch.ao.quantization.disable_observer)
 
 
 def is_quantized(state_names: Sequence[str]) -> bool:
-    """Whether a state dict with these names is that of a QAT model."""
+    """Whether the names are those of a QAT model's state dict."""
     return any("fake_quant" in name or "activation_post_process" in name for name in state_names)
 
 
@@ -29,14 +29,17 @@ def quantized_layers(model: nn.Module) -> list[str]:
 
 
 def pin_input_quantizer(model: nn.Module, stem: str) -> None:
-    """Quantize the images exactly as they are stored: value v of 0..255 to step v, no more, no less.
+    """Fix the quantizer of the input so that a pixel value v of 0..255 becomes exactly step v.
 
-    An observer would find nearly this range by itself; the exact one makes the exported graph read
-    uint8 pixels without rounding them again.
+    An observer would find nearly this range by itself. With the exact range the exported graph reads uint8
+    pixels without rounding them again.
 
     Args:
         model: a model after QAT has begun.
         stem: name of the first convolution, which reads images in 0..1.
+
+    Raises:
+        AttributeError: the stem's input has no quantizer.
     """
     quantizer: Any = model.get_submodule(f"{stem}.quant.activation_post_process")
     observer = quantizer.activation_post_process

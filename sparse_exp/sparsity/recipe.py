@@ -1,7 +1,7 @@
-"""The one door to SparseML: reading a recipe, knowing its phases, applying it to a model.
+"""Recipes: read one, know its phases, apply it to a model. The one door to SparseML.
 
-SparseML ended in June 2025. What the rest of the project needs of it is the small interface of
-`Recipe` and `Sparsifier`, so that it can be replaced here.
+SparseML is no longer maintained since June 2025. The rest of the project uses only the small interface of
+`Recipe` and `Sparsifier`, so that SparseML can be replaced here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
@@ -22,6 +22,12 @@ from torch import Tensor, nn
 
 from sparse_exp.errors import RecipeError, expected, first_line
 from sparse_exp.sparsity.distillation import Distiller, LayerTerm, OutputTerm
+from sparse_exp.sparsity.layer_patterns import (
+    check_target,
+    layers_matching,
+    matches_parameter,
+    targets_of,
+)
 from sparse_exp.sparsity.modifiers import (
     Phase,
     check_blocks,
@@ -32,8 +38,8 @@ from sparse_exp.sparsity.modifiers import (
     overlaps,
     rate_at,
     rates,
+    recipe_text,
     start_of,
-    text_of,
 )
 from sparse_exp.sparsity.quantizers import (
     freeze_quantizers,
@@ -48,21 +54,13 @@ from sparse_exp.sparsity.schedule import (
     read_body,
     renamed_stages,
     rescaled,
+    set_anchored,
     stages_of,
     time_map,
-    with_anchors,
     without,
 )
 from sparse_exp.sparsity.sparsifier import ManagedSparsifier, Sparsifier
-from sparse_exp.sparsity.targets import (
-    check_target,
-    layers_matching,
-    names_parameter,
-    targets_of,
-)
-
-if TYPE_CHECKING:
-    from sparse_exp.yolov5 import YOLOv5
+from sparse_exp.yolov5 import YOLOv5
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # sparseml 1.8 imports pkg_resources, which warns
@@ -81,7 +79,7 @@ with warnings.catch_warnings():
 
 
 class _QConfig(torch.ao.quantization.QConfig):
-    """A QConfig that takes attributes: SparseML hangs its scheme on it, which torch's no longer allows."""
+    """A QConfig with settable attributes: SparseML sets its scheme on it, which torch's no longer allows."""
 
 
 def _qconfig(activation: Any, weight: Any) -> _QConfig:
@@ -90,7 +88,7 @@ def _qconfig(activation: Any, weight: Any) -> _QConfig:
 
 
 def _interpolate(now: float, start: float, end: float, *values: Any) -> float:
-    # SparseML's own gives the first value, or a complex number, where a step lies behind the end.
+    # For a step after the end SparseML's own gives the first value, or a complex number.
     return float(interpolate(min(max(now, start), end), start, end, *values))
 
 
@@ -98,7 +96,7 @@ quantization_scheme._get_qconfig = _qconfig
 modifier_pruning_base.interpolate = _interpolate
 
 logging.getLogger("sparseml").setLevel(logging.WARNING)
-# It warns that it has no teacher: distillation is ours (see `Distiller`).
+# It warns that it has no teacher. The distillation used here is `Distiller`.
 logging.getLogger("sparseml.pytorch.sparsification.distillation").setLevel(logging.ERROR)
 
 __all__ = [
@@ -118,13 +116,16 @@ class Recipe:
 
     Args:
         text: the recipe, YAML or Markdown with YAML front matter.
-        variables: values for root variables of the recipe; those that are None are left as they are.
-        name: what to call it in messages.
+        variables: values for root variables of the recipe; a variable that is None keeps its value.
+        name: the recipe's name, for messages.
         num_epochs: length to which the whole schedule is stretched or squeezed (see
-            `sparse_exp.sparsity.schedule.time_map`), more than 0; None keeps it.
+            `sparse_exp.sparsity.schedule.time_map`), more than 0; None keeps its length.
+
+    Attributes:
+        name: as given.
 
     Raises:
-        RecipeError: the text is no recipe, or a variable is not one of its root variables.
+        RecipeError: the text is no recipe, or has no such variable.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class Recipe:
         check_variables(roots, variables or {}, name)
         _check_kinds([modifier.kind for modifier in modifiers_of(roots)], name)
         given = {key: value for key, value in (variables or {}).items() if value is not None}
-        self._manager = _load(with_anchors(body, given), name, given)
+        self._manager = _load(set_anchored(body, given), name, given)
         if num_epochs is not None and self.epochs > 0:
             boundaries = [0.0, *(phase.end for phase in self.phases())]
             self._manager = _load(rescaled(self.text, time_map(boundaries, num_epochs)), name)
@@ -152,7 +153,16 @@ class Recipe:
         variables: Mapping[str, float | None] | None = None,
         num_epochs: float | None = None,
     ) -> Recipe:
-        """Read a recipe file (``.md`` with front matter, or ``.yaml``)."""
+        """Read a recipe from a file: ``.md`` with front matter, or ``.yaml``.
+
+        Args:
+            path: the file.
+            variables: see `Recipe`.
+            num_epochs: see `Recipe`.
+
+        Raises:
+            RecipeError: the file cannot be read, or see `Recipe`.
+        """
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -160,13 +170,13 @@ class Recipe:
         return cls(text, variables, name=path.name, num_epochs=num_epochs)
 
     def __reduce__(self) -> tuple[type[Recipe], tuple[str, None, str]]:
-        """A recipe goes to another process as its text: SparseML's objects do not."""
+        """Pickle the recipe as its text, because SparseML's objects cannot be pickled."""
         return type(self), (self.text, None, self.name)
 
     @property
     def text(self) -> str:
-        """The recipe as it runs, as YAML that SparseML reads back."""
-        return text_of(self._manager)
+        """The recipe with its variables filled in, as YAML that SparseML can read."""
+        return recipe_text(self._manager)
 
     @property
     def epochs(self) -> float:
@@ -182,7 +192,7 @@ class Recipe:
 
     @property
     def prunes(self) -> bool:
-        """Whether the recipe holds or makes zeros."""
+        """Whether the recipe makes zeros or keeps those of the start."""
         return bool(self._pruning())
 
     @property
@@ -192,13 +202,13 @@ class Recipe:
 
     @property
     def pruning_end(self) -> float | None:
-        """Epoch at which the last gradual modifier reaches its final sparsity; None: there is none."""
+        """Epoch at which the last gradual modifier reaches its final sparsity; None without any."""
         ends = [float(m.end_epoch) for m in gradual_of(self._manager)]
         return max(ends) if ends else None
 
     @property
     def holds_mask(self) -> bool:
-        """Whether the recipe only keeps zeros that are there from the start."""
+        """Whether the recipe only keeps the zeros of the start, and makes none."""
         return bool(self._modifiers("ConstantPruningModifier")) and not self.prunes_gradually
 
     @property
@@ -236,9 +246,9 @@ class Recipe:
         return phases
 
     def learning_rates(self, phase: Phase) -> list[tuple[float, float]]:
-        """(first, last) learning rate within the phase of each modifier that acts in it, in order.
+        """(first, last) learning rate within a phase for each modifier that acts in it, in order.
 
-        Where none does, the last rate that was set before it goes on.
+        Where none acts, the rate that was last set before the phase continues.
         """
         modifiers = [m for m in self._manager.iter_modifiers() if "LearningRate" in type(m).__name__]
         modifiers.sort(key=start_of)
@@ -250,14 +260,14 @@ class Recipe:
         return acting
 
     def matches(self, model: nn.Module) -> dict[str, list[str]]:
-        """The layers that each modifier which names some acts on, by their published names.
+        """The layers on which each modifier that names layers acts.
 
         Args:
-            model: before quantization; left as it is.
+            model: before quantization; not changed.
 
         Returns:
-            For each such modifier, in the order in which they begin, its kind (numbered where there are
-            several of one) and the names in the model's order.
+            For each such modifier, by its kind (numbered if there are several of a kind), the published names
+            of its layers in the model's order.
         """
         found: list[tuple[str, list[str]]] = []
         for modifier in self._manager.iter_modifiers():
@@ -276,18 +286,19 @@ class Recipe:
         return dict(zip(labels, (layers for _, layers in found), strict=True))
 
     def expected_sparsity(self, model: YOLOv5, epoch: float, start: Mapping[str, float]) -> dict[str, float]:
-        """The least share of zeros that the recipe promises for each prunable convolution.
+        """The least share of zeros that the recipe promises for each prunable convolution at an epoch.
 
-        A held layer keeps what it started with. A layer that magnitude prunes has the sparsity of the last
-        update that must have happened by then; other kinds of pruning promise nothing before their end.
+        A layer whose zeros are held keeps the share that it started with. A layer pruned by magnitude has the
+        sparsity of the last update that must have happened by then. Other kinds of pruning promise nothing
+        before they end.
 
         Args:
             model: the detector, before or after quantization.
-            epoch: a moment between two steps; 0 is before the first.
-            start: shares at epoch 0 by the layers' published names, 0..1.
+            epoch: a moment between two steps; 0 is before the first step.
+            start: shares of zeros at epoch 0 by the layers' published names, 0..1.
 
         Returns:
-            By the layers' published names, 0..1.
+            Shares of zeros by the layers' published names, 0..1.
         """
         held, gradual = self._modifiers("ConstantPruningModifier"), gradual_of(self._manager)
         promised = {}
@@ -298,19 +309,19 @@ class Recipe:
                 kept = modifier.leave_enabled or any(
                     holds(m, name, epoch, at=modifier.end_epoch) for m in held
                 )
-                shares.append(_promise(modifier, name, weights, epoch, before, kept=kept))
+                shares.append(_promised_share(modifier, name, weights, epoch, before, kept=kept))
             promised[name] = max(shares, default=0.0)
         return promised
 
     def check(self, model: nn.Module) -> None:
-        """Refuse a recipe that cannot do to this model what it says.
+        """Refuse a recipe that cannot be applied to a model as it says.
 
         Args:
-            model: before quantization; left as it is.
+            model: before quantization; not changed.
 
         Raises:
-            RecipeError: the schedule is empty or ends too early, something is quantized twice, a modifier
-                names no layer of the model (the nearest names are given), or SparseML cannot quantize it.
+            RecipeError: the schedule is empty or ends too early, the recipe quantizes twice, a name or
+                pattern matches no layer of the model, or SparseML cannot quantize the model.
         """
         if self.epochs <= 0:
             raise RecipeError(
@@ -323,9 +334,10 @@ class Recipe:
         for modifier in self._pruning():
             check_blocks(modifier, model, self.name)
         if self.quantization_start is not None:
-            self._try_structure(model)
+            self._check_quantization(model)
 
     def _check_schedule(self) -> None:
+        """Refuse quantization or pruning that the end of the recipe cuts off, and two quantizations."""
         ranges = [m.end_epoch for m in self._modifiers("EpochRangeModifier")]
         end = float(max(ranges, default=self.epochs))
         quantizers = self._modifiers("QuantizationModifier")
@@ -355,12 +367,13 @@ class Recipe:
             )
             raise RecipeError(expected(f"the end of {kind}", f"at most {end:g}", modifier.end_epoch, do))
 
-    def _try_structure(self, model: nn.Module) -> None:
+    def _check_quantization(self, model: nn.Module) -> None:
+        """Quantize a copy of the model, to see that this works and that the right layers are quantized."""
         try:
             trial = self.apply_structure(deepcopy(model)).eval()
-            with torch.no_grad():  # a wrapped module of several inputs fails only when it is called
+            with torch.no_grad():  # a wrapped module with several inputs fails only when it is called
                 trial(torch.zeros(1, 3, 64, 64, device=next(model.parameters()).device))
-        except Exception as error:  # whatever SparseML and torch meet in a model that they do not know
+        except Exception as error:  # SparseML and torch may raise anything for a model that they do not know
             types = "SiLU, BatchNorm2d, MaxPool2d, Upsample, Concat"
             raise RecipeError(
                 f"QuantizationModifier of {self.name} cannot be applied to this model "
@@ -391,19 +404,26 @@ class Recipe:
             model: in training mode.
             optimizer: of its parameters; a recipe's ``param_groups`` are indices into its groups.
             steps_per_epoch: optimizer steps in an epoch.
-            teacher: a detector for the same classes, for a recipe that distills.
+            teacher: for a recipe that distills: a detector for the same classes.
+
+        Returns:
+            The recipe at work, to be called at each step.
 
         Raises:
-            RecipeError: the recipe distills and there is no teacher, or it lacks a layer that is named.
+            RecipeError: the recipe distills, and there is no teacher, or it lacks a layer that is named.
         """
         if self.distills and teacher is None:
             raise RecipeError(
                 f"The recipe {self.name} distills but has no teacher. Set recipe.teacher=PATH of a "
                 "checkpoint with the same classes, or recipe.teacher=self."
             )
-        manager = self._fresh()
-        _mask_once(manager)
-        manager.initialize(model, epoch=0.0, loggers=_silent())
+        manager = self._new_manager()
+        for modifier in manager.iter_modifiers():
+            if type(modifier).__name__ == "ConstantPruningModifier":
+                # It looks for zeros when it begins, but not again before every step: the mask would be the
+                # same, and that took a tenth of a training step of yolov5l. It still masks after each step.
+                modifier._update_frequency = math.inf
+        manager.initialize(model, epoch=0.0, loggers=_silent_logger())
         return ManagedSparsifier(
             manager,
             model,
@@ -417,6 +437,7 @@ class Recipe:
     def _distiller(
         self, student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer
     ) -> Distiller:
+        """The terms of all distillation modifiers, for a student and a teacher."""
         outputs, layers = [], []
         for m in self._modifiers("DistillationModifier"):
             if hasattr(m, "hardness"):
@@ -428,25 +449,31 @@ class Recipe:
         return Distiller(student, teacher, outputs, layers, optimizer)
 
     def apply_structure(self, model: nn.Module) -> nn.Module:
-        """Bring a float model into the structure it has after the whole recipe (QAT modules and all)."""
+        """Give a float model the structure that it has after the whole recipe, QAT modules included.
+
+        Args:
+            model: changed in place.
+
+        Returns:
+            The model itself.
+        """
         was_training = model.training
         model.train()  # in evaluation mode torch would fold batch norms away instead of keeping them
-        self._fresh().apply_structure(model, epoch=float("inf"), loggers=_silent())
+        self._new_manager().apply_structure(model, epoch=float("inf"), loggers=_silent_logger())
         return model.train(was_training)
 
     def apply_at_once(self, model: YOLOv5, batches: Iterable[Tensor]) -> None:
-        """Prune to the final sparsities and quantize, without training, in place.
+        """Prune to the final sparsities and quantize, in place and without training.
 
         Args:
-            model: the detector; left in evaluation mode, its quantizers frozen. Batch norm statistics
-                stay as they are.
+            model: the detector. Afterwards it is in evaluation mode and its quantizers are frozen; its batch
+                norm statistics do not change.
             batches: float images (N, 3, H, W) in 0..1 whose activations set the quantizers' ranges.
 
         Raises:
-            RecipeError: a kind of pruning needs training.
+            RecipeError: a modifier cannot prune without training.
         """
-        manager = self._fresh()
-        for modifier in manager.iter_modifiers():
+        for modifier in self._new_manager().iter_modifiers():
             if "Pruning" in type(modifier).__name__:
                 self._prune_at_once(modifier, model)
         if self.quantization_start is None:
@@ -462,7 +489,7 @@ class Recipe:
 
     def _prune_at_once(self, modifier: Any, model: nn.Module) -> None:
         try:
-            modifier.apply(model, epoch=float("inf"), loggers=_silent())
+            modifier.apply(model, epoch=float("inf"), loggers=_silent_logger())
         except Exception as error:  # SparseML raises plain Exceptions of many kinds
             raise RecipeError(
                 f"{type(modifier).__name__} of {self.name} cannot prune at once ({first_line(error)}). "
@@ -470,12 +497,12 @@ class Recipe:
             ) from error
 
     def after(self, base: str) -> str:
-        """The recipe staged behind the one that the start checkpoint was made with.
+        """Put this recipe after the one with which the start checkpoint was trained, as stages of one recipe.
 
         Args:
-            base: text of that recipe, itself staged or not; empty where there is none. Where both
-                quantize, the checkpoint is from before that (a quantized start is refused), and its
-                recipe's quantization is left out.
+            base: text of the start checkpoint's recipe, with or without stages; empty if it has none. If both
+                recipes quantize, its quantization is left out: a quantized start is refused, so the
+                checkpoint is from before it.
 
         Returns:
             YAML of both, from which a checkpoint's structure can be rebuilt.
@@ -485,23 +512,25 @@ class Recipe:
         """
         if not base.strip():
             return self.text
-        before = text_of(_load(body_of(base), "the recipe of the start checkpoint"))
+        before = recipe_text(_load(body_of(base), "the recipe of the start checkpoint"))
         if self.quantization_start is not None:
             before = without(before, "QuantizationModifier")
         return _compose(before, self.text) if before else self.text
 
-    def _fresh(self) -> Any:
-        """A manager of its own for each use: SparseML's modifiers remember what they have done."""
+    def _new_manager(self) -> Any:
+        """A manager for one use: SparseML's modifiers keep the state of the model they were applied to."""
         return _load(self.text, self.name)
 
-    def _modifiers(self, name: str) -> list[Any]:
-        return [m for m in self._manager.iter_modifiers() if type(m).__name__.endswith(name)]
+    def _modifiers(self, kind: str) -> list[Any]:
+        """The modifiers whose class's name ends with ``kind``."""
+        return [m for m in self._manager.iter_modifiers() if type(m).__name__.endswith(kind)]
 
     def _pruning(self) -> list[Any]:
         return [m for m in self._manager.iter_modifiers() if "Pruning" in type(m).__name__]
 
 
 def _load(body: str, name: str, variables: Mapping[str, float] | None = None) -> Any:
+    """SparseML's manager of a recipe given as YAML."""
     try:
         manager = ScheduledModifierManager.from_yaml(f"{body}\n", recipe_variables=dict(variables or {}))
     except Exception as error:  # SparseML raises plain Exceptions of many kinds
@@ -514,18 +543,8 @@ def _load(body: str, name: str, variables: Mapping[str, float] | None = None) ->
     return manager
 
 
-def _mask_once(manager: Any) -> None:
-    """Let a modifier that holds zeros look for them when it begins, and not again before every step.
-
-    The mask would be the same; to make it anew took SparseML a tenth of a training step of yolov5l. It goes
-    on being applied after each step.
-    """
-    for modifier in manager.iter_modifiers():
-        if type(modifier).__name__ == "ConstantPruningModifier":
-            modifier._update_frequency = math.inf
-
-
 def _check_kinds(kinds: Sequence[str], name: str) -> None:
+    """Refuse modifiers of kinds that SparseML does not know."""
     tags = [tag for tag in yaml.SafeLoader.yaml_constructors if isinstance(tag, str)]
     known = [tag.removeprefix("!pytorch.") for tag in tags if tag.startswith("!pytorch.")]
     for kind in kinds:
@@ -537,29 +556,37 @@ def _check_kinds(kinds: Sequence[str], name: str) -> None:
             )
 
 
-def _promise(modifier: Any, layer: str, weights: int, epoch: float, before: float, *, kept: bool) -> float:
-    """The least sparsity, 0..1, that a gradual modifier has given a layer by an epoch."""
+def _promised_share(
+    modifier: Any, layer: str, weights: int, epoch: float, before: float, *, kept: bool
+) -> float:
+    """The least share of zeros, 0..1, that a gradual modifier has given a layer by an epoch.
+
+    Args:
+        modifier: the modifier.
+        layer: published name.
+        weights: number of the layer's weights.
+        epoch: a moment between two steps.
+        before: the layer's share of zeros at epoch 0, 0..1.
+        kept: whether zeros stay after the modifier has ended.
+    """
     final = _final_sparsity(modifier, layer)
     start, end = start_of(modifier), float(modifier.end_epoch)
     if final is None or epoch <= start or (epoch >= end and not kept):
         return 0.0
-    if epoch < end and not _ramps(modifier):
+    is_movement = isinstance(modifier, MovementPruningModifier)
+    follows_curve = isinstance(modifier, GMPruningModifier) and not is_movement
+    if epoch < end and not follows_curve:
         return 0.0
     initial = before if modifier.init_sparsity == FROM_PARAM_TOKEN else float(modifier.init_sparsity)
-    # Updates come in every update_frequency epochs (-1: in every step), and surely the final one.
+    # There is an update in every update_frequency epochs (-1: in every step), and one at the end.
     last = epoch if epoch >= end else max(start, epoch - max(0.0, modifier.update_frequency))
     share = _interpolate(last, start, end, initial, final, modifier.inter_func)
     group = group_size(modifier)
     return float(round(weights / group * share) * group / weights)
 
 
-def _ramps(modifier: Any) -> bool:
-    """Whether the sparsity rises as the interpolation says."""
-    return isinstance(modifier, GMPruningModifier) and not isinstance(modifier, MovementPruningModifier)
-
-
 def _final_sparsity(modifier: Any, layer: str) -> float | None:
-    """What a gradual modifier prunes a layer to; None where it does not say, or does not mean the layer."""
+    """A gradual modifier's final sparsity of a layer; None if it has none for this layer alone."""
     per_layer = isinstance(modifier, BaseGradualPruningModifier) and not isinstance(modifier, _NOT_PER_LAYER)
     if not per_layer or modifier.global_sparsity:
         return None
@@ -567,24 +594,24 @@ def _final_sparsity(modifier: Any, layer: str) -> float | None:
     groups = final if isinstance(final, dict) else {final: modifier.params}
     for share, targets in groups.items():
         for target in [targets] if isinstance(targets, str) else targets:
-            if names_parameter(target, f"{layer}.weight"):
+            if matches_parameter(target, f"{layer}.weight"):
                 return float(share)
     return None
 
 
 def _compose(before: str, after: str) -> str:
-    """Stage one recipe behind another, the epochs of the second counted on from the end of the first."""
+    """Make two recipes stages of one; the epochs of the second are counted from the end of the first."""
     stages = stages_of(before)
     if stages and stages_of(after):
         after = renamed_stages(after, taken=stages)
     manager = ScheduledModifierManager.compose_staged(before, after)
     for modifier in manager.iter_modifiers():
         if type(modifier).__name__ == "QuantizationModifier":
-            modifier._end_epoch = -1.0  # composing closes open ends, which this modifier cannot read back
-    return text_of(manager)
+            modifier._end_epoch = -1.0  # composing sets an end, with which this modifier cannot be read again
+    return recipe_text(manager)
 
 
-def _silent() -> LoggerManager:
-    """A logger that keeps quiet: the default one writes sparse_logs/ into the current directory."""
-    nobody = LambdaLogger(lambda *_: True, enabled=False)  # an empty manager would count as none given
-    return LoggerManager([nobody], log_frequency=None, log_python=False)
+def _silent_logger() -> LoggerManager:
+    """A logger that logs nothing; the default one writes sparse_logs/ into the current directory."""
+    disabled = LambdaLogger(lambda *_: True, enabled=False)  # with no logger SparseML would use the default
+    return LoggerManager([disabled], log_frequency=None, log_python=False)

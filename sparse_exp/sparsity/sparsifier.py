@@ -1,4 +1,4 @@
-"""A recipe at work on a model that trains."""
+"""A recipe applied to a model step by step while it trains."""
 
 from __future__ import annotations
 
@@ -9,39 +9,40 @@ import torch
 from torch import Tensor, nn
 
 from sparse_exp.sparsity.distillation import Distiller
-from sparse_exp.sparsity.remembered import remember, remembered
+from sparse_exp.sparsity.fast_qat import accelerate
+from sparse_exp.sparsity.modifier_state import modifier_states, restore_modifiers
 
 
 class Sparsifier(Protocol):
     """A recipe applied to a model while it trains."""
 
     def before_step(self, epoch: float) -> None:
-        """Bring model and optimizer to where the recipe wants them before the forward pass."""
+        """Change model and optimizer as the recipe asks at an epoch, before the forward pass."""
 
     def loss(self, loss: Tensor, images: Tensor, raw: Sequence[Tensor], epoch: float) -> Tensor:
-        """Add what is learned from a teacher to the task's loss; the same loss where there is none.
+        """Add the distillation loss to the task's loss; without a teacher the loss stays as it is.
 
         Args:
             loss: of the task: the mean over the batch times N.
             images: float (N, 3, H, W) in 0..1.
-            raw: the three raw maps (N, 3, ny, nx, 5 + nc) that the model made of them.
-            epoch: now.
+            raw: the three raw maps (N, 3, ny, nx, 5 + nc) that the model computed from them.
+            epoch: of this step.
         """
 
     def step(self, epoch: float) -> None:
-        """Take one optimizer step, restore what the recipe keeps, such as masks, and prune if it is time."""
+        """Take one optimizer step, apply masks again, and prune if an update is due."""
 
     def state(self) -> dict[str, Any]:
-        """What was done so far, as builtin types and tensors."""
+        """The recipe's progress as builtin types and tensors."""
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where another one was, of the same recipe and a model of the same structure.
+        """Continue where another sparsifier, of the same recipe and the same structure of the model, was.
 
-        Before it, `before_step` was called with every epoch at which a phase has begun since the start, and
-        with that of the last step. The optimizer gets the parameters that the other one's had.
+        Before this, call `before_step` with every epoch at which a phase has begun so far, and with the epoch
+        of the last step. Parameters of projections to a teacher's channels are added to the optimizer.
 
         Args:
-            state: of the other one.
+            state: the other one's.
         """
 
     def finish(self) -> None:
@@ -49,16 +50,16 @@ class Sparsifier(Protocol):
 
 
 class ManagedSparsifier:
-    """The `Sparsifier` that SparseML's manager is.
+    """A `Sparsifier` that uses SparseML's manager.
 
     Args:
         manager: initialized for the model.
         model: in training.
         optimizer: of its parameters.
-        steps_per_epoch: optimizer steps.
+        steps_per_epoch: optimizer steps in an epoch.
         gradual: those of the manager's modifiers that raise the sparsity step by step.
         quantization_start: epoch at which QAT begins; None: never.
-        distiller: what is learned from a teacher, if anything is.
+        distiller: adds the distillation loss; None: no distillation.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class ManagedSparsifier:
         self._manager.update(self._model, self._optimizer, epoch, self._steps_per_epoch, log_updates=False)
         if begins:
             self._quantization_start = None
-            _accelerate(self._model)
+            accelerate(self._model)
             if self._distiller:
                 self._distiller.watch()
 
@@ -98,35 +99,28 @@ class ManagedSparsifier:
         self._manager.optimizer_pre_step(self._model, self._optimizer, epoch, self._steps_per_epoch)
         self._optimizer.step()
         self._manager.optimizer_post_step(self._model, self._optimizer, epoch, self._steps_per_epoch)
-        self._prune(epoch + 1.0 / self._steps_per_epoch)
-
-    def _prune(self, epoch: float) -> None:
-        # SparseML prunes before the next step. Already now, the weights that are evaluated and saved
-        # after this one have the sparsity that is due, also after the last step of all.
+        # SparseML would prune before the next step. By pruning now, the weights that are evaluated and saved
+        # after this step have the sparsity that is due; so have those after the very last step.
+        after = epoch + 1.0 / self._steps_per_epoch
         for modifier in self._gradual:
-            begun = modifier.start_epoch < epoch
-            if begun and modifier.update_ready(epoch, self._steps_per_epoch):
-                modifier.scheduled_update(self._model, self._optimizer, epoch, self._steps_per_epoch)
+            begun = modifier.start_epoch < after
+            if begun and modifier.update_ready(after, self._steps_per_epoch):
+                modifier.scheduled_update(self._model, self._optimizer, after, self._steps_per_epoch)
 
     def state(self) -> dict[str, Any]:
         """See `Sparsifier`."""
-        learned = self._distiller.projections() if self._distiller else {}
-        return {"modifiers": remembered(list(self._manager.iter_modifiers())), "projections": learned}
+        projections = self._distiller.projections() if self._distiller else {}
+        modifiers = modifier_states(list(self._manager.iter_modifiers()))
+        return {"modifiers": modifiers, "projections": projections}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See `Sparsifier`."""
-        remember(list(self._manager.iter_modifiers()), state["modifiers"])
+        restore_modifiers(list(self._manager.iter_modifiers()), state["modifiers"])
         if self._distiller:
-            self._distiller.project_with(state["projections"])
+            self._distiller.restore_projections(state["projections"])
 
     def finish(self) -> None:
         """See `Sparsifier`."""
         self._manager.finalize(self._model)
         if self._distiller:
             self._distiller.unwatch()
-
-
-def _accelerate(model: nn.Module) -> None:
-    from sparse_exp.sparsity.fast_qat import accelerate
-
-    accelerate(model)

@@ -18,7 +18,7 @@ from sparse_exp.serve.__main__ import main
 @pytest.fixture
 def fails(monkeypatch, tmp_path):
     """Runs the command in this process; the one line that it ends with."""
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     monkeypatch.chdir(tmp_path)
 
     def run(*words: str) -> str:
@@ -29,7 +29,8 @@ def fails(monkeypatch, tmp_path):
         return str(ended.value)
 
     yield run
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_help_is_quick(tmp_path):
@@ -73,6 +74,12 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(fails):
 )
 def test_what_cannot_be_served_is_one_line(fails, words, named):
     assert named in fails("nothing.onnx", *words)
+
+
+def test_ctrl_c_counts_where_it_was_ignored(fails):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    fails("nothing.onnx", "--port", "0")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_sizes_have_units():

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import tempfile
 
 import pytest
 from fastapi import Request
 from served import BOUNDARY, FORM, form
 
-from sparse_exp.serve.limits import Limits, Refused, read_uploads, refusal
+from sparse_exp.serve.limits import LimitBody, Limits, Refused, refusal
+from sparse_exp.serve.uploads import Upload, read_uploads
 
 KIND = FORM["Content-Type"].encode()
 
 
 class Client:
-    """Sends a body in parts, and remembers how many were asked for."""
+    """Sends a body in parts, and remembers how many were asked for before the answer and in all."""
 
-    def __init__(self, parts: list[bytes], *, length: int | None = None, hangs_up: bool = False) -> None:
-        headers = [(b"content-type", KIND)]
-        headers += [(b"content-length", str(length).encode())] if length is not None else []
+    def __init__(
+        self, parts: list[bytes], *, length: int | None = None, hangs_up: bool = False, kind: bytes = KIND
+    ) -> None:
+        how = (b"transfer-encoding", b"chunked") if length is None else (b"content-length", b"%d" % length)
+        headers = [(b"content-type", kind), how]
         self.scope = {"type": "http", "method": "POST", "path": "/predict", "headers": headers}
         self._parts, self._hangs_up, self.sent = parts, hangs_up, 0
         self.answer: list[dict] = []
+        self.sent_before_answer: int | None = None
 
     async def receive(self) -> dict:
         if self.sent == len(self._parts):
@@ -32,10 +38,23 @@ class Client:
         return {"type": "http.request", "body": self._parts[self.sent - 1], "more_body": more}
 
     async def send(self, message: dict) -> None:
+        if not self.answer:
+            self.sent_before_answer = self.sent
         self.answer.append(message)
 
-    def read(self, **limits):
-        return asyncio.run(read_uploads(Request(self.scope, self.receive), Limits(**limits)))
+    def ask(self, app, max_bytes: int = 10**6) -> None:
+        """Send the request to an application behind the middleware."""
+        asyncio.run(LimitBody(app, max_bytes)(self.scope, self.receive, self.send))
+
+    def read(self, **limits) -> list[Upload]:
+        """Send it to one that reads images and does not answer."""
+        bounds, uploads = Limits(**limits), []
+
+        async def app(scope, receive, send):
+            uploads.extend(await read_uploads(Request(scope, receive), bounds))
+
+        self.ask(app, bounds.max_bytes)
+        return uploads
 
 
 def test_a_body_may_arrive_in_parts_of_any_length():
@@ -49,9 +68,9 @@ def test_a_body_may_arrive_in_parts_of_any_length():
 
 def test_a_body_that_says_it_is_too_long_is_not_read():
     client = Client([bytes(10)], length=1001)
-    with pytest.raises(Refused, match="longer than 1000 bytes") as refused:
-        client.read(max_bytes=1000)
-    assert (refused.value.status, client.sent) == (413, 0)
+    assert client.read(max_bytes=1000) == []
+    assert (client.answer[0]["status"], client.sent_before_answer) == (413, 0)
+    assert "longer than 1000 bytes" in json.loads(client.answer[1]["body"])["error"]
 
 
 @pytest.mark.parametrize("length", [None, 10])
@@ -87,9 +106,9 @@ def test_file_names_are_made_harmless():
 
 def test_the_answer_is_whole_before_the_rest_of_the_body_is_thrown_away():
     client = Client([bytes(1000)] * 50)
-    answer = refusal(413, "Too long.")
-    asyncio.run(answer(client.scope, client.receive, client.send))
+    client.ask(refusal(413, "Too long."))
     start, content, end = client.answer
+    assert client.sent_before_answer == 0
     assert (b"content-length", str(len(content["body"])).encode()) in start["headers"]
     assert (b"connection", b"close") in start["headers"]
     assert (client.sent, end["more_body"]) == (50, False)
@@ -97,7 +116,38 @@ def test_the_answer_is_whole_before_the_rest_of_the_body_is_thrown_away():
 
 def test_after_a_whole_body_the_connection_is_kept():
     client = Client([form(b"x", field="other")])
-    with pytest.raises(Refused):
-        client.read()
-    asyncio.run(refusal(422, "No.")(client.scope, client.receive, client.send))
+
+    async def app(scope, receive, send):
+        with pytest.raises(Refused):
+            await read_uploads(Request(scope, receive), Limits())
+        await refusal(422, "No.")(scope, receive, send)
+
+    client.ask(app)
+    assert client.answer[0]["status"] == 422
     assert b"connection" not in dict(client.answer[0]["headers"])
+
+
+def test_without_a_body_the_connection_is_kept():
+    client = Client([])
+    client.scope["headers"] = []
+    client.ask(refusal(503, "Later."))
+    assert b"connection" not in dict(client.answer[0]["headers"])
+    assert (client.sent, len(client.answer)) == (0, 2)
+
+
+EVERY_BYTE = bytes(range(256))
+
+
+@pytest.mark.parametrize("charset", [b"", b"; charset=utf-8", b"; charset=undefined", b'; charset=idna; x="'])
+@pytest.mark.parametrize("content", [EVERY_BYTE, "ä€".encode(), "ä€".encode("utf-16")])
+def test_a_part_without_a_file_name_is_kept_as_it_is_whatever_the_charset(content, charset):
+    body = form(content).replace(b'; filename="a.png"', b"")
+    (upload,) = Client([body], kind=KIND + charset).read()
+    assert (upload.name, upload.content) == ("image 1", content)
+
+
+def test_files_stay_in_memory(monkeypatch):
+    """The bound on bodies bounds memory, and a disk that is full or read-only does not matter."""
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    (upload,) = Client([form(bytes(3_000_000))]).read(max_bytes=4_000_000)
+    assert upload.content == bytes(3_000_000)

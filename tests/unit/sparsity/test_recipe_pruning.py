@@ -329,12 +329,12 @@ def test_at_once_without_quantization_and_what_cannot_be_done_at_once():
 
 
 def test_each_use_of_a_recipe_is_its_own_and_accelerates_once_when_quantization_begins(monkeypatch):
-    from sparse_exp.sparsity import fast_qat
+    from sparse_exp.sparsity import sparsifier as module
 
     calls, model = [], Tiny()
     quantize = "  - !QuantizationModifier\n    start_epoch: 1.0\n"
     monkeypatch.setattr(
-        fast_qat, "accelerate", lambda given: calls.append((given, is_quantized([*given.state_dict()])))
+        module, "accelerate", lambda given: calls.append((given, is_quantized([*given.state_dict()])))
     )
     recipe = Recipe(gradual() + quantize)
     recipe.apply_structure(Tiny())

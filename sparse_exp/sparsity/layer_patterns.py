@@ -1,4 +1,4 @@
-"""Which layers of a model the names in a recipe mean, as SparseML reads them."""
+"""Find the layers of a model that names and patterns in a recipe stand for, as SparseML does."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ ALL, ALL_PRUNABLE = "__ALL__", "__ALL_PRUNABLE__"
 
 
 def published_name(name: str) -> str:
-    """A layer's name in the published model, also where quantization has wrapped the layer."""
+    """A layer's name in the published model, whether quantization has wrapped the layer or not."""
     return name.removesuffix(".module").replace(".module.", ".")
 
 
-def names_parameter(target: str, parameter: str) -> bool:
-    """Whether a target of a modifier's ``params`` means a parameter.
+def matches_parameter(target: str, parameter: str) -> bool:
+    """Whether a target of a modifier's ``params`` matches a parameter.
 
-    A target is a parameter's full name, ``re:`` and a pattern for its beginning, or one of the tokens
-    for all.
+    Args:
+        target: a parameter's full name; ``re:`` and a pattern that its beginning must match; ``__ALL__``; or
+            ``__ALL_PRUNABLE__``, which matches all weights here.
+        parameter: full name.
     """
     if target == ALL:
         return True
@@ -35,7 +37,7 @@ def names_parameter(target: str, parameter: str) -> bool:
 def _by_parameter(target: str, model: nn.Module) -> list[str]:
     prunable = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     names = [name for name, _ in model.named_parameters()]
-    found = [name for name in names if names_parameter(target, name)]
+    found = [name for name in names if matches_parameter(target, name)]
     if target == ALL_PRUNABLE:
         found = [name for name in found if name in prunable]
     return [published_name(name.rpartition(".")[0]) for name in found]
@@ -45,7 +47,7 @@ def _by_module(target: str, model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules() if name == target]
 
 
-def _by_layer(target: str, model: nn.Module) -> list[str]:
+def _by_module_or_pattern(target: str, model: nn.Module) -> list[str]:
     if target.startswith("re:"):
         return [name for name, _ in model.named_modules() if re.match(target[3:], name)]
     return [target] if target in (ALL, ALL_PRUNABLE) else _by_module(target, model)
@@ -56,16 +58,17 @@ def _by_prefix_or_type(target: str, model: nn.Module) -> list[str]:
 
 
 def _by_type(target: str, model: nn.Module) -> list[str]:
-    # Published recipes exclude types of other architectures too; a type of torch's is no mistake.
+    # Published recipes also exclude types of other architectures: any type that torch knows is accepted.
     known = [target] if hasattr(nn, target) else []
     return known + [name for name, module in model.named_modules() if type(module).__name__ == target]
 
 
+# For each attribute of a modifier that names layers, a function from a target and a model to layers' names.
 _MATCHERS: dict[str, Callable[[str, nn.Module], list[str]]] = {
     "params": _by_parameter,
     "param": _by_parameter,
     "final_sparsity": _by_parameter,
-    "layers": _by_layer,
+    "layers": _by_module_or_pattern,
     "submodules": _by_module,
     "student_layer_names": _by_module,
     "ignore": _by_prefix_or_type,
@@ -76,7 +79,7 @@ _MATCHERS: dict[str, Callable[[str, nn.Module], list[str]]] = {
 
 
 def targets_of(modifier: Any) -> Iterator[tuple[str, str]]:
-    """(attribute, target) for each name in a SparseML modifier that must mean something in the model."""
+    """(attribute, target) for each name or pattern in a SparseML modifier that must match something."""
     optional = {"params", "param"} if getattr(modifier, "params_strict", True) is False else set()
     if getattr(modifier, "strict", True) is False:
         optional |= {"ignore", "scheme_overrides"}
@@ -89,11 +92,11 @@ def targets_of(modifier: Any) -> Iterator[tuple[str, str]]:
 
 
 def layers_matching(attribute: str, target: str, model: nn.Module) -> list[str]:
-    """Published names of the layers that a target means, in the model's order; empty if it means none.
+    """Published names of the layers that a target matches, in the model's order; empty if it matches none.
 
     Args:
         attribute: of the modifier, see `targets_of`.
-        target: what stands there.
+        target: a name or pattern in this attribute.
         model: before or after quantization.
 
     Raises:
@@ -108,25 +111,26 @@ def layers_matching(attribute: str, target: str, model: nn.Module) -> list[str]:
 
 
 def check_target(attribute: str, target: str, model: nn.Module, owner: str) -> None:
-    """Refuse a target that means no layer.
+    """Refuse a target that matches no layer.
 
     Args:
-        attribute: of the modifier.
-        target: what stands there.
+        attribute: see `layers_matching`.
+        target: see `layers_matching`.
         model: before quantization.
-        owner: names modifier and recipe in the message.
+        owner: the modifier and its recipe, for the message.
 
     Raises:
-        RecipeError: gives the nearest names that there are.
+        RecipeError: the message gives the names in the model that are most similar.
     """
     if not layers_matching(attribute, target, model):
         raise RecipeError(
             f"{owner} names {target!r} in {attribute}, which matches no layer of the model. "
-            f"Correct it; the nearest names are {', '.join(_nearest(attribute, target, model))}."
+            f"Correct it; the nearest names are {', '.join(_similar_names(attribute, target, model))}."
         )
 
 
-def _nearest(attribute: str, target: str, model: nn.Module) -> list[str]:
+def _similar_names(attribute: str, target: str, model: nn.Module) -> list[str]:
+    """Up to three names in the model that are most similar to a target; of its own kind of names."""
     if _MATCHERS[attribute] is _by_parameter:
         names = [name for name, _ in model.named_parameters()] + [ALL, ALL_PRUNABLE]
     else:
@@ -134,6 +138,6 @@ def _nearest(attribute: str, target: str, model: nn.Module) -> list[str]:
         types = sorted({type(module).__name__ for module in model.modules()})
         names += [] if _MATCHERS[attribute] is _by_module else types
     wanted = target.removeprefix("re:")
-    near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.3)
-    folded = [name for name in names if name.lower() == wanted.lower()]
-    return list(dict.fromkeys([*folded, *(near or names[:3])]))[:3]
+    similar = difflib.get_close_matches(wanted, names, n=3, cutoff=0.3)
+    same_but_case = [name for name in names if name.lower() == wanted.lower()]
+    return list(dict.fromkeys([*same_but_case, *(similar or names[:3])]))[:3]
