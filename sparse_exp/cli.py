@@ -21,6 +21,7 @@ from sparse_exp.config.plain import CONF_DIRECTORY, group
 from sparse_exp.config.schema import Experiment, TrackerConfig
 from sparse_exp.errors import ConfigError, SparseExpError, StageFailed, first_line
 from sparse_exp.resolve import resolve
+from sparse_exp.resume import resumed
 from sparse_exp.sweep.naming import sweep_name
 
 _log = logging.getLogger("sparse_exp")
@@ -114,10 +115,14 @@ def task(config: DictConfig) -> Any:
         return _run_job(config, job)
     from sparse_exp.experiment import run
 
-    experiment = resolve(config)
-    if experiment.sweep.objectives or job.runtime.choices.get("sweep"):
+    words = list(job.overrides.task)
+    if config.sweep.objectives or job.runtime.choices.get("sweep"):
         _log.warning("Without -m this is a single run: sweep= and sweep.objectives have no effect.")
-    run(experiment, _hydra_files(config, job), list(job.overrides.task))
+    if config.resume:
+        start = resumed(config, job)
+        run(start.experiment, _hydra_words(start.words), start.words, whole=start.whole)
+    else:
+        run(resolve(config), _hydra_files(config, job), words)
     return None
 
 
@@ -220,6 +225,11 @@ def _hydra_files(config: DictConfig, job: Any) -> dict[str, str]:
         "hydra.yaml": OmegaConf.to_yaml(OmegaConf.masked_copy(OmegaConf.create({"hydra": job}), "hydra")),
         "overrides.yaml": OmegaConf.to_yaml(job.overrides.task),
     }
+
+
+def _hydra_words(words: list[str] | None) -> dict[str, str]:
+    """Of the files that Hydra wrote at a run's first start, what a later one changes."""
+    return {} if words is None else {"overrides.yaml": OmegaConf.to_yaml(words)}
 
 
 def log_to_console(prefix: str = "") -> None:

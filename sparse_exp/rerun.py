@@ -74,9 +74,10 @@ class Record:
         return {"code": code, "host": {"cpu": cpu} if cpu else {}, **self.manifest.get("conditions", {})}
 
     @property
-    def overrides(self) -> list[str]:
-        """The words of its command line, as far as they are known."""
-        return [str(word) for word in self.manifest.get("overrides", tagged_overrides(self.tags) or ())]
+    def overrides(self) -> list[str] | None:
+        """The words of its command line; None where they are not known."""
+        words = self.manifest.get("overrides", tagged_overrides(self.tags))
+        return None if words is None else [str(word) for word in words]
 
     @property
     def data(self) -> str | None:
@@ -99,8 +100,9 @@ def main() -> int:
     from sparse_exp.experiment import run
 
     log_to_console()
-    words = [*record.overrides, *options.overrides]
-    run(experiment, {**record.hydra, "overrides.yaml": _as_yaml_list(words)}, words)
+    words = None if record.overrides is None else [*record.overrides, *options.overrides]
+    told = {} if words is None else {"overrides.yaml": _as_yaml_list(words)}
+    run(experiment, {**record.hydra, **told}, words)
     return 0
 
 
@@ -261,10 +263,6 @@ def _options() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-if __name__ == "__main__":
-    run_command(main)
-
-
 def data_differences(experiment: Experiment, then: str | None) -> Iterator[Difference]:
     """Whether the data set is another now; it is read where it is on this machine, never fetched.
 
@@ -283,3 +281,7 @@ def data_differences(experiment: Experiment, then: str | None) -> Iterator[Diffe
     except SparseExpError as error:
         now = f"cannot be read: {error}"
     yield from difference("data", name, then, now)
+
+
+if __name__ == "__main__":
+    run_command(main)

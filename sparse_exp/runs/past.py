@@ -6,7 +6,6 @@ import argparse
 import json
 import logging
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from sparse_exp.config.schema import DEFAULT_DIRECTORIES, TrackerConfig
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.files import read_json
+from sparse_exp.hints import command_line
 from sparse_exp.runs.directory import MANIFEST, find_directories, is_abandoned
 from sparse_exp.tracking import PARENT_TAG, FoundRun
 from sparse_exp.tracking.dashboard import DEFAULT_STORE
@@ -23,7 +23,7 @@ OVERRIDES_TAG = "overrides"
 JOB_TAG = "sweep.job"
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 # Words of a command line that say where a run lies or how it is started, not what it is.
-_ABOUT_THE_PLACE = (
+ABOUT_THE_PLACE = (
     "paths.run=", "resume=", "overwrite=", "dry_run=", "launcher=", "launcher.", "ray.", "sweep.",
 )  # fmt: skip
 _log = logging.getLogger(__name__)
@@ -59,15 +59,15 @@ class PastRun:
     @property
     def words(self) -> tuple[str, ...]:
         """The overrides that say what the run is, without those about its place."""
-        return tuple(word for word in self.overrides or () if not word.startswith(_ABOUT_THE_PLACE))
+        return tuple(word for word in self.overrides or () if not word.startswith(ABOUT_THE_PLACE))
 
     @property
     def command(self) -> str:
         """What to type to run it again: as it was typed, or where that is not known by its record."""
         if self.overrides is None:
-            return f"python -m sparse_exp.rerun {shlex.quote(self.place)}"
-        options = [f"--config-dir {shlex.quote(folder)}" for folder in _own_config(Path(self.place))]
-        return " ".join(["python -m sparse_exp", *options, *map(shlex.quote, self.words)])
+            return command_line(self.place, module="sparse_exp.rerun")
+        options = [word for folder in _own_config(Path(self.place)) for word in ("--config-dir", folder)]
+        return command_line(*options, *self.words)
 
 
 def select_runs(

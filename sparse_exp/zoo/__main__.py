@@ -11,6 +11,7 @@ from typing import Any
 
 from sparse_exp.command import Parser, run_command
 from sparse_exp.errors import ConfigError, expected
+from sparse_exp.hints import command_line
 from sparse_exp.metrics.names import SIGNS
 from sparse_exp.sources.local import Published, find, published, read_metadata, stub_of, zoo_directory
 from sparse_exp.sources.stub import STUB_PREFIX
@@ -215,7 +216,7 @@ def _model(name: str, zoo: Path) -> Published:
     directory = find(name, zoo) if name.startswith(STUB_PREFIX) else Path(name).expanduser().absolute()
     metadata = read_metadata(directory) if directory else {}
     if directory is None or not metadata:
-        do = "See: python -m sparse_exp.zoo list."
+        do = f"See: {command_line('list', '--zoo', str(zoo), module='sparse_exp.zoo')}"
         raise ConfigError(expected("the model", f"one that is published in {zoo}", name, do))
     inside = directory.is_relative_to(zoo)
     return Published(stub_of(directory, zoo) if inside else metadata["stub"], directory, metadata)

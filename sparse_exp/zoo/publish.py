@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_exp import __version__
-from sparse_exp.config.schema import ENGINES
+from sparse_exp.config.schema import ENGINES, STAGES
 from sparse_exp.data.attributions import attributions_of
 from sparse_exp.errors import ConfigError, SparseExpError, expected
 from sparse_exp.files import sha256_of, write_json
+from sparse_exp.hints import override, resume_command
 from sparse_exp.runs.deployment import MODEL, Deployment
 from sparse_exp.runs.directory import CONFIG, MANIFEST, Run
 from sparse_exp.sources.layout import BEFORE_QAT, DEPLOYMENT, FINAL, TRAINING
@@ -63,7 +64,7 @@ def read_finished(path: Path) -> Run:
     status = run.state.get("status")
     # Of a run that stopped when it was to be published everything else is done.
     if status != "FINISHED" and not (status == "FAILED" and run.state.get("stage") == "publish"):
-        do = f"Finish it with: python -m sparse_exp resume={path}."
+        do = f"Finish it with: {resume_command(path)}"
         raise ConfigError(expected(f"the run {path}", "FINISHED", status, do))
     return run
 
@@ -210,14 +211,16 @@ def _require_whole(run: Run) -> Path:
     """
     missing = [stage for stage in _NEEDED if stage not in run.records]
     if missing:
-        do = "Only what was evaluated and exported can be published; run these stages with resume=RUN."
+        stages = missing if run.checkpoint else STAGES[: STAGES.index(_NEEDED[-1]) + 1]
+        again = resume_command(run.path, override("stages", stages))
+        do = f"Only what was evaluated and exported can be published. Do it with: {again}"
         found = ", ".join(run.records)
         raise ConfigError(
             f"Expected {run.path} to have run {' and '.join(missing)}, but its stages are {found}. {do}"
         )
     for stage in ("train", "export"):
         for name in run.changed_outputs(stage):
-            do = f"Run the stage {stage} again with resume={run.path}."
+            do = f"Run the stage {stage} again with: {resume_command(run.path)}"
             raise ConfigError(f"{run.path / name} is missing or not what the run wrote. {do}")
     if run.checkpoint is None:
         raise ConfigError(f"{run.path} has no checkpoint to publish. Publish the run that trained it.")

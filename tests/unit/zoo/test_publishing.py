@@ -327,7 +327,7 @@ def test_only_a_finished_run_is_published(finished_run, tmp_path):
             read_finished(run)
         assert str(raised.value) == (
             f"Expected the run {run} to be FINISHED, but got '{status}'. "
-            f"Finish it with: python -m sparse_exp resume={run}."
+            f"Finish it with: python -m sparse_exp resume={run}"
         )
     with_status(status="FAILED", stage="publish")  # all else is done
     assert read_finished(run).checkpoint.name == "best_pruned_quant.pt"
