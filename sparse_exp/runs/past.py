@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sparse_exp.config.schema import DEFAULT_DIRECTORIES, TrackerConfig
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.files import read_json
@@ -18,6 +20,7 @@ from sparse_exp.hints import command_line
 from sparse_exp.runs.directory import MANIFEST, find_directories, is_abandoned
 from sparse_exp.tracking import PARENT_TAG, FoundRun
 from sparse_exp.tracking.dashboard import DEFAULT_STORE
+from sparse_exp.tracking.reading import read_runs
 
 OVERRIDES_TAG = "overrides"
 JOB_TAG = "sweep.job"
@@ -143,8 +146,6 @@ def local_directory(run: FoundRun) -> Path | None:
 
 
 def _from_mlflow(config: TrackerConfig, store: Path, **chosen: Any) -> list[PastRun]:
-    from sparse_exp.tracking.reading import read_runs
-
     found = read_runs(config, store, **chosen)
     parents = {run.tags[PARENT_TAG] for run in found if PARENT_TAG in run.tags}
     return [
@@ -172,8 +173,6 @@ def tagged_overrides(tags: Mapping[str, str]) -> tuple[str, ...] | None:
 
 def _own_config(directory: Path) -> list[str]:
     """The directory that ``--config-dir`` named when a run was started."""
-    import yaml
-
     try:
         recorded = yaml.safe_load((directory / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))
         sources = recorded["hydra"]["runtime"]["config_sources"]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_exp.config.schema import Experiment
+from sparse_exp.data import prepare
 from sparse_exp.errors import ConfigError, SourceUnavailable, expected
 from sparse_exp.hardware import has_bf16, usable_physical_cores
 from sparse_exp.runs.directory import Run, StageRecord
@@ -95,8 +96,6 @@ class Context:
     @cached_property
     def dataset(self) -> DetectionDataset:
         """The data set, built or read; ready at once when the fetch stage has seen it."""
-        from sparse_exp.data import prepare
-
         return prepare(self.experiment.dataset, self.cache)
 
     @property

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sparse_exp.config.schema import Experiment
+from sparse_exp.data import check_dataset, is_prepared
 from sparse_exp.errors import DataError
 from sparse_exp.runs.directory import StageRecord
 from sparse_exp.sources.cache import cache_directory
@@ -23,8 +24,6 @@ _log = logging.getLogger(__name__)
 
 
 def _run(context: Context) -> Outcome:
-    from sparse_exp.data import check_dataset
-
     dataset = context.dataset
     boxes = check_dataset(dataset)
     for split, samples in dataset.splits.items():
@@ -97,8 +96,6 @@ def content_now(
 
 
 def _data_digest(experiment: Experiment, known: str | None, dataset: Callable[[], DetectionDataset]) -> str:
-    from sparse_exp.data import is_prepared
-
     name, cache = experiment.dataset.name, cache_directory(experiment.paths.cache)
     if known and not is_prepared(experiment.dataset, cache):
         _log.warning("The data set %s is not on this machine: it counts as unchanged.", name)

@@ -18,6 +18,7 @@ from sparse_exp import __version__
 from sparse_exp.compare.comparison import FINISHED
 from sparse_exp.config.plain import as_dict, recipe_path
 from sparse_exp.config.schema import Experiment, TrackerConfig
+from sparse_exp.data import prepare
 from sparse_exp.errors import ConfigError, SparseExpError, StageFailed, first_line
 from sparse_exp.experiment import run
 from sparse_exp.files import fingerprint, read_json, sha256_of, write_json
@@ -157,8 +158,6 @@ def _changed_settings(job: Job, manifest: Mapping[str, Any], experiment: Experim
 
 def _changed_content(job: Job, experiment: Experiment) -> list[str]:
     """The data set or the start checkpoint, where it is another now than the job's fetch stage found."""
-    from sparse_exp.data import prepare
-
     run = Run.find(job.directory)
     facts = run.facts("fetch") if run else {}
     if not facts:
