@@ -140,7 +140,7 @@ def _run_job(config: DictConfig, job: Any) -> Any:
     )
     experiment = None
     try:
-        if place.manifest:  # so that what it made itself does not stand in its way
+        if place.earlier:  # so that what it made itself does not stand in its way
             config.resume = str(place.directory)
         experiment = resolve(config)
         return run_job(place, experiment)
