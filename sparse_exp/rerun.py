@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _FILES = ("config.yaml", "environment.txt", MANIFEST)
+_KINDS = ("code", "configuration", "packages", "data", "host")  # the order in which they are shown
 _HYDRA = ("config.yaml", "hydra.yaml")
 _TEXT = """
 KEY=VALUE changes single values of the recorded configuration (seed=1, trainer.lr=0.002); groups such as
@@ -80,6 +81,20 @@ class Record:
         code = {name: value for name, value in tagged.items() if value is not None}
         cpu = self.tags.get("host.cpu")
         return {"code": code, "host": {"cpu": cpu} if cpu else {}, **self.manifest.get("conditions", {})}
+
+    @property
+    def made_with(self) -> dict[str, dict[str, Any]]:
+        """Code, host and packages by the stages that were done with them, as ``fetch, plan``.
+
+        There are several where the run went on later with others. Where stages do not say it, there is one,
+        of all of them: that of the last start.
+        """
+        stages: dict[str, list[str]] = {}
+        for name, entry in self.manifest.get("stages", {}).items():
+            stages.setdefault(entry.get("conditions", ""), []).append(name)
+        known = self.manifest.get("environments", {})
+        last = {**self.conditions, "packages": self.environment}
+        return {", ".join(names): known.get(key, last) for key, names in stages.items()} or {"": last}
 
     @property
     def overrides(self) -> list[str] | None:
@@ -199,15 +214,21 @@ def differences(record: Record, experiment: Experiment, filled: Sequence[str] = 
         experiment: rebuilt from it.
         filled: keys of the configuration that the record does not have.
     """
-    then = record.conditions
-    return [
-        *code_differences(then["code"]),
+    made_with, found = record.made_with, []
+    for stages, then in made_with.items():
+        one = [
+            *code_differences(then["code"]),
+            *package_differences(then["packages"]),
+            *host_differences(then["host"]),
+        ]
+        of_some = f" ({stages})" if len(made_with) > 1 else ""
+        found += [replace(each, what=f"{each.what}{of_some}") for each in one]
+    found += [
         *(Difference("configuration", key, NOT_RECORDED, str(_value(experiment, key))) for key in filled),
-        *_recipe_differences(then.get("recipe"), experiment),
-        *package_differences(record.environment),
+        *_recipe_differences(record.conditions.get("recipe"), experiment),
         *data_differences(experiment, record.data),
-        *host_differences(then["host"]),
     ]
+    return sorted(found, key=lambda each: _KINDS.index(each.kind))
 
 
 def _value(node: Any, key: str) -> Any:
