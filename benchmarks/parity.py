@@ -1,9 +1,10 @@
-"""Our items per second for one ONNX file beside those of the runtimes' own benchmark programs.
+"""Compare our items per second for one ONNX file with those of the runtimes' own benchmark programs.
 
-``deepsparse.benchmark`` and OpenVINO's ``benchmark_app`` run at the same settings as ours: the same file,
-batch, cores (the process is kept to the same CPUs), streams, threads bound to cores where the program does
-so, warm-up and seconds; in turns, each time in a new process. Their inputs are taken over, too:
-deepsparse.benchmark rounds its random numbers down to pixels that are all 0, benchmark_app takes random ones.
+``deepsparse.benchmark`` and OpenVINO's ``benchmark_app`` run with the same settings as ours: the same file,
+batch, cores (the process is kept to the same CPUs), streams, warm-up and seconds; threads are bound to cores
+where the program binds them. They run in turns, each time in a new process. Our inputs are those of the
+programs: deepsparse.benchmark rounds its random numbers down to pixels that are all 0, benchmark_app takes
+random pixels.
 
     python benchmarks/parity.py                                  # YOLOv5n, 640 px, made on the fly; 7 minutes
     python benchmarks/parity.py --model RUN/deployment/model.onnx --tools deepsparse --batches 1 32
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparse_exp.command import run_command, whole
+from sparse_exp.command import Parser, run_command, whole
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.engines.signature import read_signature
 from sparse_exp.errors import ConfigError, EngineError, expected, first_line
@@ -38,8 +39,8 @@ from sparse_exp.locks import default_lock_path, measuring_alone
 
 _WITHIN = 0.05
 _WARMUP_S = 2
-# What the console scripts do, kept to some CPUs, and with the packages missing that would report usage to
-# OpenVINO's maker, and that would only be imported.
+# Does what the programs' console scripts do, on the given CPUs. The package `without` seems to be missing:
+# openvino_telemetry, which would report to OpenVINO's maker, or torch, which would be imported for nothing.
 _RUN = """
 import os, sys
 cpus, without, module, *sys.argv[1:] = sys.argv[1:]
@@ -51,7 +52,7 @@ sys.exit(import_module(module).main())
 
 
 @dataclass
-class Case:
+class ParityCase:
     """One comparison.
 
     Attributes:
@@ -77,7 +78,7 @@ class Case:
 
     @property
     def close(self) -> bool:
-        """Whether they are the same but for `_WITHIN`."""
+        """Whether both are equal within `_WITHIN`."""
         return abs(self.ratio - 1) <= _WITHIN
 
 
@@ -98,7 +99,8 @@ def main() -> int:
                     print(f"round {turn + 1}: {_row(case)}", file=sys.stderr, flush=True)
     cpu = f"{len(cpus)} cores of {host_facts().cpu}"
     print(f"{model.name}, {cpu}, {options.seconds} s, {options.rounds} rounds\n")
-    print(_table(cases))
+    print("| program | scenario | batch | streams | its items/s | our items/s | ours / its | within 5 % |")
+    print("\n".join(["|---|---|---|---|---|---|---|---|", *map(_row, cases)]))
     if options.json:
         write_json(
             options.json, [{**vars(case), "ratio": case.ratio, "within": case.close} for case in cases]
@@ -107,9 +109,9 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="ONNX file; by default YOLOv5n with random weights")
-    parser.add_argument("--imgsz", type=whole, default=640, help="side of that one's images, px")
+    parser.add_argument("--imgsz", type=whole, default=640, help="side of YOLOv5n's images, px")
     parser.add_argument(
         "--tools", nargs="+", default=["deepsparse", "openvino"], choices=["deepsparse", "openvino"]
     )
@@ -123,14 +125,15 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _cases(options: argparse.Namespace, cores: int) -> Iterator[Case]:
+def _cases(options: argparse.Namespace, cores: int) -> Iterator[ParityCase]:
     for tool in options.tools:
         for scenario in options.scenarios:
             for batch in options.batches:
-                yield Case(tool, scenario, batch, 1 if scenario == "sync" else options.streams or cores)
+                yield ParityCase(tool, scenario, batch, 1 if scenario == "sync" else options.streams or cores)
 
 
 def _yolov5n(path: Path, imgsz: int) -> Path:
+    """Export a YOLOv5n with random weights. Torch is imported here, since ``--model`` does without it."""
     import torch
 
     from sparse_exp.export.onnx import export_float
@@ -142,7 +145,7 @@ def _yolov5n(path: Path, imgsz: int) -> Path:
 
 
 def _measure(
-    case: Case, model: Path, cpus: Sequence[int], seconds: int, scratch: Path, *, ours_first: bool
+    case: ParityCase, model: Path, cpus: Sequence[int], seconds: int, scratch: Path, *, ours_first: bool
 ) -> None:
     program = _deepsparse_benchmark if case.tool == "deepsparse" else _benchmark_app
     for ours in (ours_first, not ours_first):
@@ -152,7 +155,7 @@ def _measure(
             case.theirs.append(program(case, model, cpus, seconds, scratch))
 
 
-def _ours(case: Case, model: Path, cpus: Sequence[int], seconds: int) -> float:
+def _ours(case: ParityCase, model: Path, cpus: Sequence[int], seconds: int) -> float:
     images = _images(case, model)
     options: dict[str, Any] = {"bind_threads": True} if case.tool == "deepsparse" else {}
     with closing(IsolatedEngine(case.tool)) as engine:
@@ -165,15 +168,17 @@ def _ours(case: Case, model: Path, cpus: Sequence[int], seconds: int) -> float:
     return case.batch * len(timing.latencies) / timing.wall
 
 
-def _images(case: Case, model: Path) -> NDArray[np.uint8]:
-    """One batch, uint8 (N, 3, H, W), of pixels such as the program makes them."""
+def _images(case: ParityCase, model: Path) -> NDArray[np.uint8]:
+    """One batch, uint8 (N, 3, H, W), of the same kind of pixels as the program's."""
     shape = (case.batch, 3, *(read_signature(model).size or (0, 0)))
     if case.tool == "deepsparse":
         return np.zeros(shape, np.uint8)
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def _deepsparse_benchmark(case: Case, model: Path, cpus: Sequence[int], seconds: int, scratch: Path) -> float:
+def _deepsparse_benchmark(
+    case: ParityCase, model: Path, cpus: Sequence[int], seconds: int, scratch: Path
+) -> float:
     report = scratch / "deepsparse.json"
     arguments = [
         *(model, "--batch_size", case.batch, "--num_cores", len(cpus), "--scenario", case.scenario),
@@ -185,26 +190,18 @@ def _deepsparse_benchmark(case: Case, model: Path, cpus: Sequence[int], seconds:
     return float(result["items_per_sec"])
 
 
-def _benchmark_app(case: Case, model: Path, cpus: Sequence[int], seconds: int, scratch: Path) -> float:
+def _benchmark_app(case: ParityCase, model: Path, cpus: Sequence[int], seconds: int, scratch: Path) -> float:
     height, width = read_signature(model).size or (0, 0)
     arguments = [
-        *(
-            "-m",
-            model,
-            "-d",
-            "CPU",
-            "-shape",
-            f"[{case.batch},3,{height},{width}]",
-            "-infer_precision",
-            "f32",
-        ),
+        *("-m", model, "-d", "CPU", "-shape", f"[{case.batch},3,{height},{width}]"),
+        *("-infer_precision", "f32"),
         *("-hint", "none", "-nthreads", len(cpus), "-nstreams", case.streams, "-nireq", case.streams),
         *("-api", case.scenario, "-t", seconds),
     ]
-    said = _run("openvino.tools.benchmark.main", "openvino_telemetry", cpus, arguments)
-    found = re.search(r"Throughput:\s*([\d.]+) FPS", said)
+    output = _run("openvino.tools.benchmark.main", "openvino_telemetry", cpus, arguments)
+    found = re.search(r"Throughput:\s*([\d.]+) FPS", output)
     if found is None:
-        raise EngineError(f"benchmark_app said no throughput: {first_line(ValueError(said[-200:]))}")
+        raise EngineError(f"benchmark_app printed no throughput: {first_line(ValueError(output[-200:]))}")
     return float(found[1])
 
 
@@ -213,17 +210,12 @@ def _run(module: str, without: str, cpus: Sequence[int], arguments: Sequence[obj
     ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if ended.returncode:
         lines = ended.stdout.strip().splitlines() or ["nothing"]
-        raise EngineError(f"{module} ended with exit code {ended.returncode} and said: {lines[-1]}")
+        raise EngineError(f"{module} ended with exit code {ended.returncode} and printed: {lines[-1]}")
     return ended.stdout
 
 
-def _table(cases: Sequence[Case]) -> str:
-    """Items per second as the median with the smallest and the largest of the rounds."""
-    head = "| program | scenario | batch | streams | its items/s | our items/s | ours / its | within 5 % |"
-    return "\n".join([head, "|---|---|---|---|---|---|---|---|", *map(_row, cases)])
-
-
-def _row(case: Case) -> str:
+def _row(case: ParityCase) -> str:
+    """A row of the table, with the median and in brackets smallest and largest of the rounds."""
     program = {"deepsparse": "deepsparse.benchmark", "openvino": "benchmark_app"}[case.tool]
     words = [program, case.scenario, case.batch, case.streams, _spread(case.theirs), _spread(case.ours)]
     words += [f"{case.ratio:.3f}", "yes" if case.close else "no"]

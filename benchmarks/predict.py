@@ -1,10 +1,10 @@
-"""Images per second of ``python -m sparse_exp.predict`` on a folder, beside the bare engine.
+"""Compare the speed of ``python -m sparse_exp.predict`` on a folder of images with that of the bare engine.
 
-The folder holds different JPEGs, put together from tiles of the data set trees (the same for any MODEL), of
-the size that the model takes. *Bare* is the same file with the same batch, streams and cores in a process of
-its own, fed from memory. *End to end* is the command as users run it, from its first file to its last
-picture on disk, without loading the model; with annotated pictures and without. They are measured in turns,
-so that a drift of the machine hits all alike.
+The folder holds different JPEGs of the model's size, put together from tiles of the data set trees; they are
+the same for any MODEL. *Bare* is the engine with the same file, batch, streams and cores in a process of its
+own, fed from memory. *End to end* is the command as users run it, with annotated pictures and without, from
+its first file to its last picture on disk; loading the model does not count. All are measured in turns, so
+that a drift of the machine affects them alike.
 
     python benchmarks/predict.py MODEL                        # 1,000 images
     python benchmarks/predict.py RUN --imgsz 640              # the run's checkpoint, exported anew at 640 px
@@ -29,25 +29,28 @@ import psutil
 from numpy.typing import NDArray
 from PIL import Image
 
+from sparse_exp.command import Parser, amount, run_command, whole
 from sparse_exp.config.schema import DatasetConfig, SourceConfig
 from sparse_exp.data import prepare
 from sparse_exp.data.images import IMAGE_SUFFIXES, read_square
 from sparse_exp.engines import IsolatedEngine
+from sparse_exp.export.exporter import export_deployment
 from sparse_exp.hardware import host_facts, usable_physical_cores
 from sparse_exp.locks import default_lock_path, measuring_alone
 from sparse_exp.predict.__main__ import default_streams
 from sparse_exp.predict.models import Model, find_model
 from sparse_exp.sources.cache import cache_directory
+from sparse_exp.sparsity.checkpoints import restore
 
 _WHEEL = SourceConfig(
     uri="index:deepforest==2.1.0", sha256="8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54"
 )
-_WAYS = {"no pictures": ["--no-pictures"], "pictures": []}
+_VARIANTS = {"no pictures": ["--no-pictures"], "pictures": []}
 _QUALITY = 90  # of the JPEGs, as cameras write them
-_FED = 32  # images that the bare engine is given in turn
+_BARE_IMAGES = 32  # images that the bare engine gets again and again
 
 
-def main() -> None:
+def main() -> int:
     """Measure every setting and print a table."""
     options = _options()
     print(f"CPU busy with other work before: {psutil.cpu_percent(1.0):.0f} %")
@@ -68,39 +71,37 @@ def main() -> None:
         for batch in options.batch:
             for streams in options.streams:
                 print(_measure(model, folder, batch, streams, options), flush=True)
+    return 0
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("model", metavar="MODEL", help="as of python -m sparse_exp.predict")
     add("--engine", help="default: the run's first")
-    add("--imgsz", type=int, help="export the run's checkpoint anew at this size, px")
-    add("--images", type=int, default=1000)
-    add("--cores", type=int, default=usable_physical_cores())
-    add("--batch", type=int, nargs="+", default=[1])
-    add("--streams", type=int, nargs="+", default=[default_streams(None)])
-    add("--rounds", type=int, default=3)
-    add("--seconds", type=float, default=10.0, help="of each measurement of the bare engine")
+    add("--imgsz", type=whole, help="export the run's checkpoint anew at this size, px")
+    add("--images", type=whole, default=1000)
+    add("--cores", type=whole, default=usable_physical_cores())
+    add("--batch", type=whole, nargs="+", default=[1])
+    add("--streams", type=whole, nargs="+", default=[default_streams(None)])
+    add("--rounds", type=whole, default=3)
+    add("--seconds", type=amount, default=10.0, help="of each measurement of the bare engine")
     return parser.parse_args()
 
 
 def _exported(name: str, model: Model, imgsz: int, folder: Path) -> Model:
-    """The model's checkpoint as the engine takes it, for images of another size."""
-    from sparse_exp.export.exporter import export_deployment
-    from sparse_exp.sparsity.checkpoints import restore
-
+    """Export the model's checkpoint for images of another size."""
     network, _ = restore(find_model(name, engine="torch").path)
     export_deployment(network, folder, imgsz=imgsz, opset=13)
     return replace(find_model(str(folder), engine=model.engine), names=model.names)
 
 
 def make_images(folder: Path, count: int, side: int) -> float:
-    """Write JPEGs, each of four tiles of the data set trees, turned at random: no two are alike.
+    """Write JPEGs, each of four random tiles of the data set trees, turned at random.
 
     Args:
         folder: made here.
-        count: how many.
+        count: how many images.
         side: of the images, px.
 
     Returns:
@@ -113,25 +114,25 @@ def make_images(folder: Path, count: int, side: int) -> float:
     folder.mkdir(parents=True)
     for number in range(count):
         four = [np.rot90(tiles[i], random.integers(4)) for i in random.integers(len(tiles), size=4)]
-        whole = np.concatenate([np.concatenate(four[:2], 1), np.concatenate(four[2:], 1)])[:side, :side]
-        Image.fromarray(whole).save(folder / f"{number:05}.jpg", quality=_QUALITY)
+        square = np.concatenate([np.concatenate(four[:2], 1), np.concatenate(four[2:], 1)])[:side, :side]
+        Image.fromarray(square).save(folder / f"{number:05}.jpg", quality=_QUALITY)
     return statistics.mean(path.stat().st_size for path in folder.iterdir())
 
 
 def _measure(model: Model, folder: Path, batch: int, streams: int, options: argparse.Namespace) -> str:
-    """The rows of one setting."""
-    paths = sorted(path for path in folder.iterdir() if path.suffix in IMAGE_SUFFIXES)[:_FED]
-    fed = np.stack([read_square(path, model.imgsz)[0].transpose(2, 0, 1) for path in paths])
+    """Measure one setting; returns its rows of the table."""
+    paths = sorted(path for path in folder.iterdir() if path.suffix in IMAGE_SUFFIXES)[:_BARE_IMAGES]
+    images = np.stack([read_square(path, model.imgsz)[0].transpose(2, 0, 1) for path in paths])
     bare: list[float] = []
-    ways: dict[str, list[float]] = {way: [] for way in _WAYS}
+    end_to_end: dict[str, list[float]] = {variant: [] for variant in _VARIANTS}
     for _ in range(options.rounds):
-        bare.append(_bare(model, fed, batch, streams, options))
-        for way, words in _WAYS.items():
-            ways[way].append(_end_to_end(model, folder, batch, streams, words, options))
+        bare.append(_bare(model, images, batch, streams, options))
+        for variant, words in _VARIANTS.items():
+            end_to_end[variant].append(_end_to_end(model, folder, batch, streams, words, options))
     rows = []
-    for way, speeds in ways.items():
+    for variant, speeds in end_to_end.items():
         share = statistics.median(speeds) / statistics.median(bare)
-        row = [batch, streams, _with_spread(bare), way, _with_spread(speeds), f"{share:.1%}"]
+        row = [batch, streams, _with_spread(bare), variant, _with_spread(speeds), f"{share:.1%}"]
         rows.append(f"| {' | '.join(map(str, row))} |")
     return "\n".join(rows)
 
@@ -164,4 +165,4 @@ def _with_spread(values: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,10 +1,10 @@
-"""What a step of quantization-aware training (QAT) costs over a step of dense training.
+"""Compare the time of a step of quantization-aware training (QAT) with that of a step of dense training.
 
 The dense step is the one that a run takes on this CPU: bfloat16 autocast where the CPU multiplies it in
-hardware, else fp32, which the table says. QAT computes in fp32, with torch's modules as SparseML puts them
-and with `sparse_exp.sparsity.fast_qat`. A step is forward pass, loss, backward pass, clipping and AdamW on
-one fixed batch, channels_last; masks, averaged weights and the making of batches are left out. All are
-measured in turns, so that a drift of the machine hits them alike.
+hardware, else fp32; the table says which. QAT computes in fp32, once with torch's modules as SparseML inserts
+them, once with `sparse_exp.sparsity.fast_qat`. A step is forward pass, loss, backward pass, clipping and
+AdamW on one fixed batch, channels_last. Masks, averaged weights and the loading of batches are left out. All
+steps are measured in turns, so that a drift of the machine affects them alike.
 
     python benchmarks/qat.py --size s --imgsz 320 --batch 8
 """
@@ -24,6 +24,7 @@ import torch
 from torch.ao.nn.intrinsic.qat import freeze_bn_stats, update_bn_stats
 from torch.ao.quantization import disable_observer, enable_observer
 
+from sparse_exp.command import Parser, run_command, whole
 from sparse_exp.config.plain import CONF_DIRECTORY
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.hardware import has_bf16, host_facts
@@ -40,7 +41,7 @@ _SEED = 0
 Step = Callable[[], None]
 
 
-def main() -> None:
+def main() -> int:
     """Measure and print a table."""
     options = _options()
     precision = choose_precision(TrainerConfig(channels_last=options.channels_last), has_bf16=has_bf16())
@@ -51,21 +52,22 @@ def main() -> None:
     print(_table(rows))
     if options.json:
         options.json.write_text(json.dumps({"conditions": conditions, "steps": rows}, indent=2) + "\n")
+    return 0
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="s", choices=list("nsmlx"), help="of YOLOv5")
-    parser.add_argument("--imgsz", type=int, default=320, help="side of the images, px, a multiple of 32")
-    parser.add_argument("--batch", type=int, default=8, help="images of a step")
-    parser.add_argument("--repeats", type=int, default=7, help="measured steps of each kind, in turns")
+    parser.add_argument("--imgsz", type=whole, default=320, help="side of the images, px, a multiple of 32")
+    parser.add_argument("--batch", type=whole, default=8, help="images of a step")
+    parser.add_argument("--repeats", type=whole, default=7, help="measured steps of each kind, in turns")
     parser.add_argument("--channels-last", default="auto", choices=["auto", "off"], help="memory layout")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the measurements here")
     return parser.parse_args()
 
 
 def _steps(options: argparse.Namespace, precision: Precision) -> dict[str, Step]:
-    """One step of each kind; the first is what the others are compared with."""
+    """One step of each kind; the others are compared with the first."""
     plain = Precision(autocast=False, channels_last=precision.channels_last)
     steps = {f"dense, {precision}": _step(_model(options), options, precision)}
     if precision.autocast:
@@ -86,13 +88,13 @@ def _model(options: argparse.Namespace) -> YOLOv5:
 
 
 def _quantized(options: argparse.Namespace, precision: Precision, *, frozen: bool) -> YOLOv5:
-    """A model in QAT: its ranges and batch norms moving, or frozen as in the later part of the phase."""
+    """A model in QAT, whose ranges and batch norms move, or are frozen as in the later part of the phase."""
     model = _model(options)
     Recipe.from_file(CONF_DIRECTORY / "recipe" / "quant.md").apply_structure(model)
     model.apply(enable_observer).apply(update_bn_stats).train()
     if frozen:
         with torch.no_grad():
-            model(_batch(options, precision)[0])  # observers must have seen something
+            model(_batch(options, precision)[0])  # observers need some values before they are frozen
         model.apply(disable_observer).apply(freeze_bn_stats)
     return model
 
@@ -128,7 +130,7 @@ def _batch(options: argparse.Namespace, precision: Precision) -> tuple[torch.Ten
 
 
 def measure(steps: Mapping[str, Step], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each step of each kind, taken in turns after two warm-up steps each."""
+    """Measure the steps in turns, after two warm-up steps each; returns the seconds of each step."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     with (
         measuring_alone(default_lock_path()),
@@ -145,7 +147,7 @@ def measure(steps: Mapping[str, Step], repeats: int) -> dict[str, list[float]]:
 
 
 def summarize(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
-    """Median seconds of each kind, and how many times that of the first kind it is."""
+    """The median seconds of each kind of step, and their ratio to those of the first kind."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     first = next(iter(medians.values()))
     return {
@@ -178,4 +180,4 @@ def _conditions(options: argparse.Namespace, precision: Precision) -> dict[str, 
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

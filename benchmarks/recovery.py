@@ -1,12 +1,12 @@
-"""How much of the dense detector's accuracy the sparse and quantized one keeps, over several seeds.
+"""Measure the share of the dense detector's accuracy that sparse and quantized detectors keep, over seeds.
 
-For each seed the dense counterpart is trained, then each recipe, from the same weights, on the same data
-and for the same number of epochs; the exported files are evaluated in each engine. Runs that are finished
-in the output folder are kept, so that a stopped measurement goes on where it was.
+For each seed the dense counterpart is trained, then each recipe, from the same weights, on the same data and
+for the same number of epochs. The exported files are evaluated in each engine. Finished runs in the output
+folder are kept, so that a measurement that was stopped goes on.
 
     python benchmarks/recovery.py --seeds 0 1 2 --jobs 2 --write docs/results.md
 
-What follows the options are overrides for every run, such as ``recipe.num_epochs=24``.
+Words after the options are overrides of every run, for example ``recipe.num_epochs=24``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparse_exp.command import Parser, run_command, whole
+from sparse_exp.errors import StageFailed
 from sparse_exp.hardware import host_facts, usable_physical_cores
 from sparse_exp.text import between_marks
 
@@ -31,8 +33,8 @@ _TRAINED = ("fetch", "plan", "baseline", "train", "evaluate")
 _DEPLOYED = (*_TRAINED, "export", "verify")
 
 
-class Job(NamedTuple):
-    """One run of the table."""
+class SeedRun(NamedTuple):
+    """The run of a recipe with a seed."""
 
     recipe: str
     seed: int
@@ -40,7 +42,7 @@ class Job(NamedTuple):
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """Its metrics; None when it has not finished."""
+        """The metrics of the run; None where it has not finished."""
         try:
             manifest = json.loads((self.directory / "manifest.json").read_text(encoding="utf-8"))
             result: dict[str, Any] = json.loads((self.directory / "result.json").read_text(encoding="utf-8"))
@@ -49,59 +51,67 @@ class Job(NamedTuple):
         return result if manifest["status"] == "FINISHED" else None
 
 
-def main() -> None:
-    """Run what is missing, then print the tables or put them into a page."""
+def main() -> int:
+    """Make the runs that are missing, then print the tables or put them into a page."""
     options, overrides = _options()
-    dense = [Job("dense", seed, options.out / f"dense-{seed}") for seed in options.seeds]
+    dense = [SeedRun("dense", seed, options.out / f"dense-{seed}") for seed in options.seeds]
     sparse = [
-        Job(recipe, seed, options.out / f"{recipe.replace('/', '-')}-{seed}")
+        SeedRun(recipe, seed, options.out / f"{recipe.replace('/', '-')}-{seed}")
         for recipe in options.recipes
         for seed in options.seeds
     ]
-    for jobs in (dense, sparse) if not options.tables else ():  # the sparse ones are compared with the dense
-        _run_all([job for job in jobs if job.result is None], options, overrides)
+    for runs in (dense, sparse) if not options.tables else ():  # a sparse run needs its dense counterpart
+        _make_all([run for run in runs if run.result is None], options, overrides)
     text = tables(options.recipes, dense, sparse, overrides)
     if options.write:
         page = options.write.read_text(encoding="utf-8")
         options.write.write_text(between_marks(page, MARK, text), encoding="utf-8")
     else:
         sys.stdout.write(text)
+    return 0
 
 
 def _options() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--recipes", nargs="+", default=["transfer_quant", "transfer_quant_vnni"])
-    parser.add_argument("--tables", action="store_true", help="run nothing: the tables of what is finished")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores")
+    parser.add_argument("--tables", action="store_true", help="make no runs: the tables of finished ones")
+    parser.add_argument("--jobs", type=whole, default=1, help="runs at a time; they share the cores")
     parser.add_argument("--out", type=Path, default=Path("outputs/recovery"), help="folder of the runs")
     parser.add_argument("--write", type=Path, help=f"page to put the tables into, between its marks {MARK!r}")
     return parser.parse_known_args()
 
 
-def _run_all(jobs: Sequence[Job], options: argparse.Namespace, overrides: list[str]) -> None:
+def _make_all(runs: Sequence[SeedRun], options: argparse.Namespace, overrides: list[str]) -> None:
+    """Make runs, some at a time.
+
+    Raises:
+        StageFailed: some have failed; the others have run.
+    """
     with ThreadPoolExecutor(options.jobs) as pool:
-        codes = list(pool.map(lambda job: _run(job, options, overrides), jobs))
+        codes = list(pool.map(lambda run: _make(run, options, overrides), runs))
     if any(codes):
-        failed = ", ".join(str(job.directory) for job, code in zip(jobs, codes, strict=True) if code)
-        sys.exit(f"Error: these runs failed: {failed}. Look at the log beside each, then start again.")
+        failed = ", ".join(str(run.directory) for run, code in zip(runs, codes, strict=True) if code)
+        do = "Look at the log beside each, then start again."
+        raise StageFailed(f"These runs failed: {failed}. {do}")
 
 
-def _run(job: Job, options: argparse.Namespace, overrides: list[str]) -> int:
+def _make(run: SeedRun, options: argparse.Namespace, overrides: list[str]) -> int:
+    """Make a run in a process of its own; returns its exit code."""
     cores = max(1, usable_physical_cores() // options.jobs)
-    stages = _TRAINED if job.recipe == "dense" else _DEPLOYED
+    stages = _TRAINED if run.recipe == "dense" else _DEPLOYED
     words = [
-        f"recipe={job.recipe}",
-        f"seed={job.seed}",
-        f"paths.run={job.directory}",
+        f"recipe={run.recipe}",
+        f"seed={run.seed}",
+        f"paths.run={run.directory}",
         "overwrite=true",
         f"stages=[{','.join(stages)}]",
         f"hardware.cores=[{cores}]",
         *overrides,
     ]
-    if job.recipe != "dense":
-        words.append(f"recovery.baseline={options.out / f'dense-{job.seed}'}")
-    log = job.directory.with_suffix(".log")
+    if run.recipe != "dense":
+        words.append(f"recovery.baseline={options.out / f'dense-{run.seed}'}")
+    log = run.directory.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(cores), "MKL_NUM_THREADS": str(cores)}
     with log.open("w", encoding="utf-8") as output:
@@ -112,26 +122,27 @@ def _run(job: Job, options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def tables(
-    recipes: Sequence[str], dense: Sequence[Job], sparse: Sequence[Job], overrides: Sequence[str]
+    recipes: Sequence[str], dense: Sequence[SeedRun], sparse: Sequence[SeedRun], overrides: Sequence[str]
 ) -> str:
     """The measured numbers as Markdown.
 
     Args:
         recipes: in the order of the tables.
-        dense: finished runs of the dense counterpart, one per seed.
-        sparse: finished runs of the recipes.
-        overrides: what was changed for all runs.
+        dense: runs of the dense counterpart, one for each seed.
+        sparse: runs of the recipes.
+        overrides: overrides of all runs.
     """
     facts = host_facts()
     lines = [
-        f"Made by `python benchmarks/recovery.py --seeds {' '.join(str(job.seed) for job in dense)}"
+        f"Made by `python benchmarks/recovery.py --seeds {' '.join(str(run.seed) for run in dense)}"
         f"{''.join(f' {word}' for word in overrides)}` on {facts.cpu}.",
         "",
     ]
-    baseline = {job.seed: job.result or {} for job in dense}
+    baseline = {run.seed: run.result or {} for run in dense}
     for recipe in recipes:
-        runs = [(job.seed, job.result) for job in sparse if job.recipe == recipe and job.result]
-        lines += [f"### {recipe}", "", *(_table(runs, baseline) if runs else ["Not measured."]), ""]
+        finished = [(run.seed, run.result) for run in sparse if run.recipe == recipe and run.result]
+        table = _table(finished, baseline) if finished else ["Not measured."]
+        lines += [f"### {recipe}", "", *table, ""]
     return "\n".join(lines)
 
 
@@ -169,4 +180,4 @@ def _row(label: str, numbers: Sequence[float], result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

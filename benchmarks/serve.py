@@ -1,13 +1,14 @@
-"""The service under many clients at once, beside the bare engine.
+"""Compare the service under many clients with the bare engine.
 
-Starts ``python -m sparse_exp.serve MODEL`` as a process of its own, asks for each image once and alone, and
-then lets so many clients send the images again and again, each waiting for its answer before it sends the
-next. Every answer is held against the one that was given alone. With ``--abuse`` two more clients send what
-is malformed, huge, truncated or no image meanwhile, and must get 4xx.
+The script starts ``python -m sparse_exp.serve MODEL`` as a process and sends each image once, alone. Then
+many clients send the images again and again; each waits for its answer before it sends the next. Every answer
+is compared with that of the image alone. With ``--abuse`` two more clients send bodies that are malformed,
+huge, truncated or no images, which must be answered with 4xx.
 
-The bare engine is the same file with the same batch and streams in a process of its own, fed from memory; it
-is measured before and after. The clients live in this process and take CPU time from the service: on two
-cores a part of what is missing to the bare engine is theirs. The share is printed.
+The bare engine is the same file with the same batch and streams in a process of its own, fed from memory. It
+is measured before and after the service. The clients run in this process and take CPU time from the service,
+so that on two cores a part of the difference to the bare engine is theirs. The cores that they took are
+printed.
 
     python benchmarks/serve.py MODEL                                     # 64 clients, a minute
     python benchmarks/serve.py MODEL --batch 1 1 4 --streams 1 2 1       # settings one after the other
@@ -38,10 +39,12 @@ import numpy as np
 import psutil
 from PIL import Image
 
+from sparse_exp.command import Parser, amount, run_command, whole
 from sparse_exp.config.schema import DatasetConfig, SourceConfig
 from sparse_exp.data import prepare
 from sparse_exp.data.images import IMAGE_SUFFIXES, read_square
 from sparse_exp.engines import IsolatedEngine
+from sparse_exp.errors import EngineError
 from sparse_exp.hardware import host_facts, usable_physical_cores
 from sparse_exp.locks import default_lock_path, measuring_alone
 from sparse_exp.predict.models import Model, find_model
@@ -52,21 +55,22 @@ _WHEEL = SourceConfig(
 )
 _BOUNDARY = "benchmark"
 _HEADERS = {"Content-Type": f"multipart/form-data; boundary={_BOUNDARY}"}
-_NEAR, _SHARE = 4.0, 0.7  # px; of the boxes
-_IMAGES = 32  # different ones; more would only ask for more reference answers
+_NEAR_PX = 4.0  # greatest distance of two corners that count as the same
+_SHARE = 0.7  # of the boxes that two answers to an image must have in common
+_IMAGES = 32  # more images would only need more reference answers
 
 
 @dataclass
-class Load:
-    """What the clients saw.
+class ClientLog:
+    """The answers that the clients got.
 
     Attributes:
         latencies: seconds of each request with status 200.
-        statuses: how many answers of each status.
-        errors: requests without an answer, by the kind of error.
-        wrong: answers that differ from the one that was given alone.
+        statuses: number of answers by status.
+        errors: number of requests without an answer, by the kind of error.
+        wrong: number of answers that differ from that of the image alone.
         wall: seconds from the first request to the last answer.
-        client_cpu: seconds of CPU time that this process used meanwhile.
+        client_cpu: seconds of CPU time that this process used.
     """
 
     latencies: list[float] = field(default_factory=list)
@@ -77,8 +81,8 @@ class Load:
     client_cpu: float = 0.0
 
 
-def main() -> None:
-    """Measure every setting, print a table."""
+def main() -> int:
+    """Measure every setting, and print its numbers."""
     options = _options()
     model = find_model(options.model, engine=options.engine)
     bodies, squares = _images(options.images, options.imgsz, model)
@@ -90,46 +94,47 @@ def main() -> None:
             print(_line(rows[-1]), flush=True)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
+    return 0
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("model", help="as of python -m sparse_exp.serve")
     add("--engine")
-    add("--clients", type=int, default=64)
-    add("--seconds", type=float, default=60.0)
-    add("--bare-seconds", type=float, default=10.0, help="of the bare engine, before and after")
-    add("--batch", type=int, nargs="+", default=[1])
-    add("--streams", type=int, nargs="+", default=[1], help="as many as --batch has")
-    add("--max-wait-ms", type=float, default=5.0)
+    add("--clients", type=whole, default=64)
+    add("--seconds", type=amount, default=60.0)
+    add("--bare-seconds", type=amount, default=10.0, help="of the bare engine, before and after")
+    add("--batch", type=whole, nargs="+", default=[1])
+    add("--streams", type=whole, nargs="+", default=[1], help="as many numbers as --batch has")
+    add("--max-wait-ms", type=amount, default=5.0)
     add("--images", type=Path, help="a folder of images (default: tiles of the trees data set as JPEG)")
-    add("--imgsz", type=int, default=640, help="side of those JPEGs, px")
-    add("--abuse", action="store_true", help="send bad bodies meanwhile")
+    add("--imgsz", type=whole, default=640, help="side of those JPEGs, px")
+    add("--abuse", action="store_true", help="send bad bodies at the same time")
     add("--json", type=Path)
     options = parser.parse_args()
     if len(options.batch) != len(options.streams):
-        parser.error("--batch and --streams need as many numbers as each other")
+        parser.error("--batch and --streams need the same number of values")
     return options
 
 
 def _images(folder: Path | None, side: int, model: Model) -> tuple[list[bytes], np.ndarray]:
     """Bodies of requests, and the same images as the engine takes them: uint8 (N, 3, S, S)."""
-    files = [_jpeg(path, side) for path in _tiles()] if folder is None else _read(folder)
+    files = _tiles(side) if folder is None else _read(folder)
     squares = [read_square(Path("image"), model.imgsz, file)[0].transpose(2, 0, 1) for file in files]
     return [_body(file) for file in files], np.stack(squares)
 
 
-def _tiles() -> list[Path]:
+def _tiles(side: int) -> list[bytes]:
+    """Tiles of the trees data set as JPEG files."""
     trees = prepare(DatasetConfig(name="trees", generator="trees", sources=[_WHEEL]), cache_directory())
-    return [sample.image for sample in trees.splits["train"][:_IMAGES]]
-
-
-def _jpeg(path: Path, side: int) -> bytes:
-    file = BytesIO()
-    with Image.open(path) as image:
-        image.convert("RGB").resize((side, side)).save(file, "JPEG", quality=90)
-    return file.getvalue()
+    files = []
+    for sample in trees.splits["train"][:_IMAGES]:
+        file = BytesIO()
+        with Image.open(sample.image) as image:
+            image.convert("RGB").resize((side, side)).save(file, "JPEG", quality=90)
+        files.append(file.getvalue())
+    return files
 
 
 def _read(folder: Path) -> list[bytes]:
@@ -150,16 +155,16 @@ def _measure(
     with _service(options, batch, streams) as port:
         alone = [_detections(_post(port, body)[1]) for body in bodies]
         abuse = _Abuse(port, bodies[0]) if options.abuse else None
-        load = _load(port, bodies, alone, options.clients, options.seconds)
+        log = _run_clients(port, bodies, alone, options.clients, options.seconds)
         refused = abuse.stop() if abuse else {}
     bare.append(_bare(model, batch, streams, squares, options.bare_seconds))
-    p50, p90, p99 = np.percentile(load.latencies or [np.nan], [50, 90, 99]) * 1e3
-    items_per_s = len(load.latencies) / load.wall
-    answered = vars(load) | {"requests": sum(load.statuses.values()) + sum(load.errors.values())}
+    p50, p90, p99 = np.percentile(log.latencies or [np.nan], [50, 90, 99]) * 1e3
+    items_per_s = len(log.latencies) / log.wall
+    answered = vars(log) | {"requests": sum(log.statuses.values()) + sum(log.errors.values())}
     return answered | {
         "batch": batch, "streams": streams, "items_per_s": items_per_s, "p50_ms": p50, "p90_ms": p90,
         "p99_ms": p99, "bare": bare, "share": items_per_s / statistics.mean(bare), "abuse": refused,
-        "client_cores": load.client_cpu / load.wall,
+        "client_cores": log.client_cpu / log.wall,
     }  # fmt: skip
 
 
@@ -176,7 +181,7 @@ def _bare(model: Model, batch: int, streams: int, squares: np.ndarray, seconds: 
 
 @contextmanager
 def _service(options: argparse.Namespace, batch: int, streams: int) -> Iterator[int]:
-    """The service as a process; gives its port, and ends it as a system would."""
+    """Start the service as a process and yield its port; at the end, terminate it as a system would."""
     words = [options.model, "--port", "0", "--batch", str(batch), "--streams", str(streams)]
     words += ["--max-wait-ms", str(options.max_wait_ms)]
     words += ["--engine", options.engine] if options.engine else []
@@ -185,10 +190,10 @@ def _service(options: argparse.Namespace, batch: int, streams: int) -> Iterator[
     )
     try:
         assert process.stdout
-        said = process.stdout.readline()
-        if not said:
-            sys.exit(f"The service did not start (exit code {process.wait()}).")
-        yield int(said.rsplit(":", 1)[1])
+        address = process.stdout.readline()
+        if not address:
+            raise EngineError(f"The service did not start (exit code {process.wait()}).")
+        yield int(address.rsplit(":", 1)[1])
     finally:
         process.terminate()
         if process.wait(60) != 0:
@@ -208,15 +213,15 @@ def _detections(answer: bytes) -> list[dict[str, Any]]:
 
 
 def _alike(these: list[dict[str, Any]], those: list[dict[str, Any]]) -> bool:
-    """Whether most boxes of each answer are in the other.
+    """Whether most boxes of each answer are in the other, too.
 
-    Engines add up in another order in other batches, and a box at the threshold comes or goes; answers to
-    two different images have hardly a box in common.
+    In another batch an engine adds in another order, so that a box near the threshold may come or go. Answers
+    to two different images have hardly a box in common.
     """
     a, b = _corners(these), _corners(those)
     if len(a) == 0 or len(b) == 0:
         return abs(len(a) - len(b)) <= 1
-    near = np.abs(a[:, None] - b).max(2) < _NEAR
+    near = np.abs(a[:, None] - b).max(2) < _NEAR_PX
     return bool(min(near.any(0).mean(), near.any(1).mean()) > _SHARE)
 
 
@@ -224,11 +229,11 @@ def _corners(found: list[dict[str, Any]]) -> np.ndarray:
     return np.array([[box[key] for key in ("x1", "y1", "x2", "y2")] for box in found]).reshape(-1, 4)
 
 
-def _load(
+def _run_clients(
     port: int, bodies: list[bytes], alone: list[list[dict[str, Any]]], clients: int, seconds: float
-) -> Load:
-    load, lock, start = Load(), threading.Lock(), time.perf_counter()
-    numbers, cpu = count(), psutil.Process().cpu_times()
+) -> ClientLog:
+    log, lock, start = ClientLog(), threading.Lock(), time.perf_counter()
+    numbers, before = count(), psutil.Process().cpu_times()
 
     def client() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
@@ -240,32 +245,32 @@ def _load(
             except (OSError, http.client.HTTPException) as error:
                 connection.close()
                 with lock:
-                    load.errors[type(error).__name__] += 1
+                    log.errors[type(error).__name__] += 1
                 continue
-            took = time.perf_counter() - sent
+            latency = time.perf_counter() - sent
             wrong = status == 200 and not _alike(_detections(answer), alone[index])
             with lock:
-                load.latencies += [took] if status == 200 else []
-                load.statuses[status] += 1
-                load.wrong += wrong
+                log.latencies += [latency] if status == 200 else []
+                log.statuses[status] += 1
+                log.wrong += wrong
 
     threads = [threading.Thread(target=client) for _ in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    load.wall = time.perf_counter() - start
-    now = psutil.Process().cpu_times()
-    load.client_cpu = now.user + now.system - cpu.user - cpu.system
-    return load
+    log.wall = time.perf_counter() - start
+    after = psutil.Process().cpu_times()
+    log.client_cpu = after.user + after.system - before.user - before.system
+    return log
 
 
 class _Abuse:
-    """Clients that send what they should not, until `stop`."""
+    """Two clients that send bad bodies until `stop`."""
 
     def __init__(self, port: int, body: bytes) -> None:
-        self._port, self._ended, self._seen = port, threading.Event(), Counter[str]()
-        wrong = {
+        self._port, self._ended, self._answers = port, threading.Event(), Counter[str]()
+        bad = {
             "no image": _body(b"#!/bin/sh\n" * 100),
             "truncated image": _body(body[200 : len(body) // 2]),
             "truncated body": body[: len(body) // 2],
@@ -274,26 +279,26 @@ class _Abuse:
             "empty": b"",
             "huge": bytes(20_000_000),
         }
-        self._wrong = cycle(wrong.items())
+        self._bad = cycle(bad.items())
         self._threads = [threading.Thread(target=self._send) for _ in range(2)]
         for thread in self._threads:
             thread.start()
 
     def _send(self) -> None:
         while not self._ended.wait(0.2):
-            name, body = next(self._wrong)
+            name, body = next(self._bad)
             try:
                 status = str(_post(self._port, body)[0])
             except (OSError, http.client.HTTPException) as error:
                 status = type(error).__name__
-            self._seen[f"{name}: {status}"] += 1
+            self._answers[f"{name}: {status}"] += 1
 
     def stop(self) -> dict[str, int]:
-        """How often what was answered how."""
+        """End the clients; returns how often each kind of body got each answer."""
         self._ended.set()
         for thread in self._threads:
             thread.join()
-        return dict(self._seen)
+        return dict(self._answers)
 
 
 def _print_conditions(model: Model, options: argparse.Namespace, bodies: list[bytes]) -> None:
@@ -319,4 +324,4 @@ def _line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

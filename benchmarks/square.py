@@ -1,12 +1,12 @@
-r"""Measure model files beside each other without an experiment, and print tables of what was measured.
+r"""Measure model files side by side without an experiment, and print tables of the measurements.
 
     python benchmarks/square.py --cell s=onnxruntime:dense:dense.onnx \
         --cell s-85=deepsparse:sparse:model.onnx --batch 1 32 --scenario sync throughput --out square.json
     python benchmarks/square.py --table square.json other.json
 
-A cell is NETWORK=ENGINE:VARIANT:FILE. Cells of networks that begin alike up to the first hyphen are compared:
-``s-85`` and ``s-85-block4`` with the baselines of ``s``. It needs numpy, onnx, psutil, rich and the engines
-that are asked for, nothing else of the project's dependencies.
+A cell is NETWORK=ENGINE:VARIANT:FILE. Networks whose names are equal up to the first hyphen are compared:
+``s-85`` and ``s-85-block4`` with the baselines of ``s``. Of the project's dependencies the script needs only
+numpy, onnx, psutil, rich and the engines of the cells.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout that is no
 from sparse_exp.benchmark import Cell, Row, benchmark, loads_of
 from sparse_exp.benchmark.measurements import measured
 from sparse_exp.benchmark.speed_table import impossible_lines, options_table, speed_table
-from sparse_exp.command import amount, run_command, whole
+from sparse_exp.command import Parser, amount, run_command, whole
 from sparse_exp.config.schema import ENGINES, SCENARIOS, VARIANTS, HardwareConfig
 from sparse_exp.engines.base import check_images
 from sparse_exp.engines.signature import read_signature
@@ -39,7 +39,7 @@ MARK = "square"
 
 
 class Spec(NamedTuple):
-    """What ``--cell`` says."""
+    """A cell of ``--cell``."""
 
     network: str
     engine: str
@@ -51,7 +51,7 @@ def main() -> int:
     """Measure, or print tables."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     options = _options()
-    _page(options, "")  # what cannot be written is not measured
+    _page(options, "")  # fail before the measurement where the page cannot take the tables
     text = tables(_read(options.table) if options.table else _measure(options))
     if options.write:
         write_text(options.write, _page(options, text))
@@ -62,7 +62,7 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     defaults = HardwareConfig(name="square")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--cell", action="append", type=_spec, help="NETWORK=ENGINE:VARIANT:FILE; repeated")
     what.add_argument("--table", nargs="+", type=Path, help="files of --out, to print and measure nothing")
@@ -98,7 +98,7 @@ def _spec(text: str) -> Spec:
 
 
 def _page(options: argparse.Namespace, text: str) -> str:
-    """The page of ``--write`` with the tables; empty where none is asked for."""
+    """The page of ``--write`` with the tables; empty without ``--write``."""
     try:
         page = options.write.read_text(encoding="utf-8") if options.write else ""
         return between_marks(page, options.mark, text) if options.write else ""
@@ -181,7 +181,7 @@ def _size_of(models: Sequence[Path]) -> int:
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """What was measured, under which settings, what could not be, and the conditions, as Markdown."""
+    """The speeds, the settings, the cells that could not be measured, and the conditions, as Markdown."""
     parts = [
         markdown_table(*speed_table(rows)),
         markdown_table(*options_table(rows)),
@@ -192,7 +192,7 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def _conditions(rows: Sequence[Row]) -> list[str]:
-    """A sentence for each measurement that rows are of: engines, host and protocol."""
+    """A sentence on engines, host and protocol for each measurement that the rows come from."""
     engines: dict[str, dict[str, None]] = {}
     for row in rows:
         before: dict[str, Any] = row["before"]

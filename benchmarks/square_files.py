@@ -1,14 +1,15 @@
-"""Export a finished run once more at another image size, with its dense baselines: files for `square.py`.
+"""Export a finished run again at another image size, with its dense baselines: files for `square.py`.
 
-A run is trained and deployed at the size of its images; published speeds are those of 640 px. The network is
-fully convolutional, and its speed does not depend on what it has learnt, so that the same checkpoints serve.
+A run is trained and deployed at the size of its images, but published speeds are those of 640 px. The network
+is fully convolutional, and its speed does not depend on its training. So its checkpoints can be exported at
+any size.
 
     python benchmarks/square_files.py outputs/runs/2026-11-23/10-00-00-yolov5s --imgsz 640 --out files/s
     python benchmarks/square_files.py RUN --dense DENSE_RUN --imgsz 640 --out files/s
 
-Written are `dense.onnx` (of DENSE_RUN, else with initial weights), with `--int8` each engine's
-`dense.int8.*` (see `sparse_exp.runs.deployment`), `model.onnx`, and of a quantized run
-`model.qdq.onnx` and, where it has zeros, `sparse.fp32.onnx`.
+The script writes `dense.onnx` (of DENSE_RUN, else with initial weights), with `--int8` each engine's
+`dense.int8.*` (see `sparse_exp.runs.deployment`), `model.onnx`, and for a quantized run `model.qdq.onnx` and,
+where it has zeros, `sparse.fp32.onnx`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sparse_exp.command import run_command, whole
+from sparse_exp.command import Parser, run_command, whole
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.export.exporter import export_dense_integer, export_deployment
@@ -61,9 +62,11 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="directory of a finished run")
-    parser.add_argument("--dense", type=Path, metavar="RUN", help="whose weights the dense baselines have")
+    parser.add_argument(
+        "--dense", type=Path, metavar="RUN", help="run with the weights of the dense baselines"
+    )
     parser.add_argument("--int8", action="store_true", help="quantize the dense baseline for each engine")
     parser.add_argument("--imgsz", type=whole, default=640, help="side of the images, px, a multiple of 32")
     parser.add_argument("--images", type=whole, default=32, help="to calibrate with")
@@ -91,7 +94,7 @@ def _write_int8(
 
 
 def _images(options: argparse.Namespace, run: FinishedRun) -> list[NDArray[np.uint8]]:
-    """Batches of the run's own training images at the size asked for."""
+    """Batches of the run's own training images, at the size of ``--imgsz``."""
     dataset, batch = dataset_of(run, cache_directory(None)), TrainerConfig().val_batch_size
     if dataset is None:
         raise ConfigError("The run's data set is gone, and nothing else can calibrate. Leave out --int8.")

@@ -1,11 +1,11 @@
-"""What looking back and being tracked cost: `compare` over many runs, and MLflow's share of a run.
+"""Measure the time of `compare` over many runs, and the share of a run's time that MLflow takes.
 
     python benchmarks/tracking.py                          # 1,000 runs of 200 metrics each
     python benchmarks/tracking.py --runs 100 --log outputs/runs/2026-11-22/17-35-11-yolov5s-trees
 
-Everything is made in a temporary folder. The runs are written by the project's own writers, those of MLflow
-into the tables of a database that MLflow made. With ``--log RUN`` the epochs, stages and files of that run
-are tracked once more, and the time of the calls is held against the run's.
+All files are made in a temporary folder. The project's own code writes the run directories. MLflow makes a
+database with one run, whose rows are then copied. With ``--log RUN`` the epochs, stages and files of that run
+are tracked again, and the time of the calls is compared with that of the run.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from sparse_exp.command import Parser, run_command, whole
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.files import write_json
 from sparse_exp.hardware import host_facts
@@ -37,8 +38,8 @@ _PARAMS = 90  # of a run of this project
 _FILES = ("config.yaml", "recipe.md", "environment.txt", "report.md", "result.json", "manifest.json", "plots")
 
 
-def main() -> None:
-    """Print the tables."""
+def main() -> int:
+    """Measure and print the tables."""
     options = _options()
     print(f"{host_facts().cpu}, {host_facts().usable_cores} cores\n")
     with tempfile.TemporaryDirectory() as name:
@@ -58,6 +59,7 @@ def main() -> None:
         if options.log:
             print()
             _replay(options.log, folder / "replay")
+    return 0
 
 
 def _compare(words: list[str]) -> tuple[float, float]:
@@ -95,7 +97,7 @@ def _make_directories(folder: Path, runs: int, metrics: int) -> None:
 
 
 def _make_database(store: Path, runs: int, metrics: int) -> None:
-    """One run by MLflow, then as many rows as its client would make in some minutes."""
+    """Let MLflow make one run, and copy its rows: its client would take minutes for all runs."""
     tracker = MlflowTracker(TrackerConfig(system_metrics=False), store)
     tracker.start(RunInfo("first", "many", {"seed": 0}, directory=store))
     tracker.log(Metrics(_values(0, metrics)))
@@ -126,10 +128,10 @@ def _copy(row: Any, place: int, columns: list[str], index: int) -> list[Any]:
 
 
 def _replay(directory: Path, folder: Path) -> None:
-    """Track a past run once more, call by call."""
+    """Track a past run again, and print the seconds of each kind of call."""
     manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
     history = json.loads((directory / "history.json").read_text(encoding="utf-8"))
-    whole = sum(stage["seconds"] for stage in manifest["stages"].values())
+    duration = sum(stage["seconds"] for stage in manifest["stages"].values())
     spent: dict[str, float] = {}
     _start_elsewhere(spent, folder)
     tracker = MlflowTracker(TrackerConfig(system_metrics=False), folder)
@@ -150,13 +152,13 @@ def _replay(directory: Path, folder: Path) -> None:
             tracker.log(Artifact(directory / name))
     with _timed(spent, "finish"):
         tracker.finish("FINISHED")
-    print(f"tracking {directory.name}, which took {whole:.0f} s   seconds   share of the run")
+    print(f"tracking {directory.name}, which took {duration:.0f} s   seconds   share of the run")
     for what, seconds in {**spent, "all": sum(spent.values())}.items():
-        print(f"{what:52} {seconds:6.2f}   {seconds / whole:7.2%}")
+        print(f"{what:52} {seconds:6.2f}   {seconds / duration:7.2%}")
 
 
 def _start_elsewhere(spent: dict[str, float], folder: Path) -> None:
-    """What only the first run of a process, and the first of a database, pays."""
+    """Measure the costs that only the first run of a process, or of a database, has."""
     code = "import time; t = time.time(); from mlflow import MlflowClient; print(time.time() - t)"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True
@@ -177,13 +179,13 @@ def _timed(spent: dict[str, float], what: str) -> Iterator[None]:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--runs", type=int, default=1000)
-    parser.add_argument("--metrics", type=int, default=200, help="of each run, at least 3")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--log", type=Path, metavar="RUN", help="directory of a run to track once more")
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--runs", type=whole, default=1000)
+    parser.add_argument("--metrics", type=whole, default=200, help="of each run, at least 3")
+    parser.add_argument("--repeats", type=whole, default=3)
+    parser.add_argument("--log", type=Path, metavar="RUN", help="directory of a run to track again")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,10 +1,10 @@
-"""Images per second of the training loop, beside plain eager training of the same model.
+"""Compare the images per second of the training loop with plain eager training of the same model.
 
-Both train the same detector with the same loss and optimizer on the same augmented batches. *Plain* is
-what one writes first: fp32, contiguous memory, nothing but forward, backward and AdamW. *Ours* is
+Both train the same detector with the same loss and optimizer on the same augmented batches. *Plain* is the
+loop that one would write first: fp32, contiguous memory, nothing but forward, backward and AdamW. *Ours* is
 `sparse_exp.training.loop.Trainer` as a run uses it: its precision and memory layout, masks held by the
-recipe, averaged weights, clipped gradients. They are measured in turns, so that a drift of the machine
-hits both alike.
+recipe, averaged weights, clipped gradients. Both are measured in turns, so that a drift of the machine
+affects both.
 
     python benchmarks/training.py --size s --imgsz 320 --batch 8
 """
@@ -25,6 +25,7 @@ import yaml
 from torch.ao.nn.intrinsic.qat import freeze_bn_stats, update_bn_stats
 from torch.ao.quantization import disable_observer, enable_observer
 
+from sparse_exp.command import Parser, run_command, share, whole
 from sparse_exp.config.plain import CONF_DIRECTORY
 from sparse_exp.config.schema import DatasetConfig, SourceConfig, TrainerConfig
 from sparse_exp.data import DetectionDataset, digits, load_dataset, prepare
@@ -34,7 +35,7 @@ from sparse_exp.locks import default_lock_path, measuring_alone
 from sparse_exp.progress import progress
 from sparse_exp.sources.cache import cache_directory
 from sparse_exp.sparsity.prune import prune_by_magnitude
-from sparse_exp.sparsity.recipe import Phase, Recipe
+from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.training.loop import Trainer, TrainingData
 from sparse_exp.training.precision import Precision, choose_precision
 from sparse_exp.yolov5 import DetectionLoss, YOLOv5
@@ -43,16 +44,16 @@ _EPOCHS, _BEFORE_QAT = 1000.0, 10.0  # long enough that no phase ends while it i
 _WARMUP_STEPS = 2
 _SEED = 0
 
-# Steps runs this many training steps and returns when they are done.
+# A function that runs a number of training steps.
 Steps = Callable[[int], None]
 
 
 class Stretch(NamedTuple):
-    """A part of the training in which a step always costs the same.
+    """A part of the training in which all steps take the same time.
 
     Attributes:
-        quantized: whether QAT runs.
-        frozen: whether batch norm statistics and observers stand still, as in the later part of QAT.
+        quantized: whether it is QAT.
+        frozen: whether batch norm statistics and observers are frozen, as in the later part of QAT.
     """
 
     quantized: bool
@@ -66,7 +67,7 @@ PHASES = {
 }
 
 
-def main() -> None:
+def main() -> int:
     """Measure and print a table."""
     options = _options()
     print(f"CPU busy with other work before: {psutil.cpu_percent(1.0):.0f} %", flush=True)
@@ -77,20 +78,21 @@ def main() -> None:
         print("|---|---|---|---|---|", flush=True)
         for phase in options.phases:
             print(_compare(phase, options, data, Path(scratch)), flush=True)
+    return 0
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="s", choices=list("nsmlx"), help="of YOLOv5")
-    parser.add_argument("--imgsz", type=int, default=320, help="side of the images, px, a multiple of 32")
-    parser.add_argument("--batch", type=int, default=8, help="images of a step")
-    parser.add_argument("--steps", type=int, default=4, help="of one measurement")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of each loop, in turns")
+    parser.add_argument("--imgsz", type=whole, default=320, help="side of the images, px, a multiple of 32")
+    parser.add_argument("--batch", type=whole, default=8, help="images of a step")
+    parser.add_argument("--steps", type=whole, default=4, help="of one measurement")
+    parser.add_argument("--repeats", type=whole, default=5, help="measurements of each loop, in turns")
     parser.add_argument(
         "--dataset", default="digits", choices=["digits", "trees"], help="trees: fetched once"
     )
     parser.add_argument("--phases", nargs="+", default=["sparse", "qat"], choices=list(PHASES))
-    parser.add_argument("--sparsity", type=float, default=0.75, help="share of zeros in the pruned layers")
+    parser.add_argument("--sparsity", type=share, default=0.75, help="share of zeros in the pruned layers")
     return parser.parse_args()
 
 
@@ -106,17 +108,13 @@ def _compare(phase: str, options: argparse.Namespace, data: DetectionDataset, sc
             steps(_WARMUP_STEPS)
         for _ in range(options.repeats):
             for name, steps in (("plain", plain), ("ours", ours)):
-                rates[name].append(options.steps * options.batch / _seconds(steps, options.steps))
+                started = time.perf_counter()
+                steps(options.steps)
+                rates[name].append(options.steps * options.batch / (time.perf_counter() - started))
                 bar.advance()
     ratio = statistics.median(rates["ours"]) / statistics.median(rates["plain"])
     how = "fp32, " + str(precision).split(", ")[1] if PHASES[phase].quantized else str(precision)
     return f"| {phase} | {_spread(rates['plain'])} | {_spread(rates['ours'])} | {ratio:.2f} | {how} |"
-
-
-def _seconds(steps: Steps, count: int) -> float:
-    started = time.perf_counter()
-    steps(count)
-    return time.perf_counter() - started
 
 
 def _spread(rates: list[float]) -> str:
@@ -130,7 +128,7 @@ def plain_steps(
     config: TrainerConfig,
     options: argparse.Namespace,
 ) -> Steps:
-    """Eager training as one writes it first; in QAT with torch's modules as the recipe puts them."""
+    """Eager training as one would write it first; in QAT with torch's modules as the recipe inserts them."""
     if stretch.quantized:
         _recipe(stretch).apply_structure(model)
         model.apply(enable_observer).apply(update_bn_stats)
@@ -148,7 +146,7 @@ def plain_steps(
             optimizer.step()
 
     if stretch.frozen:
-        steps(_WARMUP_STEPS)  # observers must have seen something before they stand still
+        steps(_WARMUP_STEPS)  # observers need some values before they are frozen
         model.apply(disable_observer).apply(freeze_bn_stats)
     return steps
 
@@ -180,17 +178,12 @@ def our_steps(
 
     if stretch.frozen:
         steps(_WARMUP_STEPS)
-        done = _after_freezing(phase, per_epoch)
+        done = round((phase.start + phase.end) / 2 * per_epoch)  # here statistics and observers are frozen
     return steps
 
 
-def _after_freezing(phase: Phase, per_epoch: int) -> int:
-    """A step in the second half of QAT, where all that freezes is frozen."""
-    return round((phase.start + phase.end) / 2 * per_epoch)
-
-
 def _recipe(stretch: Stretch) -> Recipe:
-    """The default recipe, with the phase at hand from its first step to far behind the measurement."""
+    """The default recipe, with epochs so long that the phase does not end during the measurement."""
     quantization = _EPOCHS - _BEFORE_QAT if stretch.quantized else 1.0
     variables = {"num_epochs": _EPOCHS, "quantization_epochs": quantization}
     return Recipe.from_file(CONF_DIRECTORY / "recipe" / "transfer_quant.md", variables)
@@ -230,8 +223,8 @@ def _dataset(options: argparse.Namespace, scratch: Path) -> DetectionDataset:
             digits.materialize(scratch / "digits", imgsz=options.imgsz, train=train), "digits"
         )
     values = yaml.safe_load((CONF_DIRECTORY / "dataset" / "trees.yaml").read_text(encoding="utf-8"))
-    source = SourceConfig(**values.pop("source"))
-    return prepare(DatasetConfig(**values, source=source), cache_directory(None))
+    sources = [SourceConfig(**source) for source in values.pop("sources")]
+    return prepare(DatasetConfig(**values, sources=sources), cache_directory(None))
 
 
 def _conditions(options: argparse.Namespace) -> str:
@@ -245,4 +238,4 @@ def _conditions(options: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -20,7 +20,6 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from sparse_exp.config.plain import CONF_DIRECTORY, group
 from sparse_exp.config.schema import Experiment, TrackerConfig
 from sparse_exp.errors import ConfigError, SparseExpError, StageFailed, first_line
-from sparse_exp.resolve import resolve
 from sparse_exp.sweep.naming import sweep_name
 
 _log = logging.getLogger("sparse_exp")
@@ -104,6 +103,10 @@ def task(config: DictConfig) -> Any:
     Raises:
         SparseExpError: what stopped it.
     """
+    from sparse_exp.experiment import run
+    from sparse_exp.resolve import resolve
+    from sparse_exp.resume import resumed
+
     job = HydraConfig.get()
     swept = not OmegaConf.is_missing(job.job, "num")
     log_to_console(f"[{job.job.num}] " if swept and config.launcher.jobs > 1 else "")
@@ -112,16 +115,20 @@ def task(config: DictConfig) -> Any:
     _leave_option_variables(config, job)
     if swept:
         return _run_job(config, job)
-    from sparse_exp.experiment import run
 
-    experiment = resolve(config)
-    if experiment.sweep.objectives or job.runtime.choices.get("sweep"):
+    words = list(job.overrides.task)
+    if config.sweep.objectives or job.runtime.choices.get("sweep"):
         _log.warning("Without -m this is a single run: sweep= and sweep.objectives have no effect.")
-    run(experiment, _hydra_files(config, job), list(job.overrides.task))
+    if config.resume:
+        start = resumed(config, job)
+        run(start.experiment, _hydra_words(start.words), start.words, whole=start.whole)
+    else:
+        run(resolve(config), _hydra_files(config, job), words)
     return None
 
 
 def _run_job(config: DictConfig, job: Any) -> Any:
+    from sparse_exp.resolve import resolve
     from sparse_exp.sweep.job import Job, record_failure, run_job
 
     place = Job(
@@ -133,7 +140,7 @@ def _run_job(config: DictConfig, job: Any) -> Any:
     )
     experiment = None
     try:
-        if place.manifest:  # so that what it made itself does not stand in its way
+        if place.earlier:  # so that what it made itself does not stand in its way
             config.resume = str(place.directory)
         experiment = resolve(config)
         return run_job(place, experiment)
@@ -220,6 +227,11 @@ def _hydra_files(config: DictConfig, job: Any) -> dict[str, str]:
         "hydra.yaml": OmegaConf.to_yaml(OmegaConf.masked_copy(OmegaConf.create({"hydra": job}), "hydra")),
         "overrides.yaml": OmegaConf.to_yaml(job.overrides.task),
     }
+
+
+def _hydra_words(words: list[str] | None) -> dict[str, str]:
+    """Of the files that Hydra wrote at a run's first start, what a later one changes."""
+    return {} if words is None else {"overrides.yaml": OmegaConf.to_yaml(words)}
 
 
 def log_to_console(prefix: str = "") -> None:

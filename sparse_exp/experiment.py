@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from sparse_exp.errors import SparseExpError, StageFailed
 from sparse_exp.files import fingerprint, write_json, write_text
 from sparse_exp.hardware import host_facts
 from sparse_exp.hardware.targets import fit_to_host, mismatch_sentence
+from sparse_exp.hints import command_line, resume_command
 from sparse_exp.locks import waited_seconds, working
 from sparse_exp.runs.conditions import current, packages
 from sparse_exp.runs.directory import CONFIG, Run, StageRecord, locked
@@ -42,16 +42,19 @@ _log = logging.getLogger(__name__)
 def run(
     experiment: Experiment,
     hydra_files: Mapping[str, str],
-    overrides: list[str],
+    overrides: list[str] | None,
     sweep: SweepMember | None = None,
+    *,
+    whole: Experiment | None = None,
 ) -> Mapping[str, Any] | None:
     """Run the stages of an experiment, or with ``dry_run`` only show its plan.
 
     Args:
         experiment: the checked configuration.
         hydra_files: what Hydra composed, kept below ``.hydra/`` of the run.
-        overrides: the command line, to make the run again.
+        overrides: the command line, to make the run again; None: it is not known.
         sweep: the sweep that the run is a job of, if it is one.
+        whole: what is recorded as the run's configuration, where this start does a part of it.
 
     Returns:
         What ``result.json`` holds; None for a dry run.
@@ -74,7 +77,7 @@ def run(
     with _opened(experiment, wait=sweep is not None) as directory:
         context = Context(experiment, directory, tracker, recipe, sweep, mismatch, run_nested=_run_nested)
         with _logging_to(directory.path / "sparse_exp.log"), _terminated_as_interrupted():
-            _write_conditions(context, asked, hydra_files, overrides, file)
+            _write_conditions(context, whole or asked, hydra_files, overrides, file)
             if mismatch:
                 _log.warning("%s", mismatch_sentence(experiment.hardware.name, mismatch))
             _run_tracked(context)
@@ -108,7 +111,11 @@ def _opened(experiment: Experiment, *, wait: bool) -> Iterator[Run]:
 
 
 def _write_conditions(
-    context: Context, asked: Experiment, hydra_files: Mapping[str, str], overrides: list[str], recipe: Path
+    context: Context,
+    asked: Experiment,
+    hydra_files: Mapping[str, str],
+    overrides: list[str] | None,
+    recipe: Path,
 ) -> None:
     """Record what was asked for, whatever of it this host can run, and with what it runs.
 
@@ -124,7 +131,7 @@ def _write_conditions(
     context.conditions = fingerprint(environment)
     context.run.update(
         name=context.experiment.name,
-        overrides=overrides,
+        **({} if overrides is None else {"overrides": overrides}),
         version=__version__,
         conditions=conditions,
         environments={**context.run.environments, context.conditions: environment},
@@ -159,7 +166,7 @@ def _finish(context: Context, status: Status, reason: str) -> None:
     told = context.tracker.finish(status, reason, ended)
     run.update(told=told)
     if not told:
-        again = f"python -m sparse_exp.tracking sync {shlex.quote(str(run.path))}"
+        again = command_line("sync", str(run.path), module="sparse_exp.tracking")
         _log.warning("The tracker does not know all of this run. When it answers again: %s", again)
 
 
@@ -173,7 +180,7 @@ def _run_info(context: Context) -> RunInfo:
         "host.cpu": host_facts().cpu,
         "sparse_exp.version": __version__,
         "run.directory": str(context.run.path),
-        OVERRIDES_TAG: json.dumps(context.run.state["overrides"]),
+        OVERRIDES_TAG: json.dumps(context.run.state.get("overrides")),
     }
     if context.sweep:
         tags["sweep"] = context.sweep.directory.name
@@ -220,7 +227,7 @@ def _run_stage(context: Context, stage: Stage, before: Fingerprint) -> Fingerpri
     with sharing.turn(context, stage, own.mark):
         record = sharing.take_over(context, stage, own.mark)
         if record:
-            context.run.record(stage.name, record)
+            context.run.record(stage.name, replace(record, step=_last_step(context)))
         else:
             _work(context, stage, own, started)
     result = write_json(context.run.path / "result.json", context.run.result())
@@ -239,7 +246,8 @@ def _adopted(context: Context, stage: Stage, own: Fingerprint) -> Fingerprint:
     adopted = stage.adopt(record, context)
     if adopted is None:
         return replace(own, earlier=None)
-    context.run.record(stage.name, replace(adopted, fingerprint=own.mark, parts=dict(own.parts)))
+    adopted = replace(adopted, fingerprint=own.mark, parts=dict(own.parts), step=_last_step(context))
+    context.run.record(stage.name, adopted)
     return own
 
 
@@ -272,12 +280,16 @@ def _work(context: Context, stage: Stage, own: Fingerprint, started: float) -> N
         events=[as_plain(event, context.run.path) for event in outcome.events],
         conditions=context.conditions,
         parts=dict(own.parts),
-        # A tracker shows the value of the last step; that of the final model is to win over those of epochs.
-        step=round(100 * context.recipe.epochs),
+        step=_last_step(context),
     )
     context.run.record(stage.name, record)
     for path in outcome.spent:
         path.unlink(missing_ok=True)
+
+
+def _last_step(context: Context) -> int:
+    """A tracker shows the value of the last step: that of the final model wins over those of epochs."""
+    return round(100 * context.recipe.epochs)
 
 
 def _threads(context: Context) -> AbstractContextManager[None]:
@@ -316,9 +328,8 @@ def _failure(context: Context, stage: str, error: Exception) -> str:
         do = "Make trainer.batch_size smaller."
         return f"The stage {stage} ran out of memory. {do} Its traceback is in {log}."
     if isinstance(error, OSError) and error.errno == 28:
-        return (
-            f"The disk is full (stage {stage}). Free some space, then go on with resume={context.run.path}."
-        )
+        do = f"Free some space, then go on with: {resume_command(context.run.path)}"
+        return f"The disk is full (stage {stage}). {do}"
     return f"The stage {stage} failed: {type(error).__name__}: {first} Its traceback is in {log}."
 
 

@@ -1,9 +1,9 @@
-"""Locks between processes: who works on what, and who has this host to himself.
+"""Locks between processes: one process on a directory, one measurement on the host.
 
-The kernel keeps them (``flock``) and drops them with their holder, however that ends; a child that this
-process starts does not keep them alive.
+The kernel keeps the locks (``flock``). It drops them when their holder ends, in whatever way. A child that
+this process starts does not keep them alive.
 
-Two kinds:
+There are two kinds:
 
 - `exclusive`: one process at a time, and of its threads one at a time. Three of these locks are held for
   long. They are taken in this order and never in another: that of a run's directory
@@ -16,10 +16,13 @@ Two kinds:
   looks at the turnstile every now and then (`give_way`), leaves the room, and comes back after the
   measurement.
 
-Why nobody waits for ever: who measures holds no exclusive lock but that of its own run, which nobody waits
-for who holds anything, and takes none meanwhile. So measurements end. Who waits for an exclusive lock is
-not in the room (`aside`), so that no measurement waits for it. What is left are processes that wait for
-each other's exclusive locks, and these are taken in one order.
+No process waits for ever:
+
+- A measurement ends, since it waits for no exclusive lock. While it lasts, its process holds one, that of its
+  own run. A process that waits for this one holds no other lock.
+- A process that waits for an exclusive lock is outside of the room (`work_paused`), so that no measurement
+  waits for it.
+- Processes that wait for each other's exclusive locks take these in one order.
 """
 
 from __future__ import annotations
@@ -47,12 +50,12 @@ _SECONDS_BETWEEN_TRIES = 0.2
 _SECONDS_BEFORE_A_LINE = 1.0
 _SECONDS_BETWEEN_LINES = 30.0
 _LONGEST_COMMAND = 120
-_PATIENCE = 0.5  # seconds that a lock may be busy because somebody looks whether it is free
+_PATIENCE = 0.5  # seconds: for so long another process may hold a lock only to see whether it is free
 
 
 @dataclass
 class _Process:
-    """What this process holds: it counts for all that happens in it.
+    """The locks of this process; all its threads share them.
 
     Attributes:
         held: for each `exclusive` lock and the thread that took it: descriptor, and how often it was taken.
@@ -76,8 +79,8 @@ class _Process:
 _process = _Process()
 
 
-def _forget() -> None:
-    """In a forked child: the locks are its parent's, and end with it."""
+def _forget_locks() -> None:
+    """Close the descriptors in a forked child: the locks belong to its parent, and end with that."""
     locks = [lock for lock, _ in _process.held.values()]
     for descriptor in [*locks, *(_process.doors or ()), *_process.measuring]:
         with suppress(OSError):
@@ -85,11 +88,11 @@ def _forget() -> None:
     _process.held, _process.depth, _process.doors, _process.measuring = {}, 0, None, ()
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def waited_seconds() -> float:
-    """Seconds that this process has waited for locks so far: to be taken off what it took to work."""
+    """Seconds that this process has waited for locks so far; callers subtract them from their durations."""
     return _process.waited
 
 
@@ -113,19 +116,23 @@ def exclusive(
         OSError: the file cannot be made.
     """
     key = path.absolute(), threading.current_thread()
-    descriptor, depth = _process.held.get(key) or (_acquired(key[0], what, wait=wait, at_most=at_most), 0)
+    descriptor, depth = _process.held.get(key) or (_acquire(key[0], what, wait=wait, at_most=at_most), 0)
     _process.held[key] = descriptor, depth + 1
     try:
         if depth == 0:
             with suppress(OSError):  # on a full disk it does not say who holds it
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, f"{label} ({_me()})".encode() if label else _me().encode(), 0)
+                os.pwrite(
+                    descriptor,
+                    f"{label} ({_this_process()})".encode() if label else _this_process().encode(),
+                    0,
+                )
         yield
     finally:
         _release(key)
 
 
-def _me() -> str:
+def _this_process() -> str:
     return f"process {os.getpid()} on {platform.node() or 'this host'}"
 
 
@@ -140,17 +147,17 @@ def _release(key: tuple[Path, threading.Thread]) -> None:
         os.close(descriptor)
 
 
-def _acquired(path: Path, what: str, *, wait: bool, at_most: float) -> int:
+def _acquire(path: Path, what: str, *, wait: bool, at_most: float) -> int:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = open_shared(path)
-        except FileNotFoundError:  # let go of just now
+        except FileNotFoundError:  # its holder removed it just now
             continue
         try:
-            if not _try(descriptor, fcntl.LOCK_EX):
+            if not _try_lock(descriptor, fcntl.LOCK_EX):
                 _wait_for(descriptor, what, wait=wait, at_most=at_most)
-            if _is_there(descriptor, path):
+            if _is_in_place(descriptor, path):
                 return descriptor
         except BaseException:
             os.close(descriptor)
@@ -167,16 +174,17 @@ def _wait_for(descriptor: int, what: str, *, wait: bool, at_most: float) -> None
         return f"{held()}; waiting for it to end."
 
     if not wait:
-        if not _obtain(descriptor, fcntl.LOCK_EX, line, _PATIENCE):
+        if not _lock(descriptor, fcntl.LOCK_EX, line, _PATIENCE):
             raise ConfigError(f"{held()}. Wait for it to end.")
         return
-    with aside():
-        if not _obtain(descriptor, fcntl.LOCK_EX, line, at_most):
+    with work_paused():
+        if not _lock(descriptor, fcntl.LOCK_EX, line, at_most):
             do = "Wait for it to end, or end it if it hangs."
             raise ConfigError(f"{held()}, for more than {at_most:g} s. {do}")
 
 
-def _is_there(descriptor: int, path: Path) -> bool:
+def _is_in_place(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one that lies at its path now."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -196,15 +204,15 @@ def is_held(path: Path) -> bool:
     except FileNotFoundError:
         return False
     except OSError:
-        return True  # another user's
+        return True  # it belongs to another user
     try:
-        return not _try(descriptor, fcntl.LOCK_SH)
+        return not _try_lock(descriptor, fcntl.LOCK_SH)
     finally:
         os.close(descriptor)
 
 
 def open_shared(path: Path) -> int:
-    """Open a lock's file, made for all users if it is not there; returns the descriptor.
+    """Open the file of a lock, and make it for all users if it is not there; returns the descriptor.
 
     A file that is there is opened without ``O_CREAT``, which Linux refuses for another user's file in a
     sticky directory such as /tmp. It is not emptied: it says who holds the lock.
@@ -218,13 +226,14 @@ def open_shared(path: Path) -> int:
     return descriptor
 
 
-def _try(descriptor: int, kind: int) -> bool:
+def _try_lock(descriptor: int, kind: int) -> bool:
+    """Lock a file if it is free; where the file system has no locks, warn and act as if it were."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno == errno.ESTALE:  # on a network file system: the file is gone, which `_is_there` sees
+        if error.errno == errno.ESTALE:  # on a network file system: gone, which `_is_in_place` sees
             return True
         # Some file systems know no locks.
         _warn(f"Files cannot be locked here ({error.strerror}): do not start the same run twice.")
@@ -237,11 +246,11 @@ def _warn(message: str) -> None:
         _log.warning(message)
 
 
-def _obtain(descriptor: int, kind: int, line: Callable[[], str], patience: float = math.inf) -> bool:
+def _lock(descriptor: int, kind: int, line: Callable[[], str], patience: float = math.inf) -> bool:
     """Wait for a lock; False where it took longer than ``patience`` seconds."""
     started, next_line = time.monotonic(), _SECONDS_BEFORE_A_LINE
     try:
-        while not _try(descriptor, kind):
+        while not _try_lock(descriptor, kind):
             waited = time.monotonic() - started
             if waited >= patience:
                 return False
@@ -259,15 +268,12 @@ def default_lock_path() -> Path:
     return Path(tempfile.gettempdir()) / "sparse_exp-benchmark.lock"
 
 
-def _room_path(turnstile: Path) -> Path:
-    return turnstile.with_name(f"{turnstile.stem}-room{turnstile.suffix}")
-
-
 @contextmanager
 def working() -> Iterator[None]:
-    """Heavy work, which would spoil a measurement: it begins when none runs, and gives way to others later.
+    """Do heavy work in the block, which would spoil a measurement. It begins when no measurement runs.
 
-    Blocks within blocks are one. Where the lock's files cannot be opened, a warning says so and work goes on.
+    Measurements that come later wait for `give_way`. A block within another changes nothing. Where the lock's
+    files cannot be opened, a warning is logged and the work goes on.
     """
     _process.depth += 1
     try:
@@ -281,22 +287,22 @@ def working() -> Iterator[None]:
 
 
 def give_way() -> None:
-    """Let a benchmark that waits for this host go first; to be called often while at work.
+    """Let a measurement that waits for this host go first; heavy work calls this often.
 
-    Costs some microseconds where none waits. Nothing happens outside of `working`.
+    It takes some microseconds where no measurement waits, and does nothing outside of `working`.
     """
     if _process.doors is None:
         return
     turnstile, room = _process.doors
-    if _try(turnstile, fcntl.LOCK_SH):
+    if _try_lock(turnstile, fcntl.LOCK_SH):
         fcntl.flock(turnstile, fcntl.LOCK_UN)
         return
     fcntl.flock(room, fcntl.LOCK_UN)
-    _pass(turnstile, room)
+    _pass_turnstile(turnstile, room)
 
 
 @contextmanager
-def aside() -> Iterator[None]:
+def work_paused() -> Iterator[None]:
     """Be out of the room while the block runs; does nothing in a thread that does no heavy work."""
     inside = _process.doors is not None and _process.worker is threading.current_thread()
     if inside:
@@ -314,7 +320,7 @@ def _enter() -> None:
         _warn(f"{path} cannot be opened ({error.strerror}): this run does not pause while others measure.")
         return
     _process.doors, _process.worker = doors, threading.current_thread()
-    _pass(*doors)
+    _pass_turnstile(*doors)
 
 
 def _leave() -> None:
@@ -323,30 +329,34 @@ def _leave() -> None:
         os.close(descriptor)
 
 
-def _pass(turnstile: int, room: int) -> None:
+def _pass_turnstile(turnstile: int, room: int) -> None:
     for door in (turnstile, room):
-        _obtain(door, fcntl.LOCK_SH, lambda: "A benchmark has the host; waiting for it to end.")
+        _lock(door, fcntl.LOCK_SH, lambda: "A benchmark has the host; waiting for it to end.")
     fcntl.flock(turnstile, fcntl.LOCK_UN)
 
 
 def _open_doors(path: Path) -> tuple[int, int]:
+    """Open the files of turnstile and room; returns their descriptors."""
     turnstile = open_shared(path)
     try:
-        return turnstile, open_shared(_room_path(path))
+        return turnstile, open_shared(path.with_name(f"{path.stem}-room{path.suffix}"))
     except OSError:
         os.close(turnstile)
         raise
 
 
 def _measurer() -> str:
-    """Who measures, for those who wait: process, since when, command."""
+    """This process as those who wait for its measurement see it: id, start and command."""
     command = shlex.join(sys.orig_argv).replace("\n", " ")
     short = command if len(command) <= _LONGEST_COMMAND else f"{command[:_LONGEST_COMMAND]} ..."
     return f"process {os.getpid()} since {time.strftime('%H:%M:%S')} ({short})"
 
 
-def _those(descriptor: int) -> str:
-    """Who holds a lock, in brackets, as far as the kernel tells: ``/proc/locks`` has files by inode."""
+def _holders(descriptor: int) -> str:
+    """The processes that hold a lock, in brackets; empty where the kernel does not list them.
+
+    ``/proc/locks`` lists locks by the inodes of their files.
+    """
     inode = f":{os.fstat(descriptor).st_ino}"
     try:
         locks = [line.split() for line in Path("/proc/locks").read_text().splitlines() if " -> " not in line]
@@ -358,13 +368,13 @@ def _those(descriptor: int) -> str:
 
 @contextmanager
 def measuring_alone(path: Path) -> Iterator[None]:
-    """Have the host to oneself while the block runs: nobody else measures or does heavy work.
+    """Have the host to oneself while the block runs: no other process measures or does heavy work.
 
     Args:
-        path: the turnstile; see `default_lock_path`. The room's file lies beside it.
+        path: of the turnstile; see `default_lock_path`. The room's file lies beside it.
 
     Raises:
-        EngineError: a lock's file cannot be opened.
+        EngineError: the file of a lock cannot be opened.
     """
     try:
         turnstile, room = _open_doors(path)
@@ -372,20 +382,20 @@ def measuring_alone(path: Path) -> Iterator[None]:
         do = "Set TMPDIR to a directory that you may write to."
         raise EngineError(expected(f"the lock file {path}", "writable", error.strerror, do)) from error
 
-    def to_pause() -> str:
-        return f"Waiting for other runs on this host to pause{_those(room)}."
-
-    def line() -> str:
+    def others_measure() -> str:
         holder = os.pread(turnstile, 400, 0).decode(errors="replace") or "process unknown"
-        return f"Another run on this host is measuring: {holder}; {_me()} waits for it to end."
+        return f"Another run on this host is measuring: {holder}; {_this_process()} waits for it to end."
 
-    with aside():
+    def others_work() -> str:
+        return f"Waiting for other runs on this host to pause{_holders(room)}."
+
+    with work_paused():
         _process.measuring = turnstile, room
         try:
-            _obtain(turnstile, fcntl.LOCK_EX, line)
+            _lock(turnstile, fcntl.LOCK_EX, others_measure)
             os.ftruncate(turnstile, 0)
             os.pwrite(turnstile, _measurer().encode(), 0)
-            _obtain(room, fcntl.LOCK_EX, to_pause)
+            _lock(room, fcntl.LOCK_EX, others_work)
             yield
         finally:
             doors, _process.measuring = _process.measuring, ()  # none in a forked child

@@ -11,10 +11,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+from rich.console import Console
+
+from sparse_exp.cli import log_to_console
 from sparse_exp.command import Parser, run_command
 from sparse_exp.config.plain import recipe_path
 from sparse_exp.config.schema import Experiment, TrackerConfig
-from sparse_exp.errors import ConfigError, expected
+from sparse_exp.data import is_prepared, prepare
+from sparse_exp.errors import ConfigError, SparseExpError, expected
+from sparse_exp.experiment import run
 from sparse_exp.files import read_json, sha256_of
 from sparse_exp.resolve import rebuild
 from sparse_exp.runs.conditions import (
@@ -27,7 +33,9 @@ from sparse_exp.runs.conditions import (
 )
 from sparse_exp.runs.directory import MANIFEST
 from sparse_exp.runs.past import add_store_options, is_run_id, local_directory, tagged_overrides
+from sparse_exp.sources.cache import cache_directory
 from sparse_exp.text import console_table
+from sparse_exp.tracking.reading import fetch_files, read_runs
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -74,9 +82,10 @@ class Record:
         return {"code": code, "host": {"cpu": cpu} if cpu else {}, **self.manifest.get("conditions", {})}
 
     @property
-    def overrides(self) -> list[str]:
-        """The words of its command line, as far as they are known."""
-        return [str(word) for word in self.manifest.get("overrides", tagged_overrides(self.tags) or ())]
+    def overrides(self) -> list[str] | None:
+        """The words of its command line; None where they are not known."""
+        words = self.manifest.get("overrides", tagged_overrides(self.tags))
+        return None if words is None else [str(word) for word in words]
 
     @property
     def data(self) -> str | None:
@@ -95,12 +104,11 @@ def main() -> int:
     show(options.run, differences(record, experiment, filled))
     if options.dry_run or experiment.dry_run:
         return 0
-    from sparse_exp.cli import log_to_console
-    from sparse_exp.experiment import run
 
     log_to_console()
-    words = [*record.overrides, *options.overrides]
-    run(experiment, {**record.hydra, "overrides.yaml": _as_yaml_list(words)}, words)
+    words = None if record.overrides is None else [*record.overrides, *options.overrides]
+    told = {} if words is None else {"overrides.yaml": _as_yaml_list(words)}
+    run(experiment, {**record.hydra, **told}, words)
     return 0
 
 
@@ -126,8 +134,6 @@ def find_record(run: str, config: TrackerConfig, store: Path) -> Record:
 
 
 def _from_mlflow(run_id: str, config: TrackerConfig, store: Path) -> Record:
-    from sparse_exp.tracking.reading import fetch_files, read_runs
-
     found = next((run for run in read_runs(config, store, run_ids=[run_id]) if run.run_id == run_id), None)
     if found is None:
         do = "Give an id that MLflow shows; --uri and --store say where it is."
@@ -220,8 +226,6 @@ def _recipe_differences(then: str | None, experiment: Experiment) -> Iterator[Di
 
 def show(run: str, found: Sequence[Difference]) -> None:
     """Print what differs."""
-    from rich.console import Console
-
     if not found:
         print(f"Code, packages, data and host are as they were for {run}.")
         return
@@ -240,8 +244,6 @@ def _table(found: Sequence[Difference]) -> Table:
 
 
 def _as_yaml_list(words: Sequence[str]) -> str:
-    import yaml
-
     text: str = yaml.safe_dump(list(words))
     return text
 
@@ -261,10 +263,6 @@ def _options() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-if __name__ == "__main__":
-    run_command(main)
-
-
 def data_differences(experiment: Experiment, then: str | None) -> Iterator[Difference]:
     """Whether the data set is another now; it is read where it is on this machine, never fetched.
 
@@ -272,10 +270,6 @@ def data_differences(experiment: Experiment, then: str | None) -> Iterator[Diffe
         experiment: names the data set.
         then: its digest; None: not recorded.
     """
-    from sparse_exp.data import is_prepared, prepare
-    from sparse_exp.errors import SparseExpError
-    from sparse_exp.sources.cache import cache_directory
-
     name, cache = f"digest of {experiment.dataset.name}", cache_directory(experiment.paths.cache)
     try:
         there = is_prepared(experiment.dataset, cache)
@@ -283,3 +277,7 @@ def data_differences(experiment: Experiment, then: str | None) -> Iterator[Diffe
     except SparseExpError as error:
         now = f"cannot be read: {error}"
     yield from difference("data", name, then, now)
+
+
+if __name__ == "__main__":
+    run_command(main)

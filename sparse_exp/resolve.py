@@ -56,6 +56,34 @@ def resolve(config: DictConfig) -> Experiment:
     return experiment
 
 
+def read_record(text: str) -> DictConfig:
+    """The configuration that a run recorded in its ``config.yaml``; what it does not have has its default.
+
+    How the run was started is no part of it: ``resume`` and ``dry_run`` are off.
+
+    Args:
+        text: the file's content.
+
+    Raises:
+        ConfigError: it does not fit the schema.
+    """
+    schema = OmegaConf.structured(Experiment)
+    OmegaConf.set_struct(schema.recipe.variables, False)
+    try:
+        recorded = OmegaConf.create(text)
+        # Places have no default in the schema; those that came after the record are where they are now.
+        places = {"paths": OmegaConf.load(CONF_DIRECTORY / "paths" / "default.yaml")}
+        config = OmegaConf.merge(schema, places, recorded, {"resume": None, "dry_run": False})
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        what = getattr(error, "full_key", None) or "config.yaml"
+        do = "It was recorded by another version; run it with that one, or change the file."
+        raise ConfigError(
+            f"The recorded {what} cannot be used: {first_line(error).rstrip('.')}. {do}"
+        ) from error
+    assert isinstance(config, DictConfig)
+    return config
+
+
 def rebuild(text: str, overrides: Sequence[str]) -> tuple[Experiment, list[str]]:
     """The experiment that a run recorded in its ``config.yaml``, with some values changed.
 
@@ -69,25 +97,12 @@ def rebuild(text: str, overrides: Sequence[str]) -> tuple[Experiment, list[str]]
     Raises:
         ConfigError: the record or an override does not fit the schema, or `resolve` finds a problem.
     """
-    schema = OmegaConf.structured(Experiment)
-    OmegaConf.set_struct(schema.recipe.variables, False)
-    try:
-        recorded = OmegaConf.create(text)
-        # Places have no default in the schema; those that came after the record are where they are now.
-        places = {"paths": OmegaConf.load(CONF_DIRECTORY / "paths" / "default.yaml")}
-        config = OmegaConf.merge(schema, places, recorded)
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        what = getattr(error, "full_key", None) or "config.yaml"
-        do = "It was recorded by another version; run it with that one, or change the file."
-        raise ConfigError(
-            f"The recorded {what} cannot be used: {first_line(error).rstrip('.')}. {do}"
-        ) from error
+    config = read_record(text)
     for word in overrides:
         config = _with_value(config, word)
-    known = {*_keys(OmegaConf.to_container(recorded), "")}
+    known = {*_keys(OmegaConf.to_container(OmegaConf.create(text)), "")}
     whole = {key.rpartition(".")[0] for key in known}  # a value by default may be a mapping in the record
-    filled = set(_keys(OmegaConf.to_container(schema), "")) - known - whole
-    assert isinstance(config, DictConfig)
+    filled = set(_keys(OmegaConf.to_container(OmegaConf.structured(Experiment)), "")) - known - whole
     return resolve(config), sorted(filled)
 
 

@@ -1,14 +1,14 @@
-"""Pictures of the dashboard in a real browser: the table of runs, a sweep's page, one of its plots.
+"""Take pictures of the dashboard in a real browser: the table of runs, a sweep's page, one of its plots.
 
     python tools/dashboard_screenshot.py outputs/mlflow docs/images/dashboard.png
 
-writes ``dashboard.png`` (the table, the newest sweep unfolded), and of that sweep ``dashboard-run.png`` and
-``dashboard-plot.png``. Needs Chromium with its driver, and the package selenium.
+writes ``dashboard.png`` (the table, with the newest sweep unfolded), and ``dashboard-run.png`` and
+``dashboard-plot.png`` of that sweep. It needs Chromium with its driver, and the package selenium, which is
+imported in functions: a test imports this file where selenium may be missing.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shutil
@@ -20,6 +20,9 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+
+from sparse_exp.command import Parser, run_command
+from sparse_exp.errors import ConfigError, MissingDependency
 
 PATIENCE_S = 60.0  # MLflow's server takes half a minute to start, on a busy machine more
 _FLAGS = (
@@ -35,7 +38,7 @@ _CHILDREN = "SELECT run_uuid FROM tags WHERE key = 'mlflow.parentRunId' AND valu
 
 
 def browser_programs() -> tuple[str, str] | None:
-    """Paths of Chromium and its driver; None where one is not installed."""
+    """The paths of Chromium and its driver; None where one is not installed."""
     chromium, driver = (
         next(filter(None, map(shutil.which, names)), None)
         for names in (("chromium", "chromium-browser", "google-chrome"), ("chromedriver",))
@@ -45,7 +48,7 @@ def browser_programs() -> tuple[str, str] | None:
 
 @contextmanager
 def dashboard(store: Path) -> Iterator[str]:
-    """The address of MLflow's page over a store, while the block runs."""
+    """Serve MLflow's pages of a store while the block runs; yields their address."""
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     command = [sys.executable, "-u", "-m", "sparse_exp.tracking.dashboard", str(store)]
     server = subprocess.Popen(
@@ -62,17 +65,17 @@ def dashboard(store: Path) -> Iterator[str]:
 
 @contextmanager
 def browser() -> Iterator[Any]:
-    """A new Chromium without a past, driven by selenium.
+    """Start a Chromium with an empty profile, driven by selenium.
 
     Raises:
-        SystemExit: it is not installed.
+        MissingDependency: it is not installed.
     """
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
     programs = browser_programs()
     if programs is None:
-        sys.exit("Error: There is no chromium with chromedriver here. Install both.")
+        raise MissingDependency("There is no chromium with chromedriver here. Install both.")
     with tempfile.TemporaryDirectory() as profile:
         options = webdriver.ChromeOptions()
         options.binary_location = programs[0]
@@ -99,7 +102,7 @@ class Pages:
         self._experiment = f"{address}/#/experiments/{experiment_id}"
 
     def open_table(self) -> None:
-        """The runs of the experiment, sweeps folded."""
+        """Open the table of the experiment's runs, with sweeps folded."""
         self._open(f"{self._experiment}/runs?{_TRAINING}", "matching run")
         self._close_assistant()
 
@@ -108,20 +111,20 @@ class Pages:
         self.find(f"//a[contains(@href, '{run_id}')]/ancestor::div[@role='gridcell'][1]//button").click()
 
     def open_run(self, run_id: str) -> None:
-        """The page of a run."""
+        """Open the page of a run."""
         self._open(f"{self._experiment}/runs/{run_id}?{_TRAINING}", "About this run")
         self._close_assistant()
 
     def open_artifact(self, run_id: str, path: str) -> Any:
-        """The page of a run's artifact; returns the picture that it shows."""
+        """Open the page of a run's artifact; returns the picture that it shows."""
         self._open(f"{self._experiment}/runs/{run_id}/artifacts?{_TRAINING}", "Artifacts")
         self._close_assistant()
-        for name in path.split("/"):  # a folder, and at last the file
+        for name in path.split("/"):  # folders, then the file
             self.find(f"//*[normalize-space(text())='{name}']").click()
         return self.find("//img[contains(@src, 'blob:') or contains(@src, 'get-artifact')]")
 
     def find(self, xpath: str) -> Any:
-        """The first element that is shown there, waited for."""
+        """Wait for the first element at ``xpath`` that is shown, and return it."""
         from selenium.webdriver.common.by import By
 
         def shown(driver: Any) -> Any:
@@ -129,17 +132,17 @@ class Pages:
 
         return self.wait(shown)
 
-    def says(self, text: str) -> Any:
-        """Wait until the page says something."""
+    def wait_for_text(self, text: str) -> Any:
+        """Wait until a text stands on the page."""
         return self.wait(lambda _: text in self.text)
 
     @property
     def text(self) -> str:
-        """All that the page says."""
+        """All text of the page."""
         return str(self.driver.execute_script("return document.body.innerText"))
 
     def wait(self, condition: Callable[[Any], Any]) -> Any:
-        """Wait until a condition of the driver holds; returns what it gave."""
+        """Wait until a function of the driver returns a true value; returns the value."""
         from selenium.common.exceptions import StaleElementReferenceException
         from selenium.webdriver.support.wait import WebDriverWait
 
@@ -147,25 +150,26 @@ class Pages:
         return WebDriverWait(self.driver, PATIENCE_S, ignored_exceptions=stale).until(condition)
 
     def save(self, path: Path) -> None:
-        """Write what is seen as PNG."""
+        """Write the visible part of the page as PNG."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.driver.save_screenshot(str(path))
 
-    def _open(self, address: str, sign: str) -> None:
+    def _open(self, address: str, text: str) -> None:
+        """Open a page, and wait until the text stands on it."""
         from selenium.common.exceptions import WebDriverException
 
-        def there(driver: Any) -> bool:
+        def is_loaded(driver: Any) -> bool:
             try:
                 driver.get(address)
-            except WebDriverException:  # the server is not up yet
+            except WebDriverException:  # the server has not started yet
                 return False
             return True
 
-        self.wait(there)
-        self.says(sign)
+        self.wait(is_loaded)
+        self.wait_for_text(text)
 
     def _close_assistant(self) -> None:
-        """MLflow opens a panel that takes a quarter of the page."""
+        """Close the panel of MLflow's assistant, which takes a quarter of the page."""
         from selenium.webdriver.common.by import By
 
         for button in self.driver.find_elements(By.XPATH, "//button[@aria-label='Close']"):
@@ -174,22 +178,25 @@ class Pages:
 
 
 def newest_sweep(store: Path) -> tuple[str, str, list[str]]:
-    """The newest run of a store that has children: its experiment, its id, and theirs.
+    """The newest run of a store that has children.
+
+    Returns:
+        The id of its experiment, its own id, and the ids of its children.
 
     Raises:
-        SystemExit: there is none.
+        ConfigError: there is none.
     """
     with closing(sqlite3.connect(store / "mlflow.db")) as connection:
         found = connection.execute(_SWEEP).fetchone()
         if found is None:
-            sys.exit(f"Error: There is no sweep in {store}. Make one with python -m sparse_exp -m ...")
+            raise ConfigError(f"There is no sweep in {store}. Make one with python -m sparse_exp -m ...")
         children = [run_id for (run_id,) in connection.execute(_CHILDREN, (found[1],))]
     return str(found[0]), found[1], children
 
 
-def main() -> None:
+def main() -> int:
     """Write the pictures."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("store", type=Path, help="directory of the local MLflow store")
     parser.add_argument("out", type=Path, help="PNG of the table; the others lie beside it")
     parser.add_argument("--plot", default="compare/compare.png", help="artifact of the sweep (%(default)s)")
@@ -206,7 +213,8 @@ def main() -> None:
         pages.save(out.with_stem(f"{out.stem}-run"))
         pages.open_artifact(sweep, options.plot)
         pages.save(out.with_stem(f"{out.stem}-plot"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,14 +1,13 @@
-"""The measured numbers of a run as Markdown, for docs/main-job.md.
+"""Print the measured numbers of a run as Markdown, for docs/main-job.md.
 
     python tools/results_table.py outputs/runs/DATE/TIME-NAME
     python tools/results_table.py outputs/runs/DATE/TIME-NAME --insert docs/main-job.md
 
-With ``--insert`` they replace what stands between ``<!-- numbers -->`` and ``<!-- /numbers -->``.
+With ``--insert`` they replace the text between ``<!-- numbers -->`` and ``<!-- /numbers -->``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -16,27 +15,31 @@ from pathlib import Path
 from typing import Any
 
 from sparse_exp.benchmark.measurements import measured
-from sparse_exp.metrics.results import SIZES, SPARSITIES, accuracies, number, throughputs
+from sparse_exp.command import Parser, run_command
+from sparse_exp.errors import ConfigError
+from sparse_exp.metrics.result_rows import SIZES, SPARSITIES, accuracies, number, throughputs
 from sparse_exp.text import between_marks, decimal, markdown_table, percent
 
 MARK = "numbers"
-# Where files of this run lie is of no interest to a reader.
+# Overrides that say where this run's files are, which a reader does not need.
 _LOCAL = ("paths.", "resume=", "overwrite=", "hydra.", "tracker")
 
 
-def main() -> None:
+def main() -> int:
     """Print the tables, or put them into a page."""
-    arguments = _arguments()
+    parser = Parser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("run", type=Path, help="directory of a finished run")
+    parser.add_argument("--insert", type=Path, metavar="PAGE", help="page that holds the two markers")
+    options = parser.parse_args()
     try:
-        text = numbers(arguments.run)
-        if arguments.insert:
-            arguments.insert.write_text(
-                between_marks(arguments.insert.read_text("utf-8"), MARK, text), "utf-8"
-            )
+        text = numbers(options.run)
+        if options.insert:
+            options.insert.write_text(between_marks(options.insert.read_text("utf-8"), MARK, text), "utf-8")
         else:
             sys.stdout.write(text)
     except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"Error: {error}. Give the directory of a finished run with a benchmark.")
+        raise ConfigError(f"{error}. Give the directory of a finished run with a benchmark.") from error
+    return 0
 
 
 def numbers(run: Path) -> str:
@@ -133,7 +136,7 @@ def _conditions(rows: list[dict[str, Any]]) -> str:
         return ""
     rows = measured(rows)
     one = rows[0]
-    busy = one.get("before", one)["busy_cores"]  # rows of older runs have it themselves
+    busy = one.get("before", one)["busy_cores"]  # in rows of older runs it stands at the top level
     versions = dict.fromkeys(f"{row['engine']} {row['version']}" for row in rows)
     return (
         f"Conditions: {', '.join(versions)}; {one['cpu']} with {', '.join(one['isa']) or 'no vector sets'}, "
@@ -158,12 +161,5 @@ def _numbers_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return markdown_table(titles, rows, right=range(1, len(titles)))
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("run", type=Path, help="directory of a finished run")
-    parser.add_argument("--insert", type=Path, metavar="PAGE", help="page that holds the two markers")
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,5 +1,5 @@
-"""Hydra's ``hydra/sweeper=search``: Optuna looks for the jobs of a sweep (``sweep=pareto``).
+"""Hydra's ``hydra/sweeper=search``: Optuna proposes the jobs of a sweep (``sweep=pareto``).
 
-Hydra imports this package at every start, but not its modules that begin with an underscore: only they
-know Optuna.
+Hydra imports this package at every start, but none of its modules whose names begin with an underscore. Only
+these import Optuna.
 """

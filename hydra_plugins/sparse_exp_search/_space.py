@@ -1,4 +1,4 @@
-"""From Hydra's sweep grammar to Optuna's distributions, and back to the words of a job."""
+"""Turn Hydra's sweep grammar into Optuna's distributions, and a point of their space into a job's words."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ from optuna.distributions import (
 
 from sparse_exp.errors import ConfigError, expected, first_line
 
-_DIGITS = 6  # of a float: what a command line can be read with, and far below what a training notices
+_DIGITS = 6  # of a float: short enough to read, and far more exact than any effect on a training
 
 
 @dataclass(frozen=True)
 class Space:
-    """What varies between the jobs of a search, and what does not.
+    """The space that a search chooses its jobs from.
 
     Attributes:
-        words: for each key, in order, a distribution or the fixed word of the command line.
+        words: for each key, in order, its distribution, or the fixed word of the command line.
     """
 
     words: Mapping[str, BaseDistribution | str]
 
     @cached_property
     def axes(self) -> dict[str, BaseDistribution]:
-        """What varies."""
+        """The distribution of each key that varies."""
         return {key: word for key, word in self.words.items() if isinstance(word, BaseDistribution)}
 
     @property
     def fixed(self) -> list[str]:
-        """Words that all jobs have."""
+        """The words that all jobs have."""
         return [word for word in self.words.values() if isinstance(word, str)]
 
     @property
     def described(self) -> dict[str, str]:
-        """What varies as plain text, to compare with another start's."""
+        """The distributions as plain text, to compare with those of another start."""
         return {key: distribution_to_json(axis) for key, axis in self.axes.items()}
 
     @cached_property
     def size(self) -> float:
-        """How many points there are; infinite where an axis has no steps."""
+        """The number of points; infinite where an axis has no steps."""
         return math.prod(len(values) if (values := grid(axis)) else math.inf for axis in self.axes.values())
 
     def job_words(self, parameters: Mapping[str, Any]) -> list[str]:
@@ -63,19 +63,22 @@ class Space:
         ]
 
     def key_of(self, parameters: Mapping[str, Any]) -> tuple[str, ...]:
-        """What two points have in common whose jobs would be the same."""
+        """The values of a point as texts; two points with the same key would be the same job."""
         return tuple(as_text(parameters[key]) for key in self.axes)
 
     def another(self, seen: Collection[tuple[str, ...]], chance: random.Random) -> dict[str, Any]:
-        """A point of a finite space at random that is not among those seen; there must be one left."""
+        """A random point whose key is not in ``seen``; the space must be finite, with such a point left."""
         grids = {key: grid(axis) or [] for key, axis in self.axes.items()}
-        while True:  # as many tries as there are points for each that is left
+        while True:  # on average as many tries as the space has points for each one left
             point = {key: chance.choice(values) for key, values in grids.items()}
             if self.key_of(point) not in seen:
                 return point
 
     def corners(self) -> Iterator[list[str]]:
-        """Words of jobs that together have every choice and both ends of every number: each key in turn."""
+        """Yield the words of jobs that together have every choice and both ends of every number.
+
+        The first job has the first value of each key; each of the others has one other value.
+        """
         ends = {key: _ends(axis) for key, axis in self.axes.items()}
         first = {key: values[0] for key, values in ends.items()}
         yield self.job_words(first)
@@ -84,10 +87,10 @@ class Space:
 
 
 def parse_space(words: Sequence[str], loader: ConfigLoader) -> Space:
-    """Read overrides; of one key the last counts.
+    """Read overrides. Where a key stands several times, the last one counts.
 
     Lists, ``choice(...)`` and ``glob(...)`` give a choice, ``range(...)`` numbers with a step,
-    ``interval(...)`` numbers without, ``int(interval(...))`` whole ones; ``tag(log,...)`` lets numbers be
+    ``interval(...)`` numbers without, ``int(interval(...))`` whole numbers. With ``tag(log,...)`` numbers are
     drawn by their logarithm.
 
     Args:
@@ -95,7 +98,7 @@ def parse_space(words: Sequence[str], loader: ConfigLoader) -> Space:
         loader: knows the options that a ``glob`` of a group chooses from.
 
     Raises:
-        ConfigError: nothing varies, or what varies has no values.
+        ConfigError: no key varies, or one that varies has no values.
         HydraException: a word is no override.
     """
     overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(words))
@@ -107,6 +110,7 @@ def parse_space(words: Sequence[str], loader: ConfigLoader) -> Space:
 
 
 def _word(override: Override) -> BaseDistribution | str:
+    """The distribution of an override that varies, else its text."""
     text = override.input_line or ""
     if not override.is_sweep_override():
         return text
@@ -135,7 +139,7 @@ def _distribution(override: Override) -> BaseDistribution:
 
 
 def grid(axis: BaseDistribution) -> list[Any] | None:
-    """All values of an axis; None where there is no end of them."""
+    """All values of an axis; None where it has no steps."""
     if isinstance(axis, CategoricalDistribution):
         return list(axis.choices)
     if isinstance(axis, IntDistribution):
@@ -154,5 +158,5 @@ def _ends(axis: BaseDistribution) -> list[Any]:
 
 
 def as_text(value: Any) -> str:
-    """A value as the command line has it."""
+    """A value as it is written on the command line."""
     return f"{value:.{_DIGITS}g}" if isinstance(value, float) else str(value)

@@ -1,12 +1,12 @@
-"""The study of a search: which jobs there were, which come next, and which were best.
+"""The study of a search in Optuna: its jobs so far, the jobs to launch next, and the best ones.
 
-A job is a trial of Optuna's, and its number an attribute of the trial. A job that is launched again is a new
-trial with the former one's parameters and number; of several the last one counts.
+Each job is a trial of the study, with the number of the job as an attribute. A job that is launched again is
+a new trial with the same parameters and number; the last trial of a number counts.
 
-The sampler is TPE, with one objective and with several: the searches here are of some dozens of jobs, in
-which the populations of an evolutionary sampler such as NSGA-II would still be the first, random one. What it
-proposes depends on the seed, the number of the job and the trials before it only, so that a search that was
-interrupted goes on as if it had not been.
+The sampler is TPE, with one objective and with several. The searches here have some dozens of jobs, and an
+evolutionary sampler such as NSGA-II would draw as many at random for its first population. A proposal depends
+only on the seed, the number of the job and the trials before it. So an interrupted search goes on as if it
+had not been interrupted.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ FILE = "study.db"
 _JOB, _TASK, _FAILURE = "job", "task", "failure"
 _ENDED = (TrialState.COMPLETE, TrialState.FAIL)
 _LOCK_TIMEOUT_S = 60
-# Words that may be others in a later start: they do not change what a job measures.
+# Words that may change in a later start, since the results of the jobs do not depend on them.
 _MAY_CHANGE = re.compile(r"[+~]*(launcher[.=]|ray\.|tracker[.=]|paths[.=]|sweep\.(name|rerun|trials)=)")
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A metric that is searched for.
+    """A metric that the search improves.
 
     Attributes:
-        name: in full.
-        less: less of it is better, else more.
+        name: its full name.
+        less: whether less is better; else more is.
     """
 
     name: str
@@ -54,18 +54,18 @@ class Objective:
 
     @property
     def direction(self) -> Literal["minimize", "maximize"]:
-        """In Optuna's words."""
+        """The direction under Optuna's name."""
         return "minimize" if self.less else "maximize"
 
 
 @dataclass(frozen=True)
-class Job:
+class SearchJob:
     """A job to launch.
 
     Attributes:
         number: from 0, without gaps.
         words: its overrides.
-        trial: Optuna's, running.
+        trial: its trial in Optuna, which is running.
     """
 
     number: int
@@ -76,16 +76,16 @@ class Job:
 def open_study(
     directory: Path | None, space: Space, objectives: Sequence[Objective], *, anew: bool
 ) -> optuna.Study:
-    """The study of a sweep: that of an earlier start, or a new one.
+    """Open the study of an earlier start, or begin a new one.
 
     Args:
         directory: of the sweep; None: the study is kept in memory.
-        space: what varies.
-        objectives: what is searched for.
-        anew: begin a new one in any case. The former ones stay in the file.
+        space: the space of the search.
+        objectives: the metrics to improve.
+        anew: begin a new study in any case; the earlier ones stay in the file.
 
     Raises:
-        ConfigError: the file cannot be used, or its study is of another search.
+        ConfigError: the file cannot be used, or its study is that of another search.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -99,7 +99,9 @@ def open_study(
     except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
         do = "Move the file away, or choose another sweep.name."
         raise ConfigError(f"The study in {directory} cannot be used: {first_line(error)} {do}") from error
-    task = _task(space, objectives)
+    fixed = sorted(word for word in space.fixed if not _MAY_CHANGE.match(word))
+    directed = [f"{objective.direction} {objective.name}" for objective in objectives]
+    task = {"objectives": directed, "fixed words": fixed, **space.described}
     before = study.user_attrs.get(_TASK, task)
     if before != task:
         changed = ", ".join(key for key in {**task, **before} if task.get(key) != before.get(key))
@@ -119,23 +121,13 @@ def _storage(directory: Path | None) -> optuna.storages.BaseStorage:
     return optuna.storages.RDBStorage(f"sqlite:///{directory.absolute() / FILE}", engine_kwargs=waiting)
 
 
-def _task(space: Space, objectives: Sequence[Objective]) -> dict[str, Any]:
-    """What must be the same in every start of a search."""
-    fixed = sorted(word for word in space.fixed if not _MAY_CHANGE.match(word))
-    return {
-        "objectives": [f"{objective.direction} {objective.name}" for objective in objectives],
-        "fixed words": fixed,
-        **space.described,
-    }
-
-
 class Search:
     """The jobs of a study.
 
     Args:
         study: see `open_study`.
-        space: what varies.
-        objectives: what is searched for.
+        space: the space of the search.
+        objectives: the metrics to improve.
         seed: of the proposals.
     """
 
@@ -154,11 +146,11 @@ class Search:
         """Jobs that have finished or failed."""
         return sum(trial.state in _ENDED for trial in self.trials.values())
 
-    def unfinished(self, *, failed: bool) -> list[Job]:
-        """The jobs that an earlier start has launched and not seen the end of, to be launched again.
+    def unfinished(self, *, failed: bool) -> list[SearchJob]:
+        """The jobs of an earlier start whose end it has not recorded, to be launched again.
 
         Args:
-            failed: those that have failed too.
+            failed: whether jobs that have failed are launched again, too.
         """
         for _ in self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
             self._study.tell(self._study.ask(), state=TrialState.FAIL)  # an earlier start ended within _job
@@ -167,54 +159,54 @@ class Search:
         jobs = [
             self._job(number, trial.params) for number, trial in self.trials.items() if trial.state in states
         ]
-        for trial in left:  # only now, so that a job is not lost when this process ends here
+        for trial in left:  # only now, so that no job is lost when this process ends before
             self._study.tell(trial.number, state=TrialState.FAIL)
         return jobs
 
-    def propose(self, count: int) -> list[Job]:
-        """New jobs that no other is the same as.
+    def propose(self, count: int) -> list[SearchJob]:
+        """Propose new jobs; in a finite space none is the same as another.
 
         Args:
-            count: how many; there are fewer where the space has no more, or where it is not positive.
+            count: how many, at most as many as the space has left; none where it is not positive.
         """
         left = self._space.size - len(self.trials)
         return [self._proposal() for _ in range(min(max(0, count), int(min(left, count))))]
 
-    def _proposal(self) -> Job:
+    def _proposal(self) -> SearchJob:
         trials = self.trials
         number = len(trials)
         chance = random.Random(f"{self._seed}/{number}")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the other jobs count while they run: experimental in Optuna 4
+            warnings.simplefilter("ignore")  # constant_liar, with which running jobs count, is experimental
             sampler = optuna.samplers.TPESampler(seed=chance.getrandbits(31), constant_liar=True)
         self._study.sampler = sampler
         trial = self._study.ask(self._space.axes)
         seen = {self._space.key_of(before.params) for before in trials.values()}
         if self._space.key_of(trial.params) in seen and self._space.size < math.inf:
-            self._study.tell(trial, state=TrialState.FAIL)  # no job: it would only measure the same again
+            self._study.tell(trial, state=TrialState.FAIL)  # a job would measure the same again
             return self._job(number, self._space.another(seen, chance))
         trial.set_user_attr(_JOB, number)
-        return Job(number, self._space.job_words(trial.params), trial)
+        return SearchJob(number, self._space.job_words(trial.params), trial)
 
-    def _job(self, number: int, parameters: Mapping[str, Any]) -> Job:
-        """A new trial with these parameters."""
+    def _job(self, number: int, parameters: Mapping[str, Any]) -> SearchJob:
+        """A job with a new trial of these parameters."""
         self._study.enqueue_trial(dict(parameters))
         trial = self._study.ask(self._space.axes)
         trial.set_user_attr(_JOB, number)
-        return Job(number, self._space.job_words(trial.params), trial)
+        return SearchJob(number, self._space.job_words(trial.params), trial)
 
-    def tell(self, job: Job, returned: JobReturn) -> list[Exception]:
-        """Keep what came of a job.
+    def tell(self, job: SearchJob, returned: JobReturn) -> list[Exception]:
+        """Record the result of a job.
 
         Args:
-            job: as it was launched.
+            job: the job.
             returned: by its launcher.
 
         Returns:
-            What it failed with; empty where it did not.
+            The error of a job that failed; else an empty list.
         """
         try:
-            with redirect_stderr(io.StringIO()):  # where Hydra writes the overrides of one that failed
+            with redirect_stderr(io.StringIO()):  # Hydra prints the overrides of a failed job there
                 value = returned.return_value
             values = self._values(job, value)
         except Exception as error:
@@ -224,10 +216,11 @@ class Search:
         self._study.tell(job.trial, values)
         return []
 
-    def _values(self, job: Job, value: Any) -> list[float]:
+    def _values(self, job: SearchJob, value: Any) -> list[float]:
         values = list(value) if isinstance(value, list | tuple) else [value]
         names = [objective.name for objective in self._objectives]
-        if len(values) != len(names) or not all(_is_finite(number) for number in values):
+        finite = all(isinstance(number, int | float) and math.isfinite(number) for number in values)
+        if len(values) != len(names) or not finite:
             do = "Look at its log; choose other sweep.objectives if it cannot have them."
             raise StageFailed(
                 expected(f"{', '.join(names)} of job {job.number}", "finite numbers", value, do)
@@ -236,7 +229,7 @@ class Search:
 
     @property
     def best(self) -> list[tuple[int, FrozenTrial]]:
-        """The jobs that no other beats, by number, and the first objective's best first."""
+        """Number and trial of the jobs that no other beats, sorted by the first objective, best first."""
         if not any(trial.state == TrialState.COMPLETE for trial in self.trials.values()):
             return []
         numbers = {trial.number for trial in self._study.best_trials}
@@ -244,7 +237,7 @@ class Search:
         return sorted(front, key=lambda pair: pair[1].values[0], reverse=not self._objectives[0].less)
 
     def write(self, path: Path) -> None:
-        """Write the whole search as JSON: objectives, the best jobs, all jobs."""
+        """Write the whole search as JSON: objectives, numbers of jobs, the best jobs, all jobs."""
         failed = sum(trial.state == TrialState.FAIL for trial in self.trials.values())
         write_json(
             path,
@@ -268,7 +261,7 @@ class Search:
         }
 
     def summary(self) -> str:
-        """For the console: how far the search came, and its best jobs as a table."""
+        """A text for the console: the number of jobs, and the best of them as a table."""
         what = "The Pareto front" if len(self._objectives) > 1 else "The best"
         lines = [f"\nThe search has {self.ended} jobs. {what}:", self._table()] if self.best else []
         if len(self.trials) >= self._space.size:
@@ -282,7 +275,3 @@ class Search:
             for number, trial in self.best
         ]
         return plain_text(console_table(("job", *self._space.axes, *names), rows), width=110).rstrip()
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,4 +1,8 @@
-"""The sweeper: what Hydra calls, and the loop from proposals over jobs to their values."""
+"""The sweeper that Hydra calls: it launches the jobs that Optuna proposes, and tells Optuna their values.
+
+Every Hydra program that runs in this environment imports this file. So it imports Optuna, and sparse_exp,
+which sets environment variables, in functions only.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +17,17 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 if TYPE_CHECKING:
-    from hydra_plugins.sparse_exp_search._study import Job, Objective, Search
+    from hydra_plugins.sparse_exp_search._study import Search, SearchJob
     from sparse_exp.config.schema import Experiment
 
-_log = logging.getLogger("sparse_exp.search")  # of this name the command line shows everything
+_log = logging.getLogger("sparse_exp.search")  # below sparse_exp, whose messages the command line shows
 
 
-# The keys below hydra.sweeper. A plain dict: Hydra runs plugins before it lists them as modules, and until
-# then no dataclass can be made of annotations that are texts.
+# The keys below hydra.sweeper, as a plain dict. Hydra executes a plugin before it adds it to sys.modules, and
+# until then a dataclass cannot look up its annotations, which are strings here.
 ConfigStore.instance().store(
     group="hydra/sweeper",
     name="search",
@@ -39,7 +43,8 @@ class SearchSweeper(Sweeper):
     job's task function returns the values of ``sweep.objectives``: a number, or several in a sequence.
 
     Args:
-        params: what varies, in the grammar of Hydra's sweeps; the command line adds to it and replaces it.
+        params: for each key the values to search, in the grammar of Hydra's sweeps; the command line adds to
+            them and replaces them.
     """
 
     def __init__(self, params: dict[str, str] | None = None) -> None:
@@ -49,37 +54,36 @@ class SearchSweeper(Sweeper):
         self.launcher: Launcher | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what Hydra hands over, and make the launcher; see Hydra's ``Sweeper``."""
+        """Keep the arguments, and make the launcher; see Hydra's ``Sweeper``."""
         self.config, self.hydra_context = config, hydra_context
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Search, and say what was found.
+        """Run the search, and log its summary.
 
         Args:
             arguments: the command line's words that do not set up Hydra.
 
         Raises:
-            ConfigError: nothing varies, an objective is not known, a job could not be composed, or the study
-                is of another search.
+            ConfigError: see `sparse_exp_search._preparation.prepare_search`.
             MissingDependency: Optuna is not installed.
-            Exception: what the first job that failed raised; the others have run.
+            Exception: the error of the first job that failed; all others have run.
         """
         assert self.config is not None
         search, first = self._prepare(arguments)
-        if first.dry_run:  # of one job, and nothing is kept
+        if first.dry_run:  # the plan of one job; no study and no file
             for _, returned in self._launch(search.propose(1)):
-                _ = returned.return_value  # raises what stopped it
+                _ = returned.return_value  # raises the job's error
             return
         directory = Path(self.config.hydra.sweep.dir)
         OmegaConf.save(self.config, directory / "multirun.yaml")  # as Hydra's own sweeper does
-        again = search.unfinished(failed=first.sweep.rerun == "failed")
+        left = search.unfinished(failed=first.sweep.rerun == "failed")
         failures: list[Exception] = []
         at_once = first.launcher.jobs
-        while batch := again[:at_once] or search.propose(min(at_once, first.sweep.trials - search.ended)):
-            again = again[at_once:]
+        while batch := left[:at_once] or search.propose(min(at_once, first.sweep.trials - search.ended)):
+            left = left[at_once:]
             for job, returned in self._launch(batch):
                 failures += search.tell(job, returned)
         search.write(directory / "search.json")
@@ -88,12 +92,11 @@ class SearchSweeper(Sweeper):
             raise failures[0]
 
     def _prepare(self, arguments: list[str]) -> tuple[Search, Experiment]:
-        """The study, and the experiment at one point of its space."""
+        """The search, and the experiment at one point of its space."""
         from sparse_exp.errors import MissingDependency
 
         try:
-            from hydra_plugins.sparse_exp_search._space import parse_space
-            from hydra_plugins.sparse_exp_search._study import Search, open_study
+            from hydra_plugins.sparse_exp_search._preparation import prepare_search
         except ModuleNotFoundError as error:
             if error.name != "optuna":
                 raise
@@ -102,50 +105,18 @@ class SearchSweeper(Sweeper):
         assert self.config is not None
         assert self.hydra_context is not None
         words = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
-        space = parse_space(words, self.hydra_context.config_loader)
-        experiments = [self._experiment(point) for point in space.corners()]
-        objectives, first = _objectives(experiments), experiments[0]
-        directory = None if first.dry_run else Path(self.config.hydra.sweep.dir)
-        study = open_study(directory, space, objectives, anew=first.sweep.rerun == "all")
-        return Search(study, space, objectives, first.seed), first
+        return prepare_search(self.config, self.hydra_context.config_loader, words)
 
-    def _experiment(self, words: Sequence[str]) -> Experiment:
-        """The checked configuration of a job."""
-        from sparse_exp.resolve import resolve
+    def _launch(self, jobs: Sequence[SearchJob]) -> list[tuple[SearchJob, Any]]:
+        """Run jobs, and pair each with its result. Those with consecutive numbers run at once.
 
-        assert self.config is not None
-        assert self.hydra_context is not None
-        loader = self.hydra_context.config_loader
-        config = loader.load_sweep_config(self.config, list(words))
-        with open_dict(config):
-            del config["hydra"]
-        return resolve(config)
-
-    def _launch(self, jobs: Sequence[Job]) -> list[tuple[Job, Any]]:
-        """Run jobs, those whose numbers follow each other at once, and pair each with what came of it."""
+        A launcher numbers the jobs of one call consecutively, so that others need a call of their own.
+        """
         assert self.launcher is not None
-        done: list[tuple[Job, Any]] = []
+        done: list[tuple[SearchJob, Any]] = []
         for _, run in itertools.groupby(enumerate(jobs), key=lambda pair: pair[1].number - pair[0]):
-            together = [job for _, job in run]
-            words = [job.words for job in together]
-            returned = self.launcher.launch(words, initial_job_idx=together[0].number)
-            done += zip(together, returned, strict=True)
+            consecutive = [job for _, job in run]
+            words = [job.words for job in consecutive]
+            returned = self.launcher.launch(words, initial_job_idx=consecutive[0].number)
+            done += zip(consecutive, returned, strict=True)
         return done
-
-
-def _objectives(experiments: Sequence[Experiment]) -> list[Objective]:
-    """What is searched for, by full names; each must be there wherever in the space a job lies.
-
-    Raises:
-        ConfigError: there are none, or one is not known.
-    """
-    from hydra_plugins.sparse_exp_search._study import Objective
-    from sparse_exp.errors import ConfigError
-    from sparse_exp.metrics.pareto import less_is_better
-    from sparse_exp.stages.names import resolve_objective
-
-    short = experiments[0].sweep.objectives
-    if not short:
-        raise ConfigError("A search needs something to improve. Add sweep.objectives=[map50], for example.")
-    named = [[resolve_objective(name, experiment) for name in short] for experiment in experiments]
-    return [Objective(name, less=less_is_better(name)) for name in named[0]]

@@ -1,4 +1,4 @@
-"""``python -m sparse_exp.compare``: runs beside each other, and the one to ship."""
+"""``python -m sparse_exp.compare``: runs side by side, and the one to ship."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import logging
 import sys
 from pathlib import Path
 
+from rich.console import Console
+
 from sparse_exp.command import Parser, run_command
 from sparse_exp.compare.comparison import Comparison, compare
 from sparse_exp.compare.files import write_files
-from sparse_exp.compare.table import as_data, said, shown_rows, terminal_table
+from sparse_exp.compare.table import as_data, remarks, shown_rows, terminal_table
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.runs.past import add_store_options, select_runs
 
 _ROWS = 40
 _TEXT = """
-METRIC is a name of result.json or a part of it that fits one metric: train_s, openvino/items_per_s. Where
-several fit, it is that of the validation split, of what the run deploys, in DeepSparse, at batch 1; size is
-that of the compressed ONNX file. The lines below the table say which it took.
+METRIC is a name of result.json, or a part of one: train_s, openvino/items_per_s. Where several metrics fit,
+the one of the validation split, of the deployed variant, of DeepSparse, of batch 1 is taken; size is that of
+the compressed ONNX file. The lines below the table give the full names.
 
   python -m sparse_exp.compare                                             all runs below outputs
   python -m sparse_exp.compare outputs/sweeps/model-recipe-1f09c3 --out outputs/compare
@@ -30,7 +32,7 @@ that of the compressed ONNX file. The lines below the table say which it took.
 
 
 def main() -> int:
-    """Read the runs, show the comparison, write its files."""
+    """Read the runs, write the comparison's files, print the comparison."""
     options = _options()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     runs = select_runs(
@@ -44,36 +46,34 @@ def main() -> int:
         raise ConfigError(expected("--out", "a directory to write into", str(options.out), do)) from error
     if options.json:
         print(json.dumps(as_data(comparison), indent=2))
-        return 0
-    _show(comparison, options.rows, written)
+    else:
+        _print_table(comparison, options.rows, written)
     return 0
 
 
-def _show(comparison: Comparison, limit: int, written: list[Path]) -> None:
-    from rich.console import Console
-
+def _print_table(comparison: Comparison, limit: int, written: list[Path]) -> None:
     rows = shown_rows(comparison, limit)
     left = len(comparison.rows) - len(rows)
     Console(highlight=False).print(terminal_table(comparison, rows))
     more = [f"{left} more runs are not shown; --rows {len(comparison.rows)} shows all."] if left else []
     # Not through the console, which would break a command where the window ends.
-    print("\n".join([*more, *said(comparison), *(f"Written: {path}" for path in written)]))
+    print("\n".join([*more, *remarks(comparison), *(f"Written: {path}" for path in written)]))
 
 
 def _options() -> argparse.Namespace:
     parser = Parser(
         prog="python -m sparse_exp.compare",
-        description="Runs beside each other: a table, the Pareto front, pictures, and the one to ship.",
+        description="Runs side by side: a table, the Pareto front, pictures, and the one to ship.",
         epilog=_TEXT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="directory of a run or a sweep, or an MLflow id of one")
     add("--experiment", metavar="NAME", help="all runs of an MLflow experiment")
-    add("--x", metavar="METRIC", default="items_per_s", help="to the right (default: %(default)s)")
-    add("--y", metavar="METRIC", default="map50", help="up (default: %(default)s)")
-    add("--best", metavar="LIMITS", help="name the best run that keeps limits: 'map50>=0.6, size<=4'")
-    add("--by", metavar="METRIC", help="what the best is best in (default: --y)")
+    add("--x", metavar="METRIC", default="items_per_s", help="horizontal axis (default: %(default)s)")
+    add("--y", metavar="METRIC", default="map50", help="vertical axis (default: %(default)s)")
+    add("--best", metavar="LIMITS", help="name the best run within limits: 'map50>=0.6, size<=4'")
+    add("--by", metavar="METRIC", help="the metric that the best run is chosen by (default: --y)")
     add("--out", metavar="DIR", type=Path, help="write compare.csv, .md, .png and .html there")
     add("--json", action="store_true", help="print the comparison as JSON instead of a table")
     add("--rows", metavar="N", type=int, default=_ROWS, help="rows to print besides the front (%(default)s)")

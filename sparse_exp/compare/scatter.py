@@ -1,4 +1,4 @@
-"""Runs by two metrics as one HTML page that needs nothing else: an SVG with hover, and a table."""
+"""Draw runs by two metrics as one HTML page without other files: an SVG with hover, and a table."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ def page(
     Args:
         title: headline.
         points: at least one.
-        x: what goes to the right.
-        y: what goes up.
-        notes: what hovering shows of each run of the table, by its number; may have several lines.
+        x: horizontal axis.
+        y: vertical axis.
+        notes: the text that hovering shows for each run of the table, by its number; may have several lines.
         table: titles of columns, and for each row the run's number and its cells.
-        numeric: so many columns, the last ones, hold numbers.
-        lines: what is to be said below the picture.
+        numeric: how many of the last columns hold numbers.
+        lines: remarks below the picture.
     """
     data = json.dumps({str(number): note for number, note in notes.items()}).replace("<", "\\u003c")
     front = {point.number for point in points if point.front}
@@ -98,7 +98,7 @@ def svg(points: Sequence[Point], x: Axis, y: Axis, notes: dict[int, str]) -> str
     up = _Scale([point.y for point in points], _HEIGHT - _BOTTOM, _TOP)
     front = [(point.x, point.y) for point in points if point.front]
     corners = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in staircase(front, x_less=x.less))
-    # Those of the front are drawn last, so that nothing covers them.
+    # The front and the best are drawn last, so that nothing covers them.
     circles = "".join(
         _circle(point, across(point.x), up(point.y), notes.get(point.number, point.name))
         for point in sorted(points, key=lambda point: (point.best, point.front))
@@ -112,7 +112,7 @@ def svg(points: Sequence[Point], x: Axis, y: Axis, notes: dict[int, str]) -> str
 
 
 class _Scale:
-    """From values to pixels, with round ticks a little beyond the values."""
+    """Maps values to pixels; the axis reaches a little beyond the values, and its ticks are round numbers."""
 
     def __init__(self, values: Sequence[float], start: float, end: float) -> None:
         low, high = min(values), max(values)
@@ -170,7 +170,7 @@ def _circle(point: Point, across: float, up: float, note: str) -> str:
 def _table(
     titles: Sequence[str], rows: Sequence[tuple[int, Sequence[str]]], numeric: int, front: set[int]
 ) -> str:
-    """The table; what hovering a row shows is also shown at its point."""
+    """The table; hovering over a row marks its point, too."""
     texts = len(titles) - numeric
     head = "".join(_cell("th", text, index >= texts) for index, text in enumerate(titles))
     body = "".join(

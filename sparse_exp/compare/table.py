@@ -1,4 +1,4 @@
-"""A comparison as a table: on the terminal, as CSV, as Markdown and as plain data."""
+"""Render a comparison as a table: for the terminal, as CSV, as Markdown and as plain data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparse_exp.compare.comparison import FINISHED, Comparison, Row
+from sparse_exp.compare.comparison import FINISHED, Comparison, RunRow
+from sparse_exp.runs.deployment import FOLDER
 from sparse_exp.text import console_table, markdown_table
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def metrics_line(comparison: Comparison) -> list[str]:
-    """For each column its full name and which values of it are better."""
+def metric_lines(comparison: Comparison) -> list[str]:
+    """For each column the full name of its metric, and which values are better."""
     return [
         f"{column.title}: {column.metric}, {column.better}" if column.title != column.metric else
         f"{column.title}: {column.better}"
@@ -33,7 +34,7 @@ def metrics_line(comparison: Comparison) -> list[str]:
 
 
 def front_line(comparison: Comparison) -> str:
-    """How many runs are on the front, and how many could not be weighed."""
+    """How many runs are on the front, and how many could not be compared."""
     rows = comparison.rows
     lacking = sum(
         row.value(comparison.x) is None or row.value(comparison.y) is None or row.run.status != FINISHED
@@ -44,12 +45,12 @@ def front_line(comparison: Comparison) -> str:
 
 
 def best_lines(comparison: Comparison) -> list[str]:
-    """The run to ship, where it lies, and how to make it again; empty where none was asked for."""
+    """The best run, its files, and the command that makes it again; empty where no best was asked for."""
     best, by = comparison.best, comparison.by
     if best is None or by is None:
         return []
     kept = f", keeping {', '.join(map(str, comparison.limits))}" if comparison.limits else ""
-    deployment = Path(best.run.place) / "deployment"
+    deployment = Path(best.run.place) / FOLDER
     return [
         f"Ship run {best.number}, {best.label}: {by.metric} {number(best.value(by))}{kept}.",
         *([f"Its files: {deployment}"] if deployment.is_dir() else []),
@@ -57,18 +58,18 @@ def best_lines(comparison: Comparison) -> list[str]:
     ]
 
 
-def shown_rows(comparison: Comparison, limit: int) -> list[Row]:
-    """The first rows, and those of the front and the best wherever they are."""
+def shown_rows(comparison: Comparison, limit: int) -> list[RunRow]:
+    """The first ``limit`` rows, and all others that are on the front or the best."""
     return [row for row in comparison.rows if row.number <= limit or row.front or row is comparison.best]
 
 
-def said(comparison: Comparison) -> list[str]:
-    """What is to be said about the table, one line each."""
-    return [*metrics_line(comparison), front_line(comparison), *best_lines(comparison)]
+def remarks(comparison: Comparison) -> list[str]:
+    """The lines below the table: its metrics, the front, the best run."""
+    return [*metric_lines(comparison), front_line(comparison), *best_lines(comparison)]
 
 
-def terminal_table(comparison: Comparison, rows: Sequence[Row]) -> Table:
-    """Rows as a table that a rich console prints; those of the front are bold."""
+def terminal_table(comparison: Comparison, rows: Sequence[RunRow]) -> Table:
+    """Rows as a table that a rich console prints; those on the front are bold."""
     titles, cells = as_cells(comparison, rows)
     styles = ["bold" if row.front else "dim" if row.run.status != FINISHED else "" for row in rows]
     table = console_table(titles, cells, right=_numeric(comparison, titles), styles=styles)
@@ -78,14 +79,14 @@ def terminal_table(comparison: Comparison, rows: Sequence[Row]) -> Table:
     return table
 
 
-def as_cells(comparison: Comparison, rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def as_cells(comparison: Comparison, rows: Sequence[RunRow]) -> tuple[list[str], list[list[str]]]:
     """Titles of the columns and the cells of each row: front, number, run, what differs, metrics.
 
-    The first has `MARK`, or the status of a run that did not finish. What differs is left out where
-    nothing does.
+    The first cell holds `MARK`, or the status of a run that did not finish. The column "what differs" is left
+    out where it would be empty.
     """
-    beyond = [row.beyond for row in rows]
-    texts = {"what differs": beyond} if any(beyond) else {}
+    differences = [row.unlabelled_words for row in rows]
+    texts = {"what differs": differences} if any(differences) else {}
     cells = [
         [
             MARK if row.front else "" if row.run.status == FINISHED else row.run.status,
@@ -103,7 +104,7 @@ _HEAD = ("number", "front", "run", "place", "status", "overrides")
 
 
 def as_csv(comparison: Comparison) -> str:
-    """All rows as CSV: metrics under their full names, unrounded; empty where there is no value."""
+    """All rows as CSV: metrics under their full names, not rounded; empty where there is no value."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow([*_HEAD, *(column.metric for column in comparison.columns)])
@@ -117,14 +118,14 @@ def as_csv(comparison: Comparison) -> str:
 
 
 def as_markdown(comparison: Comparison) -> str:
-    """All rows as a Markdown table, with what is to be said about it."""
+    """All rows as a Markdown table, with the remarks below it."""
     titles, rows = as_cells(comparison, comparison.rows)
     table = markdown_table(
         [_literal(title) for title in titles],
         [[_literal(cell) for cell in row] for row in rows],
         right=_numeric(comparison, titles),
     )
-    notes = said(comparison)[: -1 if comparison.best else None]
+    notes = remarks(comparison)[: -1 if comparison.best else None]
     command = ["", f"    {comparison.best.run.command}"] if comparison.best else []
     return "\n".join(["# Comparison", "", table, "", *(f"- {_literal(x)}" for x in notes), *command]) + "\n"
 
@@ -151,7 +152,7 @@ def as_data(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _row_data(comparison: Comparison, row: Row) -> dict[str, Any]:
+def _row_data(comparison: Comparison, row: RunRow) -> dict[str, Any]:
     return {
         "number": row.number,
         "run": row.label,

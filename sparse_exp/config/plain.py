@@ -1,4 +1,4 @@
-"""Configurations as plain data, and where their shipped values lie."""
+"""Turn configurations into plain data and back, read the shipped options, check the bounds of values."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def as_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(schema: type, plain: Mapping[str, Any]) -> Any:
-    """A dataclass configuration from what `as_dict` gave, perhaps with an earlier schema.
+    """Make a dataclass configuration from the dict of `as_dict`, which may be that of an earlier schema.
 
     Args:
         schema: the dataclass.
-        plain: its values; keys that it does not have are left out, missing ones keep their defaults.
+        plain: its values; unknown keys are ignored, missing ones keep their defaults.
 
     Raises:
-        ConfigError: a value is of another type.
+        ConfigError: a value has the wrong type.
     """
     known = {key: value for key, value in plain.items() if key in get_type_hints(schema)}
     try:
@@ -47,26 +47,31 @@ def group(config: DictConfig, name: str, schema: type) -> Any:
     """One group of a composed configuration, before the whole is checked.
 
     Args:
-        config: what Hydra composed.
+        config: as Hydra composed it.
         name: of the group.
-        schema: its dataclass, which is what is returned.
+        schema: its dataclass.
+
+    Returns:
+        The group as its dataclass.
 
     Raises:
-        ConfigError: a value is of another type.
+        ConfigError: a value has the wrong type.
     """
     plain: Any = OmegaConf.to_container(config[name])
     return from_dict(schema, plain)
 
 
 def options(name: str, schema: type) -> dict[str, Any]:
-    """All shipped options of a group that need no other: by name, each as its dataclass.
+    """Read all shipped options of a group, each as its dataclass, under their names.
+
+    The files are read without Hydra, so that an option with a defaults list does not get its other parts.
 
     Args:
         name: of the group, a folder of ``conf``.
         schema: its dataclass.
 
     Raises:
-        ConfigError: a value is of another type.
+        ConfigError: a value has the wrong type.
     """
     files = sorted((CONF_DIRECTORY / name).glob("*.yaml"))
     loaded: dict[str, Any] = {file.stem: OmegaConf.to_container(OmegaConf.load(file)) for file in files}
@@ -79,28 +84,28 @@ def as_yaml(config: Any) -> str:
 
 
 def recipe_path(file: str) -> Path:
-    """Where a recipe lies: a path as given, or else beside the options in ``conf/recipe``."""
+    """The path of a recipe: ``file`` itself, or the one in ``conf/recipe`` where only that exists."""
     given = Path(file).expanduser()
     shipped = CONF_DIRECTORY / "recipe" / file
     return given if given.is_file() or not shipped.is_file() else shipped
 
 
 def out_of_bounds(node: Any, prefix: str) -> Iterator[str]:
-    """What is wrong with single values of a dataclass configuration.
+    """Yield a sentence for each value of a dataclass configuration that is out of its bounds.
 
     Args:
         node: the dataclass.
-        prefix: of its keys, such as ``"trainer."``.
+        prefix: of its keys, for example ``"trainer."``.
     """
     for item in fields(node):
         value, key = getattr(node, item.name), prefix + item.name
         if is_dataclass(value):
             yield from out_of_bounds(value, key + ".")
         elif value is not None:
-            yield from _bound_problem(key, value, item.metadata)
+            yield from _value_out_of_bounds(key, value, item.metadata)
 
 
-def _bound_problem(key: str, value: Any, metadata: Any) -> Iterator[str]:
+def _value_out_of_bounds(key: str, value: Any, metadata: Any) -> Iterator[str]:
     choices, values = metadata.get("choices"), value if isinstance(value, list) else [value]
     if choices:
         wrong = [v for v in values if v not in choices]
@@ -114,12 +119,9 @@ def _bound_problem(key: str, value: Any, metadata: Any) -> Iterator[str]:
             and (high is None or number <= high)
             and (above is None or number > above)
         )
-        if not within:  # a value that is not a number lies in no range
-            range_ = _range(low, high, above, metadata["unit"]) + (" each" if value is values else "")
-            yield expected(key, range_, number, f"Change {key}.")
-
-
-def _range(low: float | None, high: float | None, above: float | None, unit: str) -> str:
-    start = f"above {above}" if above is not None else f"at least {low}"
-    end = f" and at most {high}" if high is not None else ""
-    return f"{start}{end}{' ' + unit if unit else ''}"
+        if not within:  # NaN is in no range
+            start = f"above {above}" if above is not None else f"at least {low}"
+            end = f" and at most {high}" if high is not None else ""
+            unit = f" {metadata['unit']}" if metadata["unit"] else ""
+            each = " each" if value is values else ""
+            yield expected(key, f"{start}{end}{unit}{each}", number, f"Change {key}.")

@@ -364,7 +364,9 @@ class Experiment:
     )
     dry_run: bool = documented(False, "print the plan and stop")
     overwrite: bool = documented(False, "replace paths.run if it exists")
-    resume: Optional[str] = documented(None, "directory of a run to go on with; finished stages are kept")
+    resume: Optional[str] = documented(
+        None, "directory of a run to go on with, as it was configured; finished stages are kept"
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)

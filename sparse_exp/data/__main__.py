@@ -17,6 +17,7 @@ from sparse_exp.data.check import Report, inspect
 from sparse_exp.data.convert import Converted, read_coco, read_voc, split_off, write_converted
 from sparse_exp.errors import DataError, expected
 from sparse_exp.files import landing_directory
+from sparse_exp.hints import command_line
 from sparse_exp.sources.cache import cache_directory
 
 _SHOWN = 10  # warnings of a kind; all errors are shown
@@ -177,7 +178,7 @@ def _show_conversion(converted: Converted, dest: Path) -> None:
         if count:
             print(f"left out: {count} {kind}")
     print(f"Wrote {dest / 'data.yaml'} with {len(converted.names)} classes. Check it with")
-    print(f"  python -m sparse_exp.data check {dest / 'data.yaml'}")
+    print(f"  {command_line('check', str(dest / 'data.yaml'), module='sparse_exp.data')}")
     for split in ("train", "val"):
         if not converted.splits.get(split):
             print(f"It has no {split} split, which a training needs. Convert again with --val-share 0.2.")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from sparse_exp.data.images import IMAGE_SUFFIXES
 from sparse_exp.data.labels import read_boxes
 from sparse_exp.data.scan import Scan, scan_files
 from sparse_exp.errors import DataError, expected
+from sparse_exp.hints import command_line
 
 _log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
@@ -188,7 +188,7 @@ def _refuse_or_warn(
     listing: Listing, scans: Mapping[Path, Scan], corrupt: list[Path], on_corrupt: str
 ) -> None:
     """Refuse files that cannot be used, or warn that they are left out."""
-    advice = f"python -m sparse_exp.data check {shlex.quote(str(listing.path))} lists all that is wrong."
+    advice = f"All that is wrong: {command_line('check', str(listing.path), module='sparse_exp.data')}"
     if on_corrupt != "skip":
         _, first = problems_of(corrupt[0], listing, scans)[0]
         others = f" {len(corrupt)} of {len(scans)} images cannot be used." if len(corrupt) > 1 else ""

@@ -1,4 +1,4 @@
-"""Which of two values is better, and which points no other beats: plain functions of plain data."""
+"""The Pareto front: which of two values of a metric is better, and which points no other point beats."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Words of a metric's name (between / and _) of which less is better. Rates are looked at first: a name that
-# says "per" counts what is done in a time, and of that more is better.
+# Words of a metric's name (between / and _) that mean that less is better. A name with the word "per" is a
+# rate, of which more is better, whatever its other words are.
 _LESS = frozenset(
     ("size", "time", "latency", "seconds", "loss", "spread", "error", "mb", "ms", "s", "px", "score", "box")
 )
@@ -19,11 +19,11 @@ class Point:
     """A run in a picture of two metrics.
 
     Args:
-        number: that the table has it under.
-        name: shown with it.
+        number: its number in the table.
+        name: text beside it.
         x, y: its values, finite.
-        front: it is on the Pareto front.
-        best: it is the one that was chosen.
+        front: whether it is on the Pareto front.
+        best: whether it is the run that was chosen.
     """
 
     number: int
@@ -36,23 +36,24 @@ class Point:
 
 @dataclass(frozen=True)
 class Axis:
-    """What a picture shows along one side: a metric, and whether less of it is better."""
+    """An axis of a picture: its metric, and whether less of it is better."""
 
     metric: str
     less: bool
 
     @property
     def label(self) -> str:
-        """For people."""
+        """The text at the axis."""
         return f"{self.metric} ({'less' if self.less else 'more'} is better)"
 
 
 def less_is_better(metric: str) -> bool:
     """Whether the smaller of two values of a metric is the better one.
 
-    So are sizes (``size/...``, ``..._mb``), times (``time/..._s``, ``latency_..._ms``), losses, the spread of
-    measurements, and how far an engine is from torch (``verify/<engine>/score_...``, ``box_..._px``,
-    ``..._error``). Of everything else - mAP, images per second, sparsity, recovery - more is better.
+    This holds for sizes (``size/...``, ``..._mb``), times (``time/..._s``, ``latency_..._ms``), losses, the
+    spread of measurements, and the differences between an engine and torch (``verify/<engine>/score_...``,
+    ``box_..._px``, ``..._error``). Of all others - mAP, images per second, sparsity, recovery - more is
+    better.
 
     Args:
         metric: full name, as in ``result.json``.
@@ -62,49 +63,51 @@ def less_is_better(metric: str) -> bool:
 
 
 def words_of(metric: str) -> list[str]:
-    """The words of a metric's name: what stands between its slashes and underscores."""
+    """The words of a metric's name, which are separated by slashes and underscores."""
     return re.split(r"[/_]", metric)
 
 
 def pareto_front(
     x: Sequence[float | None], y: Sequence[float | None], *, x_less: bool, y_less: bool
 ) -> list[bool]:
-    """For each point whether it is on the Pareto front: no other is as good in both and better in one.
+    """Tell for each point whether it is on the Pareto front.
 
-    Points that are equal in both are all on it, or none is. A point that lacks a value (None or NaN) is not
-    on it and beats nothing.
+    A point is on the front when no other point is as good in both values and better in one. Points that are
+    equal in both values are all on it, or none is. A point that lacks a value (None or NaN) is not on it and
+    beats no other.
 
     Args:
-        x: one value a point.
-        y: as many.
-        x_less: less of x is better, else more.
+        x: a value for each point.
+        y: likewise.
+        x_less: whether less of x is better; else more is.
         y_less: likewise.
     """
-    # The better is now the larger; sorted so that nothing behind a point can beat it.
-    better = [
-        (_upwards(a, x_less), _upwards(b, y_less), i) for i, (a, b) in enumerate(zip(x, y, strict=True))
+
+    def larger_is_better(value: float | None, *, less: bool) -> float | None:
+        if value is None or math.isnan(value):
+            return None
+        return -value if less else value
+
+    pairs = [
+        (larger_is_better(a, less=x_less), larger_is_better(b, less=y_less))
+        for a, b in zip(x, y, strict=True)
     ]
-    known = [(a, b, i) for a, b, i in better if a is not None and b is not None]
-    front = [False] * len(better)
+    known = [(a, b, index) for index, (a, b) in enumerate(pairs) if a is not None and b is not None]
+    front = [False] * len(pairs)
     best: tuple[float, float] | None = None
+    # In this order no point can beat one before it.
     for a, b, index in sorted(known, key=lambda point: (-point[0], -point[1])):
         if best is None or b > best[1] or (a, b) == best:
             front[index], best = True, (a, b)
     return front
 
 
-def _upwards(value: float | None, less: bool) -> float | None:  # noqa: FBT001
-    if value is None or math.isnan(value):
-        return None
-    return -value if less else value
-
-
 def staircase(points: Sequence[tuple[float, float]], *, x_less: bool) -> list[tuple[float, float]]:
-    """The edge of what the points of a front beat, as corners of a line from small x to large.
+    """The corners of a line, from small x to large, around the region that the points of a front beat.
 
     Args:
-        points: those on the front, in any order.
-        x_less: less of x is better.
+        points: the points on the front, in any order.
+        x_less: whether less of x is better.
     """
     corners: list[tuple[float, float]] = []
     for x, y in sorted(set(points)):

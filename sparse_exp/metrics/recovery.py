@@ -12,16 +12,17 @@ _log = logging.getLogger(__name__)
 def recovery_metrics(
     baseline: Mapping[str, Any], result: Mapping[str, Any], engines: Sequence[str]
 ) -> dict[str, float]:
-    """Deployed accuracy over that of the dense counterpart.
+    """Divide the deployed mAP50 by that of the dense counterpart.
 
     Args:
         baseline: facts of the baseline stage.
         result: metrics with ``deployed/<engine>/map50``.
-        engines: of the target; those that cannot run what was deployed have no such metric.
+        engines: engines of the target; one that cannot run the deployed file has no metric in ``result``.
 
     Returns:
-        ``recovery/<engine>/map50``, and ``recovery/map50`` of `recovery_engine`: 1 is all of the dense mAP50.
-        Empty where there is no baseline, or one that finds nothing at all.
+        ``recovery/<engine>/map50`` for each engine, and ``recovery/map50``, which is that of
+        `recovery_engine`; 1 means that all of the dense mAP50 is kept. Empty where there is no baseline, or
+        its mAP50 is 0.
     """
     dense, engines = baseline.get("map50"), [e for e in engines if f"deployed/{e}/map50" in result]
     if dense is None or not engines:
@@ -35,8 +36,9 @@ def recovery_metrics(
 
 
 def recovery_engine(engines: Sequence[str]) -> str:
-    """The engine whose accuracy counts: DeepSparse, which sparse files are made for, or else the first.
+    """The engine whose accuracy stands for the run: DeepSparse if it is there, else the first.
 
-    Torch comes last: what is deployed is an ONNX file.
+    Sparse files are made for DeepSparse. Torch is taken only where there is no other engine, since the
+    deployed file is ONNX.
     """
     return "deepsparse" if "deepsparse" in engines else min(engines, key=lambda name: name == "torch")

@@ -1,4 +1,4 @@
-"""``python -m sparse_exp.predict``: what a model sees in images and videos."""
+"""``python -m sparse_exp.predict``: detect objects in images and videos."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from collections import Counter
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparse_exp.command import Parser, run_command
+from sparse_exp.data.detection import Listing, list_dataset
 from sparse_exp.errors import ConfigError, DataError, SparseExpError, expected
+from sparse_exp.hardware import usable_physical_cores
+from sparse_exp.predict.media import Media, find_media
+from sparse_exp.predict.models import Model, find_model
 from sparse_exp.predict.options import add_detector_options, add_model_options, detector_settings
+from sparse_exp.predict.outputs import Results, check_formats, new_directory, require_replaceable
 
-if TYPE_CHECKING:
-    from sparse_exp.data.detection import Listing
+if TYPE_CHECKING:  # it imports cv2 and torch
     from sparse_exp.predict.detector import Detector
-    from sparse_exp.predict.models import Model
-    from sparse_exp.predict.outputs import Results
-    from sparse_exp.predict.sources import Sources
 
 _log = logging.getLogger(__name__)
 _MOST_STREAMS = 8
-_STRIDE = 32  # px
+_STRIDE = 32  # px: the coarsest of the detector's three strides
+_SETTINGS = ("conf", "iou", "max_det", "multi_label", "batch_size", "cores", "streams")
 _TEXT = """
 MODEL is a run's directory, the end of its path below outputs or its MLflow id, a stub of the local zoo, a
 directory with model.onnx, an ONNX file that this project exported, or for --engine torch a checkpoint.
@@ -37,50 +39,46 @@ directory with model.onnx, an ONNX file that this project exported, or for --eng
 
 
 def main() -> int:
-    """Predict, write what was found, and say where."""
+    """Predict, write the outputs, print where they are."""
     options = _options()
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    data, model, sources = _asked_for(options)
-    from sparse_exp.predict.outputs import check_formats, new_directory, require_replaceable
-
+    data = list_dataset(options.data.expanduser()) if options.data else None
+    model = _find_model(options, data)
+    media = find_media(options.sources, data)
     formats = check_formats(options.formats)
     if not formats and not options.pictures:
         raise ConfigError("Nothing would be written. Leave out --no-pictures, or name --formats.")
     out = options.out and options.out.expanduser()
-    files = [*sources.images, *sources.videos]
-    require_replaceable(out, overwrite=options.overwrite, sources=files)
-    with closing(_load(options, model, sources)) as detector:
-        folder = new_directory(out, overwrite=options.overwrite, sources=files)
+    sources = [*media.images, *media.videos]
+    require_replaceable(out, overwrite=options.overwrite, sources=sources)
+    with closing(_load(options, model, media)) as detector:
+        folder = new_directory(out, overwrite=options.overwrite, sources=sources)
         try:
-            results = _predict(options, detector, sources, folder)
+            results = _predict(options, detector, media, folder)
             _write(results, folder, formats, data)
         finally:
-            with suppress(OSError):  # it holds something
+            with suppress(OSError):  # of a directory that holds files
                 folder.rmdir()
-    return _say(results, folder)
+    return _print_summary(results, folder)
 
 
-def _asked_for(options: argparse.Namespace) -> tuple[Listing | None, Model, Sources]:
-    from sparse_exp.data.detection import list_dataset
-    from sparse_exp.predict.models import find_model
-    from sparse_exp.predict.sources import find_sources
-
-    data = list_dataset(options.data.expanduser()) if options.data else None
+def _find_model(options: argparse.Namespace, data: Listing | None) -> Model:
+    """The model at the size of ``--imgsz``, with the class names of ``--data``."""
     model = find_model(options.model, engine=options.engine, zoo=options.zoo)
-    model = _of_size(model, options.imgsz)
-    if data is not None:
-        if model.names and len(model.names) != len(data.names):
-            do = "Give the data set that it was trained on."
-            what = f"the classes of {options.data}"
-            raise ConfigError(expected(what, f"the {len(model.names)} of the model", len(data.names), do))
-        if model.names and model.names != data.names:
-            _log.warning("The classes of %s are named otherwise than those of the model.", options.data)
-        model = replace(model, names=data.names)
-    return data, model, find_sources(options.sources, data)
+    model = _at_size(model, options.imgsz)
+    if data is None:
+        return model
+    if model.names and len(model.names) != len(data.names):
+        do = "Give the data set that it was trained on."
+        what = f"the classes of {options.data}"
+        raise ConfigError(expected(what, f"the {len(model.names)} of the model", len(data.names), do))
+    if model.names and model.names != data.names:
+        _log.warning("The classes of %s are named otherwise than those of the model.", options.data)
+    return replace(model, names=data.names)
 
 
-def _of_size(model: Model, imgsz: int | None) -> Model:
-    """The model for images of a size: torch takes any, an exported one its own."""
+def _at_size(model: Model, imgsz: int | None) -> Model:
+    """The model for images of a size: torch takes any size, an exported model only its own."""
     if imgsz in (None, model.imgsz):
         return model
     assert imgsz is not None
@@ -92,27 +90,26 @@ def _of_size(model: Model, imgsz: int | None) -> Model:
     raise ConfigError(expected("--imgsz", f"{model.imgsz}, which {model.path} was exported for", imgsz, do))
 
 
-def _load(options: argparse.Namespace, model: Model, sources: Sources) -> Detector:
-    from sparse_exp.predict.detector import Detector, make_room
+def _load(options: argparse.Namespace, model: Model, media: Media) -> Detector:
+    from sparse_exp.predict.detector import Detector, prepare_process
 
-    make_room()
+    prepare_process()
     settings = detector_settings(options)
     if settings["streams"] is None:
-        many = len(sources.images) > 1 or bool(sources.videos)
+        many = len(media.images) > 1 or bool(media.videos)
         settings["streams"] = default_streams(options.cores) if many else 1
     return Detector(model, **settings, multi_label=options.multi_label)
 
 
-def _predict(options: argparse.Namespace, detector: Detector, sources: Sources, folder: Path) -> Results:
-    """What was found; where it ended early, so far."""
-    from sparse_exp.predict.outputs import Results
-    from sparse_exp.predict.run import Prediction
+def _predict(options: argparse.Namespace, detector: Detector, media: Media, folder: Path) -> Results:
+    """Predict on all files. After an error or Ctrl-C the results so far are returned."""
+    from sparse_exp.predict.predictor import Predictor
 
-    results = Results(detector, _settings(detector))
-    prediction = Prediction(detector, folder, options.pictures, results, threads=detector.cores)
+    results = Results(detector, {name: getattr(detector, name) for name in _SETTINGS})
+    predictor = Predictor(detector, folder, options.pictures, results, threads=detector.cores)
     started = time.monotonic()
     try:
-        prediction.run(sources)
+        predictor.run(media)
     except (KeyboardInterrupt, SparseExpError) as error:
         results.ended_by = error
     results.seconds = time.monotonic() - started
@@ -120,23 +117,16 @@ def _predict(options: argparse.Namespace, detector: Detector, sources: Sources, 
 
 
 def default_streams(cores: int | None) -> int:
-    """Inferences at once for many images: one for each core, up to 8; where there are more, some share one.
+    """Streams for many images: the largest number up to 8 that divides the number of cores.
 
-    What decodes and draws takes turns with them on the same cores, and one stream that waits for its turn
-    holds up one core, not all.
+    The threads that decode and draw run on the same cores. With one stream for each core, a stream that waits
+    for its core holds up this one only.
 
     Args:
         cores: physical cores; None: all that this process may use.
     """
-    from sparse_exp.hardware import usable_physical_cores
-
     usable = cores or usable_physical_cores()
     return max(number for number in range(1, _MOST_STREAMS + 1) if usable % number == 0)
-
-
-def _settings(detector: Detector) -> dict[str, Any]:
-    names = ("conf", "iou", "max_det", "multi_label", "batch_size", "cores", "streams")
-    return {name: getattr(detector, name) for name in names}
 
 
 def _write(results: Results, folder: Path, formats: tuple[str, ...], data: Listing | None) -> None:
@@ -147,9 +137,15 @@ def _write(results: Results, folder: Path, formats: tuple[str, ...], data: Listi
         raise DataError(f"Cannot write into {folder}: {error.strerror or error}. {do}") from error
 
 
-def _say(results: Results, folder: Path) -> int:
+def _print_summary(results: Results, folder: Path) -> int:
+    """Print counts and the directory; returns the exit code.
+
+    Raises:
+        BaseException: what ended the prediction early.
+        DataError: some images cannot be used.
+    """
     images, skipped, seconds = len(results.images), results.skipped, results.seconds
-    counts = Counter(found["class"] for image in results.images for found in image["detections"])
+    counts = Counter(one["class"] for image in results.images for one in image["detections"])
     classes = ", ".join(f"{count} {name}" for name, count in counts.most_common(10))
     print(f"{images} images in {seconds:.1f} s: {results.detections} detections", end="")
     print(f" ({classes})" if classes else "")
@@ -167,7 +163,7 @@ def _say(results: Results, folder: Path) -> int:
 def _options() -> argparse.Namespace:
     parser = Parser(
         prog="python -m sparse_exp.predict",
-        description="What a model sees in images and videos: annotated copies, JSON, CSV and COCO results.",
+        description="Detect objects in images and videos: annotated copies, JSON, CSV and COCO results.",
         epilog=_TEXT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,4 +1,4 @@
-"""Detections drawn into pictures of any size."""
+"""Draw detections into pictures of any size."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-QUALITY = 88  # of JPEG: no visible loss; above it files double
+QUALITY = 88  # of JPEG: no loss can be seen, and higher values soon double the files
 _LARGEST_JPEG = 65_500  # px
-_SMALLEST = 320  # px: below it no label can be read, and the picture is enlarged
-_GOLDEN = 0.618034  # of the colour circle, to the next class: near ones are far apart
+_SMALLEST = 320  # px: in a smaller picture no label could be read
+_GOLDEN = 0.618034  # share of the colour circle from one class to the next, so that neighbours differ most
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
 Colour = tuple[int, int, int]
 
 
 def draw(picture: Image.Image, detections: NDArray[np.float32], names: Sequence[str]) -> Image.Image:
-    """Draw boxes with class and confidence; of a detector of one class the confidence alone.
+    """Draw boxes with class and confidence; with one class only, the confidence alone.
 
-    Lines and letters grow with the picture. One whose longer side is below 320 px is enlarged by a whole
-    number, since no label could be read in it.
+    Lines and letters grow with the picture. A picture whose longer side is below 320 px is enlarged by a
+    whole factor, since no label could be read in it.
 
     Args:
         picture: RGB; it may be changed.
@@ -33,7 +33,7 @@ def draw(picture: Image.Image, detections: NDArray[np.float32], names: Sequence[
         names: of the classes.
 
     Returns:
-        The picture with the boxes, the best on top.
+        The picture with the boxes; those of higher confidence cover the others.
     """
     factor = -(-_SMALLEST // max(picture.size))
     if factor > 1:
@@ -49,7 +49,7 @@ def draw(picture: Image.Image, detections: NDArray[np.float32], names: Sequence[
 
 
 def encode(picture: Image.Image) -> bytes:
-    """A picture as JPEG; as PNG where it is larger than JPEG can be."""
+    """Encode a picture as JPEG; as PNG where it is larger than a JPEG can be."""
     stream = BytesIO()
     kind = "JPEG" if max(picture.size) <= _LARGEST_JPEG else "PNG"
     picture.save(stream, kind, quality=QUALITY)
@@ -69,19 +69,21 @@ def _label(
     canvas: ImageDraw.ImageDraw, box: tuple[float, ...], text: str, colour: Colour, width: int, size: int
 ) -> None:
     canvas.rectangle(box, outline=colour, width=width)
-    letters = _letters(text, size)
-    w, h = letters.width + 2 * width, letters.height + 2 * width
+    mask = _text_mask(text, size)
+    w, h = mask.width + 2 * width, mask.height + 2 * width
     limit_x, limit_y = canvas.im.size
-    # Above the box where there is room, else inside it; never outside the picture.
+    # The label stands above the box where there is room, else inside it, and never outside the picture.
     x = max(0, min(round(box[0]), limit_x - w))
     y = round(box[1]) - h if box[1] >= h else min(round(box[1]), limit_y - h)
     canvas.rectangle((x, y, x + w - 1, y + h - 1), fill=colour)
-    canvas.bitmap((x + width, y + width), letters, fill=_ink(colour))
+    red, green, blue = colour
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue  # of Rec. 601
+    canvas.bitmap((x + width, y + width), mask, fill=_BLACK if luma > 140 else _WHITE)
 
 
 @lru_cache(maxsize=4096)
-def _letters(text: str, size: int) -> Image.Image:
-    """A text as a mask: setting it takes ten times as long as drawing it, and labels come again and again."""
+def _text_mask(text: str, size: int) -> Image.Image:
+    """A text as a mask. Making it takes ten times as long as drawing it, and many labels are alike."""
     font = _font(size)
     left, top, right, bottom = map(round, font.getbbox(text))
     mask = Image.new("L", (max(1, right - left), max(1, bottom - top)))
@@ -89,15 +91,9 @@ def _letters(text: str, size: int) -> Image.Image:
     return mask
 
 
-def _ink(colour: Colour) -> Colour:
-    """Black on light colours, white on dark ones (luma of Rec. 601)."""
-    red, green, blue = colour
-    return _BLACK if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else _WHITE
-
-
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """DejaVu Sans, which comes with matplotlib and has letters of many scripts; else Pillow's own."""
+    """DejaVu Sans, which comes with matplotlib and has letters of many scripts; else Pillow's own font."""
     found = find_spec("matplotlib")
     for folder in (found.submodule_search_locations or []) if found else []:
         file = Path(folder) / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparse_exp.config.schema import DEFAULT_DIRECTORIES, ENGINES
+from sparse_exp.config.schema import DEFAULT_DIRECTORIES, ENGINES, STAGES
+from sparse_exp.engines.signature import check_detector, read_signature
 from sparse_exp.errors import ConfigError, EngineError, SourceUnavailable, expected
 from sparse_exp.hardware import host_facts
 from sparse_exp.hardware.targets import unusable
+from sparse_exp.hints import command_line, override, resume_command
 from sparse_exp.runs.deployment import MODEL, TORCH, Deployment
 from sparse_exp.runs.directory import Run, find_directories
+from sparse_exp.runs.metadata import read_metadata
 from sparse_exp.sources.layout import CHECKPOINT_SUFFIXES, DEPLOYMENT, checkpoint_in
 from sparse_exp.sources.local import find, zoo_directory
 from sparse_exp.sources.stub import STUB_PREFIX
@@ -85,8 +88,9 @@ def _place(name: str, zoo: Path | None) -> Path:
     if name.startswith(STUB_PREFIX):
         directory = find(name, zoo or zoo_directory())
         if directory is None:
-            do = "python -m sparse_exp.zoo list shows what it holds."
-            raise SourceUnavailable(f"{name} is not in the local zoo {zoo or zoo_directory()}. {do}")
+            zoo = zoo or zoo_directory()
+            do = f"What it holds: {command_line('list', '--zoo', str(zoo), module='sparse_exp.zoo')}"
+            raise SourceUnavailable(f"{name} is not in the local zoo {zoo}. {do}")
         return directory
     try:
         place = Path(name).expanduser()
@@ -132,7 +136,8 @@ def _file_in(directory: Path, run: Run | None, engine: str) -> Path:
         if path.is_file():
             return path
     if run:
-        do = f"Export it first: python -m sparse_exp resume={directory} stages=[export]"
+        stages = ["export"] if run.checkpoint else STAGES[: STAGES.index("export") + 1]
+        do = f"Export it first: {resume_command(directory, override('stages', stages))}"
         raise ConfigError(f"The run {directory} has no exported model. {do}")
     raise ConfigError(expected("MODEL", _FORMS, str(directory), f"It holds no {MODEL}."))
 
@@ -149,9 +154,6 @@ def _of_checkpoint(path: Path, engine: str) -> tuple[tuple[str, ...], int]:
 
 def _of_onnx(path: Path, engine: str) -> tuple[tuple[str, ...], int, Signature]:
     """Class names, image size and signature of an ONNX file; refuses what takes no images as ours do."""
-    from sparse_exp.engines.signature import check_detector, read_signature
-    from sparse_exp.runs.metadata import read_metadata
-
     if engine == "torch":
         do = "Give a run or a checkpoint, or choose another engine."
         raise EngineError(f"torch runs checkpoints, not ONNX files such as {path}. {do}")

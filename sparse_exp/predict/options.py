@@ -1,4 +1,4 @@
-"""What ``predict`` and ``serve`` take on the command line alike, and how they refuse it."""
+"""The command-line options that ``predict`` and ``serve`` have in common."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from sparse_exp.command import checked, share, whole
+from sparse_exp.hardware import usable_physical_cores
 
 _SETTINGS = ("batch_size", "cores", "streams", "conf", "iou", "max_det")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the positional ``model``, ``--engine`` and ``--zoo``: what `find_model` takes."""
+    """Add the positional ``model``, ``--engine`` and ``--zoo``: the arguments of `find_model`."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="run, stub, directory or file, see below")
     add("--engine", help="deepsparse, onnxruntime, openvino or torch (default: the run's first)")
@@ -20,11 +21,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_detector_options(parser: argparse.ArgumentParser, *, streams: int | None) -> None:
-    """Add how a detector is loaded; `detector_settings` gives it to `Detector`.
+    """Add the options of the detector, which `detector_settings` then returns.
 
     Args:
         parser: of the command.
-        streams: the default of ``--streams``; None: the command finds one.
+        streams: the default of ``--streams``; None: the command computes one.
     """
     add = parser.add_argument_group("detector").add_argument
     add("--conf", type=share, default=0.25, help="lowest confidence, 0..1 (%(default)s)")
@@ -39,13 +40,12 @@ def add_detector_options(parser: argparse.ArgumentParser, *, streams: int | None
 
 
 def detector_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_detector_options` as `sparse_exp.predict.detector.Detector` takes them."""
+    """The options of `add_detector_options` as arguments of `sparse_exp.predict.detector.Detector`."""
     return {name: getattr(options, name) for name in _SETTINGS}
 
 
 def _cores(text: str) -> int:
-    from sparse_exp.hardware import usable_physical_cores
-
+    """A type of `argparse`: a number of physical cores that this host has."""
     usable = usable_physical_cores()
     checked(text, whole(text) <= usable, f"at most the {usable} of this host")
     return int(text)

@@ -1,4 +1,4 @@
-"""What ``predict`` leaves: a directory, annotated pictures, predictions as JSON, CSV and COCO results."""
+"""The output directory of ``predict``: names of annotated pictures, predictions as JSON, CSV and COCO."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparse_exp.data.detection import Listing
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.files import landing, write_text
-from sparse_exp.predict.detector import Detector
-from sparse_exp.predict.pipeline import Found
+
+if TYPE_CHECKING:  # these import cv2 and torch, which ``--help`` does without
+    from sparse_exp.predict.detector import Detector
+    from sparse_exp.predict.pipeline import ImageResult
 
 FORMAT = "sparse_exp.predict/1"
 PREDICTIONS, TABLE, COCO, TRUTH = "predictions.json", "predictions.csv", "coco.json", "coco_truth.json"
@@ -28,19 +30,19 @@ _LONGEST_STEM = 200  # bytes
 
 
 def new_directory(out: Path | None, *, overwrite: bool, sources: Sequence[Path]) -> Path:
-    """A directory for the outputs, empty.
+    """Make an empty directory for the outputs.
 
     Args:
-        out: where; None: ``outputs/predict/1``, or the next number that is free.
-        overwrite: delete what an earlier prediction left there.
-        sources: files that must not be deleted with it.
+        out: its path; None: ``outputs/predict/1``, or the next number that is free.
+        overwrite: delete the files of an earlier prediction in it.
+        sources: files that must not be deleted.
 
     Raises:
-        ConfigError: see `require_replaceable`; or it cannot be made.
+        ConfigError: see `require_replaceable`; or the directory cannot be made.
     """
     try:
         if out is None:
-            return _numbered(DEFAULT)
+            return _next_numbered(DEFAULT)
         require_replaceable(out, overwrite=overwrite, sources=sources)
         out.mkdir(parents=True, exist_ok=True)
         for path in out.iterdir():  # and not the directory itself, which may be a link or a mount
@@ -53,15 +55,15 @@ def new_directory(out: Path | None, *, overwrite: bool, sources: Sequence[Path])
 
 
 def require_replaceable(out: Path | None, *, overwrite: bool, sources: Sequence[Path]) -> None:
-    """Refuse a directory that holds something, unless it is an earlier prediction that may be replaced.
+    """Refuse a directory that holds files, unless it is an earlier prediction that may be replaced.
 
     Args:
-        out: see `new_directory`, as the others.
-        overwrite: whether it may be replaced.
-        sources: files that must not be in it then.
+        out: see `new_directory`, also for the others.
+        overwrite: whether an earlier prediction may be replaced.
+        sources: files that must not lie in it.
 
     Raises:
-        ConfigError: it may not be replaced.
+        ConfigError: the directory may not be replaced.
     """
     if out is None or not out.is_dir() or not any(out.iterdir()):
         return
@@ -76,7 +78,7 @@ def require_replaceable(out: Path | None, *, overwrite: bool, sources: Sequence[
 
 
 def _is_prediction(folder: Path) -> bool:
-    """Whether the file that others may call ``predictions.json``, too, begins as ours."""
+    """Whether ``predictions.json`` begins as ours. Other programs write files of this name, too."""
     start = json.dumps({"format": FORMAT})[:-1].encode()
     try:
         with (folder / PREDICTIONS).open("rb") as stream:
@@ -85,8 +87,8 @@ def _is_prediction(folder: Path) -> bool:
         return False
 
 
-def _numbered(parent: Path) -> Path:
-    """The first of ``parent/1``, ``parent/2`` ... that is not there; it is made, by one process only."""
+def _next_numbered(parent: Path) -> Path:
+    """Make the directory after the last of ``parent/1``, ``parent/2`` ...; two processes get two numbers."""
     parent.mkdir(parents=True, exist_ok=True)
     taken = [int(path.name) for path in parent.iterdir() if path.name.isdecimal()]
     number = max(taken, default=0) + 1
@@ -100,10 +102,10 @@ def _numbered(parent: Path) -> Path:
 
 
 class PictureNames:
-    """Names for annotated files: that of the source with another ending, numbered where it is taken.
+    """Names of annotated files: that of the source with another ending, and a number where it is taken.
 
-    Bytes that are no UTF-8 are left out, and what is longer than 200 bytes: file systems bear 255, and a
-    file that is being written has a longer name.
+    Bytes that are not UTF-8 are left out. A name is cut after 200 bytes: file systems allow 255, and the
+    temporary name of a file that is being written is longer.
     """
 
     def __init__(self) -> None:
@@ -114,7 +116,7 @@ class PictureNames:
 
         Args:
             source: image or video.
-            suffix: of the new file, such as ``.jpg``.
+            suffix: of the new file, for example ``.jpg``.
         """
         stem = os.fsencode(source.stem)[:_LONGEST_STEM].decode(errors="ignore") or "image"
         name, number = f"{stem}{suffix}", 2
@@ -126,18 +128,18 @@ class PictureNames:
 
 @dataclass
 class Results:
-    """What was found in all images, and what will be written about it.
+    """The detections in all images, and the files that record them.
 
     Args:
-        detector: that found it.
+        detector: it made the detections.
         settings: of the command, for the record.
 
     Attributes:
         images: one entry for each image or frame, as in ``predictions.json``.
         skipped: file and reason of each image that cannot be read.
-        detections: number of all.
-        seconds: that it took, without loading the model.
-        ended_by: why not all was looked at: an error, or Ctrl-C; None: all was.
+        detections: how many there are in all images.
+        seconds: duration without loading the model.
+        ended_by: the error, or Ctrl-C, that ended the prediction early; None: it was complete.
     """
 
     detector: Detector
@@ -148,49 +150,48 @@ class Results:
     seconds: float = 0.0
     ended_by: BaseException | None = None
 
-    def add(self, number: int, found: Found[Any], picture: str | None, fps: float | None = None) -> None:
-        """Take in one image.
+    def add(
+        self, number: int, result: ImageResult[Any], picture: str | None, fps: float | None = None
+    ) -> None:
+        """Add one image or frame.
 
         Args:
             number: its id.
-            found: what was found.
+            result: its detections.
             picture: name of the annotated file; None where there is none.
-            fps: of the video that it is a frame of.
+            fps: of the video, for a frame.
         """
-        one = found.input
-        entry: dict[str, Any] = {"id": number, "file": str(one.file)}
-        if one.frame is not None:
-            entry |= {"frame": one.frame, "seconds": round(one.frame / fps, 4) if fps else None}
-        entry |= {"width": found.size[0], "height": found.size[1], "picture": picture}
-        rows = found.detections.astype(float).tolist()
-        self.images.append({**entry, "detections": [self._described(row) for row in rows]})
+        source = result.input
+        entry: dict[str, Any] = {"id": number, "file": str(source.file)}
+        if source.frame is not None:
+            entry |= {"frame": source.frame, "seconds": round(source.frame / fps, 4) if fps else None}
+        entry |= {"width": result.size[0], "height": result.size[1], "picture": picture}
+        rows = result.detections.astype(float).tolist()
+        self.images.append({**entry, "detections": [described(row, self.detector.names) for row in rows]})
         self.detections += len(rows)
-
-    def _described(self, row: list[float]) -> dict[str, Any]:
-        return described(row, self.detector.names)
 
     def write(self, folder: Path, formats: Sequence[str], data: Listing | None) -> None:
         """Write the files that are asked for.
 
         Args:
             folder: where.
-            formats: of `FORMATS`.
+            formats: some of `FORMATS`.
             data: a data set; with ``coco`` its labels of these images are written, too.
 
         Raises:
-            DataError: a label file of it is damaged; all else is written.
+            DataError: one of its label files is damaged; all other files are written.
             OSError: a file cannot be written.
         """
         if "json" in formats:
-            _write_compact(folder / PREDICTIONS, self._as_data())
+            _write_compact(folder / PREDICTIONS, self._as_json())
         if "csv" in formats:
-            write_text(folder / TABLE, self._table())
+            write_text(folder / TABLE, self._as_csv())
         if "coco" in formats:
-            _write_compact(folder / COCO, list(_coco_results(self.images)))
+            _write_compact(folder / COCO, _coco_results(self.images))
         if "coco" in formats and data is not None:  # last: a label file may be damaged
             _write_compact(folder / TRUTH, coco_truth(self.images, data))
 
-    def _as_data(self) -> dict[str, Any]:
+    def _as_json(self) -> dict[str, Any]:
         model = self.detector.model
         about = {
             "model": model.origin, "file": str(model.path), "engine": model.engine,
@@ -201,20 +202,20 @@ class Results:
             "model": about, "settings": self.settings, "images": self.images, "skipped": self.skipped,
         }  # fmt: skip
 
-    def _table(self) -> str:
+    def _as_csv(self) -> str:
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(_COLUMNS)
         for image in self.images:
-            for found in image["detections"]:
-                both = {**image, **found}
+            for detection in image["detections"]:
+                both = {**image, **detection}
                 writer.writerow([both.get(column, "") for column in _COLUMNS])
-        # Of file names that are no UTF-8 the odd bytes are written as JSON writes them: \\udcfc.
+        # Bytes of a file name that are not UTF-8 are written as in JSON: \\udcfc.
         return stream.getvalue().encode(errors="backslashreplace").decode()
 
 
 def described(row: Sequence[float], names: Sequence[str]) -> dict[str, Any]:
-    """A detection as JSON says it.
+    """A detection as an object of ``predictions.json``.
 
     Args:
         row: x1, y1, x2, y2 in pixels, confidence, class id.
@@ -229,40 +230,43 @@ def _coco_results(images: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "image_id": image["id"],
-            "category_id": found["class_id"],
-            "bbox": _box(found["x1"], found["y1"], found["x2"], found["y2"]),
-            "score": found["confidence"],
+            "category_id": detection["class_id"],
+            "bbox": _coco_box(detection["x1"], detection["y1"], detection["x2"], detection["y2"]),
+            "score": detection["confidence"],
         }
         for image in images
-        for found in image["detections"]
+        for detection in image["detections"]
     ]
 
 
-def _box(x1: float, y1: float, x2: float, y2: float) -> list[float]:
+def _coco_box(x1: float, y1: float, x2: float, y2: float) -> list[float]:
+    """Left, top, width and height, px."""
     return [x1, y1, round(x2 - x1, _PIXELS), round(y2 - y1, _PIXELS)]
 
 
 def coco_truth(images: Sequence[dict[str, Any]], data: Listing) -> dict[str, Any]:
-    """The labels of images as COCO annotations, with the ids of the results.
+    """The labels of images as COCO annotations, under the same image ids as the results.
 
     Args:
-        images: as in ``predictions.json``; those that are not in the data set are left out.
+        images: as in ``predictions.json``; those that the data set does not hold are left out.
         data: the data set.
 
     Raises:
         DataError: a label file is damaged.
     """
     samples = {sample.image.resolve(): sample for split in data.splits.values() for sample in split}
-    known: list[dict[str, Any]] = []
+    labelled: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image in images:
         sample = samples.get(Path(image["file"]).resolve())
         if sample is None or "frame" in image:
             continue
         width, height = image["width"], image["height"]
-        known.append({"id": image["id"], "file_name": image["file"], "width": width, "height": height})
+        labelled.append({"id": image["id"], "file_name": image["file"], "width": width, "height": height})
         for number, x, y, w, h in sample.labels_of(len(data.names)).tolist():
-            box = _box((x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height)
+            left, right = (x - w / 2) * width, (x + w / 2) * width
+            top, bottom = (y - h / 2) * height, (y + h / 2) * height
+            box = _coco_box(left, top, right, bottom)
             annotations.append(
                 {
                     "id": len(annotations) + 1, "image_id": image["id"], "category_id": int(number),
@@ -270,21 +274,21 @@ def coco_truth(images: Sequence[dict[str, Any]], data: Listing) -> dict[str, Any
                 }
             )  # fmt: skip
     categories = [{"id": number, "name": name} for number, name in enumerate(data.names)]
-    return {"images": known, "annotations": annotations, "categories": categories}
+    return {"images": labelled, "annotations": annotations, "categories": categories}
 
 
 def _write_compact(path: Path, data: Any) -> None:
-    """JSON without indentation: a line per detection would be most of a large file."""
+    """Write JSON without indentation: with it, spaces and line ends would be most of a large file."""
     with landing(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
         json.dump(data, stream)
         stream.write("\n")
 
 
 def check_formats(text: str) -> tuple[str, ...]:
-    """The formats in a comma-separated list; ``none`` or an empty text for none.
+    """The formats in a comma-separated list; ``none`` or an empty text means none.
 
     Raises:
-        ConfigError: there is no such format.
+        ConfigError: a word is not one of `FORMATS`.
     """
     formats = tuple(word.strip() for word in text.split(",") if word.strip() not in ("", "none"))
     for word in formats:

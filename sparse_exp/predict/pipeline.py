@@ -1,7 +1,7 @@
-"""Decoding ahead of the inference, suppression and drawing behind it, all at once and in order.
+"""Decode, infer, suppress and draw at the same time, and give the results in the order of the images.
 
-Each step has threads of its own: decoders, engines and encoders work outside of Python's lock. Between the
-steps wait a few images at most, so memory does not grow with the number of images.
+Each step has threads of its own, since decoders, engines and encoders work outside of Python's lock. Only a
+few images wait between two steps, so that memory does not grow with the number of images.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,12 +32,12 @@ Drawn = TypeVar("Drawn")
 
 @dataclass(frozen=True)
 class Input:
-    """An image to look at.
+    """An image, or a frame of a video.
 
     Attributes:
         file: the image or video.
-        frame: of a video, counted from 0; None for an image.
-        pixels: of a frame: RGB, uint8 (H, W, 3); None for an image, which is read from its file.
+        frame: number of the frame, from 0; None for an image.
+        pixels: of the frame: RGB, uint8 (H, W, 3); None for an image, which is read from its file.
     """
 
     file: Path
@@ -46,15 +46,15 @@ class Input:
 
 
 @dataclass(frozen=True)
-class Found(Generic[Drawn]):
-    """What was found in an image.
+class ImageResult(Generic[Drawn]):
+    """The detections in an image.
 
     Attributes:
         input: the image.
         size: its width and height, px.
         detections: float32 (D, 6), see `sparse_exp.predict.detector.Detector.suppress`.
-        drawn: the picture with the detections, as ``render`` made it; None where none was asked for.
-        problem: why it cannot be read; empty otherwise.
+        drawn: the picture with the detections, as ``render`` returned it; None without ``render``.
+        problem: why the image cannot be read; empty where it can.
     """
 
     input: Input
@@ -66,6 +66,8 @@ class Found(Generic[Drawn]):
 
 @dataclass(frozen=True)
 class _Prepared:
+    """A letterboxed image; ``picture`` is the whole one, None where it is not needed or must be read anew."""
+
     input: Input
     square: NDArray[np.uint8]
     box: Letterbox
@@ -73,12 +75,13 @@ class _Prepared:
 
 
 class Pipeline(Generic[Drawn]):
-    """Detects in many images with one detector; use it as a context manager, which ends its threads.
+    """Runs one detector on many images; use it as a context manager, which ends its threads.
 
     Args:
-        detector: that ``streams`` threads call.
-        render: turns a picture with detections into what is to be kept of it; None: nothing is drawn.
-        threads: of each step beside the inference.
+        detector: called by ``streams`` threads.
+        render: called with each picture that the detections were drawn into; its result becomes ``drawn``.
+            None: nothing is drawn.
+        threads: of each step but the inference.
     """
 
     def __init__(
@@ -93,8 +96,8 @@ class Pipeline(Generic[Drawn]):
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def run(self, inputs: Iterable[Input]) -> Iterator[Found[Drawn]]:
-        """What was found in each image, in order.
+    def run(self, inputs: Iterable[Input]) -> Iterator[ImageResult[Drawn]]:
+        """Yield the result of each image, in order.
 
         Raises:
             EngineError: the engine failed.
@@ -102,18 +105,20 @@ class Pipeline(Generic[Drawn]):
         detector = self._detector
         ahead = 2 * (detector.batch_size * detector.streams + self._threads)
         prepared = self._in_threads(self._prepare, inputs, self._threads, ahead)
-        batches = in_batches(prepared, detector.batch_size, _can_be_read)
+        batches = in_batches(prepared, detector.batch_size, lambda one: isinstance(one, _Prepared))
         inferred = self._in_threads(self._infer, batches, detector.streams, detector.streams + 1)
-        every = (pair for batch in inferred for pair in batch)
-        yield from self._in_threads(self._finish, every, self._threads, ahead)
+        pairs = (pair for batch in inferred for pair in batch)
+        yield from self._in_threads(self._finish, pairs, self._threads, ahead)
 
     def _in_threads(
         self, function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int
     ) -> Iterator[Result]:
-        pool = self._stack.enter_context(_pool(threads))
+        pool = ThreadPoolExecutor(threads)
+        # At the end the threads finish their images and begin no others.
+        self._stack.callback(pool.shutdown, cancel_futures=True)
         return in_order(pool, function, items, ahead)
 
-    def _prepare(self, one: Input) -> _Prepared | Found[Drawn]:
+    def _prepare(self, one: Input) -> _Prepared | ImageResult[Drawn]:
         imgsz = self._detector.model.imgsz
         try:
             if one.pixels is None:
@@ -122,50 +127,37 @@ class Pipeline(Generic[Drawn]):
                 square, box = letterbox(one.pixels, imgsz)
                 picture = Image.fromarray(one.pixels)
         except DataError as error:
-            return Found(one, (0, 0), np.empty((0, 6), np.float32), problem=str(error))
+            return ImageResult(one, (0, 0), np.empty((0, 6), np.float32), problem=str(error))
         return _Prepared(one, square, box, picture if self._render else None)
 
     def _infer(
-        self, batch: list[_Prepared | Found[Drawn]]
-    ) -> list[tuple[_Prepared | Found[Drawn], NDArray[np.float32]]]:
+        self, batch: list[_Prepared | ImageResult[Drawn]]
+    ) -> list[tuple[_Prepared | ImageResult[Drawn], NDArray[np.float32]]]:
         squares = [one.square for one in batch if isinstance(one, _Prepared)]
         predictions = iter(self._detector.infer(squares) if squares else ())
-        nothing = np.empty((0, 6), np.float32)
-        return [(one, next(predictions) if isinstance(one, _Prepared) else nothing) for one in batch]
+        none = np.empty((0, 6), np.float32)
+        return [(one, next(predictions) if isinstance(one, _Prepared) else none) for one in batch]
 
-    def _finish(self, pair: tuple[_Prepared | Found[Drawn], NDArray[np.float32]]) -> Found[Drawn]:
+    def _finish(self, pair: tuple[_Prepared | ImageResult[Drawn], NDArray[np.float32]]) -> ImageResult[Drawn]:
         one, predictions = pair
         if not isinstance(one, _Prepared):
             return one
         detections = self._detector.suppress(predictions, one.box)
         drawn = None
         if self._render:
-            # A JPEG much larger than the square was scaled while it was decoded: here it is read whole.
+            # A JPEG much larger than the square was scaled down while it was decoded. It is read again whole.
             picture = one.picture or Image.fromarray(read_image(one.input.file))
             drawn = self._render(draw(picture, detections, self._detector.names))
-        return Found(one.input, one.box.size, detections, drawn)
-
-
-def _can_be_read(one: Any) -> bool:
-    return isinstance(one, _Prepared)
-
-
-@contextmanager
-def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that, at the end, finish what they are at and begin nothing more."""
-    pool = ThreadPoolExecutor(threads)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
+        return ImageResult(one.input, one.box.size, detections, drawn)
 
 
 def in_order(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[Result]:
-    """Results in the order of items, of which at most ``ahead`` are being worked on or wait.
+    """Call a function for each item in threads, and yield the results in the order of the items.
 
-    Where getting an item fails, the results of those before it come first.
+    At most ``ahead`` items are being worked on, or are done and wait to be yielded. Where ``items`` raises,
+    the results of the items before come first.
     """
     items, running = iter(items), deque[Future[Result]]()
     failure: Exception | None = None
@@ -183,7 +175,7 @@ def in_order(
 
 
 def in_batches(items: Iterable[Item], size: int, counts: Callable[[Item], bool]) -> Iterator[list[Item]]:
-    """Lists of items in order, each with ``size`` items that count; the last may have fewer.
+    """Lists of items in order, each with ``size`` items that ``counts`` is true of; the last may have fewer.
 
     >>> list(in_batches([1, 2, 3, 4, 5], 2, lambda item: item != 2))
     [[1, 2, 3], [4, 5]]

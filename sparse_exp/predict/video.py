@@ -1,4 +1,4 @@
-"""Videos: their frames, and annotated ones."""
+"""Read the frames of videos, and write annotated videos, both with OpenCV."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -18,7 +19,7 @@ from sparse_exp.files import landing
 
 _log = logging.getLogger(__name__)
 _USUAL_FPS = 25.0
-_FPS = (0.01, 1000.0)  # what MPEG-4 can hold; some files say 90000, or nan
+_FPS = (0.01, 1000.0)  # the range that MPEG-4 can hold; some files say 90000, or nan
 _QUIET = "-8"  # AV_LOG_QUIET of FFmpeg
 
 
@@ -29,17 +30,17 @@ class Video:
         path: of the file.
 
     Attributes:
-        fps: frames per second; 25 where the file says none, or none that a video can have.
-        count: frames that the file says it has; 0 where it says none.
+        fps: frames per second; 25 where the file has no rate, or an impossible one.
+        count: number of frames according to the file; 0 where it does not say.
 
     Raises:
-        DataError: OpenCV cannot read a frame of it.
+        DataError: OpenCV cannot read a single frame.
     """
 
     def __init__(self, path: Path) -> None:
-        cv2 = _opencv()
+        _set_up_opencv()
         self._path = path
-        self._capture = cv2.VideoCapture(_name(path))
+        self._capture = cv2.VideoCapture(_opencv_name(path))
         fps = float(self._capture.get(cv2.CAP_PROP_FPS))
         self.fps = fps if _FPS[0] <= fps <= _FPS[1] else _USUAL_FPS
         self.count = max(0, int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)))
@@ -56,9 +57,9 @@ class Video:
         self._capture.release()
 
     def frames(self) -> Iterator[NDArray[np.uint8]]:
-        """Its frames in order: RGB, uint8 (H, W, 3); turned as the file says. One pass only.
+        """Yield the frames in order: RGB, uint8 (H, W, 3), turned as the file says. This works once only.
 
-        A warning says so where there are fewer than the file promises by more than one in a hundred.
+        A warning is logged where more than one in a hundred of the frames in ``count`` is missing.
         """
         frame, read = self._first, 0
         while frame is not None:
@@ -70,11 +71,11 @@ class Video:
 
     def _read(self) -> NDArray[np.uint8] | None:
         good, frame = self._capture.read()
-        return frame[:, :, ::-1].copy() if good else None
+        return np.ascontiguousarray(frame[:, :, ::-1], dtype=np.uint8) if good else None
 
 
 class VideoWriter:
-    """Writes frames into a video; see `writing`.
+    """Writes frames into a video; see `write_video`.
 
     Args:
         path: MP4 file.
@@ -86,43 +87,39 @@ class VideoWriter:
         self._writer: Any = None
 
     def add(self, frame: Image.Image) -> None:
-        """Append a picture; all are of one size.
+        """Append a picture; all have the same size.
 
         Raises:
             OSError: the file cannot be written.
         """
-        pixels = np.asarray(frame)[:, :, ::-1]
-        if self._writer is None:
-            self._open(frame.size)
-        self._writer.write(pixels)
+        if self._writer is None:  # the size is known now
+            _set_up_opencv()
+            codec = cv2.VideoWriter.fourcc(*"mp4v")  # MPEG-4 part 2: in every build of OpenCV
+            self._writer = cv2.VideoWriter(_opencv_name(self._path), codec, self._fps, frame.size)
+            if not self._writer.isOpened():
+                message = "OpenCV cannot write MPEG-4 there"
+                raise OSError(None, message, str(self._path))
+        self._writer.write(np.asarray(frame)[:, :, ::-1])
 
     def close(self) -> None:
         """Finish the file."""
         if self._writer is not None:
             self._writer.release()
 
-    def _open(self, size: tuple[int, int]) -> None:
-        cv2 = _opencv()
-        code = cv2.VideoWriter_fourcc(*"mp4v")  # MPEG-4 part 2: in every build of OpenCV
-        self._writer = cv2.VideoWriter(_name(self._path), code, self._fps, size)
-        if not self._writer.isOpened():
-            message = "OpenCV cannot write MPEG-4 there"
-            raise OSError(None, message, str(self._path))
-
 
 @contextmanager
-def writing(path: Path, fps: float) -> Iterator[VideoWriter]:
-    """A video that is there when the block ends well, and otherwise not at all.
+def write_video(path: Path, fps: float) -> Iterator[VideoWriter]:
+    """Write a video whole or not at all: the file appears when the block ends without an error.
 
     Args:
         path: MP4 file.
         fps: frames per second.
 
     Yields:
-        What to give the frames to, at least one.
+        The writer; at least one frame must be added.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     with landing(path) as temporary:
         writer = VideoWriter(temporary, fps)
@@ -134,7 +131,7 @@ def writing(path: Path, fps: float) -> Iterator[VideoWriter]:
 
 
 def _require_whole(path: Path) -> None:
-    """OpenCV does not say when the disk is full; then the index at the file's end is missing."""
+    """Try to read the first frame: OpenCV reports no full disk, but then the file lacks its index."""
     try:
         with Video(path):
             pass
@@ -143,11 +140,11 @@ def _require_whole(path: Path) -> None:
         raise OSError(None, message, str(path)) from error
 
 
-def _name(path: Path) -> str:
-    """A path as OpenCV can take it.
+def _opencv_name(path: Path) -> str:
+    """A path in the form that OpenCV reads correctly.
 
-    FFmpeg reads a name such as 12:30.mp4 as a protocol and an address, and OpenCV crashes on one that is no
-    UTF-8.
+    FFmpeg reads the relative name 12:30.mp4 as a protocol and an address, so the path is made absolute.
+    OpenCV crashes on a name that is not UTF-8, so that one is refused.
     """
     name = str(path.absolute())
     try:
@@ -158,10 +155,8 @@ def _name(path: Path) -> str:
     return name
 
 
-def _opencv() -> Any:
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", _QUIET)  # our one line says it
-    import cv2
-
+def _set_up_opencv() -> None:
+    """Let OpenCV write no messages, since ours say what is wrong, and use one thread only."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", _QUIET)
     cv2.setLogLevel(0)
     cv2.setNumThreads(1)
-    return cv2

@@ -23,7 +23,7 @@ from sparse_exp.engines import IsolatedEngine
 from sparse_exp.hardware import host_facts
 from sparse_exp.hardware.targets import mismatch_sentence
 from sparse_exp.metrics.recovery import recovery_engine
-from sparse_exp.metrics.results import recovery
+from sparse_exp.metrics.result_rows import recovery
 from sparse_exp.report import plots
 from sparse_exp.report.markdown import ReportData, write_report
 from sparse_exp.runs.directory import Run

@@ -1,4 +1,4 @@
-"""What a run prints besides its log: the plan and the summary."""
+"""Log the tables of results that a run ends with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ _log = logging.getLogger(__name__)
 def show_summary(
     result: dict[str, Any], title: str, directory: Path, rows: Sequence[dict[str, Any]] = ()
 ) -> None:
-    """Log the table of results, with the rows of the benchmark, and where everything lies."""
+    """Log the tables of results, and the path of the report.
+
+    Args:
+        result: the flat numbers of ``result.json``.
+        title: headline.
+        directory: of the run.
+        rows: of the benchmark.
+    """
     _log.info("%s", summary_text(result, title, width=console_width(), rows=rows).rstrip())
     shown = directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else directory
     _log.info("Report: %s", shown / "report.md")

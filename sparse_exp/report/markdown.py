@@ -1,4 +1,4 @@
-"""``report.md``: one page that ties a run's numbers and pictures together."""
+"""Write ``report.md``: one page with a run's numbers and pictures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from urllib.parse import quote
 from sparse_exp.benchmark.measurements import Row
 from sparse_exp.benchmark.speed_table import impossible_lines, options_table, speed_table
 from sparse_exp.files import write_text
-from sparse_exp.metrics.results import (
+from sparse_exp.metrics.result_rows import (
     SPARSITIES,
     Result,
     accuracies,
@@ -38,25 +38,25 @@ _HOW_MEASURED = (
 
 @dataclass(frozen=True)
 class ReportData:
-    """What a report is made of; parts that are empty are left out.
+    """The contents of a report; empty parts are left out.
 
     Args:
         title: headline.
-        command: that makes this run again.
+        command: the command that makes this run again.
         result: the flat numbers and texts of ``result.json``.
-        summary: facts for the top of the page: label and value.
-        origin: sentence on where the start weights came from.
+        summary: facts for the top of the page, by label.
+        origin: sentence on the origin of the start weights.
         pruning: sentence on the pruning step; empty when there was none.
         phases: a row for each phase of the training, all with the same columns.
-        recovery: sentence on what is kept of the dense accuracy; empty without a baseline.
-        layers: file with the zeros of each layer, referred to; None for none.
+        recovery: sentence on the share of the dense accuracy that is kept; empty without a baseline.
+        layers: file with the zeros of each layer, linked to; None for none.
         speeds: rows of the benchmark, see docs/benchmark.md.
-        conditions: of the benchmark: label and value (engine versions, cores, image size, ISA ...).
-        why: what the gain is made of and what to try next, as Markdown; empty without a benchmark.
+        conditions: conditions of the benchmark, by label (engine versions, cores, image size, ISA ...).
+        why: the factors of the gain and what to try next, as Markdown; empty without a benchmark.
         warnings: sentences.
-        pictures: caption and file of each, in order; those that do not exist are left out.
-        attributions: licence and attribution lines of what was fetched.
-        environment: label and value (Python, packages, host).
+        pictures: file of each picture by its caption, in order; files that do not exist are left out.
+        attributions: licences and attributions of the weights and data that were fetched.
+        environment: facts by label (Python, packages, host).
     """
 
     title: str
@@ -81,7 +81,7 @@ def write_report(path: Path, report: ReportData) -> None:
     """Write the report, whole or not at all.
 
     Args:
-        path: file to write; pictures are referred to from its directory.
+        path: file to write; links to pictures start from its directory.
         report: its contents.
 
     Raises:
@@ -121,7 +121,7 @@ def _accuracy(result: Result) -> str:
 
 
 def _verification(result: Result) -> tuple[str, str]:
-    """The table of differences, and what it counts."""
+    """The table of differences, and how they were measured."""
     rows = []
     for row in verifications(result):
         scores = f"{decimal(row.score_mean, 4)} / {decimal(row.score_max, 3)}"
@@ -143,7 +143,7 @@ def _verification(result: Result) -> tuple[str, str]:
 def _layers(table: Path | None, start: Path) -> str:
     if table is None or not table.is_file():
         return ""
-    return f"Zeros of each layer: [{table.name}]({quote(Path(os.path.relpath(table, start)).as_posix())})."
+    return f"Zeros of each layer: [{table.name}]({_link(table, start)})."
 
 
 def _sparsity(result: Result) -> str:
@@ -157,7 +157,7 @@ def _sizes(result: Result) -> str:
 
 
 def _benchmark(rows: Sequence[Row]) -> list[str]:
-    """What was measured, under which settings of the engines, and what could not be."""
+    """The tables of speeds and of the engines' settings, and the cells that could not be measured."""
     settings, missing = markdown_table(*options_table(rows)), _bullets(impossible_lines(rows))
     return [
         markdown_table(*speed_table(rows)),
@@ -177,9 +177,14 @@ def _pictures(pictures: Mapping[str, Path], start: Path) -> str:
     lines = []
     for caption, picture in pictures.items():
         if picture.is_file():
-            address = quote(Path(os.path.relpath(picture, start)).as_posix())
-            lines.append(f"### {in_one_line(caption)}\n\n![{in_one_line(caption)}]({address})")
+            text = in_one_line(caption)
+            lines.append(f"### {text}\n\n![{text}]({_link(picture, start)})")
     return "\n\n".join(lines)
+
+
+def _link(file: Path, start: Path) -> str:
+    """The address of a file in a page of the directory ``start``."""
+    return quote(Path(os.path.relpath(file, start)).as_posix())
 
 
 def _facts(facts: Mapping[str, str]) -> str:

@@ -1,8 +1,8 @@
-"""The pictures of a run and of a comparison, and the one door to Matplotlib.
+"""Draw the pictures of a run and of a comparison. No other file imports Matplotlib.
 
-Each function takes plain data and writes one PNG, whole or not at all. Figures are made without
-pyplot, whose state belongs to the process. Colours are those of Okabe and Ito, which colour-blind
-people can tell apart (https://jfly.uni-koeln.de/color/).
+Each function takes plain data and writes one PNG, whole or not at all. Figures are made without pyplot,
+which keeps state for the whole process. The colours are those of Okabe and Ito, which colour-blind people can
+tell apart (https://jfly.uni-koeln.de/color/).
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ _PANELS: tuple[tuple[str, dict[str, str]], ...] = (
 
 
 def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Losses, accuracy, sparsity and learning rate over the epochs, phases shaded.
+    """Draw losses, accuracy, sparsity and learning rate over the epochs, with the phases as shades.
 
     Args:
-        history: one row an epoch with ``epoch`` (its end), ``phase``, and as far as known
-            ``loss/box|obj|cls|distill``, ``val/map50``, ``val/map50_95``, ``sparsity/prunable`` (all 0..1 but
-            the losses) and ``lr``; at least one row.
+        history: one row for each epoch, at least one, with ``epoch`` (its end), ``phase``, and as far as
+            known ``loss/box|obj|cls|distill``, ``val/map50``, ``val/map50_95``, ``sparsity/prunable`` (all
+            0..1 but the losses) and ``lr``.
         path: PNG to write.
     """
     figure, grid = _figure(10.5, 6.6, rows=2, columns=2, sharex=True)
@@ -72,15 +72,15 @@ def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
         _draw_lines(axes, history, lines)
         _title(axes, title)
         axes.set_xlim(spans[0][1], spans[-1][2])
-    _finish_curves(grid)
-    shades = [
-        Patch(color=tint, label=_PHASE_NAMES.get(name, name)) for name, _, _, tint in _legend_spans(spans)
-    ]
+    _format_curves(grid)
+    tints = {name: tint for name, _, _, tint in spans}
+    shades = [Patch(color=tint, label=_PHASE_NAMES.get(name, name)) for name, tint in tints.items()]
     figure.legend(handles=shades, loc="outside upper center", ncols=len(shades), frameon=False, title="Phase")
     _save(figure, path)
 
 
-def _finish_curves(grid: Any) -> None:
+def _format_curves(grid: Any) -> None:
+    """Set the limits, scales and legends of the four panels."""
     loss, accuracy, sparsity, rate = grid.flat
     for axes in (loss, accuracy):
         axes.set_ylim(bottom=0)
@@ -99,7 +99,7 @@ Span = tuple[str, float, float, str]
 
 
 def _phase_spans(history: Sequence[Mapping[str, Any]]) -> list[Span]:
-    """Name, first and last epoch, and colour of each stretch of rows of one phase."""
+    """Name, start, end (epochs) and colour of each run of rows with the same phase."""
     spans: list[Span] = []
     start = max(0.0, float(history[0]["epoch"]) - 1.0)
     tints: dict[str, str] = {}
@@ -111,10 +111,6 @@ def _phase_spans(history: Sequence[Mapping[str, Any]]) -> list[Span]:
         spans.append((name, start, end, tint))
         start = end
     return spans
-
-
-def _legend_spans(spans: list[Span]) -> list[Span]:
-    return list({span[0]: span for span in spans}.values())
 
 
 def _shade_phases(axes: Axes, spans: list[Span]) -> None:
@@ -136,15 +132,15 @@ def precision_recall(
     curves: Mapping[str, tuple[NDArray[Any], NDArray[Any], float]],
     path: Path,
 ) -> None:
-    """Precision over recall at IoU 0.5 of the torch model and of deployed engines.
+    """Draw precision over recall at IoU 0.5, a curve for each label.
 
     Args:
-        curves: for each label recall ``(n,)`` rising, precision ``(n,)`` and AP, all 0..1.
+        curves: for each label the recall ``(n,)``, rising, the precision ``(n,)``, and the AP, all 0..1.
         path: PNG to write.
     """
     figure, axes = _figure(6.4, 5.4)
     for index, (label, (recall, precision, ap)) in enumerate(curves.items()):
-        # Curves of one model lie on each other, so that the first is drawn wide, below the others.
+        # Curves of one model cover each other. So the first is wide, and the others are drawn on it.
         colour, style, width = _CURVES[index % len(_CURVES)]
         text = f"{label} (AP {ap:.3f})"
         axes.plot(recall, precision, color=colour, linestyle=style, linewidth=width, label=text)
@@ -155,12 +151,12 @@ def precision_recall(
 
 
 def layer_sparsity(layers: Sequence[tuple[str, float, int]], path: Path, target: float = 0.75) -> None:
-    """A bar for each layer's share of zero weights.
+    """Draw a bar for each layer's share of zeros.
 
     Args:
-        layers: name, sparsity (0..1) and number of weights of each, in the model's order; at least one.
+        layers: name, sparsity (0..1) and number of weights of each layer, in the model's order; at least one.
         path: PNG to write.
-        target: sparsity of the prunable layers together, 0..1; marked by a line.
+        target: sparsity of all prunable layers together, 0..1; marked by a line.
     """
     columns = 1 + (len(layers) > 30) + (len(layers) > 70)
     per_column = math.ceil(len(layers) / columns)
@@ -187,7 +183,7 @@ def layer_sparsity(layers: Sequence[tuple[str, float, int]], path: Path, target:
 
 def _layer_bars(axes: Axes, layers: Sequence[tuple[str, float, int]], target: float, rows: int) -> None:
     values = [sparsity for _, sparsity, _ in layers]
-    # Pruning rounds to whole weights, and a layer is as sparse as it can be within half a percent.
+    # Pruning rounds to whole weights: a layer may miss the target by up to half a percent.
     colours = [BLUE if value >= target - 0.005 else SKY for value in values]
     axes.barh(range(len(layers)), values, color=colours, height=0.74)
     for row, (_, sparsity, weights) in enumerate(layers):
@@ -202,16 +198,20 @@ def _layer_bars(axes: Axes, layers: Sequence[tuple[str, float, int]], target: fl
 
 
 def size_bars(sizes: Mapping[str, float], path: Path) -> None:
-    """A bar for the size of each file.
+    """Draw a bar for the size of each file.
 
     Args:
-        sizes: for each label megabytes (1e6 bytes).
+        sizes: megabytes (1e6 bytes) under each label.
         path: PNG to write.
     """
     figure, axes = _figure(7.4, 1.1 + 0.42 * len(sizes))
-    bars = axes.barh(list(sizes), list(sizes.values()), color=_alternate(sizes), height=0.64)
+    colours = [GREY if "dense" in label.lower() else BLUE for label in sizes]
+    bars = axes.barh(list(sizes), list(sizes.values()), color=colours, height=0.64)
     largest = max(sizes.values(), default=0.0)
-    labels = [_size_label(size, largest) for size in sizes.values()]
+    labels = []
+    for size in sizes.values():
+        smaller = f"  ({largest / size:.1f}x smaller)" if size and largest / size >= 1.05 else ""
+        labels.append(f"{size:.1f} MB{smaller}")
     axes.bar_label(bars, labels, padding=4, fontsize=8.5, color=INK)
     axes.set(xlabel="MB (1e6 bytes); in brackets: against the largest", xlim=(0, (largest or 1.0) * 1.28))
     axes.invert_yaxis()
@@ -220,22 +220,13 @@ def size_bars(sizes: Mapping[str, float], path: Path) -> None:
     _save(figure, path)
 
 
-def _size_label(size: float, largest: float) -> str:
-    text = f"{size:.1f} MB"
-    return f"{text}  ({largest / size:.1f}x smaller)" if size and largest / size >= 1.05 else text
-
-
-def _alternate(labels: Mapping[str, float]) -> list[str]:
-    return [GREY if "dense" in label.lower() else BLUE for label in labels]
-
-
 def throughput_bars(rows: Sequence[Row], path: Path) -> None:
-    """Items per second of each engine, a bar for each variant, one panel for each load.
+    """Draw the items per second of each engine: a bar for each variant, a panel for each load.
 
     Args:
-        rows: of the benchmark, at least one: ``engine``, ``variant``, ``batch``, ``key``, ``scenario``,
-            ``items_per_s`` and ``each``, whose smallest and largest are drawn as error bar; all but the first
-            three and ``items_per_s`` may be missing. Noisy ones are hatched.
+        rows: of the benchmark, at least one, with ``engine``, ``variant``, ``batch`` and ``items_per_s``.
+            Optional are ``key``, ``scenario``, ``noisy`` (hatched), and ``each``, whose smallest and largest
+            are drawn as an error bar.
         path: PNG to write.
     """
     panels, engines, variants = _by_load(rows), _distinct(rows, "engine"), _variants(rows)
@@ -260,7 +251,7 @@ def throughput_bars(rows: Sequence[Row], path: Path) -> None:
 
 
 def _by_load(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows that can be compared, under the words for their load."""
+    """The rows of each load, under its description. Only rows of one load can be compared."""
     panels: dict[str, list[Row]] = {}
     several = len({row.get("cores") for row in rows}) > 1
     for row in sorted(rows, key=lambda row: (row.get("scenario") or "sync") != "sync"):
@@ -270,7 +261,7 @@ def _by_load(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _panels(grid: Any, panels: Mapping[str, list[Row]]) -> Iterator[tuple[Axes, tuple[str, list[Row]]]]:
-    """Each panel with its axes; axes that are left over are hidden."""
+    """Pair each panel with its axes, and hide the axes that are left over."""
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     yield from zip(grid.flat, panels.items(), strict=False)
@@ -316,7 +307,7 @@ def _throughput_group(axes: Axes, rows: Sequence[Row | None], variants: Sequence
 
 
 def latencies(rows: Sequence[Row], path: Path) -> None:
-    """How long inferences take, for each load a panel and for each cell a line from p25 to p99.9.
+    """Draw how long inferences take: a panel for each load, a line from p25 to p99.9 for each cell.
 
     Args:
         rows: of the benchmark, at least one, with all percentiles.
@@ -357,7 +348,7 @@ def _latency_line(axes: Axes, place: int, row: Row) -> None:
 
 
 def accuracy_and_speed(rows: Sequence[Row], path: Path) -> None:
-    """Each file's mAP50 over its items per second: for each load a panel, engines by their markers.
+    """Draw each file's mAP50 over its items per second: a panel for each load, a marker for each engine.
 
     Args:
         rows: of the benchmark, at least one, all with ``map50`` (0..1).
@@ -394,12 +385,12 @@ Tile = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 def detection_sheet(
     rows: Sequence[Tile], names: Sequence[str], path: Path, conf: float = 0.25, title: str = "Detections"
 ) -> None:
-    """A sheet of images with their true boxes and the detections.
+    """Draw images with their labelled boxes and the detections.
 
     Args:
-        rows: for each image its pixels uint8 ``(3, H, W)`` RGB, true boxes ``(n, 4)`` xyxy pixels, and
-            detections ``(D, 6)``: xyxy pixels, confidence 0..1, class index.
-        names: of the classes; written beside detections where there are several.
+        rows: for each image its pixels, uint8 ``(3, H, W)`` RGB; the labelled boxes ``(n, 4)``, xyxy in
+            pixels; and the detections ``(D, 6)``: xyxy in pixels, confidence 0..1, class index.
+        names: of the classes; written at the detections where there are several.
         path: PNG to write.
         conf: lowest confidence that is drawn.
         title: of the sheet.
@@ -448,16 +439,16 @@ def _draw_label(axes: Axes, detection: NDArray[Any], names: Sequence[str]) -> No
     axes.text(x, y, text, color="white", fontsize=5.5, va="top", path_effects=outline, clip_on=True)
 
 
-_LISTED = 16  # runs of a front that are named beside the picture
+_LISTED = 16  # runs of a front whose names stand beside the picture
 
 
 def trade_off(points: Sequence[Point], x: Axis, y: Axis, path: Path) -> None:
-    """Runs by two metrics, with the Pareto front and what it beats.
+    """Draw runs by two metrics, with the Pareto front and the edge of the region that it beats.
 
     Args:
         points: at least one.
-        x: what goes to the right.
-        y: what goes up.
+        x: horizontal axis.
+        y: vertical axis.
         path: PNG to write.
     """
     front = sorted((point for point in points if point.front), key=lambda point: point.x)
@@ -504,7 +495,7 @@ def _wrapped(text: str, width: int = 34) -> str:
 def _figure(
     width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
 ) -> tuple[Figure, Any]:
-    """A figure of that many inches and its axes, in the house's look."""
+    """Make a figure of ``width`` by ``height`` inches and its axes, in the style of all pictures."""
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     figure = Figure(figsize=(width, height), dpi=DPI, layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
@@ -525,6 +516,7 @@ def _title(axes: Axes, text: str) -> None:
 
 
 def _count(number: float) -> str:
+    """A number of weights with three digits: 1.23M, 45.6k, 789."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g}{unit}"

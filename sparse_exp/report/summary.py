@@ -1,19 +1,26 @@
-"""The few numbers that a run ends with on the console."""
+"""The tables of results that a run ends with on the console."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from sparse_exp.benchmark.measurements import Row
 from sparse_exp.benchmark.speed_table import impossible_lines
 from sparse_exp.benchmark.speed_table import label as label_of
-from sparse_exp.metrics.results import SIZES, SPARSITIES, Result, accuracies, number, recovery, throughputs
+from sparse_exp.metrics.result_rows import (
+    SIZES,
+    SPARSITIES,
+    Result,
+    accuracies,
+    number,
+    recovery,
+    throughputs,
+)
 from sparse_exp.text import console_table, decimal, percent, plain_text
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.table import Table
 
 
 def summary_table(result: Result, title: str = "Result", rows: Sequence[Row] = ()) -> RenderableType:
@@ -22,13 +29,10 @@ def summary_table(result: Result, title: str = "Result", rows: Sequence[Row] = (
     It fits in 80 columns, and reads well without colours or a terminal.
 
     Args:
-        result: the flat numbers of ``result.json``; what is missing is left out.
+        result: the flat numbers of ``result.json``; tables without numbers are left out.
         title: headline.
         rows: of the benchmark; those that are noisy or impossible are named.
     """
-    from rich.console import Group
-    from rich.text import Text
-
     accuracy, files, speeds = _accuracy(result), _files(result), _benchmark(result, rows)
     parts: list[RenderableType] = [Text(title, style="bold")]
     parts += [accuracy] if accuracy.row_count else []

@@ -15,6 +15,7 @@ import yaml
 
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.files import sha256_of, write_json
+from sparse_exp.hints import resume_command
 from sparse_exp.locks import exclusive, is_held
 from sparse_exp.runs.deployment import FOLDER, Deployment
 from sparse_exp.sources.layout import BEFORE_QAT
@@ -129,15 +130,15 @@ class Run:
             ConfigError: it exists, is not empty, and ``overwrite`` is off; or cannot be made.
         """
         if _content(path):
-            if not overwrite:
-                raise ConfigError(
-                    f"The run directory {path} exists. Choose another with paths.run=PATH, replace it with "
-                    f"overwrite=true, or go on with it with resume={path}."
-                )
             if not (path / MANIFEST).is_file():
                 raise ConfigError(
                     f"{path} holds no {MANIFEST}, so it is no run and is not replaced. "
                     "Choose another directory with paths.run=PATH."
+                )
+            if not overwrite:
+                raise ConfigError(
+                    f"The run directory {path} exists. Choose another with paths.run=PATH, replace it with "
+                    f"overwrite=true, or go on with it: {resume_command(path)}"
                 )
             empty(path)
         try:
@@ -173,7 +174,7 @@ class Run:
         run = cls(path)
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            stages = manifest.pop("stages", {})
+            stages = manifest.pop("stages")
             run.records = {name: StageRecord.from_plain(entry) for name, entry in stages.items()}
             run.state = dict(manifest)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 from sparse_exp.config.schema import Experiment
 from sparse_exp.metrics.recovery import recovery_metrics
-from sparse_exp.metrics.results import SPARSITIES
+from sparse_exp.metrics.result_rows import SPARSITIES
 from sparse_exp.runs.deployment import DENSE, MODEL, QDQ, TORCH, accuracy_prefix, file_name, size_prefix
 from sparse_exp.stages.base import Context, Outcome, Stage
 

@@ -1,6 +1,6 @@
-"""What Hydra calls when a multirun starts.
+"""The callback that Hydra runs when a multirun starts.
 
-It calls nothing when a job has failed; so the command line closes the sweep itself, whatever happened.
+Hydra runs no callback after a job that failed. So the command line closes the sweep itself, however it ends.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from sparse_exp.errors import SparseExpError
+from sparse_exp.sweep.launch import open_sweep
 
 
 class SweepCallback(Callback):
-    """Opens a sweep; see `sparse_exp.sweep.launch.open_sweep`. Single runs do not notice it."""
+    """Opens a sweep; see `sparse_exp.sweep.launch.open_sweep`. It does nothing in a single run."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Check what can be checked, and take the sweep's directory.
+        """Open the sweep.
 
         Raises:
-            SystemExit: with what is wrong. Hydra would only warn of another exception here.
+            SystemExit: the sweep cannot be opened. Of another exception Hydra would only warn.
         """
-        from sparse_exp.sweep.launch import open_sweep
-
         try:
             open_sweep(config)
         except SparseExpError as error:

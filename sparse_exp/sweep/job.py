@@ -1,4 +1,7 @@
-"""One job of a sweep, in whatever process its launcher runs it: kept, gone on with, or made."""
+"""Run one job of a sweep: keep it where it is finished, else go on with it or make it anew.
+
+The job runs in the process that its launcher has chosen.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +16,36 @@ from sparse_exp import __version__
 from sparse_exp.compare.comparison import FINISHED
 from sparse_exp.config.plain import as_dict, recipe_path
 from sparse_exp.config.schema import Experiment, TrackerConfig
+from sparse_exp.data import prepare
 from sparse_exp.errors import ConfigError, SparseExpError, StageFailed, first_line
-from sparse_exp.files import fingerprint, read_json, sha256_of, write_json
+from sparse_exp.experiment import run
+from sparse_exp.files import fingerprint, read_json, sha256_of
 from sparse_exp.runs.conditions import code_differences
-from sparse_exp.runs.directory import MANIFEST, Run, empty, locked
+from sparse_exp.runs.directory import Run, empty, locked
 from sparse_exp.runs.past import JOB_TAG, OVERRIDES_TAG
+from sparse_exp.sources.cache import cache_directory
 from sparse_exp.stages.base import SweepMember
+from sparse_exp.stages.fetch import content_now
+from sparse_exp.stages.fingerprint import content_name
 from sparse_exp.stages.names import resolve_objective
-from sparse_exp.sweep.aside import aside_of
-from sparse_exp.sweep.parent import parent_of
+from sparse_exp.sweep.parent import ensure_parent
+from sparse_exp.sweep.superseded import superseded_manifest
 from sparse_exp.tracking import PARENT_TAG, RunInfo, create_tracker, delete_run
 
 _log = logging.getLogger(__name__)
-# What says where and how a job runs, not what comes out of it.
-_NOT_COUNTED = ("paths", "sweep", "launcher", "ray", "tracker", "resume", "overwrite", "dry_run")
+# Keys that say where and how a job runs. Its results do not depend on them.
+_WITHOUT_EFFECT = ("paths", "sweep", "launcher", "ray", "tracker", "resume", "overwrite", "dry_run")
 
-Values = float | tuple[float, ...] | None
+ObjectiveValues = float | tuple[float, ...] | None
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a launcher hands to a job.
+    """A job as its launcher hands it over.
 
     Attributes:
-        number: from 0; it begins the name of the directory.
-        directory: of its run; made by Hydra, perhaps empty.
+        number: from 0; the name of the directory begins with it.
+        directory: directory of its run; Hydra has made it, and it may be empty.
         sweep: directory of the sweep.
         overrides: words of its command line.
         hydra_files: see `sparse_exp.experiment.run`.
@@ -50,120 +58,124 @@ class Job:
     hydra_files: Mapping[str, str]
 
     @property
-    def manifest(self) -> dict[str, Any]:
-        """Of an earlier start; empty where there was none."""
-        return read_json(self.directory / MANIFEST)
+    def earlier(self) -> Run | None:
+        """The run of an earlier start; None where there was none."""
+        return Run.find(self.directory)
 
 
-def run_job(job: Job, experiment: Experiment) -> Values:
-    """Run a job, or keep what an earlier start of the sweep made of it.
+def run_job(job: Job, experiment: Experiment) -> ObjectiveValues:
+    """Run a job, or keep it where an earlier start of the sweep has finished it.
 
-    Nobody else works on the job's directory meanwhile: of two starts of a sweep one waits for the other.
+    The job's directory is locked meanwhile. When a sweep is started twice, one waits for the other here.
 
     Args:
-        job: its place.
-        experiment: its checked configuration; ``resume`` and ``overwrite`` are set here.
+        job: the job.
+        experiment: its checked configuration; ``resume`` is set here.
 
     Returns:
         The values of ``sweep.objectives``: one or a tuple; None where there are none.
 
     Raises:
-        SparseExpError: what stopped it, or it finished with other settings before.
+        SparseExpError: the run failed, or the job finished with other settings before.
     """
-    from sparse_exp.experiment import run
-
     objectives = [resolve_objective(name, experiment) for name in experiment.sweep.objectives]
     if experiment.dry_run:
         run(experiment, job.hydra_files, job.overrides)
         return None
     with locked(job.directory, wait=True):
-        if not _is_kept(job, experiment):
+        if not _is_finished(job, experiment):
             _prepare(job, experiment)
-            parent = parent_of(job.sweep, experiment.tracker, Path(experiment.paths.mlflow))
+            parent = ensure_parent(job.sweep, experiment.tracker, Path(experiment.paths.mlflow))
             member = SweepMember(job.sweep, parent, job.number)
             run(experiment, job.hydra_files, job.overrides, member)
-        return _values(job, objectives)
+        return _objective_values(job, objectives)
 
 
-def _is_kept(job: Job, experiment: Experiment) -> bool:
-    """Whether the job finished before, with these settings.
+def _is_finished(job: Job, experiment: Experiment) -> bool:
+    """Whether an earlier start finished the job with these settings, and it is not to be made anew.
 
     Raises:
-        ConfigError: it finished with others.
+        ConfigError: the job finished with other settings.
     """
-    manifest = job.manifest
-    if manifest.get("status") != FINISHED or experiment.sweep.rerun == "all":
+    earlier = job.earlier
+    if earlier is None or earlier.status != FINISHED or experiment.sweep.rerun == "all":
         return False
-    changed = _changes(job, manifest, experiment)
+    changed = _changed_settings(earlier, experiment)
     if changed:
         raise ConfigError(
             f"The job {job.directory} finished with other settings ({', '.join(changed)}). Keep it and "
             "choose another sweep.name, or make all jobs anew with sweep.rerun=all."
         )
-    then = manifest.get("conditions", {}).get("code", {})
-    commit = f", commit {then['commit'][:12]}" if then.get("commit") else ""
-    another = "; the code is another now" if any(code_differences(then)) else ""
-    _log.info("Job %d is finished (sparse_exp %s%s%s): kept.", job.number, __version__, commit, another)
+    code = earlier.state.get("conditions", {}).get("code", {})
+    commit = f", commit {code['commit'][:12]}" if code.get("commit") else ""
+    changed_code = "; the code is another now" if any(code_differences(code)) else ""
+    _log.info("Job %d is finished (sparse_exp %s%s%s): kept.", job.number, __version__, commit, changed_code)
     return True
 
 
 def _prepare(job: Job, experiment: Experiment) -> None:
-    """Go on with what there is of a job, or make it anew where ``sweep.rerun`` says so."""
-    if (aside := aside_of(job.directory)) or (job.manifest and experiment.sweep.rerun):
-        _forget(experiment, read_json(aside) if aside else job.manifest)
+    """Set ``resume``, so that the run goes on with an unfinished job; or empty the directory of the job.
+
+    The directory is emptied where ``sweep.rerun`` asks for it.
+    """
+    superseded, earlier = superseded_manifest(job.directory), job.earlier
+    if superseded or (earlier and experiment.sweep.rerun):
+        state = read_json(superseded) if superseded else earlier.state if earlier else {}
+        _delete_tracked_run(experiment, state.get("tracker_run_id"))
         empty(job.directory)
         experiment.resume = None
-        return
-    manifest = job.manifest
-    if not manifest:
-        return
-    _log.info("Job %d was not finished (%s): going on with it.", job.number, manifest.get("status"))
-    experiment.resume = str(job.directory)
-    if _changes(job, manifest, experiment):  # the tracker does not let go of the former parameters
-        _forget(experiment, manifest)
-        write_json(job.directory / MANIFEST, {**manifest, "tracker_run_id": None})
+    elif earlier:
+        _log.info("Job %d was not finished (%s): going on with it.", job.number, earlier.status)
+        experiment.resume = str(job.directory)
+        if _changed_settings(earlier, experiment):  # parameters cannot be changed in a tracked run
+            _delete_tracked_run(experiment, earlier.tracker_run_id)
+            earlier.update(tracker_run_id=None)
 
 
-def _forget(experiment: Experiment, manifest: Mapping[str, Any]) -> None:
-    """Take the run of an earlier start out of the tracker's lists."""
-    if run_id := manifest.get("tracker_run_id"):
+def _delete_tracked_run(experiment: Experiment, run_id: str | None) -> None:
+    """Delete the run of an earlier start in the tracker."""
+    if run_id:
         delete_run(experiment.tracker, Path(experiment.paths.mlflow), run_id)
 
 
-def _changes(job: Job, manifest: Mapping[str, Any], experiment: Experiment) -> list[str]:
-    """The keys whose values are not as the job's record has them; with the recipe's file and our version."""
-    then = _flat(counted(_recorded(job.directory)))
-    now = _flat(counted(as_dict(experiment)))
-    keys = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
+def _changed_settings(earlier: Run, experiment: Experiment) -> list[str]:
+    """What changed since the job's record: keys, the recipe's file, our version, and the content of files.
+
+    The content is read only where all else is the same.
+    """
+    then = _flat(_with_effect(earlier.config))
+    now = _flat(_with_effect(as_dict(experiment)))
+    changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
     file = recipe_path(experiment.recipe.file)
     recipe = sha256_of(file) if file.is_file() else None
-    if manifest.get("conditions", {}).get("recipe") != recipe:
-        keys.append(f"the file {experiment.recipe.file}")
-    return [*keys, *(["the version of sparse_exp"] if manifest.get("version") != __version__ else [])]
+    if earlier.state.get("conditions", {}).get("recipe") != recipe:
+        changed.append(f"the file {experiment.recipe.file}")
+    if earlier.state.get("version") != __version__:
+        changed.append("the version of sparse_exp")
+    return changed or _changed_content(earlier, experiment)
 
 
-def counted(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that the outcome of a job depends on.
+def _changed_content(earlier: Run, experiment: Experiment) -> list[str]:
+    """The data set or the start checkpoint, where it is another now than the job's fetch stage found."""
+    facts = earlier.facts("fetch")
+    if not facts:
+        return []
+    cache = cache_directory(experiment.paths.cache)
+    now = content_now(experiment, facts, lambda: prepare(experiment.dataset, cache))
+    then = {"data set": facts.get("dataset"), "start checkpoint": facts.get("sha256")}
+    return [content_name(name) for name, digest in now.items() if digest != then[name]]
 
-    Args:
-        config: nested plain values, as `sparse_exp.config.plain.as_dict` has them.
-    """
+
+def _with_effect(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a configuration that a job's results depend on; of the tracker, those of the registry."""
     tracker = config.get("tracker", {})
-    registered = {key: tracker.get(key) for key in ("register", "alias")}
-    return {**{key: value for key, value in config.items() if key not in _NOT_COUNTED}, "tracker": registered}
-
-
-def _recorded(directory: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        recorded = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        return {}
-    return recorded if isinstance(recorded, dict) else {}
+    registry = {key: tracker.get(key) for key in ("register", "alias")}
+    others = {key: value for key, value in config.items() if key not in _WITHOUT_EFFECT}
+    return {**others, "tracker": registry}
 
 
 def _flat(plain: Any, prefix: str = "") -> dict[str, str]:
+    """The fingerprint of each value of nested mappings, under its full key."""
     if not isinstance(plain, Mapping) or not plain:
         return {prefix.rstrip("."): fingerprint(plain)}
     return {
@@ -171,7 +183,7 @@ def _flat(plain: Any, prefix: str = "") -> dict[str, str]:
     }
 
 
-def _values(job: Job, objectives: Sequence[str]) -> Values:
+def _objective_values(job: Job, objectives: Sequence[str]) -> ObjectiveValues:
     result = read_json(job.directory / "result.json")
     missing = [name for name in objectives if not isinstance(result.get(name), int | float)]
     if missing:
@@ -184,17 +196,17 @@ def _values(job: Job, objectives: Sequence[str]) -> Values:
 def record_failure(
     job: Job, name: str, tracker: TrackerConfig, store: Path, experiment: Experiment | None, error: Exception
 ) -> None:
-    """Let manifest and tracker know of a job that failed before its run began, so that the gap is seen.
+    """Record a job that failed before its run began, in a manifest and in the tracker, so that it is seen.
 
     Args:
-        job: its place.
+        job: the job.
         name: of the run.
-        tracker: where it would have been logged.
+        tracker: where the run would have been logged.
         store: see `sparse_exp.tracking.create_tracker`.
         experiment: None where the configuration did not pass its checks.
-        error: what stopped it.
+        error: why it failed.
     """
-    if job.manifest:  # the run knows it, or it is an earlier one, which stays as it is
+    if job.earlier:  # the run has recorded it itself, or the manifest is that of an earlier start
         return
     reason = first_line(error)
     run = Run.create(job.directory, overwrite=False)
@@ -211,7 +223,7 @@ def _track_failure(
 ) -> str | None:
     tags = {"sweep": job.sweep.name, JOB_TAG: str(job.number), OVERRIDES_TAG: json.dumps(job.overrides)}
     tags["run.directory"] = str(job.directory)
-    if parent := parent_of(job.sweep, config, store):
+    if parent := ensure_parent(job.sweep, config, store):
         tags[PARENT_TAG] = parent
     values = as_dict(experiment) if experiment else {"name": name}
     tracker = create_tracker(config, store)

@@ -1,4 +1,4 @@
-"""A sweep from its launcher's side: what is checked before the first job, and how it is closed."""
+"""Open a sweep before its first job, and close it after the last, in the process that launches the jobs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from sparse_exp.resolve import resolve
 from sparse_exp.runs.directory import LOCK
 from sparse_exp.runs.past import PastRun
 from sparse_exp.stages.names import resolve_objective
-from sparse_exp.sweep.aside import put_back, set_aside
 from sparse_exp.sweep.launchers import check_launcher, start_launcher
-from sparse_exp.sweep.parent import STATE, note_state, open_parent, read_state
-from sparse_exp.sweep.summary import FOLDER, Summary, summarize
+from sparse_exp.sweep.overview import FOLDER, Overview, read_overview
+from sparse_exp.sweep.parent import STATE, open_parent, read_state, update_state
+from sparse_exp.sweep.superseded import restore_superseded, supersede_jobs
 from sparse_exp.tracking import Artifact, Metrics, Status, Tags, end_open_runs
 from sparse_exp.tracking.store import check_server
 
@@ -36,22 +36,22 @@ _MULTIRUN = "multirun.yaml"  # Hydra's
 
 @dataclass
 class Sweep:
-    """A sweep while this process launches its jobs.
+    """A sweep whose jobs this process launches.
 
     Attributes:
         directory: of the sweep.
         config: its own settings.
         tracker: where it is logged.
         store: see `sparse_exp.tracking.create_tracker`.
-        dry: its jobs only print their plans.
-        lock: of its directory, held while it is open.
+        dry_run: whether its jobs only print their plans.
+        lock: holds the lock of the directory while the sweep is open.
     """
 
     directory: Path
     config: SweepConfig
     tracker: TrackerConfig
     store: Path
-    dry: bool
+    dry_run: bool
     lock: ExitStack = field(default_factory=ExitStack)
 
 
@@ -59,14 +59,14 @@ _open: Sweep | None = None
 
 
 def open_sweep(config: DictConfig) -> None:
-    """Refuse a sweep that cannot end well, and keep others out of its directory.
+    """Check what can be checked before the first job, lock the sweep's directory, start its launcher.
 
     Args:
-        config: as Hydra composed it, without what varies between the jobs.
+        config: the configuration as Hydra composed it, without the values that vary between the jobs.
 
     Raises:
-        ConfigError: an objective, the launcher or the tracking server is not there, or another process
-            runs this sweep.
+        ConfigError: a setting, an objective or the launcher cannot be used, the tracking server does not
+            answer, or another process runs this sweep.
     """
     global _open
     sweep = Sweep(
@@ -74,7 +74,7 @@ def open_sweep(config: DictConfig) -> None:
         config=group(config, "sweep", SweepConfig),
         tracker=group(config, "tracker", TrackerConfig),
         store=Path(config.paths.mlflow).absolute(),
-        dry=bool(config.dry_run),
+        dry_run=bool(config.dry_run),
     )
     launcher = group(config, "launcher", LauncherConfig)
     problems = [*out_of_bounds(sweep.config, "sweep."), *out_of_bounds(launcher, "launcher.")]
@@ -83,7 +83,7 @@ def open_sweep(config: DictConfig) -> None:
     _check_objectives(config, sweep.config)
     ray = group(config, "ray", RayConfig)
     check_launcher(launcher, ray)
-    if sweep.dry:
+    if sweep.dry_run:
         _open = sweep
         return
     check_server(sweep.tracker, sweep.store)
@@ -92,97 +92,104 @@ def open_sweep(config: DictConfig) -> None:
     )
     start_launcher(launcher, ray)
     _open = sweep
-    put_back(sweep.directory)
+    restore_superseded(sweep.directory)  # of a start that was killed
     if sweep.config.rerun == "all":
-        set_aside(sweep.directory)
+        supersede_jobs(sweep.directory)
     command = shlex.join(["python", "-m", "sparse_exp", *sys.argv[1:]])
-    note_state(sweep.directory, command=command, launcher=launcher.name)
+    update_state(sweep.directory, command=command, launcher=launcher.name)
     _log.info("Sweep %s in %s", sweep.directory.name, sweep.directory)
 
 
 def _check_objectives(config: DictConfig, sweep: SweepConfig) -> None:
-    """Refuse a misspelt objective, as far as what does not vary says what there will be."""
+    """Refuse objectives that no job will have, judging by the values that do not vary."""
     if not sweep.objectives:
         return
-    alone = copy.deepcopy(config)
-    with open_dict(alone):
-        del alone["hydra"]
+    composed = copy.deepcopy(config)
+    with open_dict(composed):
+        del composed["hydra"]
     try:
-        experiment = resolve(alone)
-    except ConfigError:  # each job says it, or sets what is missing here
+        experiment = resolve(composed)
+    except ConfigError:  # each job reports it, or sets the value that is missing here
         return
     for name in sweep.objectives:
         resolve_objective(name, experiment)
 
 
 def close_sweep(error: BaseException | None) -> str | None:
-    """Sum the open sweep up, and let no run of it be left open; does nothing where there is none.
+    """Close the open sweep: print and write its overview, end its tracked runs, release its directory.
+
+    Does nothing where no sweep is open.
 
     Args:
-        error: what ended it before its time, if anything did.
+        error: what ended the sweep early; None: it ran to its end.
 
     Returns:
-        What to end with where jobs did not finish, each of which has been told of; None where they all did.
+        The last line for the user where jobs did not finish; None where all did.
     """
     global _open
     sweep, _open = _open, None
     if sweep is None:
         return None
     try:
-        put_back(sweep.directory)
-        return _close(sweep, error)
+        restore_superseded(sweep.directory)
+        overview = read_overview(sweep.directory, sweep.config.objectives)
+        if sweep.dry_run or not overview.jobs:
+            return None
+        return _report(sweep, overview, error)
     finally:
         sweep.lock.close()
-        _tidy(sweep.directory)
+        _remove_without_runs(sweep.directory)
 
 
-def _close(sweep: Sweep, error: BaseException | None) -> str | None:
-    summary = summarize(sweep.directory, sweep.config.objectives)
-    if sweep.dry or not summary.jobs:
-        return None
-    print(summary.text)
-    summary.write(sweep.directory)
-    status, reason = _outcome(summary.jobs, error)
+def _report(sweep: Sweep, overview: Overview, error: BaseException | None) -> str | None:
+    """Print and write the overview, and close the sweep's run in the tracker; returns the last line."""
+    print(overview.text)
+    overview.write(sweep.directory)
+    status, reason = _status(overview.jobs, error)
     state = read_state(sweep.directory)
     if state.get("parent") and (state.get("open") or status != FINISHED):
-        _close_parent(sweep, state, status, reason, summary)
-    if not summary.failures:
+        _close_parent(sweep, state, status, reason, overview)
+    if not overview.failures:
         return None
-    return f"{summary.headline}, see above. The same command goes on with the others."
+    return f"{overview.headline}, see above. The same command goes on with the others."
 
 
-def _outcome(jobs: Sequence[PastRun], error: BaseException | None) -> tuple[Status, str]:
-    bad = [job for job in jobs if job.status != FINISHED]
+def _status(jobs: Sequence[PastRun], error: BaseException | None) -> tuple[Status, str]:
+    """The status that the sweep's run ends with, and the reason."""
+    unfinished = sum(job.status != FINISHED for job in jobs)
     if isinstance(error, KeyboardInterrupt):
         return "KILLED", "interrupted"
-    if bad:
-        return "FAILED", f"{len(bad)} of {len(jobs)} jobs did not finish"
+    if unfinished:
+        return "FAILED", f"{unfinished} of {len(jobs)} jobs did not finish"
     if error is not None:
         return "FAILED", " ".join(str(error).split()) or type(error).__name__
     return "FINISHED", ""
 
 
-def _close_parent(sweep: Sweep, state: dict[str, Any], status: Status, reason: str, summary: Summary) -> None:
+def _close_parent(
+    sweep: Sweep, state: dict[str, Any], status: Status, reason: str, overview: Overview
+) -> None:
+    """End the runs of jobs that were killed, log the overview to the sweep's run, and end that."""
     try:
         tracker = open_parent(sweep.directory, sweep.tracker, sweep.store, state)
     except SparseExpError as error:
         _log.warning("The sweep's own run cannot be closed now; the same command does it. %s", error)
         return
     end_open_runs(sweep.tracker, sweep.store, state["parent"], "KILLED", "its process is gone")
-    tracker.log(Tags({"mlflow.note.content": summary.markdown}))
-    failed = len(summary.failures)
-    tracker.log(Metrics({"jobs/finished": len(summary.jobs) - failed, "jobs/failed": failed}))
+    tracker.log(Tags({"mlflow.note.content": overview.markdown}))
+    failed = len(overview.failures)
+    tracker.log(Metrics({"jobs/finished": len(overview.jobs) - failed, "jobs/failed": failed}))
     for path in (sweep.directory / FOLDER, sweep.directory / _MULTIRUN):
         if path.exists():
             tracker.log(Artifact(path))
     if tracker.finish(status, reason):
-        note_state(sweep.directory, open=False)
+        update_state(sweep.directory, open=False)
     else:
         _log.warning("The sweep's own run does not hold all of it; the same command completes it.")
 
 
-def _tidy(directory: Path) -> None:
-    """Leave nothing of a sweep that made no run, such as a refused one or a dry run."""
+def _remove_without_runs(directory: Path) -> None:
+    """Remove the directory of a sweep that made no run, because it was refused or a dry run."""
     if not directory.is_dir():
         return
     for folder in directory.iterdir():

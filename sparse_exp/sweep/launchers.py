@@ -1,4 +1,4 @@
-"""What a launcher needs before the first job: whether it can run jobs from here, and Ray's start."""
+"""Check before the first job whether a launcher can run jobs from here, and start Ray where it is wanted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ _CONNECT_S = 5.0
 # HOST:PORT of the cluster's head, or ray://HOST:PORT of its client server.
 _ADDRESS = re.compile(r"(ray://)?(?P<host>\[[^\]]+\]|[^:/\[\]]+):(?P<port>\d{1,5})")
 _FOUND_BY_RAY = ("auto", "local")
-_OBJECT_STORE_BYTES = 100 << 20  # jobs hand over files and some numbers; Ray would take a third of the memory
+# Jobs hand over no more than some text and numbers. By default Ray would take a third of the memory.
+_OBJECT_STORE_BYTES = 100 << 20
 
 
 def check_launcher(launcher: LauncherConfig, ray: RayConfig) -> None:
@@ -29,8 +30,8 @@ def check_launcher(launcher: LauncherConfig, ray: RayConfig) -> None:
         ray: the cluster of ``launcher=ray``.
 
     Raises:
-        ConfigError: several jobs at once are asked of one that runs them in turn, nobody answers at
-            ``ray.address`` within 5 s, or Slurm is not on this machine.
+        ConfigError: the serial launcher is to run several jobs at once, no server answers at ``ray.address``
+            within 5 s, or Slurm is not on this machine.
     """
     if launcher.name == "serial" and launcher.jobs > 1:
         do = f"To run several at once, add launcher=joblib launcher.jobs={launcher.jobs}."
@@ -60,10 +61,10 @@ def _check_ray(address: str) -> None:
 
 
 def start_launcher(launcher: LauncherConfig, ray: RayConfig) -> None:
-    """Start what the jobs of a launcher run in, and end it with this process. Only Ray needs that.
+    """Start Ray for ``launcher=ray``, and end it with this process. Other launchers need no start.
 
-    Without ``ray.address`` it is a Ray on this machine alone, in which ``launcher.jobs`` jobs run at once. It
-    leaves no files behind, unless this process is killed.
+    Without ``ray.address`` Ray runs on this machine alone, with ``launcher.jobs`` jobs at once. It leaves no
+    files behind, unless this process is killed.
 
     Args:
         launcher: as `check_launcher` passed it.
@@ -75,7 +76,7 @@ def start_launcher(launcher: LauncherConfig, ray: RayConfig) -> None:
     """
     if launcher.name != "ray":
         return
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # every line of every job
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # show every line of every job
     try:
         import ray as library
     except ModuleNotFoundError as error:
@@ -90,7 +91,7 @@ def start_launcher(launcher: LauncherConfig, ray: RayConfig) -> None:
     atexit.register(_end_ray, library, scratch)
     try:
         library.init(ray.address, logging_level=logging.ERROR, **(own if scratch else {}))
-    except Exception as error:  # Ray raises of all kinds; when this machine is too busy, that one itself
+    except Exception as error:  # Ray raises many kinds; on a busy machine Exception itself
         do = (
             "Start again when this machine is less busy" if scratch else "Look at the cluster with ray status"
         )

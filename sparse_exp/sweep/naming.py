@@ -1,4 +1,4 @@
-"""The name of a sweep: by default it follows from the command, so that the same command finds it again."""
+"""Derive the name of a sweep from its command line, so that the same command finds its directory again."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 
 _FLAGS = ("-m", "--multirun")
-# What says where a sweep runs or is logged, or how it is gone on with, not what it is.
-_NOT_COUNTED = re.compile(
+# Words that say where a sweep runs or is logged, or how it goes on, but do not change its jobs.
+_WITHOUT_EFFECT = re.compile(
     r"[+~]*(hydra[./]|launcher[.=]|ray\.|tracker[.=]|paths[.=]|sweep\.(name|rerun|trials)=|dry_run=|overwrite=)"
 )
 _SWEPT = re.compile(r"[+~]*(?P<key>[^=]+)=(?P<value>.*)", re.DOTALL)
@@ -17,25 +17,25 @@ _SHOWN = 3
 
 
 def sweep_name(words: Sequence[str]) -> str | None:
-    """A directory name for the sweep that a command line starts, such as ``model-recipe-1f09c3``.
+    """A directory name for the sweep that a command line starts, for example ``model-recipe-1f09c3``.
 
     Args:
         words: the command line without the program's name.
 
     Returns:
-        The keys that vary and a digest of the words that count, in their order, on which the numbers of the
-        jobs depend; None of a command that starts no sweep.
+        Up to three keys that vary, and a digest of the words that affect the jobs. Their order counts, since
+        the numbers of the jobs depend on it. None for a command that starts no sweep.
     """
     if not any(word in _FLAGS for word in words):
         return None
-    counted = [word for word in words if word not in _FLAGS and not _NOT_COUNTED.match(word)]
-    varied = [key for key in map(_varied, counted) if key]
-    digest = hashlib.sha256("\n".join(counted).encode()).hexdigest()[:6]
+    effective = [word for word in words if word not in _FLAGS and not _WITHOUT_EFFECT.match(word)]
+    varied = [key for key in map(_varied_key, effective) if key]
+    digest = hashlib.sha256("\n".join(effective).encode()).hexdigest()[:6]
     return "-".join([*(varied[:_SHOWN] or ["sweep"]), digest])
 
 
-def _varied(word: str) -> str:
-    """The last part of the key that a word varies, or the preset that it names; empty where it does not."""
+def _varied_key(word: str) -> str:
+    """The last part of the key that a word varies, or the sweep preset that it names; else an empty text."""
     match = _SWEPT.fullmatch(word)
     if match is None:
         return ""

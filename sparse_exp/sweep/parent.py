@@ -1,4 +1,4 @@
-"""The sweep's own run in the tracker, which its jobs are children of, and what is kept of it on disk."""
+"""The sweep's own run in the tracker, the parent of its jobs' runs; and ``sweep.json``, its state on disk."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ STATE = "sweep.json"
 KIND_TAG = "sparse_exp.kind"
 
 
-def parent_of(sweep: Path, tracker: TrackerConfig, store: Path) -> str | None:
-    """The tracker's name of the sweep's run. The first job that needs it opens it.
+def ensure_parent(sweep: Path, tracker: TrackerConfig, store: Path) -> str | None:
+    """Return the id of the sweep's run in the tracker. The first job that needs it starts the run.
 
     Args:
         sweep: directory of the sweep.
@@ -27,15 +27,15 @@ def parent_of(sweep: Path, tracker: TrackerConfig, store: Path) -> str | None:
         store: see `sparse_exp.tracking.create_tracker`.
 
     Returns:
-        None where runs are not tracked.
+        The id; None where runs are not tracked.
 
     Raises:
         SparseExpError: the tracker cannot be used.
     """
-    with _alone(sweep):
+    with _state_lock(sweep):
         state = read_state(sweep)
         if state.get("parent") is None:
-            # The tracker is let go of at once, and its spool with it: whoever ends the sweep opens it again.
+            # The tracker and its spool are released at once: the process that ends the sweep reopens them.
             state["parent"] = open_parent(sweep, tracker, store, state).run_id
         write_json(sweep / STATE, {**state, "open": True})
         parent: str | None = state["parent"]
@@ -43,7 +43,17 @@ def parent_of(sweep: Path, tracker: TrackerConfig, store: Path) -> str | None:
 
 
 def open_parent(sweep: Path, tracker: TrackerConfig, store: Path, state: Mapping[str, Any]) -> Tracker:
-    """Open the sweep's run, or again where it was open before; nothing but what is logged happens to it."""
+    """Start the sweep's run, or open it again where ``state`` has its id, so that more can be logged.
+
+    Args:
+        sweep: directory of the sweep.
+        tracker: the ``tracker`` group of the configuration.
+        store: see `sparse_exp.tracking.create_tracker`.
+        state: see `read_state`.
+
+    Raises:
+        SparseExpError: the tracker cannot be used.
+    """
     opened = create_tracker(replace(tracker, system_metrics=False), store)
     opened.start(
         RunInfo(
@@ -64,16 +74,16 @@ def open_parent(sweep: Path, tracker: TrackerConfig, store: Path, state: Mapping
 
 
 def read_state(sweep: Path) -> dict[str, Any]:
-    """What is kept of a sweep: its command and launcher, its ``parent``, and whether that is ``open``."""
+    """Read the state: ``command``, ``launcher``, the id of the ``parent``, and whether that is ``open``."""
     return read_json(sweep / STATE)
 
 
-def note_state(sweep: Path, **values: Any) -> None:
-    """Change some of `read_state`."""
-    with _alone(sweep):
+def update_state(sweep: Path, **values: Any) -> None:
+    """Change some values of the state."""
+    with _state_lock(sweep):
         write_json(sweep / STATE, {**read_state(sweep), **values})
 
 
-def _alone(sweep: Path) -> AbstractContextManager[None]:
-    """While the block runs no other job, in whatever process, looks at the sweep's state."""
+def _state_lock(sweep: Path) -> AbstractContextManager[None]:
+    """Keep the other processes from changing the sweep's state while the block runs."""
     return exclusive(sweep / ".state.lock", f"The sweep {sweep} is being opened")

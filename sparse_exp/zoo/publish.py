@@ -10,14 +10,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from sparse_exp import __version__
-from sparse_exp.config.schema import ENGINES
+from sparse_exp.config.plain import from_dict
+from sparse_exp.config.schema import ENGINES, STAGES, DatasetConfig
+from sparse_exp.data import prepare
 from sparse_exp.data.attributions import attributions_of
 from sparse_exp.errors import ConfigError, SparseExpError, expected
 from sparse_exp.files import sha256_of, write_json
+from sparse_exp.hints import override, resume_command
 from sparse_exp.runs.deployment import MODEL, Deployment
 from sparse_exp.runs.directory import CONFIG, MANIFEST, Run
-from sparse_exp.sources.layout import BEFORE_QAT, DEPLOYMENT, FINAL, TRAINING
+from sparse_exp.sources.layout import BEFORE_QAT, DEPLOYMENT, FINAL, TRAINING, checkpoint_in
 from sparse_exp.sources.local import (
     FORMAT,
     METADATA,
@@ -30,6 +35,7 @@ from sparse_exp.sources.local import (
     short_name,
     sparse_tag,
 )
+from sparse_exp.tracking.source import source_tags
 from sparse_exp.zoo.card import write_card
 from sparse_exp.zoo.checksums import changed_files
 from sparse_exp.zoo.placing import put
@@ -63,7 +69,7 @@ def read_finished(path: Path) -> Run:
     status = run.state.get("status")
     # Of a run that stopped when it was to be published everything else is done.
     if status != "FINISHED" and not (status == "FAILED" and run.state.get("stage") == "publish"):
-        do = f"Finish it with: python -m sparse_exp resume={path}."
+        do = f"Finish it with: {resume_command(path)}"
         raise ConfigError(expected(f"the run {path}", "FINISHED", status, do))
     return run
 
@@ -111,10 +117,6 @@ def publish_run(
 
 def dataset_of(run: Run, cache: Path) -> DetectionDataset | None:
     """The data set that a run was made with; None, and a warning, where it cannot be read any more."""
-    from sparse_exp.config.plain import from_dict
-    from sparse_exp.config.schema import DatasetConfig
-    from sparse_exp.data import prepare
-
     try:
         return prepare(from_dict(DatasetConfig, run.config["dataset"]), cache)
     except SparseExpError as error:
@@ -173,7 +175,6 @@ def import_directory(folder: Path, zoo: Path, *, stub: str | None = None, force:
         CheckpointError: its checkpoint cannot be read.
         ConfigError: its files are not what its list of hashes says, or see `sparse_exp.zoo.placing.put`.
     """
-    from sparse_exp.sources.layout import checkpoint_in
     from sparse_exp.zoo.facts import measure_checkpoint
 
     damaged = changed_files(folder)
@@ -210,14 +211,16 @@ def _require_whole(run: Run) -> Path:
     """
     missing = [stage for stage in _NEEDED if stage not in run.records]
     if missing:
-        do = "Only what was evaluated and exported can be published; run these stages with resume=RUN."
+        stages = missing if run.checkpoint else STAGES[: STAGES.index(_NEEDED[-1]) + 1]
+        again = resume_command(run.path, override("stages", stages))
+        do = f"Only what was evaluated and exported can be published. Do it with: {again}"
         found = ", ".join(run.records)
         raise ConfigError(
             f"Expected {run.path} to have run {' and '.join(missing)}, but its stages are {found}. {do}"
         )
     for stage in ("train", "export"):
         for name in run.changed_outputs(stage):
-            do = f"Run the stage {stage} again with resume={run.path}."
+            do = f"Run the stage {stage} again with: {resume_command(run.path)}"
             raise ConfigError(f"{run.path / name} is missing or not what the run wrote. {do}")
     if run.checkpoint is None:
         raise ConfigError(f"{run.path} has no checkpoint to publish. Publish the run that trained it.")
@@ -248,8 +251,6 @@ def _samples(directory: Path, dataset: DetectionDataset | None, imgsz: int) -> d
 
 def _describe(stub: str, measured: Measured, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """What ``model.json`` says of any model."""
-    from sparse_exp.tracking.source import source_tags
-
     dataset, tag = stub.split("/")[-2:]
     return {
         "format": FORMAT,
@@ -310,8 +311,6 @@ def _engine_versions() -> dict[str, str]:
 
 
 def _write_texts(directory: Path, metadata: Mapping[str, Any]) -> None:
-    import yaml
-
     write_json(directory / METADATA, metadata)
     text = yaml.safe_dump(dict(metadata["metrics"]), sort_keys=True, allow_unicode=True)
     (directory / METRICS).write_text(text, encoding="utf-8")

@@ -255,9 +255,12 @@ def test_existing_run_directory(sx, cwd, tmp_path):
     kept = tmp_path / "kept"
     kept.mkdir()
     (kept / "weights.pt").write_text("precious")
+    for words in ([], ["overwrite=true"]):  # neither could go on with it or replace it
+        ended = sx(*TINY, "dataset=digits", f"paths.run={kept}", *words)
+        refused(ended, cwd, str(kept), "holds no manifest.json")
+    (kept / "manifest.json").write_text("{}")
     ended = sx(*TINY, "dataset=digits", f"paths.run={kept}")
-    refused(ended, cwd, str(kept), "overwrite=true", f"resume={kept}")
-    refused(sx(*TINY, "dataset=digits", f"paths.run={kept}", "overwrite=true"), cwd, "holds no manifest.json")
+    refused(ended, cwd, str(kept), "overwrite=true", f"python -m sparse_exp resume={kept}")
     assert (kept / "weights.pt").read_text() == "precious"
 
 

@@ -137,9 +137,9 @@ def test_what_cannot_be_read_is_told_and_skipped(predict, photos_folder, tmp_pat
 @pytest.fixture
 def clip(photos_folder, tmp_path) -> Path:
     """A video of seven frames."""
-    from sparse_exp.predict.video import writing
+    from sparse_exp.predict.video import write_video
 
-    with writing(tmp_path / "clip.mp4", 10.0) as writer:
+    with write_video(tmp_path / "clip.mp4", 10.0) as writer:
         for number in (0, 1, 2, 3, 4, 3, 2):
             writer.add(Image.open(photos_folder / f"{number}.jpg"))
     return tmp_path / "clip.mp4"

@@ -92,7 +92,7 @@ def test_the_jobs_of_a_sweep_are_below_it(pages, store, tmp_path):
     _, sweep, children = tool.newest_sweep(store)
     assert len(children) == 3
     pages.open_table()
-    pages.says("three-jobs")
+    pages.wait_for_text("three-jobs")
     assert shown_jobs(pages) == []
     pages.unfold(sweep)
     for child in children:
@@ -117,7 +117,7 @@ def test_the_links_of_the_description_open_what_they_say(pages, link, jobs):
     pages.driver.get("about:blank")
     pages.driver.get(address)
     if jobs is None:
-        pages.says("0 matching runs")
+        pages.wait_for_text("0 matching runs")
     else:
         pages.wait(lambda _: shown_jobs(pages) == jobs and "matching run" in pages.text)
         assert ("three-jobs" in pages.text) == (link == "Sweeps")
@@ -128,7 +128,7 @@ def test_the_chart_view_draws_each_metric_of_the_jobs(pages):
     address = pages.find("//a[normalize-space(.)='Charts']").get_attribute("href")
     pages.driver.get("about:blank")
     pages.driver.get(address)
-    pages.says("3 matching runs")
+    pages.wait_for_text("3 matching runs")
     pages.find("//*[contains(@class, 'js-plotly-plot')]")
 
 

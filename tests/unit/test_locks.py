@@ -16,9 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from sparse_exp import locks as host
+from sparse_exp import locks
 from sparse_exp.errors import ConfigError, EngineError
-from sparse_exp.locks import aside, exclusive, give_way, is_held, measuring_alone, waited_seconds, working
+from sparse_exp.locks import (
+    exclusive,
+    give_way,
+    is_held,
+    measuring_alone,
+    waited_seconds,
+    work_paused,
+    working,
+)
 
 FORK = multiprocessing.get_context("fork")
 
@@ -37,10 +45,10 @@ with measuring_alone(Path(sys.argv[1])):
 @pytest.fixture(autouse=True)
 def lock(tmp_path, monkeypatch) -> Path:
     """The turnstile of a host of one's own, on which nobody waits long for a line in the log."""
-    monkeypatch.setattr(host, "default_lock_path", lambda: tmp_path / "lock")
-    monkeypatch.setattr(host, "_SECONDS_BETWEEN_TRIES", 0.02)
-    monkeypatch.setattr(host, "_SECONDS_BEFORE_A_LINE", 0.0)
-    monkeypatch.setattr(host._process, "warned", False)
+    monkeypatch.setattr(locks, "default_lock_path", lambda: tmp_path / "lock")
+    monkeypatch.setattr(locks, "_SECONDS_BETWEEN_TRIES", 0.02)
+    monkeypatch.setattr(locks, "_SECONDS_BEFORE_A_LINE", 0.0)
+    monkeypatch.setattr(locks._process, "warned", False)
     return tmp_path / "lock"
 
 
@@ -112,7 +120,7 @@ def test_waiting_names_who_measures_and_a_crashed_one_does_not_block(lock, caplo
     process, before = holder(lock, 60), time.strftime("%H:%M:%S")
     process.stdout.readline()  # it measures
     after = time.strftime("%H:%M:%S")
-    monkeypatch.setattr(host.time, "sleep", lambda _: os.kill(process.pid, signal.SIGKILL) or process.wait())
+    monkeypatch.setattr(locks.time, "sleep", lambda _: os.kill(process.pid, signal.SIGKILL) or process.wait())
     with measuring_alone(lock):
         assert lock.read_text().startswith(f"process {os.getpid()} since ")
     process.stdout.close()
@@ -155,7 +163,7 @@ def test_a_lock_that_cannot_be_opened_is_an_error_of_the_benchmark_that_says_wha
 
 
 def test_work_goes_on_without_the_lock_after_one_warning(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(host, "default_lock_path", lambda: tmp_path / "missing" / "lock")
+    monkeypatch.setattr(locks, "default_lock_path", lambda: tmp_path / "missing" / "lock")
     for _ in range(2):
         with working():
             give_way()
@@ -202,7 +210,7 @@ def test_who_measures_waits_for_work_that_does_not_look(lock, tmp_path, start, c
         killed.append(kill(process)) if not killed else os.sched_yield()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host.time, "sleep", sleep)
+        patch.setattr(locks.time, "sleep", sleep)
         with measuring_alone(lock):
             measured = time.monotonic()
     assert killed  # a crashed one leaves the room
@@ -213,7 +221,7 @@ def test_who_measures_waits_for_work_that_does_not_look(lock, tmp_path, start, c
 def test_a_run_may_measure_in_the_midst_of_its_own_work(lock):
     with working(), working(), measuring_alone(lock):
         pass
-    with working(), aside(), measuring_alone(lock):
+    with working(), work_paused(), measuring_alone(lock):
         pass
 
 
@@ -247,7 +255,7 @@ def test_who_waits_goes_on_when_the_holder_is_killed(tmp_path, start, caplog, mo
     caplog.set_level(logging.INFO)
     process = start(keep, tmp_path / "x", tmp_path / "held")
     until((tmp_path / "held").exists)
-    monkeypatch.setattr(host.time, "sleep", lambda _: kill(process))
+    monkeypatch.setattr(locks.time, "sleep", lambda _: kill(process))
     with exclusive(tmp_path / "x", "X is being done"):
         assert (tmp_path / "x").read_text().startswith(f"process {os.getpid()} on ")
     assert f"X is being done by somebody (process {process.pid}" in caplog.text
@@ -321,10 +329,10 @@ def test_a_thread_that_waits_leaves_the_heavy_work_of_another_in_the_room(tmp_pa
     with working():
         waiting.start()
         time.sleep(0.1)
-        assert host._process.doors is not None
+        assert locks._process.doors is not None
     kill(process)
     waiting.join(20)
-    assert host._process.doors is None
+    assert locks._process.doors is None
 
 
 def test_many_processes_pass_one_after_the_other(tmp_path, start):

@@ -6,7 +6,7 @@ import pytest
 
 from sparse_exp.compare.comparison import compare
 from sparse_exp.compare.pictures import draw
-from sparse_exp.compare.table import as_csv, as_data, as_markdown, said
+from sparse_exp.compare.table import as_csv, as_data, as_markdown, remarks
 from sparse_exp.errors import ConfigError, SparseExpError
 from sparse_exp.runs.past import PastRun
 
@@ -66,7 +66,7 @@ def test_when_none_keeps_the_limits_it_says_how_close_they_come():
 
 
 def test_what_differs_leaves_out_what_all_share_and_where_they_lie(comparison):
-    words = {row.label: row.differs for row in comparison.rows}
+    words = {row.label: row.own_words for row in comparison.rows}
     assert words["good"] == "model=s recipe=transfer"
     assert words["unmeasured"] == ""
 
@@ -78,7 +78,7 @@ def test_what_the_label_says_is_not_repeated():
         run("2-yolov5s-dense", 1, 0.1, words=("model=yolov5s", "recipe=dense", "trainer.lr=0.1")),
     ]
     rows = compare(runs, "items_per_s", "map50").rows
-    assert [row.beyond for row in rows] == ["", "seed=1", "trainer.lr=0.1"]
+    assert [row.unlabelled_words for row in rows] == ["", "seed=1", "trainer.lr=0.1"]
 
 
 def test_unusable_questions_are_refused():
@@ -112,8 +112,8 @@ def test_markdown_is_a_table_and_ends_with_the_command(comparison):
     assert lines[-1] == "    python -m sparse_exp seed=0 model=s recipe=transfer"
 
 
-def test_what_is_said(comparison):
-    text = "\n".join(said(comparison))
+def test_remarks(comparison):
+    text = "\n".join(remarks(comparison))
     assert "items_per_s: b/items_per_s, more is better" in text
     assert "3 of 6 runs. Not weighed, as they did not finish or lack a value: 2." in text
     assert "Ship run 3, good: b/items_per_s 20, keeping val/map50 >= 0.6, size/onnx_gzip_mb <= 4." in text

@@ -1,6 +1,6 @@
 import pytest
 
-from sparse_exp.metrics.results import accuracies, number, recovery, sizes, throughputs, verifications
+from sparse_exp.metrics.result_rows import accuracies, number, recovery, sizes, throughputs, verifications
 
 RESULT = {
     "val/map50": 0.548,

@@ -15,7 +15,7 @@ import pytest
 from sparse_exp.data.detection import list_dataset
 from sparse_exp.errors import ConfigError, DataError
 from sparse_exp.predict.outputs import FORMATS, PictureNames, Results, check_formats, new_directory
-from sparse_exp.predict.pipeline import Found, Input
+from sparse_exp.predict.pipeline import ImageResult, Input
 
 
 @pytest.fixture
@@ -23,9 +23,9 @@ def results() -> Results:
     model = SimpleNamespace(origin="m", path=Path("m.onnx"), engine="onnxruntime", imgsz=64)
     results = Results(SimpleNamespace(model=model, names=("cat", "dog"), version="1"), {"conf": 0.25})
     rows = np.array([[1, 2, 11, 22, 0.75, 1], [0, 0, 5, 5, 0.5, 0]], np.float32)
-    results.add(1, Found(Input(Path("a, b.jpg")), (40, 30), rows), "a, b.jpg")
-    results.add(3, Found(Input(Path("v.mp4"), 5), (64, 48), rows[:1]), "v.mp4", fps=10.0)
-    results.add(4, Found(Input(Path("nothing.jpg")), (9, 9), rows[:0]), None)
+    results.add(1, ImageResult(Input(Path("a, b.jpg")), (40, 30), rows), "a, b.jpg")
+    results.add(3, ImageResult(Input(Path("v.mp4"), 5), (64, 48), rows[:1]), "v.mp4", fps=10.0)
+    results.add(4, ImageResult(Input(Path("nothing.jpg")), (9, 9), rows[:0]), None)
     return results
 
 
@@ -102,7 +102,7 @@ def test_a_link_to_a_directory_stays_one(results, tmp_path):
 
 def test_names_of_files_that_are_no_utf_8(results, tmp_path):
     odd = Path(os.fsdecode(b"\xfcber.jpg"))
-    results.add(5, Found(Input(odd), (9, 9), np.ones((1, 6), np.float32)), "ber.jpg")
+    results.add(5, ImageResult(Input(odd), (9, 9), np.ones((1, 6), np.float32)), "ber.jpg")
     results.write(tmp_path, ("json", "csv"), None)
     assert json.loads((tmp_path / "predictions.json").read_text())["images"][-1]["file"] == str(odd)
     assert "\\udcfcber.jpg" in (tmp_path / "predictions.csv").read_text(encoding="utf-8")
@@ -113,7 +113,7 @@ def test_what_was_found_is_written_even_where_labels_are_damaged(results, digits
     shutil.copytree(digits.root, folder)
     data = list_dataset(folder / "data.yaml")
     sample = data.splits["val"][0]
-    results.add(5, Found(Input(sample.image), (9, 9), np.ones((1, 6), np.float32)), None)
+    results.add(5, ImageResult(Input(sample.image), (9, 9), np.ones((1, 6), np.float32)), None)
     for label in (folder / "labels").rglob(f"{sample.image.stem}.txt"):
         label.write_text("no label", encoding="utf-8")
     with pytest.raises(DataError, match="label"):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from sparse_exp.errors import DataError
-from sparse_exp.predict.video import Video, VideoWriter, writing
+from sparse_exp.predict.video import Video, VideoWriter, write_video
 
 SIZE = (64, 48)
 
@@ -25,7 +25,7 @@ def frame(number: int) -> Image.Image:
 @pytest.fixture
 def clip(tmp_path):
     path = tmp_path / "clip.mp4"
-    with writing(path, 12.5) as writer:
+    with write_video(path, 12.5) as writer:
         for number in range(10):
             writer.add(frame(number))
     return path
@@ -46,7 +46,7 @@ def test_names_that_mean_something_to_others(clip, tmp_path, monkeypatch, name):
     """FFmpeg would take what is before a colon for a protocol."""
     monkeypatch.chdir(tmp_path)
     clip.rename(name)
-    with Video(Path(name)) as video, writing(Path(f"of {name}"), video.fps) as writer:
+    with Video(Path(name)) as video, write_video(Path(f"of {name}"), video.fps) as writer:
         for pixels in video.frames():
             writer.add(Image.fromarray(pixels))
     with Video(Path(f"of {name}")) as video:
@@ -84,7 +84,7 @@ def test_rates_that_no_video_has(clip, monkeypatch, said):
 def test_odd_sizes_lose_a_row_and_a_column(tmp_path, size):
     """MPEG-4 has colours for every second pixel."""
     path = tmp_path / "odd.mp4"
-    with writing(path, 10) as writer:
+    with write_video(path, 10) as writer:
         writer.add(Image.new("RGB", size, (9, 99, 199)))
     with Video(path) as video:
         (pixels,) = video.frames()
@@ -94,7 +94,7 @@ def test_odd_sizes_lose_a_row_and_a_column(tmp_path, size):
 
 def test_a_video_that_is_cut_short_is_not_there(tmp_path):
     def interrupted() -> None:
-        with writing(tmp_path / "clip.mp4", 10) as writer:
+        with write_video(tmp_path / "clip.mp4", 10) as writer:
             writer.add(frame(0))
             raise KeyboardInterrupt
 
@@ -127,7 +127,7 @@ def test_a_video_that_was_not_written_whole_is_an_error(tmp_path, monkeypatch):
         self._path.write_bytes(self._path.read_bytes()[:200])
 
     def write() -> None:
-        with writing(tmp_path / "clip.mp4", 10) as writer:
+        with write_video(tmp_path / "clip.mp4", 10) as writer:
             writer.add(frame(0))
 
     monkeypatch.setattr(VideoWriter, "close", lose)

@@ -10,7 +10,7 @@ import pytest
 from hydra.core.utils import JobReturn, JobStatus
 
 from hydra_plugins.sparse_exp_search._space import parse_space
-from hydra_plugins.sparse_exp_search._study import Job, Objective, Search, open_study
+from hydra_plugins.sparse_exp_search._study import Objective, Search, SearchJob, open_study
 from sparse_exp.errors import ConfigError, StageFailed
 from sparse_exp.metrics.pareto import pareto_front
 
@@ -29,11 +29,11 @@ def done(value) -> JobReturn:
     return returned
 
 
-def parameters(job: Job) -> dict[str, str]:
+def parameters(job: SearchJob) -> dict[str, str]:
     return dict(word.split("=") for word in job.words)
 
 
-def value_of(job: Job) -> float:
+def value_of(job: SearchJob) -> float:
     """Best, 1, at model=s and x=0.7."""
     point = parameters(job)
     return 1 - (float(point["x"]) - 0.7) ** 2 - 0.3 * (point["model"] == "n")

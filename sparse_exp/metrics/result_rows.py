@@ -43,7 +43,7 @@ _VERIFIED = re.compile(r"verify/(?P<engine>.+)/score_mean")
 
 @dataclass(frozen=True)
 class Throughput:
-    """One cell of the benchmark; None where the result does not tell.
+    """One cell of the benchmark; None where the result has no number.
 
     Args:
         engine: name of the runtime.
@@ -69,27 +69,28 @@ class Throughput:
 
 
 def number(result: Result, key: str) -> float | None:
-    """The number of that name, or None when there is none."""
+    """The number under a name of the result; None where there is none, or a text."""
     value = result.get(key)
     return None if value is None or isinstance(value, str) else float(value)
 
 
 def throughputs(result: Result) -> list[Throughput]:
-    """The rows of the benchmark, by load, then engine, dense before the others."""
-    found = [(match, float(result[match[0]])) for key in result if (match := _BENCHMARK.fullmatch(key))]
-    best: dict[str, float] = {}
-    for match, items in found:
+    """The rows of the benchmark: scenario by scenario, batch by batch, then by engine, dense first."""
+
+    def place(match: re.Match[str]) -> tuple[str | int, ...]:
+        return match["how"], int(match["batch"]), match["engine"], _VARIANT_ORDER.get(match["variant"], -1)
+
+    matches = sorted(filter(None, map(_BENCHMARK.fullmatch, result)), key=place)
+    fastest_dense: dict[str, float] = {}
+    for match in matches:
         if match["variant"] == "dense":
-            best[match["load"]] = max(items, best.get(match["load"], 0.0))
-    in_order = sorted(found, key=lambda one: _place(one[0]))
-    return [_throughput(result, match, items, best.get(match["load"])) for match, items in in_order]
+            rate = float(result[match[0]])
+            fastest_dense[match["load"]] = max(rate, fastest_dense.get(match["load"], 0.0))
+    return [_throughput(result, match, fastest_dense.get(match["load"])) for match in matches]
 
 
-def _place(match: re.Match[str]) -> tuple[str | int, ...]:
-    return match["how"], int(match["batch"]), match["engine"], _VARIANT_ORDER.get(match["variant"], -1)
-
-
-def _throughput(result: Result, match: re.Match[str], items: float, best: float | None) -> Throughput:
+def _throughput(result: Result, match: re.Match[str], fastest_dense: float | None) -> Throughput:
+    items_per_s = float(result[match[0]])
     cell = match[0].removesuffix("items_per_s")
     p50, p90, p99 = (number(result, f"{cell}latency_{name}_ms") for name in ("p50", "p90", "p99"))
     return Throughput(
@@ -97,17 +98,17 @@ def _throughput(result: Result, match: re.Match[str], items: float, best: float 
         match["variant"],
         match["load"],
         int(match["batch"]),
-        items,
+        items_per_s,
         p50,
         p90,
         p99,
         spread=number(result, f"{cell}spread"),
-        speedup=items / best if best else None,
+        speedup=items_per_s / fastest_dense if fastest_dense else None,
     )
 
 
 def sizes(result: Result) -> list[tuple[str, list[float | None]]]:
-    """Of each network its sizes of `SIZE_KINDS` in MB (1e6 bytes): checkpoint, ONNX, compressed, not zero."""
+    """The sizes of each network, in MB (1e6 bytes) and in the order of `SIZE_KINDS`."""
     places, found = list(_NETWORKS), dict[tuple[int, str], dict[str, float]]()
     for match in filter(None, map(_SIZE.fullmatch, result)):
         network = places.index(match["network"]), match["engine"].rstrip("/")
@@ -119,10 +120,12 @@ def sizes(result: Result) -> list[tuple[str, list[float | None]]]:
 
 
 def accuracies(result: Result) -> list[tuple[str, float | None, float | None, str]]:
-    """Where the model ran (torch first), its mAP50 and mAP50-95 (0..1), and how far mAP50 is from torch's.
+    """The measured accuracies as rows, torch first.
 
-    All are of the validation split but one of torch's, which says so. Of variants other than what is deployed
-    the name says which, and they are compared with nothing.
+    Returns:
+        For each row the runtime, mAP50 and mAP50-95 (0..1), and the difference of mAP50 from torch's. All are
+        of the validation split, but for the row "torch, test split". The name of a variant other than the
+        deployed one stands after its engine; it is not compared with torch.
     """
     rows: list[tuple[str, float | None, float | None, str]] = []
     reference = number(result, "val/map50")
@@ -142,7 +145,7 @@ def accuracies(result: Result) -> list[tuple[str, float | None, float | None, st
 
 @dataclass(frozen=True)
 class Verification:
-    """How far an engine is from torch on the validation split; None where the result does not tell.
+    """The differences between an engine and torch on the validation split; None where the result has none.
 
     Args:
         engine: name of the runtime.
@@ -172,7 +175,7 @@ def verifications(result: Result) -> list[Verification]:
 
 
 def recovery(result: Result) -> str:
-    """What is kept of the dense accuracy, as a sentence; empty where no baseline was measured."""
+    """A sentence on the share of the dense accuracy that is kept; empty where no baseline was measured."""
     share, dense = number(result, "recovery/map50"), number(result, "baseline/map50")
     if dense is None:
         return ""

@@ -8,7 +8,7 @@ import pytest
 
 from sparse_exp.data.detection import list_dataset
 from sparse_exp.errors import DataError
-from sparse_exp.predict.sources import find_sources
+from sparse_exp.predict.media import find_media
 
 
 @pytest.fixture
@@ -32,26 +32,26 @@ def here(tmp_path, monkeypatch) -> Path:
     ],
 )
 def test_what_is_meant(here, words, images, videos):
-    found = find_sources(words)
+    found = find_media(words)
     assert [str(path) for path in found.images] == images
     assert [str(path) for path in found.videos] == videos
 
 
 def test_each_file_once_however_it_is_called(here):
-    found = find_sources(["b.jpg", str(here / "b.jpg"), "below/../b.jpg"])
+    found = find_media(["b.jpg", str(here / "b.jpg"), "below/../b.jpg"])
     assert [str(path) for path in found.images] == ["b.jpg"]
 
 
 def test_names_with_spaces_and_letters_of_all_kinds(here):
     (here / "Große Fahrt").mkdir()
     (here / "Große Fahrt" / "日本 1.jpg").touch()
-    assert [path.name for path in find_sources(["Große Fahrt"]).images] == ["日本 1.jpg"]
-    assert [path.name for path in find_sources(["Große */*.jpg"]).images] == ["日本 1.jpg"]
+    assert [path.name for path in find_media(["Große Fahrt"]).images] == ["日本 1.jpg"]
+    assert [path.name for path in find_media(["Große */*.jpg"]).images] == ["日本 1.jpg"]
 
 
 def test_names_with_brackets_are_names_first(here):
     (here / "a[1].jpg").touch()
-    assert [path.name for path in find_sources(["a[1].jpg"]).images] == ["a[1].jpg"]
+    assert [path.name for path in find_media(["a[1].jpg"]).images] == ["a[1].jpg"]
 
 
 @pytest.mark.parametrize(
@@ -67,13 +67,13 @@ def test_names_with_brackets_are_names_first(here):
 )
 def test_what_is_nothing(here, word, said):
     with pytest.raises(DataError, match=said) as caught:
-        find_sources([word])
+        find_media([word])
     assert "\n" not in str(caught.value)
 
 
 def test_splits_of_a_data_set(digits, here):
     data = list_dataset(digits.root / "data.yaml")
-    assert find_sources(["val"], data).images == tuple(sample.image for sample in digits.splits["val"])
+    assert find_media(["val"], data).images == tuple(sample.image for sample in digits.splits["val"])
     (here / "val").mkdir()
     with pytest.raises(DataError, match="with images"):  # what lies here comes first
-        find_sources(["val"], data)
+        find_media(["val"], data)

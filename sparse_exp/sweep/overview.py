@@ -1,0 +1,93 @@
+"""The overview that a sweep ends with: a table of its jobs, Pareto front, pictures, and why jobs failed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from sparse_exp.compare.comparison import FINISHED, Comparison, compare
+from sparse_exp.compare.files import write_files
+from sparse_exp.compare.table import as_markdown, remarks, terminal_table
+from sparse_exp.errors import ConfigError
+from sparse_exp.runs.directory import Run, find_directories
+from sparse_exp.runs.past import PastRun, read_run
+from sparse_exp.text import plain_text
+
+FOLDER = "compare"
+# The axes without objectives: the first of each that the jobs have.
+_X_METRICS = ("items_per_s", "size/onnx_gzip_mb", "sparsity/prunable", "time/train_s")
+_Y_METRICS = ("map50", "val/map50_95", "sparsity/total")
+
+
+@dataclass(frozen=True)
+class Overview:
+    """The jobs of a sweep side by side.
+
+    Attributes:
+        jobs: the runs of the jobs that were started, by number.
+        failures: for each job that did not finish a line with its name and the reason.
+        comparison: None where the jobs have no two metrics to compare.
+    """
+
+    jobs: tuple[PastRun, ...]
+    failures: tuple[str, ...]
+    comparison: Comparison | None
+
+    @property
+    def text(self) -> str:
+        """The overview for the terminal, as plain text of 100 columns."""
+        table = _as_text(self.comparison) if self.comparison else ""
+        return "\n".join([f"\n{self.headline}", *([table] if table else []), *self.failures])
+
+    @property
+    def markdown(self) -> str:
+        """The overview for the note of the sweep's run in the tracker, as Markdown."""
+        table = as_markdown(self.comparison).partition("\n")[2].strip() if self.comparison else ""
+        failures = "\n".join(f"- {line}" for line in self.failures)
+        return "\n\n".join(part for part in (f"**{self.headline}**", table, failures) if part) + "\n"
+
+    @property
+    def headline(self) -> str:
+        """How many jobs finished."""
+        finished = sum(job.status == FINISHED for job in self.jobs)
+        return f"{finished} of {len(self.jobs)} jobs finished"
+
+    def write(self, sweep: Path) -> None:
+        """Write the comparison's files into `FOLDER` of the sweep's directory."""
+        if self.comparison:
+            write_files(self.comparison, sweep / FOLDER)
+
+
+def read_overview(sweep: Path, objectives: Sequence[str] = ()) -> Overview:
+    """Read the jobs of a sweep.
+
+    Args:
+        sweep: its directory.
+        objectives: the metrics of the vertical and of the horizontal axis, in full or short.
+    """
+    runs = [run for path in find_directories(sweep) if (run := Run.find(path))]
+    jobs = sorted((run for run in runs if run.state.get("job") is not None), key=lambda run: run.state["job"])
+    failures = [
+        f"{run.path.name} {run.status}: {run.state.get('failure') or 'its process is gone'}"
+        for run in jobs
+        if run.status != FINISHED
+    ]
+    found = tuple(past for run in jobs if (past := read_run(run.path)))
+    return Overview(found, tuple(failures), _comparison(found, objectives))
+
+
+def _comparison(runs: Sequence[PastRun], objectives: Sequence[str]) -> Comparison | None:
+    """Compare the jobs by the first pair of metrics that they have."""
+    for y, x in product((*objectives[:1], *_Y_METRICS), (*objectives[1:2], *_X_METRICS)):
+        try:
+            return compare(runs, x, y)
+        except ConfigError:  # no job has one of the two
+            continue
+    return None
+
+
+def _as_text(comparison: Comparison) -> str:
+    table = plain_text(terminal_table(comparison, comparison.rows), width=100)
+    return "\n".join([table, *remarks(comparison)])
