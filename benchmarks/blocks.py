@@ -124,7 +124,10 @@ def _images(scratch: Path, imgsz: int) -> NDArray[np.uint8]:
 
 
 def _build(options: argparse.Namespace, images: NDArray[np.uint8], folder: Path) -> list[Pair]:
+    """Prune, quantize by calibration and export a pair for each sparsity and each way to share it out."""
     dense, pairs = _dense(options.size), []
+    batches = [torch.from_numpy(images).float() / 255]
+    recipe = CONF_DIRECTORY / "recipe" / "quant.md"
     for sparsity in options.sparsity:
         for share in options.shares:
             name = f"{share}, {100 * sparsity:g} %"
@@ -132,7 +135,9 @@ def _build(options: argparse.Namespace, images: NDArray[np.uint8], folder: Path)
             for path, block in zip(files, _PATTERNS.values(), strict=True):
                 model = copy.deepcopy(dense)
                 SHARES[share](model.prunable_convolutions(), sparsity, block)
-                _deploy(model, images, path)
+                Recipe.from_file(recipe).apply_at_once(model, batches)
+                qdq = path.with_suffix(".qdq.onnx")
+                export_quantized(model, path, qdq, imgsz=images.shape[-1], opset=_OPSET)
             pairs.append(Pair(name, *files))
     return pairs
 
@@ -149,13 +154,6 @@ def _dense(size: str) -> YOLOv5:
         transfer_weights(model, read_checkpoint(start.file.path))
     print(f"YOLOv5{size}, {start.name if start else 'random weights'}", flush=True)
     return model
-
-
-def _deploy(model: YOLOv5, images: NDArray[np.uint8], path: Path) -> None:
-    """Quantize by calibration and export."""
-    batches = [torch.from_numpy(images).float() / 255]
-    Recipe.from_file(CONF_DIRECTORY / "recipe" / "quant.md").apply_at_once(model, batches)
-    export_quantized(model, path, path.with_suffix(".qdq.onnx"), imgsz=images.shape[-1], opset=_OPSET)
 
 
 def _measure(

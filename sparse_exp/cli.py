@@ -20,8 +20,6 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from sparse_exp.config.plain import CONF_DIRECTORY, group
 from sparse_exp.config.schema import Experiment, TrackerConfig
 from sparse_exp.errors import ConfigError, SparseExpError, StageFailed, first_line
-from sparse_exp.resolve import resolve
-from sparse_exp.resume import resumed
 from sparse_exp.sweep.naming import sweep_name
 
 _log = logging.getLogger("sparse_exp")
@@ -105,6 +103,10 @@ def task(config: DictConfig) -> Any:
     Raises:
         SparseExpError: what stopped it.
     """
+    from sparse_exp.experiment import run
+    from sparse_exp.resolve import resolve
+    from sparse_exp.resume import resumed
+
     job = HydraConfig.get()
     swept = not OmegaConf.is_missing(job.job, "num")
     log_to_console(f"[{job.job.num}] " if swept and config.launcher.jobs > 1 else "")
@@ -113,7 +115,6 @@ def task(config: DictConfig) -> Any:
     _leave_option_variables(config, job)
     if swept:
         return _run_job(config, job)
-    from sparse_exp.experiment import run
 
     words = list(job.overrides.task)
     if config.sweep.objectives or job.runtime.choices.get("sweep"):
@@ -127,6 +128,7 @@ def task(config: DictConfig) -> Any:
 
 
 def _run_job(config: DictConfig, job: Any) -> Any:
+    from sparse_exp.resolve import resolve
     from sparse_exp.sweep.job import Job, record_failure, run_job
 
     place = Job(
@@ -138,7 +140,7 @@ def _run_job(config: DictConfig, job: Any) -> Any:
     )
     experiment = None
     try:
-        if place.manifest:  # so that what it made itself does not stand in its way
+        if place.earlier:  # so that what it made itself does not stand in its way
             config.resume = str(place.directory)
         experiment = resolve(config)
         return run_job(place, experiment)

@@ -227,7 +227,7 @@ def _run_stage(context: Context, stage: Stage, before: Fingerprint) -> Fingerpri
     with sharing.turn(context, stage, own.mark):
         record = sharing.take_over(context, stage, own.mark)
         if record:
-            context.run.record(stage.name, record)
+            context.run.record(stage.name, replace(record, step=_last_step(context)))
         else:
             _work(context, stage, own, started)
     result = write_json(context.run.path / "result.json", context.run.result())
@@ -246,7 +246,8 @@ def _adopted(context: Context, stage: Stage, own: Fingerprint) -> Fingerprint:
     adopted = stage.adopt(record, context)
     if adopted is None:
         return replace(own, earlier=None)
-    context.run.record(stage.name, replace(adopted, fingerprint=own.mark, parts=dict(own.parts)))
+    adopted = replace(adopted, fingerprint=own.mark, parts=dict(own.parts), step=_last_step(context))
+    context.run.record(stage.name, adopted)
     return own
 
 
@@ -279,12 +280,16 @@ def _work(context: Context, stage: Stage, own: Fingerprint, started: float) -> N
         events=[as_plain(event, context.run.path) for event in outcome.events],
         conditions=context.conditions,
         parts=dict(own.parts),
-        # A tracker shows the value of the last step; that of the final model is to win over those of epochs.
-        step=round(100 * context.recipe.epochs),
+        step=_last_step(context),
     )
     context.run.record(stage.name, record)
     for path in outcome.spent:
         path.unlink(missing_ok=True)
+
+
+def _last_step(context: Context) -> int:
+    """A tracker shows the value of the last step: that of the final model wins over those of epochs."""
+    return round(100 * context.recipe.epochs)
 
 
 def _threads(context: Context) -> AbstractContextManager[None]:

@@ -11,10 +11,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+from rich.console import Console
+
+from sparse_exp.cli import log_to_console
 from sparse_exp.command import Parser, run_command
 from sparse_exp.config.plain import recipe_path
 from sparse_exp.config.schema import Experiment, TrackerConfig
-from sparse_exp.errors import ConfigError, expected
+from sparse_exp.data import is_prepared, prepare
+from sparse_exp.errors import ConfigError, SparseExpError, expected
+from sparse_exp.experiment import run
 from sparse_exp.files import read_json, sha256_of
 from sparse_exp.resolve import rebuild
 from sparse_exp.runs.conditions import (
@@ -27,12 +33,15 @@ from sparse_exp.runs.conditions import (
 )
 from sparse_exp.runs.directory import MANIFEST
 from sparse_exp.runs.past import add_store_options, is_run_id, local_directory, tagged_overrides
+from sparse_exp.sources.cache import cache_directory
 from sparse_exp.text import console_table
+from sparse_exp.tracking.reading import fetch_files, read_runs
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 _FILES = ("config.yaml", "environment.txt", MANIFEST)
+_KINDS = ("code", "configuration", "packages", "data", "host")  # the order in which they are shown
 _HYDRA = ("config.yaml", "hydra.yaml")
 _TEXT = """
 KEY=VALUE changes single values of the recorded configuration (seed=1, trainer.lr=0.002); groups such as
@@ -74,6 +83,20 @@ class Record:
         return {"code": code, "host": {"cpu": cpu} if cpu else {}, **self.manifest.get("conditions", {})}
 
     @property
+    def made_with(self) -> dict[str, dict[str, Any]]:
+        """Code, host and packages by the stages that were done with them, as ``fetch, plan``.
+
+        There are several where the run went on later with others. Where stages do not say it, there is one,
+        of all of them: that of the last start.
+        """
+        stages: dict[str, list[str]] = {}
+        for name, entry in self.manifest.get("stages", {}).items():
+            stages.setdefault(entry.get("conditions", ""), []).append(name)
+        known = self.manifest.get("environments", {})
+        last = {**self.conditions, "packages": self.environment}
+        return {", ".join(names): known.get(key, last) for key, names in stages.items()} or {"": last}
+
+    @property
     def overrides(self) -> list[str] | None:
         """The words of its command line; None where they are not known."""
         words = self.manifest.get("overrides", tagged_overrides(self.tags))
@@ -96,8 +119,6 @@ def main() -> int:
     show(options.run, differences(record, experiment, filled))
     if options.dry_run or experiment.dry_run:
         return 0
-    from sparse_exp.cli import log_to_console
-    from sparse_exp.experiment import run
 
     log_to_console()
     words = None if record.overrides is None else [*record.overrides, *options.overrides]
@@ -128,8 +149,6 @@ def find_record(run: str, config: TrackerConfig, store: Path) -> Record:
 
 
 def _from_mlflow(run_id: str, config: TrackerConfig, store: Path) -> Record:
-    from sparse_exp.tracking.reading import fetch_files, read_runs
-
     found = next((run for run in read_runs(config, store, run_ids=[run_id]) if run.run_id == run_id), None)
     if found is None:
         do = "Give an id that MLflow shows; --uri and --store say where it is."
@@ -195,15 +214,21 @@ def differences(record: Record, experiment: Experiment, filled: Sequence[str] = 
         experiment: rebuilt from it.
         filled: keys of the configuration that the record does not have.
     """
-    then = record.conditions
-    return [
-        *code_differences(then["code"]),
+    made_with, found = record.made_with, []
+    for stages, then in made_with.items():
+        one = [
+            *code_differences(then["code"]),
+            *package_differences(then["packages"]),
+            *host_differences(then["host"]),
+        ]
+        of_some = f" ({stages})" if len(made_with) > 1 else ""
+        found += [replace(each, what=f"{each.what}{of_some}") for each in one]
+    found += [
         *(Difference("configuration", key, NOT_RECORDED, str(_value(experiment, key))) for key in filled),
-        *_recipe_differences(then.get("recipe"), experiment),
-        *package_differences(record.environment),
+        *_recipe_differences(record.conditions.get("recipe"), experiment),
         *data_differences(experiment, record.data),
-        *host_differences(then["host"]),
     ]
+    return sorted(found, key=lambda each: _KINDS.index(each.kind))
 
 
 def _value(node: Any, key: str) -> Any:
@@ -222,8 +247,6 @@ def _recipe_differences(then: str | None, experiment: Experiment) -> Iterator[Di
 
 def show(run: str, found: Sequence[Difference]) -> None:
     """Print what differs."""
-    from rich.console import Console
-
     if not found:
         print(f"Code, packages, data and host are as they were for {run}.")
         return
@@ -242,8 +265,6 @@ def _table(found: Sequence[Difference]) -> Table:
 
 
 def _as_yaml_list(words: Sequence[str]) -> str:
-    import yaml
-
     text: str = yaml.safe_dump(list(words))
     return text
 
@@ -270,10 +291,6 @@ def data_differences(experiment: Experiment, then: str | None) -> Iterator[Diffe
         experiment: names the data set.
         then: its digest; None: not recorded.
     """
-    from sparse_exp.data import is_prepared, prepare
-    from sparse_exp.errors import SparseExpError
-    from sparse_exp.sources.cache import cache_directory
-
     name, cache = f"digest of {experiment.dataset.name}", cache_directory(experiment.paths.cache)
     try:
         there = is_prepared(experiment.dataset, cache)

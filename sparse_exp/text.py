@@ -7,6 +7,11 @@ import shutil
 from collections.abc import Container, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
@@ -62,10 +67,6 @@ def console_table(
         right: columns to align to the right, from 0.
         styles: rich's style of each row; None: plain.
     """
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column, title in enumerate(titles):
         table.add_column(escape(title), justify="right" if column in right else "left", overflow="fold")
@@ -79,8 +80,6 @@ def plain_text(*parts: RenderableType, width: int) -> str:
 
     No line ends in blanks.
     """
-    from rich.console import Console
-
     console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
     for part in parts:
         console.print(part)

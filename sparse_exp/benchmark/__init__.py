@@ -1,7 +1,9 @@
 """Throughput and latency of exported models, measured so that the numbers can be compared.
 
-`cells` says what is measured, `tuning` under which settings, `rounds` how, `host_state` what else happened
-meanwhile, and `results` what comes of it. Nothing here needs more than numpy, psutil and the engines.
+The files in the order of a measurement: `cells` lists what is measured, `tuning` finds the settings of each
+engine, `rounds` measures, `host_state` records what else happened on the host, `measurements` holds the
+numbers and writes them, `speed_table` lays them out. `gain`, `layers`, `advice` and `why` then explain them.
+Nothing here needs more than numpy, psutil and the engines.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is to be measured: an engine with one model, under one load, on so many cores."""
+"""What a benchmark measures: cells, each an engine with one model under one load."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ ModelFor = Callable[[str, str], Path]
 
 
 class Load(NamedTuple):
-    """How an engine is asked: a row of the benchmark but for its engine and its variant.
+    """How an engine is used while it is measured.
 
     Attributes:
         key: its part of a metric's name: ``b1``, ``b16_throughput``, ``b1_async4_c1``.
         scenario: one of `sparse_exp.config.schema.SCENARIOS`.
         batch_size: images of one inference.
-        streams: inferences at once; None: as many as serve best, which tuning finds.
+        streams: inferences at once; None: tuning finds the number that is fastest.
         cores: physical cores, all streams together.
     """
 
@@ -38,10 +38,10 @@ class Cell:
     Attributes:
         engine: one of `sparse_exp.config.schema.ENGINES`.
         variant: one of `sparse_exp.config.schema.VARIANTS`.
-        model: the file that suits the engine; None where it is impossible.
-        load: how the engine is asked.
-        impossible: why there is nothing to measure, as a sentence; empty where there is.
-        network: which network it is, where several are measured together; else empty.
+        model: the file for the engine; None where there is none.
+        load: how the engine is used.
+        impossible: why the cell cannot be measured, as a sentence; empty where it can.
+        network: name of the network, where several are measured together; else empty.
     """
 
     engine: str
@@ -53,7 +53,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """``<engine>/<variant>/<key>``, as in the names of metrics; after its network, where it has one."""
+        """``<engine>/<variant>/<key>``, as in the names of metrics; after its network, if it has one."""
         return "/".join(filter(None, (self.network, self.engine, self.variant, self.load.key)))
 
     @property
@@ -73,24 +73,26 @@ class Cell:
 
 
 def loads_of(hardware: HardwareConfig, usable: int) -> list[Load]:
-    """What each engine and each variant is asked for.
+    """The loads under which each engine and each variant is measured.
 
     Sync takes each batch size; throughput each batch size with each number of streams; async one image
-    with each number of streams, or one stream per core.
+    with each number of streams, or with one stream per core.
 
     Args:
         hardware: scenarios, batch_sizes, streams and cores.
-        usable: physical cores that may be used; taken where ``cores`` is empty.
+        usable: physical cores that may be used; taken if ``cores`` is empty.
     """
     return [
-        _named(scenario, batch, streams, cores, first=position == 0)
+        _load(scenario, batch, streams, cores, first=position == 0)
         for position, cores in enumerate(hardware.cores or [usable])
         for scenario in hardware.scenarios
-        for batch, streams in _asked(hardware, scenario, cores)
+        for batch, streams in _batches_and_streams(hardware, scenario, cores)
     ]
 
 
-def _asked(hardware: HardwareConfig, scenario: str, cores: int) -> Iterator[tuple[int, int | None]]:
+def _batches_and_streams(
+    hardware: HardwareConfig, scenario: str, cores: int
+) -> Iterator[tuple[int, int | None]]:
     if scenario == "async":
         yield from ((1, streams) for streams in hardware.streams or [cores])
     elif scenario == "throughput":
@@ -100,7 +102,7 @@ def _asked(hardware: HardwareConfig, scenario: str, cores: int) -> Iterator[tupl
         yield from ((batch, 1) for batch in hardware.batch_sizes)
 
 
-def _named(scenario: str, batch: int, streams: int | None, cores: int, *, first: bool) -> Load:
+def _load(scenario: str, batch: int, streams: int | None, cores: int, *, first: bool) -> Load:
     key = f"b{batch}"
     if scenario == "async":
         key += f"_async{streams}"
@@ -110,12 +112,12 @@ def _named(scenario: str, batch: int, streams: int | None, cores: int, *, first:
 
 
 def cells_of(hardware: HardwareConfig, usable: int, model_for: ModelFor) -> list[Cell]:
-    """Every cell that a target asks for, those that can be compared beside each other.
+    """Every cell that a target asks for; those with the same load follow one another.
 
     Args:
         hardware: the target.
         usable: physical cores that may be used.
-        model_for: the file for an engine and a variant; raises `Impossible` where there is none.
+        model_for: returns the file for an engine and a variant; raises `Impossible` if there is none.
     """
     files = {
         (engine, variant): _file_or_reason(model_for, engine, variant)

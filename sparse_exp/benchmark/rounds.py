@@ -1,19 +1,19 @@
-"""The measurement: cells in turns, each in a process of its own, alone on the host.
+"""The measurement: all cells in turns, each engine in a process of its own, nothing else on the host.
 
 So that two numbers can be compared:
 
-- one run of this program at a time measures on a host, and no other works meanwhile (`sparse_exp.locks`);
-- every cell is tuned before (`sparse_exp.benchmark.tuning`), the baselines like the others;
-- the repeats of a cell are not taken one after the other: each repeat goes once through all cells, so
-  that a drift of the machine hits them all;
-- what spreads too much is measured again, and if it still does it is marked.
+- only one run of this program measures on a host at a time, and no other run works meanwhile
+  (`sparse_exp.locks`);
+- every cell is tuned before, the baselines too (`sparse_exp.benchmark.tuning`);
+- the repeats of a cell do not follow one another: each round goes once through all cells, so that a drift of
+  the machine hits them all;
+- a cell whose repeats spread too much is measured again, and marked if they still do.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,9 +33,10 @@ from sparse_exp.locks import default_lock_path, measuring_alone
 from sparse_exp.progress import progress
 
 _log = logging.getLogger(__name__)
-_BUSY_CORES = 0.2
-_STOLEN = 0.02
-_SPARE_MEMORY = 0.3  # share that stays free, or engines are loaded anew for each turn
+_BUSY_CORES = 0.2  # of other programs, from which a warning is due
+_STOLEN = 0.02  # share of the time that a hypervisor took, likewise
+_SPARE_MEMORY = 0.3  # share of the memory; if less is free, engines are loaded anew for each turn
+_INT8_NODES = frozenset(("ConvInteger", "QLinearConv", "QuantizeLinear", "MatMulInteger"))
 
 
 def benchmark(
@@ -47,38 +48,43 @@ def benchmark(
 ) -> list[Measurement]:
     """Measure cells on this host.
 
-    First each is tuned (`tune`). Then, ``hardware.repeats`` times, each cell in turn warms up and is timed
-    for ``hardware.duration_s`` seconds: the first time until its latencies are stable, then for
-    ``hardware.warmup_s`` seconds. Cells whose repeats differ by more than ``hardware.max_spread`` are
-    measured again, once, and are noisy if they then still do.
+    First each cell is tuned (`tune`). Then come ``hardware.repeats`` rounds, in each of which every cell
+    warms up and is timed for ``hardware.duration_s`` seconds. The first warm-up of a cell goes on until its
+    latencies are stable, later ones take ``hardware.warmup_s`` seconds. Cells whose repeats spread more than
+    ``hardware.max_spread`` are measured once more; if they still do, they are noisy.
 
     Args:
-        cells: what to measure; those that are impossible stay so.
+        cells: what to measure; impossible ones stay impossible.
         images: real photos, uint8 (N, 3, H, W); batches are taken from them in turn.
         hardware: tune, tune_s, pinning, warmup_s, max_warmup_s, duration_s, repeats and max_spread.
         lock_path: file of the host-wide lock; None: `default_lock_path`.
 
     Returns:
-        One measurement for each cell, in their order. A cell that cannot be loaded or dies is
-        impossible, with the reason.
+        A measurement for each cell, in their order. A cell that cannot be loaded, or whose process dies,
+        is impossible, with the reason.
 
     Raises:
         MissingDependency: nothing could be measured, and an engine is not installed.
         EngineError: nothing could be measured.
     """
+    slots = [_Slot(cell, images, hardware) for cell in cells]
     with measuring_alone(lock_path or default_lock_path()):
         started = datetime.now(UTC)
         before = look_around()
-        _warn_of_others(before)
+        if before.busy_cores > _BUSY_CORES:
+            message = "Other programs keep %.1f cores busy: close them, or the numbers are too low."
+            _log.warning(message, before.busy_cores)
         _log.info("Measuring %d cells alone on this host.", sum(not cell.impossible for cell in cells))
-        with _slots(cells, images, hardware) as slots:
+        try:
             _measure(slots, hardware)
+        finally:
+            for slot in slots:
+                slot.release()
         after = look_around()
         ended = datetime.now(UTC)
         _log.info("Measured in %.1f s.", (ended - started).total_seconds())
     conditions = {
-        **_host(before, after),
-        **_protocol(hardware, images),
+        **_conditions(before, after, hardware, images),
         "started": started.isoformat(),
         "ended": ended.isoformat(),
     }
@@ -89,7 +95,7 @@ def benchmark(
 
 
 class _Slot:
-    """A cell with its engine and what was measured of it."""
+    """A cell, its engine, and its repeats so far."""
 
     def __init__(self, cell: Cell, images: np.ndarray, hardware: HardwareConfig) -> None:
         self.cell, self._images, self._hardware = cell, images, hardware
@@ -101,7 +107,7 @@ class _Slot:
 
     @property
     def alive(self) -> bool:
-        """There is something to measure."""
+        """Whether the cell can be measured."""
         return not self.cell.impossible and self.error is None
 
     @property
@@ -112,7 +118,7 @@ class _Slot:
         return spread(Measurement(self.cell, rounds).each)
 
     def prepare(self) -> None:
-        """Tune, and have the engine loaded."""
+        """Tune the cell; its engine is loaded then."""
         if not self.alive:
             return
         load = self.cell.load
@@ -130,13 +136,13 @@ class _Slot:
             _log.warning("%s cannot be measured: %s", self.cell.name, self.error)
 
     def release(self) -> None:
-        """Free the engine; the next turn loads it again."""
+        """Free the engine; the next repeat loads it again."""
         if self.tuned.engine is not None:
             self.tuned.engine.close()
             self.tuned.engine = None
 
     def measure(self) -> None:
-        """One repeat."""
+        """Take one repeat."""
         try:
             self.rounds.append(self._round())
         except SparseExpError as error:
@@ -145,7 +151,7 @@ class _Slot:
             self.release()
 
     def settle(self, earlier: list[Round]) -> None:
-        """Keep the steadier of two sets of repeats, and of the other its speeds; the earlier if it died."""
+        """Keep the steadier set of repeats, and the speeds of the other; the earlier set if the cell died."""
         later, self.rounds = self.rounds, earlier
         if self.error is not None:
             self.error = None
@@ -167,7 +173,7 @@ class _Slot:
             streams=setting.streams,
         )
         self._peak, self._version = max(self._peak, engine.peak_rss_mb()), engine.version
-        stable = timing.stable or not fresh  # a later warm-up does not go on until then
+        stable = timing.stable or not fresh  # later warm-ups have a fixed length
         return Round(timing.latencies, timing.wall, timing.warmed, stable, steal.share())
 
     def _opened(self, setting: Setting) -> IsolatedEngine:
@@ -185,7 +191,7 @@ class _Slot:
         return engine
 
     def measurement(self, conditions: dict[str, Any]) -> Measurement:
-        """What came out."""
+        """The cell's repeats with their conditions."""
         if not self.alive:
             cell = replace(self.cell, impossible=self.cell.impossible or str(self.error))
             tries = {"tries": self.tuned.tries} if self.tuned.tries else {}
@@ -205,30 +211,20 @@ class _Slot:
         )
 
 
-@contextmanager
-def _slots(cells: Sequence[Cell], images: np.ndarray, hardware: HardwareConfig) -> Iterator[list[_Slot]]:
-    slots = [_Slot(cell, images, hardware) for cell in cells]
-    try:
-        yield slots
-    finally:
-        for slot in slots:
-            slot.release()
-
-
 def _measure(slots: list[_Slot], hardware: HardwareConfig) -> None:
     with progress("Benchmark", total=len(slots) * (1 + hardware.repeats), unit="measurements") as bar:
         keep = True
         for slot in slots:
             bar.advance(0, note=f"preparing {slot.cell.name}")
             slot.prepare()
-            keep = _kept(slots, keep=keep)
+            keep = _keep_loaded(slots, keep=keep)
             bar.advance()
         keep = _in_turns(slots, hardware.repeats, keep=keep, bar=bar)
-    _again(slots, hardware.repeats, keep=keep)
+    _repeat_noisy(slots, hardware.repeats, keep=keep)
 
 
-def _kept(slots: Sequence[_Slot], *, keep: bool) -> bool:
-    """Whether engines stay loaded; from where memory becomes short on none does."""
+def _keep_loaded(slots: Sequence[_Slot], *, keep: bool) -> bool:
+    """Whether engines stay loaded between repeats; as soon as memory is short, all are released."""
     keep = keep and free_memory_share() >= _SPARE_MEMORY
     if not keep:
         for slot in slots:
@@ -237,19 +233,19 @@ def _kept(slots: Sequence[_Slot], *, keep: bool) -> bool:
 
 
 def _in_turns(slots: Sequence[_Slot], repeats: int, *, keep: bool, bar: Any) -> bool:
-    """Measure each cell so often; returns whether engines still stay loaded."""
+    """Measure each cell ``repeats`` times; returns whether engines still stay loaded."""
     for _ in range(repeats):
         for slot in slots:
             bar.advance(0, note=slot.cell.name)
             if slot.alive:
                 slot.measure()
-                keep = _kept(slots, keep=keep)  # some take most of their memory in their first inference
+                keep = _keep_loaded(slots, keep=keep)  # some take most of their memory when they first run
             bar.advance()
     return keep
 
 
-def _again(all_slots: Sequence[_Slot], repeats: int, *, keep: bool) -> None:
-    """Measure cells anew that spread too much, and keep what spreads less: that says nothing of how fast."""
+def _repeat_noisy(all_slots: Sequence[_Slot], repeats: int, *, keep: bool) -> None:
+    """Measure cells again that spread too much, and keep what spreads less, whether it is faster or not."""
     slots = [slot for slot in all_slots if slot.spreads_too_much]
     for done in (slot for slot in all_slots if slot not in slots):
         done.release()
@@ -266,7 +262,7 @@ def _again(all_slots: Sequence[_Slot], repeats: int, *, keep: bool) -> None:
 
 
 def precision(variant: str, model: Path | None) -> str:
-    """``int8`` or ``fp32``: what the convolutions of a cell's file compute in."""
+    """``int8`` or ``fp32``: the numbers that the convolutions of a cell's file compute with."""
     if variant != "sparse":
         return "int8" if variant == "dense_int8" else "fp32"
     return "int8" if model is not None and _is_quantized(model) else "fp32"
@@ -281,9 +277,6 @@ def _is_quantized(model: Path) -> bool:
     return any(node.op_type in _INT8_NODES for node in nodes)
 
 
-_INT8_NODES = frozenset(("ConvInteger", "QLinearConv", "QuantizeLinear", "MatMulInteger"))
-
-
 def _require_any(slots: Sequence[_Slot]) -> None:
     if any(slot.alive for slot in slots):
         return
@@ -296,13 +289,16 @@ def _require_any(slots: Sequence[_Slot]) -> None:
     )
 
 
-def _host(before: HostState, after: HostState) -> dict[str, Any]:
+def _conditions(
+    before: HostState, after: HostState, hardware: HardwareConfig, images: np.ndarray
+) -> dict[str, Any]:
+    """The host and the protocol, which are the same for all cells."""
     facts = host_facts()
-    return {"cpu": facts.cpu, "isa": facts.isa, "before": before.as_dict(), "after": after.as_dict()}
-
-
-def _protocol(hardware: HardwareConfig, images: np.ndarray) -> dict[str, Any]:
     return {
+        "cpu": facts.cpu,
+        "isa": facts.isa,
+        "before": before.as_dict(),
+        "after": after.as_dict(),
         "imgsz": int(images.shape[-1]),
         "pinning": hardware.pinning,
         "warmup_s": hardware.warmup_s,
@@ -311,12 +307,6 @@ def _protocol(hardware: HardwareConfig, images: np.ndarray) -> dict[str, Any]:
         "repeats": hardware.repeats,
         "max_spread": hardware.max_spread,
     }
-
-
-def _warn_of_others(state: HostState) -> None:
-    if state.busy_cores > _BUSY_CORES:
-        message = "Other programs keep %.1f cores busy: close them, or the numbers are too low."
-        _log.warning(message, state.busy_cores)
 
 
 def _warn_of_noise(measurements: Sequence[Measurement]) -> None:

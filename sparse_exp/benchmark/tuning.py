@@ -1,4 +1,4 @@
-"""The short search for the streams and the options that suit an engine, a model and a load best."""
+"""A short search for the number of streams and the options with which an engine is fastest under a load."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sparse_exp.config.schema import HardwareConfig
 from sparse_exp.errors import SparseExpError
 
 _log = logging.getLogger(__name__)
-_BETTER = 1.02  # than what was found so far: what differs less is noise, and the plainer choice stays
-_TURNS = 3  # a program that wakes up spoils one of them, not the choice
+_BETTER = 1.02  # ratio from which a candidate is faster; less is noise, and the plainer setting stays
+_TURNS = 3  # another program that wakes up spoils one of them, not the choice
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Setting:
 
     Attributes:
         streams: inferences at once.
-        options: the engine's own; empty: its defaults.
+        options: of the engine; empty: its defaults.
     """
 
     streams: int = 1
@@ -32,7 +32,7 @@ class Setting:
 
 
 class Ready(Protocol):
-    """An engine that is loaded under a setting."""
+    """An engine that is loaded with a setting."""
 
     def measure(self, images: np.ndarray, seconds: float, *, warmup: float, streams: int) -> Any:
         """See `sparse_exp.engines.IsolatedEngine.measure`."""
@@ -43,14 +43,14 @@ class Ready(Protocol):
 
 @dataclass
 class Tuned:
-    """What the search found.
+    """The result of the search.
 
     Attributes:
-        setting: the best; None where none works.
-        engine: loaded under it; None where none works.
-        tries: all that were tried: ``streams``, ``options``, and ``items_per_s`` and ``latency_p50_ms``, or
-            ``failed`` with the reason; in the order of the search.
-        error: of the last one that did not work.
+        setting: the fastest; None if none works.
+        engine: loaded with that setting; None if none works.
+        tries: every setting that was tried, in the order of the search: ``streams`` and ``options``, then
+            ``items_per_s`` and ``latency_p50_ms``, or ``failed`` with the reason.
+        error: of the last setting that did not work.
     """
 
     setting: Setting | None = None
@@ -64,19 +64,19 @@ Space = Callable[[int], Sequence[Mapping[str, Any]]]
 
 
 def tune(cell: Cell, images: np.ndarray, hardware: HardwareConfig, open_engine: Open, space: Space) -> Tuned:
-    """Find the setting under which a cell is fastest, first its streams, then its options.
+    """Find the setting with which a cell is fastest: first its streams, then its options.
 
-    Each candidate is measured in turns with the best so far, so that a drift of the machine hits both, and
-    takes its place where it is clearly faster in most turns. Batch 1 one after the other counts by its median
-    latency, all else by items per second. With ``hardware.tune`` off, or where there is one candidate only,
-    it is loaded and nothing measured.
+    Each candidate is measured in turns with the fastest so far, so that a drift of the machine hits both. It
+    takes that one's place if it is clearly faster in most turns. Batch 1 in the scenario sync counts by its
+    median latency, any other load by items per second. If ``hardware.tune`` is off, or there is a single
+    candidate, the engine is loaded and nothing is measured.
 
     Args:
-        cell: whose engine and load it is.
+        cell: engine, model and load.
         images: uint8 (N, 3, H, W).
         hardware: tune, tune_s and warmup_s.
-        open_engine: loads the cell's model under a setting; raises where that cannot be.
-        space: the options worth a try with so many streams; the first are the engine's defaults.
+        open_engine: loads the cell's model with a setting; raises a `SparseExpError` if that fails.
+        space: returns the options worth a try with a number of streams, the engine's defaults first.
     """
     search = _Search(cell, images, hardware, open_engine)
     streams = stream_counts(cell.load) if hardware.tune else stream_counts(cell.load)[-1:]
@@ -92,9 +92,10 @@ def tune(cell: Cell, images: np.ndarray, hardware: HardwareConfig, open_engine: 
 
 
 def stream_counts(load: Load) -> list[int]:
-    """Numbers of streams that are worth a try: the one that is asked for, else what divides the cores.
+    """Numbers of streams worth a try: the one that the load asks for, else the divisors of its cores.
 
-    Powers of two count, too, as engines also cut cores into unequal parts; one per core is the last.
+    Powers of two are tried as well, since engines can also divide cores unequally. One stream per core is the
+    last.
 
     >>> stream_counts(Load("b1_throughput", "throughput", 1, None, 6))
     [1, 2, 3, 4, 6]
@@ -105,13 +106,14 @@ def stream_counts(load: Load) -> list[int]:
 
 
 class _Search:
-    """Tries one setting after the other, and keeps the engine of the best."""
+    """Tries one setting after the other, and keeps the engine of the fastest."""
 
     def __init__(self, cell: Cell, images: np.ndarray, hardware: HardwareConfig, open_engine: Open) -> None:
         self.found = Tuned()
         self._cell, self._images, self._hardware, self._open = cell, images, hardware, open_engine
 
     def attempt(self, setting: Setting, *, timed: bool) -> None:
+        """Load the engine with a setting; keep it if it is the first, or if it is ``timed`` and faster."""
         note: dict[str, Any] = {"streams": setting.streams, "options": dict(setting.options)}
         self.found.tries.append(note)
         engine = None
@@ -132,14 +134,14 @@ class _Search:
             self.found.setting, self.found.engine = setting, engine
 
     def _is_better(self, engine: Ready, setting: Setting, note: dict[str, Any]) -> bool:
-        """Whether it is clearly faster than the best so far, measured beside it."""
+        """Whether an engine is clearly faster than the fastest so far, measured in turns with it."""
         mine, ratios = [], []
         for turn in range(_TURNS):
             mine.append(self._timing(engine, setting, warm=turn > 0))
             if self.found.setting is not None:
                 best = self._timing(self.found.engine, self.found.setting, warm=True)
                 ratios.append(self._speed(mine[-1]) / self._speed(best))
-            if mine[-1].wall > self._hardware.tune_s:  # one inference is longer than a try should be
+            if mine[-1].wall > self._hardware.tune_s:  # a single inference takes longer than a try should
                 break
         latencies = np.concatenate([timing.latencies for timing in mine])
         items = self._cell.load.batch_size * len(latencies) / sum(timing.wall for timing in mine)
@@ -153,7 +155,7 @@ class _Search:
         return engine.measure(self._images, seconds, warmup=warmup, streams=setting.streams)
 
     def _speed(self, timing: Any) -> float:
-        """Of which more is better."""
+        """A number of which more is better."""
         load = self._cell.load
         if load.scenario == "sync" and load.batch_size == 1:
             return 1 / float(np.median(timing.latencies))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_exp.compare.comparison import FINISHED, Comparison, RunRow
+from sparse_exp.runs.deployment import FOLDER
 from sparse_exp.text import console_table, markdown_table
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def best_lines(comparison: Comparison) -> list[str]:
     if best is None or by is None:
         return []
     kept = f", keeping {', '.join(map(str, comparison.limits))}" if comparison.limits else ""
-    deployment = Path(best.run.place) / "deployment"
+    deployment = Path(best.run.place) / FOLDER
     return [
         f"Ship run {best.number}, {best.label}: {by.metric} {number(best.value(by))}{kept}.",
         *([f"Its files: {deployment}"] if deployment.is_dir() else []),

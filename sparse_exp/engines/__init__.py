@@ -22,11 +22,11 @@ _ENGINES: dict[str, type[LocalEngine]] = {
 
 
 def create_engine(name: str, *, quiet: bool = True) -> LocalEngine:
-    """An engine in this process; `IsolatedEngine` is the same in a process of its own.
+    """An engine in this process; `IsolatedEngine` runs one in a process of its own.
 
     Args:
         name: one of `sparse_exp.config.schema.ENGINES`.
-        quiet: throw away what the runtime prints while it loads.
+        quiet: throw away what the library prints while it loads.
 
     Raises:
         EngineError: there is no engine of that name.
@@ -35,9 +35,9 @@ def create_engine(name: str, *, quiet: bool = True) -> LocalEngine:
 
 
 def search_space(name: str, *, batch_size: int, cores: int, streams: int) -> list[dict[str, Any]]:
-    """The options worth a try: each a mapping for `Engine.load`, of plain data.
+    """The options worth a try, each as plain data for `Engine.load`.
 
-    None of them changes what is computed: fp32 stays fp32, and int8 int8.
+    No option changes what is computed: fp32 stays fp32, int8 stays int8.
 
     Args:
         name: one of `sparse_exp.config.schema.ENGINES`.
@@ -46,7 +46,7 @@ def search_space(name: str, *, batch_size: int, cores: int, streams: int) -> lis
         streams: inferences that run at once.
 
     Returns:
-        Two to five candidates. The first is empty: the engine's defaults.
+        Two to five candidates. The first is empty, which means the engine's defaults.
 
     Raises:
         EngineError: there is no engine of that name.

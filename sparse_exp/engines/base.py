@@ -1,4 +1,4 @@
-"""What every inference engine offers, and what the engines share."""
+"""The Protocol of an inference engine, and the part that the engines share."""
 
 from __future__ import annotations
 
@@ -49,33 +49,33 @@ class Engine(Protocol):
         options: Options = NO_OPTIONS,
         signature: Signature | None = None,
     ) -> None:
-        """Compile a model; what was loaded before is closed first.
+        """Compile a model; the one loaded before is closed first.
 
         Args:
             model: ONNX file that takes uint8 images (N, 3, H, W), N dynamic, H and W fixed, and gives
                 float32 (N, A, 5 + nc); for torch a checkpoint of this project or of Ultralytics YOLOv5.
             batch_size: images of one inference, at least 1.
             cores: physical cores to use, all streams together, at least 1.
-            streams: inferences that run at once: from so many threads `run` may be called at a time.
-            options: the engine's own, one of those that `sparse_exp.engines.search_space` lists.
+            streams: inferences that run at once, which is how many threads may call `run` at a time.
+            options: of this engine, as `sparse_exp.engines.search_space` lists them.
             signature: what `read_signature` returned for the model; None: `load` reads it.
 
         Raises:
             MissingDependency: the runtime is not installed.
-            EngineError: the file is no such model, an option is unknown, or the CPU cannot run it.
+            EngineError: the file is not such a model, an option is unknown, or the CPU cannot run it.
         """
 
     def run(self, images: np.ndarray) -> list[np.ndarray]:
         """Run the model on any number of images, ``batch_size`` of them at a time.
 
-        As many threads may call it at a time as there are streams; more wait for each other.
+        As many threads as there are streams may call it at a time; further ones wait.
 
         Args:
             images: uint8 (N, 3, H, W), RGB; N at least 1.
 
         Returns:
-            The outputs, float32, N first, in the order of the file. They are the caller's own: a
-            later run does not change them.
+            The outputs, float32, N first, in the order of the file. They belong to the caller: a later
+            run does not change them.
 
         Raises:
             EngineError: nothing is loaded, or the images do not fit the model.
@@ -87,14 +87,14 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Setup:
-    """What a model is compiled for.
+    """How a model is compiled.
 
     Attributes:
         model: its file.
         batch_size: images of one inference.
         cores: to use, all streams together.
-        streams: inferences that run at once.
-        options: the engine's own; what is not in it has its default.
+        streams: inferences that are to run at once.
+        options: of the engine; an option that is not named has its default.
     """
 
     model: Path
@@ -105,28 +105,28 @@ class Setup:
 
     @property
     def lanes(self) -> int:
-        """Inferences that really run at once: where streams are more than cores, they take turns."""
+        """Inferences that really run at once: if there are more streams than cores, streams take turns."""
         return min(self.streams, self.cores)
 
     def threads(self) -> list[int]:
-        """Threads of each lane, `cores` of them in all."""
+        """Threads of each lane; their sum is `cores`."""
         each, rest = divmod(self.cores, self.lanes)
         return [each + (lane < rest) for lane in range(self.lanes)]
 
 
 class LocalEngine:
-    """The shared part of the engines in this process: checks, streams, batches and one-line errors.
+    """An engine in this process: checks, streams, batches and one-line errors, the same for all.
 
-    A subclass imports its runtime in `_library`, compiles in `_compile`, and names its options.
+    A subclass imports its library in `_library`, compiles in `_compile`, and names its options.
 
     Args:
-        quiet: what the runtime prints while it loads is thrown away, with all else that the process
-            prints meanwhile.
+        quiet: throw away what the library prints while it loads, and whatever else the process prints
+            meanwhile.
 
     Attributes:
         name: one of `sparse_exp.config.runtimes.RUNTIMES`.
-        fixed_batch: the model is compiled for one batch size; smaller batches are filled up.
-        choices: the options, and the values that each may have; the first is its default.
+        fixed_batch: the model is compiled for one batch size; a smaller batch is filled up with zeros.
+        choices: the values that each option may have; the first is its default.
     """
 
     name: str
@@ -147,7 +147,7 @@ class LocalEngine:
         return [{}]
 
     def _library(self) -> tuple[Any, str]:
-        """Import the runtime; returns it and its version."""
+        """Import the library; returns it and its version."""
         raise NotImplementedError
 
     def _compile(self, library: Any, setup: Setup) -> Sequence[Execute]:
@@ -155,11 +155,11 @@ class LocalEngine:
         raise NotImplementedError
 
     def _profile(self, library: Any, setup: Setup, batch: np.ndarray) -> Profile:
-        """Compile once more, with the runtime's profiler, and run one contiguous batch."""
+        """Compile once more, with the library's profiler, and run one contiguous batch."""
         raise NotImplementedError
 
     def _read(self, model: Path) -> Signature | None:
-        """What the file says that it takes and gives, not yet checked; None where it does not say it."""
+        """The inputs and outputs that the file names, not yet checked; None where it names none."""
         if model.suffix in CHECKPOINT_SUFFIXES:
             do = "Take model.onnx of the run's deployment directory, or the engine torch."
             raise EngineError(expected(f"the model of {self.name}", "an ONNX file", str(model), do))
@@ -190,10 +190,11 @@ class LocalEngine:
     def run(self, images: np.ndarray) -> list[np.ndarray]:
         """See `Engine.run`."""
         self._check_images(images)
-        parts = [self._run_part(part) for part in self._parts(images)]
-        if len(parts) == 1:
-            return parts[0]
-        return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+        size = self._setup.batch_size
+        batches = [self._run_batch(images[start : start + size]) for start in range(0, len(images), size)]
+        if len(batches) == 1:
+            return batches[0]
+        return [np.concatenate(outputs) for outputs in zip(*batches, strict=True)]
 
     def measure(
         self,
@@ -248,7 +249,7 @@ class LocalEngine:
                 raise EngineError(expected(f"the option {name} of {self.name}", known, value, do))
 
     def _checked(self, setup: Setup, signature: Signature | None) -> Signature | None:
-        """What the model takes and gives; None where any size of images will do."""
+        """The model's inputs and outputs, checked; None where the file does not name them."""
         if not setup.model.is_file():
             do = "Run the export stage first, or check the path."
             raise EngineError(expected("the model", "an existing file", str(setup.model), do))
@@ -276,25 +277,21 @@ class LocalEngine:
             do = "Resize them, or export the model for their size."
             raise EngineError(expected("images", should_be, images_like(images), do))
 
-    def _parts(self, images: np.ndarray) -> Iterator[np.ndarray]:
-        for start in range(0, len(images), self._setup.batch_size):
-            yield images[start : start + self._setup.batch_size]
-
-    def _run_part(self, part: np.ndarray) -> list[np.ndarray]:
-        batch = pad(part, self._setup.batch_size) if self._fills() else part
+    def _run_batch(self, images: np.ndarray) -> list[np.ndarray]:
+        """Outputs for at most one batch of images."""
+        signature, batch = self._signature, images
+        if self.fixed_batch or (signature is not None and signature.batch is not None):
+            batch = pad(images, self._setup.batch_size)
         try:
-            outputs = self._executed(np.ascontiguousarray(batch))
+            outputs = self._in_a_lane(np.ascontiguousarray(batch))
         except Exception as error:
             do = "Pass images of the size that the model was exported for."
             model = self._setup.model
-            raise self._failed(f"run images {images_like(part)} through", model, error, do) from error
-        return [output[: len(part)].astype(np.float32, copy=False) for output in outputs]
+            raise self._failed(f"run images {images_like(images)} through", model, error, do) from error
+        return [output[: len(images)].astype(np.float32, copy=False) for output in outputs]
 
-    def _fills(self) -> bool:
-        """Whether smaller batches are filled up: for the engine, or because the file asks for it."""
-        return self.fixed_batch or (self._signature is not None and self._signature.batch is not None)
-
-    def _executed(self, batch: np.ndarray) -> list[np.ndarray]:
+    def _in_a_lane(self, batch: np.ndarray) -> list[np.ndarray]:
+        """Run a batch as soon as one of the lanes is free."""
         lanes = self._lanes
         if lanes is None:
             raise EngineError(not_loaded(self.name))
@@ -309,7 +306,7 @@ class LocalEngine:
 
 
 def check_images(images: np.ndarray) -> None:
-    """Refuse what is no batch of images.
+    """Refuse an array that is not a batch of images.
 
     Raises:
         EngineError: ``images`` is not uint8 (N, 3, H, W) with N at least 1.
@@ -335,20 +332,20 @@ def pad(images: np.ndarray, batch_size: int) -> np.ndarray:
 
 
 def reason(error: BaseException) -> str:
-    """The end of an error's text, on one line: runtimes put places in their source first."""
+    """The end of an error's text, on one line; libraries begin with places in their source."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = text if len(text) <= _LONGEST_REASON else f"... {text[-_LONGEST_REASON:]}"
     return text if text.endswith(".") else f"{text}."
 
 
 def not_loaded(name: str) -> str:
-    """The message for the use of an engine that has no model."""
+    """The message for an engine that is used without a model."""
     return expected(f"the engine {name}", "loaded", "closed", "Call load() before run() or measure().")
 
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Keep native code from printing: file descriptors 1 and 2 lead nowhere while the block runs."""
+    """Throw away what is printed while the block runs, also by native code: to file descriptors 1 and 2."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
@@ -366,5 +363,5 @@ def silence() -> Iterator[None]:
 
 
 def files_of(model: Path) -> list[Path]:
-    """The files that a model consists of: OpenVINO's own format has its weights in a second, ``.bin``."""
+    """The files of a model; in OpenVINO's own format (``.xml``) the weights are in a second, ``.bin``."""
     return [model, model.with_suffix(".bin")] if model.suffix == ".xml" else [model]

@@ -1,4 +1,4 @@
-"""DeepSparse: the runtime that turns zeros into speed. The only place that imports it."""
+"""DeepSparse, the engine that turns zeros into speed; imported here only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from sparse_exp.engines.base import Execute, LocalEngine, Setup
 from sparse_exp.engines.profile import RUNS, Profile, merged
 
-# It imports these where they are installed, for what is not used here: three seconds and hundreds of MB.
+# DeepSparse imports these if it can, for functions that are not used here: 3 seconds and hundreds of MB.
 _NOT_NEEDED = ("torch", "matplotlib", "matplotlib.pyplot")
 _BIND = "NM_BIND_THREADS_TO_CORES"
 _KINDS = {"ks_gemm": "sparse convolution", "pyramid": "several layers, tile by tile"}
@@ -24,15 +24,16 @@ _KINDS = {"ks_gemm": "sparse convolution", "pyramid": "several layers, tile by t
 class DeepSparseEngine(LocalEngine):
     """DeepSparse 1.8, the last release (2024); see `sparse_exp.engines.base.Engine`.
 
-    It compiles for one batch size, and keeps to the process's CPU affinity.
+    It compiles for one batch size, and keeps to the CPU affinity of the process.
 
-    Options: ``bind_threads``, each thread to one core, as ``deepsparse.benchmark`` has it and the library
-    by itself has not; ``scheduler`` of several streams: each on cores of its own, or on whichever are free.
+    Options: ``bind_threads`` binds each thread to a core, which ``deepsparse.benchmark`` does by default and
+    the library does not; ``scheduler`` runs each of several streams on cores of its own (multi_stream), or on
+    whichever are free (elastic).
     """
 
     name = "deepsparse"
     choices = MappingProxyType({"bind_threads": (False, True), "scheduler": ("multi_stream", "elastic")})
-    _supported = 0.0  # share of the operators, of what is loaded
+    _supported = 0.0  # share of the loaded model's operators, 0..1
 
     @classmethod
     def search_space(cls, *, batch_size: int, cores: int, streams: int) -> list[dict[str, Any]]:
@@ -47,7 +48,7 @@ class DeepSparseEngine(LocalEngine):
         return deepsparse, str(deepsparse.__version__)
 
     def _compile(self, library: Any, setup: Setup) -> Sequence[Execute]:
-        os.environ[_BIND] = str(int(setup.options.get("bind_threads", False)))  # read as an engine is made
+        os.environ[_BIND] = str(int(setup.options.get("bind_threads", False)))  # read when an engine is made
         several = setup.options.get("scheduler", "multi_stream")
         engine = library.Engine(
             str(setup.model),
@@ -59,16 +60,16 @@ class DeepSparseEngine(LocalEngine):
         self._supported = float(engine.fraction_of_supported_ops)
 
         def execute(batch: np.ndarray) -> list[np.ndarray]:
-            outputs: list[np.ndarray] = engine.run([_known(batch)])
+            outputs: list[np.ndarray] = engine.run([_with_numpys_dtype(batch)])
             return outputs
 
         return [execute] * setup.lanes
 
     def _profile(self, library: Any, setup: Setup, batch: np.ndarray) -> Profile:
-        """See `sparse_exp.engines.IsolatedEngine.profile`: the library's own analysis of layers."""
+        """By the library's own analysis of layers; see `sparse_exp.engines.IsolatedEngine.profile`."""
         found = library.model_debug_analysis(
             str(setup.model),
-            [_known(batch)],
+            [_with_numpys_dtype(batch)],
             batch_size=setup.batch_size,
             num_cores=setup.cores,
             num_iterations=RUNS,
@@ -80,7 +81,7 @@ class DeepSparseEngine(LocalEngine):
 
 @contextmanager
 def _without(*names: str) -> Iterator[None]:
-    """Let modules that are not imported yet seem not to be installed."""
+    """Hide modules that are not imported yet, as if they were not installed."""
     hidden = [name for name in names if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     try:
@@ -90,13 +91,13 @@ def _without(*names: str) -> Iterator[None]:
             del sys.modules[name]
 
 
-def _known(batch: np.ndarray) -> np.ndarray:
-    """DeepSparse knows types by identity, and an array that was unpickled has a dtype of its own."""
+def _with_numpys_dtype(batch: np.ndarray) -> np.ndarray:
+    """DeepSparse compares dtypes by identity, and an unpickled array has a dtype object of its own."""
     return batch.view(np.uint8)
 
 
 def _times(layer: dict[str, Any]) -> list[tuple[str, str, float]]:
-    """Name, kind and milliseconds of a layer, or of those that it is made of."""
+    """Name, kind and milliseconds of a layer, or of each of its sublayers."""
     if layer["sub_layer_info"]:
         return [time for inner in layer["sub_layer_info"] for time in _times(inner)]
     called, node = str(layer["name"]), str(layer["canonical_name"])
@@ -105,7 +106,7 @@ def _times(layer: dict[str, Any]) -> list[tuple[str, str, float]]:
 
 
 def kind_of(called: str) -> str:
-    """What a layer does, from the name that the analysis gives it.
+    """What a layer does, by the name that the analysis gives it.
 
     >>> [kind_of(name) for name in ("ks_gemm_q-76.2%_10", "shuffle_5", "Naive Subgraph 0")]
     ['sparse convolution', 'shuffle', 'Naive Subgraph']

@@ -1,42 +1,40 @@
 """An engine in a child process of its own.
 
-Engines start thread pools, pin threads to cores and can crash in native code. In a child none of
-that touches the run, and no two engines touch each other.
+Engines start thread pools, pin threads to cores and can crash in native code. In a child process none of
+that affects the run, or another engine.
 
-The child is started as a fresh interpreter and not by `multiprocessing`, which would import the
-parent's main module again: that may be a script without a guard, or import torch.
+The child is a fresh interpreter. `multiprocessing` would import the parent's main module again, which may be
+a script without a guard, or import torch. `sparse_exp.engines.child` is what it runs.
 """
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
-from functools import cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from sparse_exp.children import exit_with_parent, obituary, start_child
+from sparse_exp.children import obituary, start_child
 from sparse_exp.engines.base import NO_OPTIONS, Options, not_loaded, reason
 from sparse_exp.engines.profile import Profile
 from sparse_exp.engines.signature import Signature, read_signature
 from sparse_exp.engines.timing import Timing
 from sparse_exp.errors import EngineError, MissingDependency, SparseExpError, expected
 
-# The interrupt belongs to the parent, which then closes its engines. Whatever is imported may start
-# threads, which keep to the CPUs that this one had at that moment.
+# The parent handles an interrupt, and closes its engines. CPUs are chosen first: what is imported may start
+# threads, and these keep to the CPUs that the process had at that moment.
 _CHILD = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 if sys.argv[3]:
     os.sched_setaffinity(0, map(int, sys.argv[3].split(",")))
 sys.path[:] = sys.argv[4:]
-from sparse_exp.engines.isolated import serve
+from sparse_exp.engines.child import serve
 serve(int(sys.argv[1]), sys.argv[2])
 """
 
@@ -44,8 +42,8 @@ serve(int(sys.argv[1]), sys.argv[2])
 class IsolatedEngine:
     """An `Engine` in a child process; `close` ends it, and so does the end of the parent.
 
-    It answers one question at a time: threads that call `run` wait for each other. `measure` runs streams
-    in the child.
+    It answers one question at a time: threads that call `run` wait for each other. The streams of `measure`
+    run in the child.
 
     Args:
         name: one of `sparse_exp.config.schema.ENGINES`.
@@ -89,7 +87,7 @@ class IsolatedEngine:
 
         Raises:
             MissingDependency: the runtime is not installed.
-            EngineError: see `Engine.load`; also where ``pin`` names a CPU that this process may not use.
+            EngineError: see `Engine.load`; also if ``pin`` names a CPU that this process may not use.
         """
         self.close()
         model = Path(model)
@@ -124,19 +122,19 @@ class IsolatedEngine:
         max_warmup: float | None = None,
         streams: int = 1,
     ) -> Timing:
-        """Run batch after batch for a while, and time each in the child.
+        """Run batch after batch for a while in the child, and time each.
 
         See `sparse_exp.engines.timing.time_engine`.
 
         Args:
-            images: uint8 (N, 3, H, W); batches are taken from them in turn, round and round.
+            images: uint8 (N, 3, H, W); batches are taken from them in turn, again and again.
             seconds: how long to measure; each stream runs one batch at least.
-            warmup: least seconds to run before, not counted.
-            max_warmup: most seconds to run before, where latencies are not stable yet; None: ``warmup``.
-            streams: closed loops at once; at most as many as the engine was loaded for run at once.
+            warmup: least seconds of warm-up, which do not count.
+            max_warmup: most seconds of warm-up, where latencies are not stable before; None: ``warmup``.
+            streams: closed loops at once; the engine runs as many at once as it was loaded for.
 
         Raises:
-            EngineError: see `Engine.run`; also when the child died.
+            EngineError: see `Engine.run`; also if the child died.
         """
         timing: Timing = self._ask(
             "measure", images, seconds, warmup=warmup, max_warmup=max_warmup, streams=streams
@@ -146,9 +144,8 @@ class IsolatedEngine:
     def peak_rss_mb(self) -> float:
         """Most main memory that the child has held so far, in units of 1e6 bytes.
 
-        All of it: Python, the runtime, the model and the images. (The kernel's own count since the child's
-        program began; ``ru_maxrss`` would begin with the memory of this process, which the child was
-        before.)
+        Python, the library, the model and the images all count. The number is the kernel's ``VmHWM``;
+        ``ru_maxrss`` would include the memory that this process had when it started the child.
 
         Raises:
             EngineError: nothing is loaded.
@@ -162,13 +159,13 @@ class IsolatedEngine:
     def profile(self, images: np.ndarray) -> Profile:
         """Time the layers of the loaded model, which is compiled once more for that.
 
-        Its memory counts in `peak_rss_mb`: ask that first.
+        The memory that this takes counts in `peak_rss_mb`: ask for that before.
 
         Args:
             images: uint8 (N, 3, H, W); the first batch of them is run.
 
         Raises:
-            EngineError: see `Engine.run`; also where the engine cannot profile the model.
+            EngineError: see `Engine.run`; also if the engine cannot profile the model.
         """
         profile: Profile = self._ask("profile", images)
         return profile
@@ -200,7 +197,7 @@ class IsolatedEngine:
             kind, value = self._pipe.recv()
         except (EOFError, OSError) as error:
             raise self._died() from error
-        except BaseException:  # an answer that nobody waited for must not meet the next question
+        except BaseException:  # the next question must not get the answer to this one
             self.close()
             raise
         if kind == "value":
@@ -214,7 +211,7 @@ class IsolatedEngine:
 
 
 def _usable(pin: Sequence[int] | None) -> str:
-    """CPUs as the child reads them, after a look whether they may be used."""
+    """CPUs as the child reads them; refuses those that this process may not use."""
     mine = os.sched_getaffinity(0)
     if pin is not None and not (pin and set(pin) <= mine):
         do = "Set hardware.pinning=false to leave the choice to the kernel."
@@ -222,45 +219,18 @@ def _usable(pin: Sequence[int] | None) -> str:
     return ",".join(map(str, pin or ()))
 
 
-def serve(descriptor: int, name: str) -> None:
-    """The child's side: answer questions from the pipe until the parent closes it.
-
-    Args:
-        descriptor: file descriptor of the child's end of the pipe.
-        name: engine to serve.
-    """
-    from sparse_exp.engines import create_engine  # which imports this module
-
-    if name != "torch":  # DeepSparse would import it if it could: 500 MB and seconds for nothing
-        sys.modules["torch"] = None  # type: ignore[assignment]
-    threading.Thread(target=exit_with_parent, args=(descriptor,), daemon=True).start()
-    pipe: Connection[Any, Any] = Connection(descriptor)
-    engine = cache(partial(create_engine, name, quiet=False))  # made when first asked: that may be refused
-
-    def ask(method: str, *arguments: Any, **named: Any) -> Any:
-        value = getattr(engine(), method)(*arguments, **named)
-        return engine().version if method == "load" else value
-
-    while True:
-        try:
-            method, arguments, named = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(answer(f"The engine {name}", ask, method, *arguments, **named))
-
-
 def answer(who: str, action: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[str, Any]:
-    """Do what was asked.
+    """Call a function for the process at the other end of a pipe, which gets its value or its error.
 
     Args:
-        who: does it, as the beginning of a sentence.
-        action: what to do.
-        *arguments: of it.
+        who: calls it, as the beginning of a sentence.
+        action: the function.
+        *arguments: its arguments.
         **named: likewise.
 
     Returns:
-        What to send back, for `error_of` at the other end: ("value", value), or the name of an error's class
-        and its message.
+        What to send back: ("value", value), or the name of an error's class and its message, from which
+        `error_of` makes the error again.
     """
     try:
         return "value", action(*arguments, **named)
@@ -271,5 +241,5 @@ def answer(who: str, action: Callable[..., Any], *arguments: Any, **named: Any) 
 
 
 def error_of(kind: str, message: str) -> SparseExpError:
-    """The error that an `answer` tells of."""
+    """The error that an `answer` describes."""
     return (MissingDependency if kind == "MissingDependency" else EngineError)(message)

@@ -1,4 +1,4 @@
-"""ONNX Runtime: the baseline that everybody has. Here and where it quantizes only is it imported."""
+"""ONNX Runtime, the baseline that everybody has; imported here and in `sparse_exp.export.post_training`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _ERRORS_ONLY = 3
 class OnnxRuntimeEngine(LocalEngine):
     """ONNX Runtime on its CPU provider; see `sparse_exp.engines.base.Engine`.
 
-    One thread per core, nodes in sequence: a detector's graph is a chain, so that a second pool for
+    One thread per core, nodes in sequence: a detector's graph is a chain, so a second pool of threads for
     parallel nodes would only take cores from the first. Each stream has a session on its share of the
     cores.
 
-    Options: ``optimization`` of the graph, with the blocked layout of convolutions (all) or without
-    (extended); ``spinning`` of idle threads, which answers sooner and keeps cores busy; ``shared_session``
-    of all streams, whose threads then help whichever is running.
+    Options: ``optimization`` of the graph, with the blocked layout of convolutions (all) or without it
+    (extended); ``spinning`` lets idle threads wait actively, so that they begin sooner but keep cores busy;
+    ``shared_session`` gives all streams one session, whose threads help whichever stream is running.
     """
 
     name = "onnxruntime"
@@ -39,7 +39,7 @@ class OnnxRuntimeEngine(LocalEngine):
     def search_space(cls, *, batch_size: int, cores: int, streams: int) -> list[dict[str, Any]]:
         """See `sparse_exp.engines.search_space`."""
         space: list[dict[str, Any]] = [{}, {"optimization": "extended"}]
-        if cores > streams:  # with one thread for each stream nobody waits
+        if cores > streams:  # one thread per stream never waits
             space.append({"spinning": False})
         return space if streams == 1 else [*space, {"shared_session": True}]
 
@@ -50,14 +50,14 @@ class OnnxRuntimeEngine(LocalEngine):
 
     def _compile(self, library: Any, setup: Setup) -> Sequence[Execute]:
         if setup.options.get("shared_session", False):
-            # the callers work, too: with them there are as many threads as cores
+            # The calling threads work as well: with them there are as many threads as cores.
             settings = _settings(library, setup, setup.cores - setup.lanes + 1)
             return [_execute(_session(library, setup, settings))] * setup.lanes
         each = [_settings(library, setup, threads) for threads in setup.threads()]
         return [_execute(_session(library, setup, settings)) for settings in each]
 
     def _profile(self, library: Any, setup: Setup, batch: np.ndarray) -> Profile:
-        """See `sparse_exp.engines.IsolatedEngine.profile`: the events of its own profiler."""
+        """By the library's own profiler; see `sparse_exp.engines.IsolatedEngine.profile`."""
         settings = _settings(library, setup, setup.cores)
         with tempfile.TemporaryDirectory() as folder:
             settings.enable_profiling = True
@@ -99,7 +99,7 @@ def _execute(session: Any) -> Execute:
 
 
 def _times(events: list[dict[str, Any]]) -> list[tuple[str, str, float]]:
-    """Name, kind and milliseconds of each node that ran, without the first inference, which warms up."""
+    """Name, kind and milliseconds of each node that ran, without the first inference, the warm-up."""
     runs = sorted(event["ts"] for event in events if event.get("name") == "model_run")
     nodes = sorted((event for event in events if event.get("cat") == "Node"), key=lambda event: event["ts"])
     suffix = "_kernel_time"

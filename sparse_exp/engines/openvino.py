@@ -1,4 +1,4 @@
-"""OpenVINO: the fastest dense runtime on most x86 CPUs. Here and where it quantizes only is it imported."""
+"""OpenVINO, the fastest engine for dense networks on most x86 CPUs; imported here only."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _IR = ".xml"
 class OpenVinoEngine(LocalEngine):
     """OpenVINO on its CPU device; see `sparse_exp.engines.base.Engine`. It also opens its own IR (.xml).
 
-    The LATENCY hint, whatever the batch, and as many streams as are asked for: THROUGHPUT would cut the
-    cores into streams by itself, of which inferences that follow one another use one. Layers in floating
-    point run in f32: by itself OpenVINO takes bf16 where the CPU has it, and its numbers would then no
-    longer compare with those of the other engines, nor its boxes with the exported model's. Quantized
-    layers run in int8 all the same.
+    The hint is LATENCY for every batch size, with as many streams as are asked for: THROUGHPUT would cut
+    the cores into streams of its own, and one inference after the other would use only one of them. Layers
+    in floating point run in f32. By default OpenVINO takes bf16 where the CPU has it; then its speed could
+    not be compared with that of other engines, nor its boxes with those of the exported model. Quantized
+    layers run in int8 in any case.
 
-    Options: ``pinning`` of threads to cores; ``partitioner``, how the work of a layer is dealt out to the
-    threads; ``denormals`` computed, or taken for zero, which is faster where there are some.
+    Options: ``pinning`` pins threads to cores; ``partitioner`` is how the work of a layer is divided among
+    the threads; ``denormals`` are computed, or taken for zero, which is faster where there are some.
     """
 
     name = "openvino"
@@ -39,7 +39,7 @@ class OpenVinoEngine(LocalEngine):
     def search_space(cls, *, batch_size: int, cores: int, streams: int) -> list[dict[str, Any]]:
         """See `sparse_exp.engines.search_space`."""
         space: list[dict[str, Any]] = [{}, {"denormals": False}]
-        if cores > streams:  # a stream of one thread has nothing to deal out
+        if cores > streams:  # a stream of one thread has nothing to divide
             space.append({"partitioner": "AUTO"})
         return [*space, {"pinning": False}]
 
@@ -55,7 +55,7 @@ class OpenVinoEngine(LocalEngine):
         return [_execute(library, compiled.create_infer_request()) for _ in range(setup.lanes)]
 
     def _profile(self, library: Any, setup: Setup, batch: np.ndarray) -> Profile:
-        """See `sparse_exp.engines.IsolatedEngine.profile`: its own counters, averages of all inferences."""
+        """By the library's own counters, averages; see `sparse_exp.engines.IsolatedEngine.profile`."""
         settings = {"PERF_COUNT": True, "NUM_STREAMS": 1}
         compiled = self._network(library, setup, settings)
         names, request = _original_names(compiled), compiled.create_infer_request()
@@ -104,7 +104,7 @@ def _settings(setup: Setup) -> dict[str, Any]:
 
 
 def _execute(library: Any, request: Any) -> Execute:
-    """Runs into new arrays: copies of the request's own would cost up to a tenth of an inference."""
+    """A function that runs into new arrays: copying the request's own takes up to a tenth of an inference."""
     outputs = [(index, tuple(port.shape)) for index, port in enumerate(request.model_outputs)]
 
     def execute(batch: np.ndarray) -> list[np.ndarray]:
@@ -119,7 +119,7 @@ def _execute(library: Any, request: Any) -> Execute:
 
 
 def _original_names(compiled: Any) -> dict[str, str]:
-    """For each node that runs, the node of the file that it began as, where it says so."""
+    """For each node that runs, the node of the file that it comes from, if it says so; else its own name."""
     names = {}
     for node in compiled.get_runtime_model().get_ops():
         own = node.get_friendly_name()

@@ -1,20 +1,20 @@
-"""What the layers of a model cost in an engine."""
+"""The times of a model's layers in an engine, in one form for all engines."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-RUNS = 10  # inferences over which times are averaged
+RUNS = 10  # inferences over which a profile averages
 
 
 @dataclass(frozen=True)
 class LayerTime:
-    """The time of one layer, or of what the engine made of several.
+    """The time of one layer, or of several that the engine has fused.
 
     Attributes:
-        name: as the engine calls it: most often the node of the ONNX file that it began as.
-        kind: what it does, in the engine's words, such as ``"Convolution"`` or ``"shuffle"``.
+        name: as the engine calls it: most often the node of the ONNX file that it comes from.
+        kind: what it does, in the engine's words: ``"Convolution"``, ``"shuffle"``.
         ms: milliseconds of one inference of a batch, at least 0.
     """
 
@@ -27,13 +27,13 @@ class LayerTime:
 class Profile:
     """The layers of a model with their times, as the engine's own profiler reports them.
 
-    Profiling itself costs time: shares say more than sums, which exceed what a benchmark measures.
+    Profiling takes time itself: sums exceed what a benchmark measures, and shares say more.
 
     Attributes:
-        layers: in the order of execution, where the engine tells.
-        supported: share of the operators that the engine has optimized code for, 0..1; None where it does
+        layers: in the order of execution, where the engine tells it.
+        supported: share of the operators for which the engine has optimized code, 0..1; None where it does
             not tell.
-        note: how the times came about.
+        note: how the times were measured.
     """
 
     layers: tuple[LayerTime, ...]
@@ -42,11 +42,11 @@ class Profile:
 
 
 def merged(times: Iterable[tuple[str, str, float]], runs: int = 1) -> tuple[LayerTime, ...]:
-    """Add the times of the same layer up, and divide by the number of inferences.
+    """Add up the times of each layer, and divide by the number of inferences.
 
     Args:
-        times: name, kind and milliseconds, a layer as often as it was seen.
-        runs: inferences that were seen, at least 1.
+        times: name, kind and milliseconds, of a layer as often as it ran.
+        runs: inferences that were timed, at least 1.
 
     Returns:
         One entry for each name and kind, in the order of their first appearance.

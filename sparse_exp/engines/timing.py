@@ -1,4 +1,4 @@
-"""How long inferences take: streams that run one after the other, for a while, and before it a warm-up."""
+"""Times inferences: after a warm-up, one or several streams run one inference after the other for a while."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Protocol
 
 import numpy as np
 
-STABLE = 0.03  # by which medians of successive windows of a warm-up may differ
-_WINDOWS = 20  # at most, in a warm-up
+STABLE = 0.03  # relative difference that the medians of successive windows of a warm-up may have
+_WINDOWS = 20  # most windows of a warm-up
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What was measured of an engine.
+    """The times of an engine's inferences.
 
     Attributes:
         latencies: seconds of each inference, from its call to its results, stream by stream, in order.
-        wall: seconds of the timed part, from the first call to the last results.
-        warmed: seconds really spent warming up before.
-        stable: the last two windows of the warm-up had the same median latency within `STABLE`; False
-            where there was none.
+        wall: seconds from the first call to the last results, without the warm-up.
+        warmed: seconds that the warm-up took.
+        stable: the median latencies of the last two windows of the warm-up differed by at most `STABLE`;
+            False where there was no warm-up.
     """
 
     latencies: tuple[float, ...]
@@ -49,20 +49,19 @@ def time_engine(
 ) -> Timing:
     """Keep an engine busy with closed loops, and time each inference.
 
-    Each stream calls ``run`` again as soon as the last one has returned. What it runs when the time is
-    over it ends, and counts.
+    Each stream calls ``run`` again as soon as its last call has returned. A call that is under way when the
+    time is over is finished, and counts.
 
     Args:
-        engine: what to time; from ``streams`` threads at once.
-        batches: to run, round and round, each stream beginning with another; at least one.
-        seconds: how long to measure; each stream runs once at least.
-        warmup: least seconds to run before, not counted.
-        max_warmup: most seconds to run before, where latencies are not stable yet; None: ``warmup``.
-        streams: loops at once, each in a thread; one runs in the caller's.
+        engine: what to time; it is called from ``streams`` threads at once.
+        batches: at least one; each stream runs them in turn, again and again, and begins with another.
+        seconds: how long to measure; each stream makes one call at least.
+        warmup: least seconds of warm-up, which do not count.
+        max_warmup: most seconds of warm-up, where latencies are not stable before; None: ``warmup``.
+        streams: loops at once, each in a thread; a single one runs in the caller's thread.
     """
-    with ThreadPoolExecutor(
-        streams
-    ) as pool:  # a runtime may keep things for each thread: warm those that count
+    # An engine may keep things for each thread, so the threads that are timed are also warmed up.
+    with ThreadPoolExecutor(streams) as pool:
         loops = _Loops(engine, batches, pool, streams)
         warmed, stable = _warm(loops, warmup, max(warmup, max_warmup or 0.0))
         latencies, wall = loops.run(seconds)
@@ -70,7 +69,7 @@ def time_engine(
 
 
 def batches_of(images: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Full batches of (N, ...) images, each contiguous; the last is filled up from the first image.
+    """Full batches of images (N, ...), each contiguous; the last is filled up with the first images.
 
     >>> [batch.tolist() for batch in batches_of(np.arange(3), 2)]
     [[0, 1], [2, 0]]
@@ -81,7 +80,7 @@ def batches_of(images: np.ndarray, batch_size: int) -> list[np.ndarray]:
 
 
 class _Loops:
-    """Streams that go on with their batches from one call to the next."""
+    """The streams; each goes on with its batches from one call of `run` to the next."""
 
     def __init__(
         self, engine: _Runs, batches: Sequence[np.ndarray], pool: ThreadPoolExecutor, streams: int
@@ -91,7 +90,7 @@ class _Loops:
         self._together = threading.Barrier(streams)
 
     def run(self, seconds: float) -> tuple[list[float], float]:
-        """Latencies of all streams, and the seconds from the first call to the last results."""
+        """Latencies of all streams, and seconds from the first call to the last results."""
         if len(self._batches) == 1:
             times = [self._loop(self._batches[0], seconds)]
         else:
@@ -113,7 +112,7 @@ class _Loops:
 
 
 def _warm(loops: _Loops, least: float, most: float) -> tuple[float, bool]:
-    """Run windows until two in a row agree; returns the seconds spent and whether they did."""
+    """Run windows until the medians of two in a row agree; returns the seconds, and whether they agreed."""
     window = max(least / 2, most / _WINDOWS)
     spent, last = 0.0, 0.0
     while spent < most:

@@ -1,4 +1,4 @@
-"""torch itself: what users run who do not deploy. torch is imported when a checkpoint is loaded."""
+"""torch as an engine, for those who do not deploy; it is imported when a checkpoint is loaded."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class TorchEngine(LocalEngine):
     """torch on the CPU, in fp32; see `sparse_exp.engines.base.Engine`.
 
     It takes a checkpoint (.pt) instead of an ONNX file, and square images whose side is any multiple of
-    32. Batch norms are folded into their convolutions. Of a quantized checkpoint it runs the simulation
-    that was trained with, in floating point: its predictions, and not its speed.
+    32. Batch norms are folded into their convolutions. A quantized checkpoint runs as it was trained, with
+    fake quantization in floating point: its predictions are those of the quantized network, its speed is not.
 
-    It sets the number of threads of the whole process, until it is closed.
+    Until it is closed it sets the number of threads of the whole process.
 
-    Options: ``channels_last`` memory; ``frozen``, traced into a graph whose constants are folded and whose
-    convolutions are in oneDNN's layout.
+    Options: ``channels_last`` is the memory layout; ``frozen`` traces the model into a graph with folded
+    constants and convolutions in oneDNN's layout.
     """
 
     name = "torch"
@@ -68,7 +68,7 @@ class TorchEngine(LocalEngine):
         return [_Network(library, setup).execute] * setup.lanes
 
     def _profile(self, library: Any, setup: Setup, batch: np.ndarray) -> Profile:
-        """See `sparse_exp.engines.IsolatedEngine.profile`: operators by torch's profiler."""
+        """By torch's profiler, operators; see `sparse_exp.engines.IsolatedEngine.profile`."""
         network = _Network(library, setup)
         network.execute(batch)
         with library.profiler.profile(activities=[library.profiler.ProfilerActivity.CPU]) as profiler:
@@ -92,36 +92,33 @@ class TorchEngine(LocalEngine):
 
 
 class _Network:
-    """A detector that takes pixels, made ready for each size of images when that is first seen."""
+    """A detector that takes pixels; it is prepared for a size of images when that is first seen."""
 
     def __init__(self, library: Any, setup: Setup) -> None:
         self._torch, self._options = library, setup.options
         self._model = _detector(library, setup.model, setup.options)
         self._ready: dict[tuple[int, ...], Any] = {}
-        self._making = threading.Lock()
+        self._preparing = threading.Lock()
 
     def execute(self, batch: np.ndarray) -> list[np.ndarray]:
         with self._torch.inference_mode():
             images = self._torch.from_numpy(batch).float() * (1.0 / 255.0)
             if self._options.get("channels_last", False):
                 images = images.contiguous(memory_format=self._torch.channels_last)
-            return [self._module(images)(images).numpy()]
+            with self._preparing:
+                if images.shape not in self._ready:
+                    self._ready[images.shape] = self._prepared(images)
+            return [self._ready[images.shape](images).numpy()]
 
-    def _module(self, images: Tensor) -> Any:
-        with self._making:
-            if images.shape not in self._ready:
-                self._ready[images.shape] = self._made(images)
-            return self._ready[images.shape]
-
-    def _made(self, images: Tensor) -> Any:
+    def _prepared(self, images: Tensor) -> Any:
+        """The module for images of that shape."""
         with self._model.export_mode(images.shape[-1]) as model:
             if not self._options.get("frozen", False):
                 return copy.deepcopy(model)  # stays in that mode
             jit = self._torch.jit
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # tracing is deprecated, but torch.compile needs a C++ compiler
+                # Tracing is deprecated, but torch.compile needs a C++ compiler.
+                warnings.simplefilter("ignore")
                 return jit.optimize_for_inference(jit.freeze(jit.trace(model, images, check_trace=False)))
 
 
@@ -135,6 +132,7 @@ def _detector(library: Any, path: Path, options: Options) -> YOLOv5:
 
 
 def _restored(path: Path) -> YOLOv5:
+    """The model of a checkpoint, with its weights, in evaluation mode."""
     from sparse_exp.yolov5 import YOLOv5, read_checkpoint
 
     checkpoint = read_checkpoint(path)
@@ -142,14 +140,14 @@ def _restored(path: Path) -> YOLOv5:
     if model.state_dict().keys() == checkpoint.state_dict.keys():
         model.load_state_dict(checkpoint.state_dict)
         return model.eval()
-    # quantized weights have other names, and need SparseML: seconds and 200 MB that others are spared
+    # Quantized weights have other names and need SparseML, which takes seconds and 200 MB.
     from sparse_exp.sparsity.checkpoints import restore
 
     return restore(path)[0]
 
 
 def _fold(model: YOLOv5) -> None:
-    """Fold batch norms into the convolutions before them; what SparseML has wrapped stays."""
+    """Fold batch norms into the convolutions before them, but not where SparseML has wrapped them."""
     from torch import nn
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -200,8 +201,6 @@ def check_graph(path: Path, model: YOLOv5) -> list[LayerSparsity]:
     Raises:
         ExportError: it is no valid ONNX, a convolution is missing or not quantized, or lost zeros.
     """
-    import onnx
-
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+from rich.console import Console
 
 from sparse_exp.command import Parser, run_command
 from sparse_exp.config.plain import options
@@ -125,8 +126,6 @@ def _version(engine: str) -> str | None:
 
 
 def _show(facts: dict[str, Any], engines: list[dict[str, Any]], targets: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-
     console = Console(highlight=False)
     for part in (_host_table(facts), _engine_table(engines), _target_table(targets)):
         console.print(part)

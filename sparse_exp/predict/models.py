@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparse_exp.config.schema import DEFAULT_DIRECTORIES, ENGINES, STAGES
+from sparse_exp.engines.signature import check_detector, read_signature
 from sparse_exp.errors import ConfigError, EngineError, SourceUnavailable, expected
 from sparse_exp.hardware import host_facts
 from sparse_exp.hardware.targets import unusable
 from sparse_exp.hints import command_line, override, resume_command
 from sparse_exp.runs.deployment import MODEL, TORCH, Deployment
 from sparse_exp.runs.directory import Run, find_directories
+from sparse_exp.runs.metadata import read_metadata
 from sparse_exp.sources.layout import CHECKPOINT_SUFFIXES, DEPLOYMENT, checkpoint_in
 from sparse_exp.sources.local import find, zoo_directory
 from sparse_exp.sources.stub import STUB_PREFIX
@@ -152,9 +154,6 @@ def _of_checkpoint(path: Path, engine: str) -> tuple[tuple[str, ...], int]:
 
 def _of_onnx(path: Path, engine: str) -> tuple[tuple[str, ...], int, Signature]:
     """Class names, image size and signature of an ONNX file; refuses what takes no images as ours do."""
-    from sparse_exp.engines.signature import check_detector, read_signature
-    from sparse_exp.runs.metadata import read_metadata
-
     if engine == "torch":
         do = "Give a run or a checkpoint, or choose another engine."
         raise EngineError(f"torch runs checkpoints, not ONNX files such as {path}. {do}")

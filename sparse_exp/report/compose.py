@@ -16,7 +16,7 @@ import torch
 
 from sparse_exp.benchmark.measurements import measured
 from sparse_exp.benchmark.speed_table import label
-from sparse_exp.config.schema import Experiment
+from sparse_exp.config.schema import ENGINES, Experiment
 from sparse_exp.data import DetectionDataset, evenly_spread
 from sparse_exp.data.attributions import attributions_of
 from sparse_exp.engines import IsolatedEngine
@@ -29,9 +29,7 @@ from sparse_exp.report.markdown import ReportData, write_report
 from sparse_exp.runs.directory import Run
 from sparse_exp.runs.past import read_run
 
-_PACKAGES = (
-    "torch", "sparseml", "deepsparse", "onnxruntime", "openvino", "mlflow", "hydra-core", "torchmetrics",
-)  # fmt: skip
+_PACKAGES = tuple(dict.fromkeys(("torch", "sparseml", *ENGINES, "mlflow", "hydra-core", "torchmetrics")))
 _SHEET_IMAGES = 8
 _SCENARIOS = {
     "sync": "sync: one inference after the other",

@@ -208,18 +208,16 @@ def size_bars(sizes: Mapping[str, float], path: Path) -> None:
     colours = [GREY if "dense" in label.lower() else BLUE for label in sizes]
     bars = axes.barh(list(sizes), list(sizes.values()), color=colours, height=0.64)
     largest = max(sizes.values(), default=0.0)
-    labels = [_size_label(size, largest) for size in sizes.values()]
+    labels = []
+    for size in sizes.values():
+        smaller = f"  ({largest / size:.1f}x smaller)" if size and largest / size >= 1.05 else ""
+        labels.append(f"{size:.1f} MB{smaller}")
     axes.bar_label(bars, labels, padding=4, fontsize=8.5, color=INK)
     axes.set(xlabel="MB (1e6 bytes); in brackets: against the largest", xlim=(0, (largest or 1.0) * 1.28))
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     _title(axes, "Size on disk")
     _save(figure, path)
-
-
-def _size_label(size: float, largest: float) -> str:
-    text = f"{size:.1f} MB"
-    return f"{text}  ({largest / size:.1f}x smaller)" if size and largest / size >= 1.05 else text
 
 
 def throughput_bars(rows: Sequence[Row], path: Path) -> None:

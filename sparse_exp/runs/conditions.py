@@ -14,6 +14,8 @@ from typing import Any
 
 import sparse_exp
 from sparse_exp.files import sha256_of
+from sparse_exp.hardware import host_facts
+from sparse_exp.tracking.source import source_tags
 
 _PACKAGE = Path(sparse_exp.__file__).parent
 NOT_RECORDED = "not recorded"
@@ -39,8 +41,6 @@ class Difference:
 
 def code_facts() -> dict[str, str]:
     """Version, digest of the package's sources, and as far as they are known commit and dirty flag."""
-    from sparse_exp.tracking.source import source_tags
-
     digest = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):
         digest.update(f"{path.relative_to(_PACKAGE)}\0".encode() + path.read_bytes() + b"\0")
@@ -51,8 +51,6 @@ def code_facts() -> dict[str, str]:
 
 def host_record() -> dict[str, Any]:
     """The facts of this machine that numbers depend on; see `sparse_exp.hardware.HostFacts`."""
-    from sparse_exp.hardware import host_facts
-
     facts = asdict(host_facts())
     del facts["python"]  # among the packages
     return {**facts, "isa": " ".join(facts["isa"])}

@@ -174,7 +174,7 @@ class Run:
         run = cls(path)
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            stages = manifest.pop("stages", {})
+            stages = manifest.pop("stages")
             run.records = {name: StageRecord.from_plain(entry) for name, entry in stages.items()}
             run.state = dict(manifest)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sparse_exp.config.schema import DEFAULT_DIRECTORIES, TrackerConfig
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.files import read_json
 from sparse_exp.hints import command_line
-from sparse_exp.runs.directory import MANIFEST, find_directories, is_abandoned
+from sparse_exp.runs.directory import Run, find_directories
 from sparse_exp.tracking import PARENT_TAG, FoundRun
 from sparse_exp.tracking.dashboard import DEFAULT_STORE
+from sparse_exp.tracking.reading import read_runs
 
 OVERRIDES_TAG = "overrides"
 JOB_TAG = "sweep.job"
@@ -120,31 +123,28 @@ def is_run_id(text: str) -> bool:
 
 def read_run(directory: Path) -> PastRun | None:
     """The run in a directory; None (with a warning) where its manifest cannot be read."""
-    manifest, result = read_json(directory / MANIFEST), read_json(directory / "result.json")
-    if "status" not in manifest:
+    run, result = Run.find(directory), read_json(directory / "result.json")
+    if run is None or not run.status:
         _log.warning("%s has no manifest that can be read; it is left out.", directory)
         return None
-    killed = manifest["status"] == "RUNNING" and is_abandoned(directory)
     return PastRun(
-        name=str(manifest.get("name", directory.name)),
+        name=str(run.state.get("name", directory.name)),
         place=str(directory),
-        status="KILLED" if killed else str(manifest["status"]),
+        status=run.status,
         metrics={name: float(value) for name, value in result.items() if isinstance(value, int | float)},
-        overrides=tuple(manifest["overrides"]) if "overrides" in manifest else None,
-        run_id=manifest.get("tracker_run_id"),
+        overrides=tuple(run.state["overrides"]) if "overrides" in run.state else None,
+        run_id=run.tracker_run_id,
     )
 
 
 def local_directory(run: FoundRun) -> Path | None:
     """The directory of a run of MLflow's, where it is on this machine and still that run's."""
     directory = Path(run.tags.get("run.directory", ""))
-    its_own = read_json(directory / MANIFEST).get("tracker_run_id") == run.run_id
-    return directory if its_own else None
+    there = Run.find(directory)
+    return directory if there and there.tracker_run_id == run.run_id else None
 
 
 def _from_mlflow(config: TrackerConfig, store: Path, **chosen: Any) -> list[PastRun]:
-    from sparse_exp.tracking.reading import read_runs
-
     found = read_runs(config, store, **chosen)
     parents = {run.tags[PARENT_TAG] for run in found if PARENT_TAG in run.tags}
     return [
@@ -172,8 +172,6 @@ def tagged_overrides(tags: Mapping[str, str]) -> tuple[str, ...] | None:
 
 def _own_config(directory: Path) -> list[str]:
     """The directory that ``--config-dir`` named when a run was started."""
-    import yaml
-
     try:
         recorded = yaml.safe_load((directory / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))
         sources = recorded["hydra"]["runtime"]["config_sources"]

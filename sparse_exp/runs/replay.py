@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from sparse_exp.errors import ConfigError, SparseExpError, expected
-from sparse_exp.files import read_json
 from sparse_exp.locks import is_held
 from sparse_exp.runs.directory import CONFIG, LOCK, MANIFEST, Run, find_directories, locked
 from sparse_exp.tracking.delivery import Delivery, Sent
@@ -96,13 +95,10 @@ def find_untold(directories: Sequence[Path]) -> list[Path]:
         if not directory.is_dir():
             do = "Give the directory of a run, or one above it."
             raise ConfigError(expected("DIR", "a directory", str(directory), do))
-        runs = [path for path in find_directories(directory) if _is_untold(read_json(path / MANIFEST))]
-        found |= dict.fromkeys(runs)
+        runs = [run for path in find_directories(directory) if (run := Run.find(path))]
+        untold = [run for run in runs if run.state.get("told") is False and run.tracker_run_id is not None]
+        found |= {directory / run.path.relative_to(directory.resolve()): None for run in untold}
     return list(found)
-
-
-def _is_untold(manifest: dict[str, Any]) -> bool:
-    return manifest.get("told") is False and manifest.get("tracker_run_id") is not None
 
 
 class Sync:

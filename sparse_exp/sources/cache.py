@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
+import platformdirs
+
 from sparse_exp.config.schema import SourceConfig
 from sparse_exp.errors import ConfigError, SourceUnavailable, expected
 from sparse_exp.files import landing_directory, sha256_of, write_json
@@ -59,8 +61,6 @@ def cache_directory(configured: str | None = None) -> Path:
         ``configured``, else ``$SPARSE_EXP_CACHE``, else ``sparse_exp`` in the user's cache
         directory (which follows ``$XDG_CACHE_HOME``). It may not exist yet.
     """
-    import platformdirs
-
     chosen = configured or os.environ.get("SPARSE_EXP_CACHE") or platformdirs.user_cache_dir("sparse_exp")
     return Path(chosen).expanduser().absolute()
 

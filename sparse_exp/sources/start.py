@@ -61,20 +61,11 @@ class StartFile:
             facts: of the fetch stage.
 
         Returns:
-            None where training starts from random weights.
-
-        Raises:
-            ConfigError: the fetch stage did not look for a start checkpoint.
-            SourceUnavailable: its file is missing, or has another hash now.
+            None where they name no file, or one that is gone or another now.
         """
-        if facts.get("origin") == SCRATCH:
-            return None
-        if "path" not in facts:
-            raise ConfigError("The start checkpoint was not fetched. Add fetch to stages.")
-        path, sha256, name = Path(facts["path"]), str(facts["sha256"]), str(facts["origin"])
+        path, sha256, name = Path(facts.get("path", "")), facts.get("sha256"), str(facts.get("origin"))
         if not path.is_file() or sha256_of(path) != sha256:
-            do = "Add fetch to stages, which looks for it again."
-            raise SourceUnavailable(f"The start checkpoint {path} is gone, or is another file now. {do}")
+            return None
         origin = str(facts.get("grown_from", name))
         return cls(FetchedFile(path, sha256, origin, downloaded=False), name, "grown_from" in facts)
 

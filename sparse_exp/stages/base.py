@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_exp.config.schema import Experiment
-from sparse_exp.errors import ConfigError
+from sparse_exp.data import prepare
+from sparse_exp.errors import ConfigError, SourceUnavailable, expected
 from sparse_exp.hardware import has_bf16, usable_physical_cores
 from sparse_exp.runs.directory import Run, StageRecord
 from sparse_exp.sources.cache import cache_directory
 from sparse_exp.sources.local import zoo_directory
-from sparse_exp.sources.start import StartFile
+from sparse_exp.sources.start import SCRATCH, StartFile, fetch_start
 from sparse_exp.tracking import Event, Tracker
 
 if TYPE_CHECKING:
@@ -95,18 +96,26 @@ class Context:
     @cached_property
     def dataset(self) -> DetectionDataset:
         """The data set, built or read; ready at once when the fetch stage has seen it."""
-        from sparse_exp.data import prepare
-
         return prepare(self.experiment.dataset, self.cache)
 
     @property
     def start(self) -> StartFile | None:
         """The start checkpoint that the fetch stage found; None: training starts from random weights.
 
+        It is looked for again where that file is gone since, or the stage did not run.
+
         Raises:
-            SourceUnavailable: the file is no longer there, or is another now.
+            SourceUnavailable: it cannot be had, or is another now than the fetch stage found.
         """
-        return StartFile.from_facts(self.facts("fetch"))
+        facts = self.facts("fetch")
+        if facts.get("origin") == SCRATCH:
+            return None
+        found = StartFile.from_facts(facts) or fetch_start(self.experiment.model, self.cache, self.zoo)
+        sha256 = found.file.sha256 if found else ""
+        if facts.get("sha256", sha256) != sha256:
+            then, do = f"{facts['sha256'][:12]}... as it was fetched", "Run the stage fetch once more."
+            raise SourceUnavailable(expected("the start checkpoint", then, f"{sha256[:12]}...", do))
+        return found
 
     @property
     def cores(self) -> int:

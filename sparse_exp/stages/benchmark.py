@@ -8,6 +8,8 @@ from typing import Any
 
 from sparse_exp.benchmark import NUMBERS, cells_of, loads_of, write_rows
 from sparse_exp.benchmark import benchmark as measure
+from sparse_exp.benchmark.layers import profiles_of
+from sparse_exp.benchmark.why import console_lines, explain
 from sparse_exp.config.schema import Experiment
 from sparse_exp.files import write_json
 from sparse_exp.hardware import usable_physical_cores
@@ -19,8 +21,6 @@ _log = logging.getLogger(__name__)
 
 
 def _run(context: Context) -> Outcome:
-    from sparse_exp.benchmark.layers import profiles_of
-    from sparse_exp.benchmark.why import console_lines, explain
     from sparse_exp.export.verification import sample_images
     from sparse_exp.report.why import to_markdown
 

@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sparse_exp.config.schema import Experiment
+from sparse_exp.data import check_dataset, is_prepared
+from sparse_exp.errors import DataError
 from sparse_exp.runs.directory import StageRecord
 from sparse_exp.sources.cache import cache_directory
 from sparse_exp.sources.local import zoo_directory
@@ -22,8 +24,6 @@ _log = logging.getLogger(__name__)
 
 
 def _run(context: Context) -> Outcome:
-    from sparse_exp.data import check_dataset
-
     dataset = context.dataset
     boxes = check_dataset(dataset)
     for split, samples in dataset.splits.items():
@@ -43,13 +43,9 @@ def _run(context: Context) -> Outcome:
 
 
 def _find_start(context: Context) -> StartFile | None:
-    """The start checkpoint; one that is not on this machine is fetched.
-
-    What an earlier start of the run was satisfied with is not looked for elsewhere again.
-    """
+    """The start checkpoint, which the fingerprint was taken of already: no source is asked twice."""
     places = context.experiment.model, context.cache, context.zoo
-    known = bool(context.facts("fetch").get("sha256"))
-    return (cached_start(*places) if known else None) or fetch_start(*places)
+    return cached_start(*places) or fetch_start(*places)
 
 
 def _start_facts(start: StartFile | None) -> dict[str, str]:
@@ -87,15 +83,8 @@ def content_now(
     Raises:
         SparseExpError: they cannot be had, or cannot be used.
     """
-    from sparse_exp.data import is_prepared
-
     cache, zoo = cache_directory(experiment.paths.cache), zoo_directory(experiment.paths.zoo)
-    there = "dataset" not in known or is_prepared(experiment.dataset, cache)
-    if not there:
-        _log.warning(
-            "The data set %s is not on this machine: it counts as unchanged.", experiment.dataset.name
-        )
-    found = {"data set": dataset().digest if there else str(known["dataset"])}
+    found = {"data set": _data_digest(experiment, known.get("dataset"), dataset)}
     if "train" not in experiment.stages or experiment.model.weights == SCRATCH:
         return found
     start = cached_start(experiment.model, cache, zoo) if known.get("sha256") else None
@@ -106,13 +95,29 @@ def content_now(
     return found | {"start checkpoint": start.file.sha256 if start else ""}
 
 
+def _data_digest(experiment: Experiment, known: str | None, dataset: Callable[[], DetectionDataset]) -> str:
+    name, cache = experiment.dataset.name, cache_directory(experiment.paths.cache)
+    if known and not is_prepared(experiment.dataset, cache):
+        _log.warning("The data set %s is not on this machine: it counts as unchanged.", name)
+        return known
+    try:
+        return dataset().digest
+    except DataError as error:
+        if not known:
+            raise
+        _log.warning("The data set %s cannot be read: it counts as unchanged. %s", name, error)
+        return known
+
+
 def data_content(context: Context) -> dict[str, str]:
     """Digest of a user's own data set, for runs that begin behind this stage.
 
     Generated data sets are what their version says; and what only such a run needs is not fetched for this.
     """
-    own = context.experiment.dataset.path is not None
-    return {"data set": context.dataset.digest} if own else {}
+    if context.experiment.dataset.path is None:
+        return {}
+    known = context.facts("fetch").get("dataset")
+    return {"data set": _data_digest(context.experiment, known, lambda: context.dataset)}
 
 
 def _adopt(record: StageRecord, context: Context) -> StageRecord | None:

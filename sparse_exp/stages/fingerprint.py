@@ -70,11 +70,16 @@ def take_fingerprint(context: Context, stage: Stage, before: Fingerprint) -> Fin
     named = {_BEFORE: before.mark, _VERSION: __version__}
     counted = _without_workers(parts)
     named |= {key: fingerprint(value) for key, value in counted.items()}
-    named |= {f"the content of the {name}": digest for name, digest in content.items()}
+    named |= {content_name(name): digest for name, digest in content.items()}
     with_content = counted | ({"content": content} if content else {})
     mark = fingerprint(stage.name, before.mark, with_content, __version__)
     earlier = None if before.earlier is None else fingerprint(stage.name, before.earlier, parts, __version__)
     return Fingerprint(mark, named, earlier, before.has_checkpoint or takes_checkpoint)
+
+
+def content_name(name: str) -> str:
+    """What a part of a fingerprint is called that is the content of a file or of a data set."""
+    return f"the content of the {name}"
 
 
 def _without_workers(parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from sparse_exp.config.plain import as_dict
 from sparse_exp.files import sha256_of
 from sparse_exp.sources.start import teacher_file
 from sparse_exp.stages.base import Context, Outcome, Stage
+from sparse_exp.stages.fingerprint import content_name
 from sparse_exp.tracking import Event, Tags
+
+_log = logging.getLogger(__name__)
 
 
 def _run(context: Context) -> Outcome:
@@ -44,10 +48,16 @@ def _marks(context: Context) -> dict[str, Any]:
 
 
 def _content(context: Context) -> dict[str, str]:
-    """The teacher that the recipe names, where its file is on this machine."""
-    if not context.recipe.distills:
+    """The teacher's checkpoint that the configuration names; one that is gone since counts as unchanged."""
+    if "train" not in context.experiment.stages or not context.recipe.distills:
         return {}
-    path = teacher_file(context.experiment.recipe.teacher, context.cache, context.zoo, offline=True)
+    record = context.run.records.get("plan")
+    known = record.parts.get(content_name("teacher")) if record else None
+    places = context.experiment.recipe.teacher, context.cache, context.zoo
+    path = teacher_file(*places, offline=known is not None)
+    if path is None and known:
+        _log.warning("The teacher %s is not on this machine: it counts as unchanged.", places[0])
+        return {"teacher": known}
     return {"teacher": sha256_of(path)} if path else {}
 
 

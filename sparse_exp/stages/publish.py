@@ -10,14 +10,13 @@ from sparse_exp.errors import ConfigError
 from sparse_exp.sources.local import require_free, require_writable, zoo_directory
 from sparse_exp.stages.base import Context, Outcome, Stage
 from sparse_exp.tracking import Tags
+from sparse_exp.zoo.publish import publish_run
 
 _AUTO = "auto"
 _log = logging.getLogger(__name__)
 
 
 def _run(context: Context) -> Outcome:
-    from sparse_exp.zoo.publish import publish_run
-
     experiment = context.experiment
     if experiment.publish is None:
         return Outcome()

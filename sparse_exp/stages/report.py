@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from sparse_exp.report.console import show_summary
 from sparse_exp.stages.base import Context, Outcome, Stage
 from sparse_exp.tracking import Artifact
 
 
 def _run(context: Context) -> Outcome:
     from sparse_exp.report.compose import compose_report
-    from sparse_exp.report.console import show_summary
 
     experiment, directory = context.experiment, context.run.path
     pictures = compose_report(

@@ -12,19 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sparse_exp import __version__
 from sparse_exp.compare.comparison import FINISHED
 from sparse_exp.config.plain import as_dict, recipe_path
 from sparse_exp.config.schema import Experiment, TrackerConfig
+from sparse_exp.data import prepare
 from sparse_exp.errors import ConfigError, SparseExpError, StageFailed, first_line
 from sparse_exp.experiment import run
-from sparse_exp.files import fingerprint, read_json, sha256_of, write_json
+from sparse_exp.files import fingerprint, read_json, sha256_of
 from sparse_exp.runs.conditions import code_differences
-from sparse_exp.runs.directory import MANIFEST, Run, empty, locked
+from sparse_exp.runs.directory import Run, empty, locked
 from sparse_exp.runs.past import JOB_TAG, OVERRIDES_TAG
+from sparse_exp.sources.cache import cache_directory
 from sparse_exp.stages.base import SweepMember
+from sparse_exp.stages.fetch import content_now
+from sparse_exp.stages.fingerprint import content_name
 from sparse_exp.stages.names import resolve_objective
 from sparse_exp.sweep.parent import ensure_parent
 from sparse_exp.sweep.superseded import superseded_manifest
@@ -56,9 +58,9 @@ class Job:
     hydra_files: Mapping[str, str]
 
     @property
-    def manifest(self) -> dict[str, Any]:
-        """The manifest of an earlier start; empty where there was none."""
-        return read_json(self.directory / MANIFEST)
+    def earlier(self) -> Run | None:
+        """The run of an earlier start; None where there was none."""
+        return Run.find(self.directory)
 
 
 def run_job(job: Job, experiment: Experiment) -> ObjectiveValues:
@@ -95,16 +97,16 @@ def _is_finished(job: Job, experiment: Experiment) -> bool:
     Raises:
         ConfigError: the job finished with other settings.
     """
-    manifest = job.manifest
-    if manifest.get("status") != FINISHED or experiment.sweep.rerun == "all":
+    earlier = job.earlier
+    if earlier is None or earlier.status != FINISHED or experiment.sweep.rerun == "all":
         return False
-    changed = _changed_settings(job, manifest, experiment)
+    changed = _changed_settings(earlier, experiment)
     if changed:
         raise ConfigError(
             f"The job {job.directory} finished with other settings ({', '.join(changed)}). Keep it and "
             "choose another sweep.name, or make all jobs anew with sweep.rerun=all."
         )
-    code = manifest.get("conditions", {}).get("code", {})
+    code = earlier.state.get("conditions", {}).get("code", {})
     commit = f", commit {code['commit'][:12]}" if code.get("commit") else ""
     changed_code = "; the code is another now" if any(code_differences(code)) else ""
     _log.info("Job %d is finished (sparse_exp %s%s%s): kept.", job.number, __version__, commit, changed_code)
@@ -116,37 +118,52 @@ def _prepare(job: Job, experiment: Experiment) -> None:
 
     The directory is emptied where ``sweep.rerun`` asks for it.
     """
-    superseded, manifest = superseded_manifest(job.directory), job.manifest
-    if superseded or (manifest and experiment.sweep.rerun):
-        _delete_tracked_run(experiment, read_json(superseded) if superseded else manifest)
+    superseded, earlier = superseded_manifest(job.directory), job.earlier
+    if superseded or (earlier and experiment.sweep.rerun):
+        state = read_json(superseded) if superseded else earlier.state if earlier else {}
+        _delete_tracked_run(experiment, state.get("tracker_run_id"))
         empty(job.directory)
         experiment.resume = None
-    elif manifest:
-        _log.info("Job %d was not finished (%s): going on with it.", job.number, manifest.get("status"))
+    elif earlier:
+        _log.info("Job %d was not finished (%s): going on with it.", job.number, earlier.status)
         experiment.resume = str(job.directory)
-        if _changed_settings(job, manifest, experiment):  # parameters cannot be changed in a tracked run
-            _delete_tracked_run(experiment, manifest)
-            write_json(job.directory / MANIFEST, {**manifest, "tracker_run_id": None})
+        if _changed_settings(earlier, experiment):  # parameters cannot be changed in a tracked run
+            _delete_tracked_run(experiment, earlier.tracker_run_id)
+            earlier.update(tracker_run_id=None)
 
 
-def _delete_tracked_run(experiment: Experiment, manifest: Mapping[str, Any]) -> None:
+def _delete_tracked_run(experiment: Experiment, run_id: str | None) -> None:
     """Delete the run of an earlier start in the tracker."""
-    if run_id := manifest.get("tracker_run_id"):
+    if run_id:
         delete_run(experiment.tracker, Path(experiment.paths.mlflow), run_id)
 
 
-def _changed_settings(job: Job, manifest: Mapping[str, Any], experiment: Experiment) -> list[str]:
-    """What changed since the job's record: keys of the configuration, the recipe's file, our version."""
-    then = _flat(_with_effect(_recorded_config(job.directory)))
+def _changed_settings(earlier: Run, experiment: Experiment) -> list[str]:
+    """What changed since the job's record: keys, the recipe's file, our version, and the content of files.
+
+    The content is read only where all else is the same.
+    """
+    then = _flat(_with_effect(earlier.config))
     now = _flat(_with_effect(as_dict(experiment)))
     changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
     file = recipe_path(experiment.recipe.file)
     recipe = sha256_of(file) if file.is_file() else None
-    if manifest.get("conditions", {}).get("recipe") != recipe:
+    if earlier.state.get("conditions", {}).get("recipe") != recipe:
         changed.append(f"the file {experiment.recipe.file}")
-    if manifest.get("version") != __version__:
+    if earlier.state.get("version") != __version__:
         changed.append("the version of sparse_exp")
-    return changed
+    return changed or _changed_content(earlier, experiment)
+
+
+def _changed_content(earlier: Run, experiment: Experiment) -> list[str]:
+    """The data set or the start checkpoint, where it is another now than the job's fetch stage found."""
+    facts = earlier.facts("fetch")
+    if not facts:
+        return []
+    cache = cache_directory(experiment.paths.cache)
+    now = content_now(experiment, facts, lambda: prepare(experiment.dataset, cache))
+    then = {"data set": facts.get("dataset"), "start checkpoint": facts.get("sha256")}
+    return [content_name(name) for name, digest in now.items() if digest != then[name]]
 
 
 def _with_effect(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,15 +172,6 @@ def _with_effect(config: Mapping[str, Any]) -> dict[str, Any]:
     registry = {key: tracker.get(key) for key in ("register", "alias")}
     others = {key: value for key, value in config.items() if key not in _WITHOUT_EFFECT}
     return {**others, "tracker": registry}
-
-
-def _recorded_config(directory: Path) -> dict[str, Any]:
-    """The configuration that a run has recorded; empty where it cannot be read."""
-    try:
-        recorded = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        return {}
-    return recorded if isinstance(recorded, dict) else {}
 
 
 def _flat(plain: Any, prefix: str = "") -> dict[str, str]:
@@ -198,7 +206,7 @@ def record_failure(
         experiment: None where the configuration did not pass its checks.
         error: why it failed.
     """
-    if job.manifest:  # the run has recorded it itself, or the manifest is that of an earlier start
+    if job.earlier:  # the run has recorded it itself, or the manifest is that of an earlier start
         return
     reason = first_line(error)
     run = Run.create(job.directory, overwrite=False)

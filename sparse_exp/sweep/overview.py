@@ -11,8 +11,7 @@ from sparse_exp.compare.comparison import FINISHED, Comparison, compare
 from sparse_exp.compare.files import write_files
 from sparse_exp.compare.table import as_markdown, remarks, terminal_table
 from sparse_exp.errors import ConfigError
-from sparse_exp.files import read_json
-from sparse_exp.runs.directory import MANIFEST, find_directories
+from sparse_exp.runs.directory import Run, find_directories
 from sparse_exp.runs.past import PastRun, read_run
 from sparse_exp.text import plain_text
 
@@ -68,16 +67,14 @@ def read_overview(sweep: Path, objectives: Sequence[str] = ()) -> Overview:
         sweep: its directory.
         objectives: the metrics of the vertical and of the horizontal axis, in full or short.
     """
-    manifests = {path: read_json(path / MANIFEST) for path in find_directories(sweep)}
-    jobs = sorted((m["job"], path) for path, m in manifests.items() if m.get("job") is not None)
-    read = [(path, read_run(path)) for _, path in jobs]
-    runs = [(path, run) for path, run in read if run is not None]
+    runs = [run for path in find_directories(sweep) if (run := Run.find(path))]
+    jobs = sorted((run for run in runs if run.state.get("job") is not None), key=lambda run: run.state["job"])
     failures = [
-        f"{path.name} {run.status}: {manifests[path].get('failure') or 'its process is gone'}"
-        for path, run in runs
+        f"{run.path.name} {run.status}: {run.state.get('failure') or 'its process is gone'}"
+        for run in jobs
         if run.status != FINISHED
     ]
-    found = tuple(run for _, run in runs)
+    found = tuple(past for run in jobs if (past := read_run(run.path)))
     return Overview(found, tuple(failures), _comparison(found, objectives))
 
 

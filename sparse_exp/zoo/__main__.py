@@ -9,12 +9,33 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from sparse_exp.command import Parser, run_command
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.hints import command_line
 from sparse_exp.metrics.names import SIGNS
-from sparse_exp.sources.local import Published, find, published, read_metadata, stub_of, zoo_directory
+from sparse_exp.sources.cache import cache_directory
+from sparse_exp.sources.local import (
+    Published,
+    find,
+    published,
+    read_metadata,
+    require_free,
+    require_writable,
+    stub_of,
+    zoo_directory,
+)
 from sparse_exp.sources.stub import STUB_PREFIX
+from sparse_exp.zoo.publish import (
+    AUTO,
+    dataset_of,
+    import_checkpoint,
+    import_directory,
+    publish_run,
+    read_finished,
+)
 from sparse_exp.zoo.search import KEYS, find_models
 
 _WIDE = 1000  # columns
@@ -108,10 +129,6 @@ def _add_json(command: argparse.ArgumentParser) -> None:
 
 
 def _publish(options: argparse.Namespace, zoo: Path) -> int:
-    from sparse_exp.sources.cache import cache_directory
-    from sparse_exp.sources.local import require_free, require_writable
-    from sparse_exp.zoo.publish import AUTO, dataset_of, publish_run, read_finished
-
     run = read_finished(options.source)
     require_writable(zoo)
     if options.stub:
@@ -121,9 +138,6 @@ def _publish(options: argparse.Namespace, zoo: Path) -> int:
 
 
 def _import(options: argparse.Namespace, zoo: Path) -> int:
-    from sparse_exp.sources.local import require_writable
-    from sparse_exp.zoo.publish import import_checkpoint, import_directory
-
     source = options.source.expanduser()
     if not source.exists():
         do = "Give a checkpoint file, or a directory in SparseZoo's layout."
@@ -162,9 +176,6 @@ def _as_data(model: Published) -> dict[str, Any]:
 
 
 def _print_table(models: list[Published]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table(box=None, pad_edge=False)
     for column in ("size", "data set", "px", "zeros", "8 bit", "mAP50", "ONNX MB", "published"):
         numeric = column in ("px", "zeros", "mAP50", "ONNX MB")

@@ -10,15 +10,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from sparse_exp import __version__
-from sparse_exp.config.schema import ENGINES, STAGES
+from sparse_exp.config.plain import from_dict
+from sparse_exp.config.schema import ENGINES, STAGES, DatasetConfig
+from sparse_exp.data import prepare
 from sparse_exp.data.attributions import attributions_of
 from sparse_exp.errors import ConfigError, SparseExpError, expected
 from sparse_exp.files import sha256_of, write_json
 from sparse_exp.hints import override, resume_command
 from sparse_exp.runs.deployment import MODEL, Deployment
 from sparse_exp.runs.directory import CONFIG, MANIFEST, Run
-from sparse_exp.sources.layout import BEFORE_QAT, DEPLOYMENT, FINAL, TRAINING
+from sparse_exp.sources.layout import BEFORE_QAT, DEPLOYMENT, FINAL, TRAINING, checkpoint_in
 from sparse_exp.sources.local import (
     FORMAT,
     METADATA,
@@ -31,6 +35,7 @@ from sparse_exp.sources.local import (
     short_name,
     sparse_tag,
 )
+from sparse_exp.tracking.source import source_tags
 from sparse_exp.zoo.card import write_card
 from sparse_exp.zoo.checksums import changed_files
 from sparse_exp.zoo.placing import put
@@ -112,10 +117,6 @@ def publish_run(
 
 def dataset_of(run: Run, cache: Path) -> DetectionDataset | None:
     """The data set that a run was made with; None, and a warning, where it cannot be read any more."""
-    from sparse_exp.config.plain import from_dict
-    from sparse_exp.config.schema import DatasetConfig
-    from sparse_exp.data import prepare
-
     try:
         return prepare(from_dict(DatasetConfig, run.config["dataset"]), cache)
     except SparseExpError as error:
@@ -174,7 +175,6 @@ def import_directory(folder: Path, zoo: Path, *, stub: str | None = None, force:
         CheckpointError: its checkpoint cannot be read.
         ConfigError: its files are not what its list of hashes says, or see `sparse_exp.zoo.placing.put`.
     """
-    from sparse_exp.sources.layout import checkpoint_in
     from sparse_exp.zoo.facts import measure_checkpoint
 
     damaged = changed_files(folder)
@@ -251,8 +251,6 @@ def _samples(directory: Path, dataset: DetectionDataset | None, imgsz: int) -> d
 
 def _describe(stub: str, measured: Measured, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """What ``model.json`` says of any model."""
-    from sparse_exp.tracking.source import source_tags
-
     dataset, tag = stub.split("/")[-2:]
     return {
         "format": FORMAT,
@@ -313,8 +311,6 @@ def _engine_versions() -> dict[str, str]:
 
 
 def _write_texts(directory: Path, metadata: Mapping[str, Any]) -> None:
-    import yaml
-
     write_json(directory / METADATA, metadata)
     text = yaml.safe_dump(dict(metadata["metrics"]), sort_keys=True, allow_unicode=True)
     (directory / METRICS).write_text(text, encoding="utf-8")

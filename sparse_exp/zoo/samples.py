@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparse_exp.data import DetectionDataset, Sample, evenly_spread
+from sparse_exp.data.loader import make_loader
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.errors import EngineError, MissingDependency
 from sparse_exp.export.onnx import INPUT, OUTPUT
@@ -98,8 +99,6 @@ def _outputs(model: Path, images: NDArray[np.uint8]) -> Iterator[tuple[str, NDAr
 
 
 def _as_input(samples: Sequence[Sample], classes: int, imgsz: int) -> NDArray[np.uint8]:
-    from sparse_exp.data.loader import make_loader
-
     loader = make_loader(samples, classes, imgsz=imgsz, batch_size=len(samples), train=False)
     images: NDArray[np.uint8] = next(iter(loader)).images.contiguous().numpy()
     return images

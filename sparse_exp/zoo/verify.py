@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from sparse_exp.config.schema import ExportConfig
 from sparse_exp.errors import EngineError, MissingDependency, first_line
+from sparse_exp.export.differences import Differences
 from sparse_exp.runs.deployment import MODEL
 from sparse_exp.sources.layout import checkpoint_in
 from sparse_exp.sources.local import METADATA, SUMS, read_metadata
@@ -87,9 +89,6 @@ def _samples(directory: Path, metadata: dict[str, Any]) -> Iterator[str]:
 
 
 def _difference(folder: str, engine: str, found: Any, wanted: Any) -> Iterator[str]:
-    import torch
-
-    from sparse_exp.export.differences import Differences
 
     if found.shape != wanted.shape:
         yield f"{folder} has outputs of shape {wanted.shape}, and {engine} gives {found.shape}"

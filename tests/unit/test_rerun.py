@@ -8,6 +8,7 @@ from sparse_exp.config.schema import Experiment
 from sparse_exp.errors import ConfigError, SparseExpError
 from sparse_exp.files import write_text
 from sparse_exp.resolve import rebuild
+from sparse_exp.runs import conditions
 from sparse_exp.runs.conditions import Difference
 
 CONFIG = """
@@ -164,3 +165,23 @@ def test_a_run_is_made_again(monkeypatch, capsys, tmp_path):
     out = capsys.readouterr().out
     assert "digest of digits" in out
     assert "other" in out
+
+
+def test_stages_that_were_done_under_other_conditions_are_named(monkeypatch):
+    now = {
+        "code": conditions.code_facts(),
+        "host": conditions.host_record(),
+        "packages": conditions.packages(),
+    }
+    then = {**now, "host": {**now["host"], "cpu": "Z80"}, "packages": ["python==2.7.18"]}
+    stages = {
+        "train": {"conditions": "then"},
+        "evaluate": {"conditions": "then"},
+        "benchmark": {"conditions": "now"},
+    }
+    past = record(manifest={"stages": stages, "environments": {"now": now, "then": then}})
+    assert list(past.made_with) == ["train, evaluate", "benchmark"]
+    found = {each.what: each.then for each in rerun.differences(past, rerun.rebuild(CONFIG, [])[0])}
+    assert found["cpu (train, evaluate)"] == "Z80"
+    assert found["python (train, evaluate)"] == "2.7.18"
+    assert not any("benchmark" in what for what in found)

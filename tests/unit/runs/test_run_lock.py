@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from sparse_exp.files import write_text
 from sparse_exp.runs.directory import LOCK, MANIFEST, Run, is_abandoned, locked
 from sparse_exp.runs.past import read_run
 from sparse_exp.stages.base import Outcome, SweepMember
-from sparse_exp.stages.registry import registry as stages
+from sparse_exp.stages.registry import STAGES
 
 FORK = multiprocessing.get_context("fork")
 
@@ -62,13 +63,13 @@ def running(tmp_path, monkeypatch):
         time.sleep(60)
 
     with monkeypatch.context() as patch:
-        patch.setitem(stages.STAGES, "report", stage)
+        patch.setitem(STAGES, "report", replace(STAGES["report"], run=stage))
         process = FORK.Process(target=experiments.run, args=(experiment(run), {}, []), daemon=True)
         process.start()
     while not (tmp_path / "begun").exists():
         assert process.is_alive()
         time.sleep(0.01)
-    monkeypatch.setitem(stages.STAGES, "report", lambda _: Outcome())
+    monkeypatch.setitem(STAGES, "report", replace(STAGES["report"], run=lambda _: Outcome()))
     yield run, process
     kill(process)
 
@@ -129,7 +130,7 @@ def test_a_job_of_a_sweep_waits_and_says_for_whom(running, caplog, monkeypatch):
 
 
 def test_who_holds_the_lock_may_run_inside_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(stages.STAGES, "report", lambda _: Outcome())
+    monkeypatch.setitem(STAGES, "report", replace(STAGES["report"], run=lambda _: Outcome()))
     run = tmp_path / "run"
     with locked(run, wait=False):
         experiments.run(experiment(run), {}, [])

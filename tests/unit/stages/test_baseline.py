@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,10 @@ from sparse_exp.config.schema import (
 from sparse_exp.errors import ConfigError, StageFailed
 from sparse_exp.metrics.recovery import recovery_metrics
 from sparse_exp.runs.directory import MANIFEST
+from sparse_exp.stages import baseline as recovery
 from sparse_exp.stages.base import Outcome
 from sparse_exp.stages.baseline import TAG, dense_experiment, read_baseline
-from sparse_exp.stages.baseline import baseline as recovery
-from sparse_exp.stages.registry import registry as stages
+from sparse_exp.stages.registry import STAGES
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ class StopHereError(KeyboardInterrupt):
 
 def only_dense_runs_train(patch: pytest.MonkeyPatch) -> list[str]:
     """Replaces the stages that take long; the names of the recipes that were trained."""
-    names, real = [], stages.STAGES["train"]
+    names, real = [], STAGES["train"].run
 
     def train(context):
         if context.experiment.recipe.name != "dense":
@@ -76,8 +77,8 @@ def only_dense_runs_train(patch: pytest.MonkeyPatch) -> list[str]:
         names.append(context.experiment.recipe.name)
         return real(context)
 
-    patch.setitem(stages.STAGES, "train", train)
-    patch.setitem(stages.STAGES, "plan", lambda _: Outcome())  # it times trial steps
+    patch.setitem(STAGES, "train", replace(STAGES["train"], run=train))
+    patch.setitem(STAGES, "plan", replace(STAGES["plan"], run=lambda _: Outcome()))  # it times trial steps
     return names
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +11,9 @@ from sparse_exp.config.schema import Experiment
 from sparse_exp.errors import ConfigError
 from sparse_exp.files import sha256_of
 from sparse_exp.runs.directory import Run, StageRecord
-from sparse_exp.stages.base import Context
+from sparse_exp.stages.base import Outcome
 from sparse_exp.stages.baseline import dense_experiment
-from sparse_exp.stages.register import register
+from sparse_exp.stages.register import STAGE
 from sparse_exp.tracking import Model
 
 VERIFIED = {"deployed/onnxruntime/map50": 0.51234, "deployed/deepsparse/map50": 0.5, "sparsity/onnx": 0.75}
@@ -22,17 +21,13 @@ VERIFIED = {"deployed/onnxruntime/map50": 0.51234, "deployed/deepsparse/map50": 
 
 @pytest.fixture
 def context(tmp_path):
-    """A run that asks for registration, its tracker's events in ``logged``."""
+    """A run that asks for registration."""
     experiment = Experiment(name="a run")
     experiment.tracker.register, experiment.tracker.alias = "crowns", "candidate"
     run = Run.create(tmp_path / "run", overwrite=False)
     (run.path / "deployment").mkdir()
     (run.path / "deployment" / "model.onnx").write_bytes(b"graph")
-    logged: list = []
-    tracker = SimpleNamespace(log=logged.append)
-    made = SimpleNamespace(experiment=experiment, run=run, tracker=tracker, logged=logged)
-    made.deployed = partial(Context.deployed, made)
-    return made
+    return SimpleNamespace(experiment=experiment, run=run)
 
 
 @pytest.mark.parametrize(
@@ -41,10 +36,10 @@ def context(tmp_path):
 def test_the_deployed_file_goes_with_what_was_measured_of_it(context, engines, map50):
     context.experiment.hardware.engines = engines
     context.run.record("verify", StageRecord("mark", metrics=VERIFIED))
-    outcome = register(context)
+    outcome = STAGE.run(context)
     file = context.run.path / "deployment" / "model.onnx"
     tags = {"map50": map50, "sparsity": "0.7500", "run": "a run", "sparse_exp.version": __version__}
-    assert context.logged == [Model(file, "crowns", "candidate", tags)]
+    assert outcome.events == [Model(file, "crowns", "candidate", tags)]
     assert outcome.facts == {"name": "crowns", "alias": "candidate", "sha256": sha256_of(file)}
 
 
@@ -60,23 +55,22 @@ def test_of_a_quantized_run_the_file_goes_whose_accuracy_is_told(context, engine
     (context.run.path / "deployment" / "model.qdq.onnx").write_bytes(b"pairs")
     context.experiment.hardware.engines = engines
     context.run.record("verify", StageRecord("mark", metrics=VERIFIED))
-    register(context)
-    assert context.logged[0].path.name == file
+    (event,) = STAGE.run(context).events
+    assert event.path.name == file
 
 
 def test_a_quantized_file_for_which_only_torch_was_asked_has_no_accuracy(context):
     context.experiment.hardware.engines = ["torch"]
     context.run.record("verify", StageRecord("mark", metrics=VERIFIED))
-    register(context)
-    assert context.logged[0].tags == {"sparsity": "0.7500", "run": "a run", "sparse_exp.version": __version__}
+    (event,) = STAGE.run(context).events
+    assert event.tags == {"sparsity": "0.7500", "run": "a run", "sparse_exp.version": __version__}
 
 
 def test_what_was_not_verified_is_not_registered(context):
     with pytest.raises(ConfigError, match="no verified deployment"):
-        register(context)
+        STAGE.run(context)
     context.experiment.tracker.register = None
-    assert register(context).facts == {}
-    assert context.logged == []
+    assert STAGE.run(context) == Outcome()
 
 
 def test_the_dense_counterpart_does_not_register_or_publish_itself(context, tmp_path):

@@ -20,8 +20,8 @@ from sparse_exp.export.accuracy import FileSizes, size_metrics
 from sparse_exp.export.differences import Differences, matched_shares
 from sparse_exp.metrics.recovery import recovery_metrics
 from sparse_exp.runs.deployment import wanted_files
+from sparse_exp.stages import benchmark
 from sparse_exp.stages.names import certain_names, expected_names, resolve_objective
-from sparse_exp.stages.registry import names as result_names
 
 STAGES = ["fetch", "plan", "train", "evaluate", "export", "verify", "benchmark", "report"]
 
@@ -44,7 +44,7 @@ def speeds_of(cell) -> set[str]:
 
 
 def test_speeds_of_every_scenario_and_every_possible_cell_are_expected(tmp_path, monkeypatch):
-    monkeypatch.setattr(result_names, "usable_physical_cores", lambda: 3)
+    monkeypatch.setattr(benchmark, "usable_physical_cores", lambda: 3)
     hardware = HardwareConfig(
         "cpu", engines=["openvino", "torch"], variants=["dense", "dense_int8", "sparse_fp32", "sparse"],
         scenarios=["sync", "throughput", "async"], batch_sizes=[1, 16],

@@ -35,9 +35,9 @@ from sparse_exp.config.schema import (
 from sparse_exp.errors import StageFailed
 from sparse_exp.files import write_text
 from sparse_exp.runs.directory import MANIFEST
+from sparse_exp.stages import baseline as recovery
 from sparse_exp.stages.base import Outcome, SweepMember
-from sparse_exp.stages.baseline import baseline as recovery
-from sparse_exp.stages.registry import registry as stages
+from sparse_exp.stages.registry import STAGES
 from sparse_exp.tracking import Artifact, Dataset, Metrics, NoTracker, Tags
 
 importlib.import_module("sparse_exp.sparsity.recipe")  # forked processes then have it
@@ -91,6 +91,11 @@ def origins(directory: Path | str) -> dict[str, str | None]:
     return {stage: record["shared_from"] for stage, record in records(directory).items()}
 
 
+def replace_run(monkeypatch, stage: str, do) -> None:
+    """Let a stage do something else; all else that is known of it stays."""
+    monkeypatch.setitem(STAGES, stage, replace(STAGES[stage], run=do))
+
+
 @pytest.fixture
 def done(monkeypatch, tmp_path):
     """Stages that do next to nothing; a function that says which were done, by all processes."""
@@ -105,11 +110,10 @@ def done(monkeypatch, tmp_path):
 
         return do
 
-    for stage in stages.STAGES:
-        monkeypatch.setitem(stages.STAGES, stage, fake(stage))
-    monkeypatch.setattr(stages, "announce", lambda *_, **__: None)
-    for slow in ("packages", "current"):  # what is written down of this host
-        monkeypatch.setattr(experiments, slow, lambda *_: [])
+    for stage in STAGES:
+        replace_run(monkeypatch, stage, fake(stage))
+    monkeypatch.setattr(experiments, "packages", list)  # what is written down of this host
+    monkeypatch.setattr(experiments, "current", lambda _: {})
     return lambda: log.read_text().splitlines()
 
 
@@ -129,8 +133,8 @@ def test_jobs_that_differ_in_the_hardware_alone_share_all_before_it(done):
 
 
 def test_the_seconds_are_those_of_who_did_it(done, monkeypatch):
-    real = stages.STAGES["train"]
-    monkeypatch.setitem(stages.STAGES, "train", lambda context: time.sleep(0.3) or real(context))
+    real = STAGES["train"].run
+    replace_run(monkeypatch, "train", lambda context: time.sleep(0.3) or real(context))
     seconds = [records(run(job(number)))["train"]["seconds"] for number in range(2)]
     assert seconds[0] == seconds[1] > 0.3
 
@@ -254,7 +258,7 @@ def start():
 
 def slow_stage(monkeypatch, stage: str, seconds: float, fails: str = "") -> None:
     """Let a stage take a while, and fail in the job of that name."""
-    real = stages.STAGES[stage]
+    real = STAGES[stage].run
 
     def slow(context):
         Path(f"{stage}-begun").touch()
@@ -263,7 +267,7 @@ def slow_stage(monkeypatch, stage: str, seconds: float, fails: str = "") -> None
             raise ValueError("out of luck")
         return real(context)
 
-    monkeypatch.setitem(stages.STAGES, stage, slow)
+    replace_run(monkeypatch, stage, slow)
 
 
 def until(folder: Path, pattern: str) -> bool:
@@ -294,8 +298,8 @@ def test_where_one_fails_the_next_tries_itself(done, start, monkeypatch, caplog)
     monkeypatch.setattr(host, "_SECONDS_BEFORE_A_LINE", 0.0)
     slow_stage(monkeypatch, "train", 0.0, fails="0-tiny")
     with monkeypatch.context() as patch:
-        real, sleep = stages.STAGES["train"], time.sleep
-        patch.setitem(stages.STAGES, "train", lambda context: until(Path(), "waited-for") and real(context))
+        real, sleep = STAGES["train"].run, time.sleep
+        replace_run(patch, "train", lambda context: until(Path(), "waited-for") and real(context))
         first = start(job(0))
     until(Path("sweep/.locks"), "train-*")
     monkeypatch.setattr(host.time, "sleep", lambda seconds: Path("waited-for").touch() or sleep(seconds))
@@ -417,8 +421,9 @@ def dense_only(done, monkeypatch):
         return {"dense_fingerprint": context.facts("baseline").get("dense_fingerprint")}
 
     facts = {"fetch": lambda _: {"sha256": "", "origin": "scratch"}, "evaluate": evaluated}
-    for stage, find in {**facts, "baseline": recovery.find_or_train}.items():
-        monkeypatch.setitem(stages.STAGES, stage, with_facts(stages.STAGES[stage], find))
+    facts["baseline"] = lambda context: recovery.STAGE.run(context).facts
+    for stage, find in facts.items():
+        replace_run(monkeypatch, stage, with_facts(STAGES[stage].run, find))
     slow_stage(monkeypatch, "train", 0.5)
     return {"stages": SHARED[:5], "recovery": RecoveryConfig("auto")}
 

@@ -8,13 +8,15 @@ import logging
 import pytest
 
 from sparse_exp.config.schema import DatasetConfig, Experiment, ModelConfig, RecipeConfig, TrainerConfig
-from sparse_exp.errors import SparsityError
+from sparse_exp.errors import ConfigError, SparsityError
 from sparse_exp.runs.directory import Run, StageRecord
+from sparse_exp.runs.replay import told_of
 from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.stages.base import Context
-from sparse_exp.stages.registry import registry as stages
-from sparse_exp.stages.train import run_training
-from sparse_exp.tracking import Artifact
+from sparse_exp.stages.registry import STAGES
+from sparse_exp.stages.train import write_recipe
+from sparse_exp.stages.training import run_training
+from sparse_exp.tracking import Artifact, as_plain
 from sparse_exp.yolov5 import read_checkpoint
 
 EPOCHS = "training_modifiers:\n  - !EpochRangeModifier\n    start_epoch: 0.0\n    end_epoch: 1.0\n"
@@ -30,6 +32,10 @@ QUANTIZE = """quantization_modifiers:
       input_activations: {num_bits: 8, symmetric: False}
       weights: {num_bits: 8, symmetric: True}
     ignore: [SiLU, BatchNorm2d, MaxPool2d, Upsample, Concat]
+"""
+DISTIL = """distillation_modifiers:
+  - !DistillationModifier
+    start_epoch: 0.0
 """
 
 
@@ -71,10 +77,12 @@ def make_context(digits, folder, start, text: str, **options) -> Context:
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory, start) -> Context:
     context = make_context(digits, tmp_path_factory.mktemp("run") / "run", start, EPOCHS + HOLD + QUANTIZE)
-    outcome = stages.train(context)
+    outcome = STAGES["train"].run(context)
     files = context.run.digests(outcome.files)
-    context.run.record("train", StageRecord("x", files, facts=outcome.facts))
-    stages.announce(context, "train")
+    events = [as_plain(event, context.run.path) for event in outcome.events]
+    context.run.record("train", StageRecord("x", files, facts=outcome.facts, events=events))
+    for event, _ in told_of(context.run, "train", epochs=False):
+        context.tracker.log(event)
     return context
 
 
@@ -92,7 +100,7 @@ def test_the_checkpoint_that_goes_on_is_named(trained):
     )
     assert trained.checkpoint == trained.run.path / "weights/best_pruned_quant.pt"
     names = ("last", "best_pruned", "best_pruned_quant")
-    outputs = {"history.json", "sparsity.csv", *(f"weights/{name}.pt" for name in names)}
+    outputs = {"history.json", "sparsity.csv", "recipe.md", *(f"weights/{name}.pt" for name in names)}
     assert set(trained.run.records["train"].outputs) == outputs
 
 
@@ -119,7 +127,7 @@ def test_the_recipe_of_the_start_comes_first_in_checkpoint_and_run(trained):
     written = trained.run.path / "recipe.md"
     assert written.read_text() == f"---\n{kept.strip()}\n---\n"
     assert Artifact(written) in trained.tracker.events
-    stages.write_recipe(trained)  # as on resume
+    write_recipe(trained.run.path, trained.facts("train")["recipe"])  # as on resume
     assert written.read_text() == f"---\n{kept.strip()}\n---\n"
 
 
@@ -131,7 +139,7 @@ def test_the_evaluated_file_is_held_to_the_promise_of_each_layer(trained):
         with pytest.raises(
             SparsityError, match=r"best_pruned_quant\.pt, but got less in model\.9\.cv2\.conv"
         ):
-            stages.evaluate(trained)
+            STAGES["evaluate"].run(trained)
     finally:
         facts["promised"] = promised
 
@@ -139,7 +147,7 @@ def test_the_evaluated_file_is_held_to_the_promise_of_each_layer(trained):
 def test_a_checkpoint_that_is_only_evaluated_gets_its_table(digits, tmp_path, start):
     context = make_context(digits, tmp_path / "run", start, EPOCHS, checkpoint=str(start))
     context.experiment.stages = ["evaluate"]
-    outcome = stages.evaluate(context)
+    outcome = STAGES["evaluate"].run(context)
     assert outcome.files == [context.run.path / "sparsity.csv"]
     assert outcome.metrics["sparsity/prunable"] == pytest.approx(0.75, abs=1e-3)
     assert {row["promised"] for row in rows_of(context)} == {"0.000000"}
@@ -159,3 +167,10 @@ def test_zeros_that_will_be_lost_are_warned_of(digits, tmp_path, start, caplog):
     with caplog.at_level(logging.WARNING, "sparse_exp"):
         run_training(context, lambda _: None)
     assert "The start has 75 % zeros, and r.md does not hold them" in caplog.text
+
+
+def test_a_baseline_that_there_is_not_cannot_teach(digits, tmp_path, start):
+    context = make_context(digits, tmp_path / "run", start, EPOCHS + DISTIL)
+    context.experiment.recipe.teacher = "baseline"
+    with pytest.raises(ConfigError, match=r"recovery\.baseline=auto"):
+        run_training(context, lambda _: None)

@@ -11,7 +11,7 @@ from sparse_exp.data.loader import make_loader
 from sparse_exp.sparsity.prune import prune_by_magnitude
 from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.training import loop
-from sparse_exp.training.evaluation import Evaluation
+from sparse_exp.training.evaluation import Evaluation, Validation
 from sparse_exp.training.precision import Precision
 from sparse_exp.yolov5 import YOLOv5
 
@@ -22,12 +22,12 @@ IMGSZ, CLASSES, BATCH = 64, 10, 4
 def tiny_data(digits) -> loop.TrainingData:
     """The digits: 2 steps of 4 images an epoch; 6 images to validate on."""
     augment = TrainerConfig().augment
-    loaders = [
+    train, val = [
         make_loader(digits.splits[split][:8], CLASSES, imgsz=IMGSZ, batch_size=BATCH, train=split == "train",
                     seed=3, augment=augment)
         for split in ("train", "val")
     ]  # fmt: skip
-    return loop.TrainingData(*loaders, digits.names, IMGSZ)
+    return loop.TrainingData(train, Validation(val, CLASSES), digits.names, IMGSZ)
 
 
 @pytest.fixture
@@ -58,6 +58,6 @@ def scripted(monkeypatch):
             found = left.pop(0) if len(left) > 1 else left[0]
             return Evaluation(found, found / 2, np.zeros(101), np.zeros(101), images=6, seconds=0.0)
 
-        monkeypatch.setattr(loop, "evaluate_model", evaluate_model)
+        monkeypatch.setattr(Validation, "evaluate_model", evaluate_model)
 
     return script

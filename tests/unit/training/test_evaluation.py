@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_exp.data.loader import Batch
-from sparse_exp.training.evaluation import Evaluation, evaluate
+from sparse_exp.training.evaluation import Evaluation, Validation
 
 SIZE = 320
 Box = tuple[float, float, float, float]
@@ -14,7 +14,12 @@ LEFT, RIGHT, FAR = (20, 20, 80, 80), (200, 20, 260, 80), (20, 200, 80, 260)
 
 
 def run(
-    truth: list[list[tuple[int, Box]]], found: list[list[tuple[int, float, Box]]], classes: int = 1, **options
+    truth: list[list[tuple[int, Box]]],
+    found: list[list[tuple[int, float, Box]]],
+    classes: int = 1,
+    *,
+    keep_detections: bool = False,
+    **options,
 ) -> Evaluation:
     """Evaluate given detections (class, confidence, corners) against given boxes (class, corners)."""
 
@@ -40,7 +45,7 @@ def run(
         assert given.dtype == torch.uint8
         return predictions
 
-    return evaluate(predict, [batch], num_classes=classes, **options)
+    return Validation([batch], classes, **options).evaluate(predict, keep_detections=keep_detections)
 
 
 def test_perfect() -> None:
@@ -132,4 +137,4 @@ def test_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
 def test_wrong_shape_is_refused() -> None:
     batch = Batch(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.zeros(0, 6))
     with pytest.raises(ValueError, match=r"\(1, 'A', 7\), but got \(1, 4, 6\)"):
-        evaluate(lambda images: torch.zeros(1, 4, 6), [batch], num_classes=2)
+        Validation([batch], 2).evaluate(lambda images: torch.zeros(1, 4, 6))

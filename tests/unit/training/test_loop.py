@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.errors import RecipeError
 from sparse_exp.training.averaging import exponential
-from sparse_exp.training.evaluation import as_input, evaluate_model
+from sparse_exp.training.evaluation import as_input
 from sparse_exp.training.precision import Precision, choose_precision
 from sparse_exp.yolov5 import read_checkpoint
 
@@ -161,7 +161,7 @@ def test_evaluation_changes_nothing_in_a_model_that_still_observes(tiny_run, rec
     model.load_state_dict(read_checkpoint(tiny_run.weights / "last.pt").state_dict)
     model.train().apply(torch.ao.quantization.enable_observer)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    evaluate_model(model, tiny_run.trainer._data.val, TrainerConfig())
+    tiny_run.trainer._data.val.evaluate_model(model)
     after = model.state_dict()
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
     assert model.training

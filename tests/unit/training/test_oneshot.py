@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.errors import SparsityError
 from sparse_exp.sparsity.checkpoints import CheckpointWriter, restore
 from sparse_exp.sparsity.prune import prune_by_magnitude
 from sparse_exp.sparsity.recipe import Recipe
+from sparse_exp.training.evaluation import Validation
 from sparse_exp.training.loop import TrainingData
 from sparse_exp.training.oneshot import apply_at_once, calibration_loader
 from sparse_exp.training.precision import Precision
@@ -51,8 +51,8 @@ def test_calibration_images_are_drawn_by_the_seed_and_not_augmented(digits):
 
 @pytest.fixture(scope="module")
 def data(digits) -> TrainingData:
-    loaders = [calibration_loader(digits, count, imgsz=64, batch_size=4, seed=0) for count in (8, 2)]
-    return TrainingData(*loaders, digits.names, 64)
+    train, val = [calibration_loader(digits, count, imgsz=64, batch_size=4, seed=0) for count in (8, 2)]
+    return TrainingData(train, Validation(val, 10), digits.names, 64)
 
 
 def at_once(data: TrainingData, folder, recipe: Recipe, start: float = 0.0):
@@ -60,7 +60,7 @@ def at_once(data: TrainingData, folder, recipe: Recipe, start: float = 0.0):
     model = YOLOv5("n", 10)
     prune_by_magnitude(model.prunable_convolutions(), start)
     precision = Precision(autocast=False, channels_last=True)
-    result = apply_at_once(model, recipe, data, TrainerConfig(), precision, weights=folder, composed="a: 1")
+    result = apply_at_once(model, recipe, data, precision, weights=folder, composed="a: 1")
     return model, result
 
 
@@ -90,7 +90,7 @@ def test_what_is_applied_at_once_comes_back(data, tmp_path):
     model, result = at_once(data, tmp_path, recipe)
     writer = CheckpointWriter(tmp_path, data.names, 64, recipe.text)
     path = writer.save("again.pt", model, "pruned_quant", result.history[0], {})
-    images = next(iter(data.val)).images.float() / 255
+    images = next(iter(data.val.loader)).images.float() / 255
     with torch.no_grad():
         same_layout = model.to(memory_format=torch.contiguous_format)
         assert torch.equal(restore(path)[0](images)[0], same_layout(images)[0])

@@ -29,6 +29,7 @@ from sparse_exp.sources.start import fetch_start
 from sparse_exp.sparsity.prune import prune_by_magnitude
 from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.training import loop, processes
+from sparse_exp.training.evaluation import Validation
 from sparse_exp.training.precision import Precision
 from sparse_exp.training.start import load_start
 from sparse_exp.yolov5 import YOLOv5, read_checkpoint
@@ -49,7 +50,7 @@ def arguments(folder: Path, text: str, variables=None, *, images: int = 18, spar
     if sparsity:
         prune_by_magnitude(model.prunable_convolutions(), sparsity)
     config = TrainerConfig(batch_size=4)
-    loaders = [
+    train, val = [
         make_loader(data.splits[split], 10, imgsz=64, batch_size=4, train=split == "train", seed=3,
                     augment=config.augment)
         for split in ("train", "val")
@@ -59,7 +60,7 @@ def arguments(folder: Path, text: str, variables=None, *, images: int = 18, spar
     return {
         "model": model,
         "recipe": Recipe(text, variables),
-        "data": loop.TrainingData(*loaders, data.names, 64),
+        "data": loop.TrainingData(train, Validation(val, 10), data.names, 64),
         "config": config,
         "precision": Precision(autocast=False, channels_last=True),
         "weights": weights,
@@ -155,10 +156,10 @@ def real_arguments(folder: Path) -> dict:
         experiment = resolve(compose("config", words))
     cache = cache_directory(None)
     data = prepare(experiment.dataset, cache)
-    fetch_start(experiment.model, cache, folder)
-    model, _ = load_start(experiment, data, cache)
+    start = fetch_start(experiment.model, cache, folder)
+    model, _ = load_start(start, experiment.model.size, len(data.names), seed=experiment.seed)
     prune_by_magnitude(model.prunable_convolutions(), 0.75)
-    loaders = [
+    train, val = [
         make_loader(data.splits[split], len(data.names), imgsz=160, batch_size=4, train=split == "train",
                     seed=0, augment=experiment.trainer.augment)
         for split in ("train", "val")
@@ -168,7 +169,7 @@ def real_arguments(folder: Path) -> dict:
     return {
         "model": model,
         "recipe": Recipe(text, {"init_lr": 1e-4, "final_lr": 1e-5}),
-        "data": loop.TrainingData(*loaders, data.names, 160),
+        "data": loop.TrainingData(train, Validation(val, len(data.names)), data.names, 160),
         "config": experiment.trainer,
         "precision": Precision(autocast=False, channels_last=True),
         "weights": folder / "weights",

@@ -16,10 +16,10 @@ from sparse_exp.config.schema import DatasetConfig, Experiment, ModelConfig, Rec
 from sparse_exp.runs.directory import Run
 from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.stages.base import Context
-from sparse_exp.stages.registry import registry as stages
+from sparse_exp.stages.registry import STAGES
 from sparse_exp.tracking import Metrics
 from sparse_exp.training import loop, state
-from sparse_exp.training.evaluation import Evaluation
+from sparse_exp.training.evaluation import Evaluation, Validation
 from sparse_exp.training.loop import TrainingResult
 from sparse_exp.training.state import StateError, StateFile
 from sparse_exp.yolov5 import YOLOv5, read_checkpoint
@@ -52,14 +52,14 @@ def telling(monkeypatch):
     """An evaluation whose mAP50 changes with every bit of the weights and buffers; a list to make it fall."""
     trainers: list[loop.Trainer] = []
 
-    def evaluate_model(model, *_args, **_options) -> Evaluation:
+    def evaluate_model(_, model, *_args, **_options) -> Evaluation:
         finite = (value for value in model.state_dict().values() if value.isfinite().all())
         found = math.modf(sum(float(value.double().abs().sum()) for value in finite) * 1e4)[0]
         if trainers:
             found = 0.9 - 0.1 * trainers[-1]._at.step / 8 + 0.001 * found
         return Evaluation(found, found / 2, np.zeros(101), np.zeros(101), images=6, seconds=0.0)
 
-    monkeypatch.setattr(loop, "evaluate_model", evaluate_model)
+    monkeypatch.setattr(Validation, "evaluate_model", evaluate_model)
     return trainers
 
 
@@ -347,25 +347,25 @@ def context(digits, tmp_path):
 @pytest.mark.parametrize(("again", "told_again"), [("one", [300]), ("another", [100, 200, 300])])
 def test_the_stage_goes_on_and_tells_the_tracker_what_it_does_not_know(context, again, told_again):
     with pytest.raises(Killed):
-        stages.train(context("cut", Notebook("one", 3)))
+        STAGES["train"].run(context("cut", Notebook("one", 3)))
     notebook = Notebook(again)
-    outcome = stages.train(context("cut", notebook))
+    outcome = STAGES["train"].run(context("cut", notebook))
     assert notebook.told == told_again
     assert [path.name for path in outcome.spent] == ["state.pt"]
     assert outcome.spent[0].is_file()
     assert sorted(path.name for path in outcome.files) == sorted(
-        ["history.json", "sparsity.csv", "best_dense.pt", "last.pt"]
+        ["history.json", "sparsity.csv", "recipe.md", "best_dense.pt", "last.pt"]
     )
 
 
 def test_the_stage_begins_again_where_the_state_does_not_fit(context, caplog):
     with pytest.raises(Killed):
-        stages.train(context("cut", Notebook("one", 2)))
+        STAGES["train"].run(context("cut", Notebook("one", 2)))
     file = StateFile(context("cut", None).run.path / state.STATE, "mark", "one")
     kept = file.read()
     other_layers(kept)
     file.write(kept)
     notebook = Notebook("one")
-    stages.train(context("cut", notebook))
+    STAGES["train"].run(context("cut", notebook))
     assert notebook.told == [100, 200, 300]
     assert "The training starts from the beginning." in caplog.text

@@ -5,17 +5,19 @@ import torch
 
 from sparse_exp.config.schema import RecipeConfig
 from sparse_exp.errors import CheckpointError, ConfigError, RecipeError, SourceUnavailable
+from sparse_exp.sources.start import teacher_file
 from sparse_exp.sparsity.checkpoints import CheckpointWriter
 from sparse_exp.training.oneshot import refuse_untrained_start
-from sparse_exp.training.start import Loaded, load_teacher, prune_start
+from sparse_exp.training.start import Start, load_teacher, prune_start
 from sparse_exp.yolov5 import Checkpoint, TransferReport, YOLOv5
 
 HEAD = ("model.24.m.0.bias", "model.24.m.0.weight", "model.24.m.1.bias", "model.24.m.1.weight")
 
 
-def loaded(*left: str) -> Loaded:
+def loaded(*left: str) -> Start:
     checkpoint = Checkpoint("sparse_exp", "n", 10, tuple("0123456789"), {}, "", "dense", 1.0, {}, 64)
-    return Loaded("somewhere", checkpoint, TransferReport(300, 300 + len(left), left))
+    report = TransferReport(300, 300 + len(left), left)
+    return Start("somewhere", 0.0, left=left, checkpoint=checkpoint, report=report)
 
 
 def save(path, classes: int, size: str = "n") -> YOLOv5:
@@ -34,19 +36,19 @@ def student() -> YOLOv5:
 
 def test_the_start_itself_teaches_as_it_was_before_pruning(tmp_path):
     student = YOLOv5("n", 10)
-    teacher = load_teacher("self", student, loaded(), baseline=None, cache=tmp_path, zoo=tmp_path)
+    teacher = load_teacher(None, student, loaded())
     before = {name: value.clone() for name, value in student.state_dict().items()}
     prune_start(student, 0.5, RecipeConfig())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert not torch.equal(student.state_dict()["model.1.conv.weight"], before["model.1.conv.weight"])
 
 
-@pytest.mark.parametrize("start", [loaded(*HEAD), Loaded("scratch")], ids=["new head", "scratch"])
+@pytest.mark.parametrize("start", [loaded(*HEAD), Start("scratch", 0.0)], ids=["new head", "scratch"])
 def test_a_start_that_knows_nothing_of_the_classes_neither_teaches_nor_is_used_at_once(
     student, tmp_path, start
 ):
     with pytest.raises(ConfigError, match=r"recipe\.teacher=self would teach noise") as teaching:
-        load_teacher("self", student, start, baseline=None, cache=tmp_path, zoo=tmp_path)
+        load_teacher(None, student, start)
     with pytest.raises(RecipeError, match=r"know the data set's classes already") as at_once:
         refuse_untrained_start(start)
     for error in (teaching, at_once):
@@ -56,36 +58,34 @@ def test_a_start_that_knows_nothing_of_the_classes_neither_teaches_nor_is_used_a
     refuse_untrained_start(loaded())
 
 
+@pytest.mark.parametrize("teacher", [None, "self", "baseline"])
+def test_what_is_no_place_names_no_file(tmp_path, teacher):
+    assert teacher_file(teacher, tmp_path, tmp_path) is None
+
+
 @pytest.mark.parametrize("by", ["path", "baseline"])
 def test_a_checkpoint_teaches_whatever_its_size(student, tmp_path, by):
     saved = save(tmp_path / "best_dense.pt", classes=10, size="s")
     path = tmp_path / "best_dense.pt"
     given = (str(path), None) if by == "path" else ("baseline", path)
-    teacher = load_teacher(
-        given[0], student, Loaded("scratch"), baseline=given[1], cache=tmp_path, zoo=tmp_path
-    )
+    file = teacher_file(given[0], tmp_path, tmp_path, baseline=given[1])
+    teacher = load_teacher(file, student, Start("scratch", 0.0))
     assert teacher.size == "s"
     assert all(torch.equal(v, saved.state_dict()[name]) for name, v in teacher.state_dict().items())
 
 
 def test_a_quantized_checkpoint_teaches_too(student, tiny_run, tmp_path):
     path = tiny_run.best["pruned_quant"]
-    teacher = load_teacher(str(path), student, loaded(), baseline=None, cache=tmp_path, zoo=tmp_path)
+    teacher = load_teacher(teacher_file(str(path), tmp_path, tmp_path), student, loaded())
     assert any("fake_quant" in name for name in teacher.state_dict())
 
 
 def test_teachers_that_cannot_be_are_refused(student, tmp_path):
     save(tmp_path / "other.pt", classes=3)
     with pytest.raises(CheckpointError, match=r"classes of the teacher .*other\.pt to be 10 as in .* got 3"):
-        load_teacher(
-            str(tmp_path / "other.pt"), student, loaded(), baseline=None, cache=tmp_path, zoo=tmp_path
-        )
-    with pytest.raises(ConfigError, match=r"recovery\.baseline=auto"):
-        load_teacher("baseline", student, loaded(), baseline=None, cache=tmp_path, zoo=tmp_path)
+        load_teacher(tmp_path / "other.pt", student, loaded())
     with pytest.raises(SourceUnavailable, match="nowhere"):
-        load_teacher(
-            str(tmp_path / "nowhere.pt"), student, loaded(), baseline=None, cache=tmp_path, zoo=tmp_path
-        )
+        teacher_file(str(tmp_path / "nowhere.pt"), tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "block4"])
