@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,11 @@ from command import command_line
 from sparse_exp import cli, experiment
 from sparse_exp.config.plain import CONF_DIRECTORY, as_dict, as_yaml, recipe_path
 from sparse_exp.config.schema import STAGES, Experiment, HardwareConfig
+from sparse_exp.errors import ConfigError
 from sparse_exp.files import sha256_of
+from sparse_exp.predict.models import find_model
 from sparse_exp.runs.past import read_run
+from sparse_exp.zoo.publish import publish_run, read_finished
 
 __all__ = ["command_line"]
 
@@ -26,6 +30,7 @@ WORDS = [
     "recipe.variables.num_epochs=2", "hardware.engines=[onnxruntime]", "hardware.duration_s=0.4",
     "trainer.augment.mosaic=0.25", "trainer.augment.hue=0.1", "trainer.patience=3",
 ]  # fmt: skip
+UNPUBLISHED = [word for word in WORDS if word != "publish=auto"]
 RESUME = "resume='a run=1'"
 PLACE = ("paths", "resume", "overwrite", "dry_run", "sweep", "launcher", "ray")
 
@@ -202,8 +207,7 @@ def test_where_the_first_words_are_not_known_there_are_none(run, start):
 
 
 def test_stages_of_a_later_start_are_added_to_those_of_the_run(record, start):
-    words = [word for word in WORDS if word != "publish=auto"]
-    run = record(*words, "stages=[fetch,plan,train]")
+    run = record(*UNPUBLISHED, "stages=[fetch,plan,train]")
     again = start("stages=[export,evaluate]", RESUME)
     assert again.experiment.stages == ["evaluate", "export"]
     assert again.whole.stages == ["fetch", "plan", "train", "evaluate", "export"]
@@ -214,7 +218,7 @@ def test_stages_of_a_later_start_are_added_to_those_of_the_run(record, start):
 
 
 def test_a_stage_that_gets_something_to_do_runs(record, start):
-    record(*[word for word in WORDS if word not in ("publish=auto", "tracker=none")])
+    record(*[word for word in UNPUBLISHED if word != "tracker=none"])
     assert start(RESUME).experiment.stages[-1] == "report"
     again = start("publish=auto", "tracker.register=crowns", RESUME)
     assert again.experiment.stages[-2:] == again.whole.stages[-2:] == ["publish", "register"]
@@ -307,6 +311,63 @@ def test_images_that_cannot_be_used_may_be_left_out_before_the_data_is_read(reco
 def test_a_run_without_a_readable_record_is_refused(run, refused, content, said):
     (run / "config.yaml").unlink() if content is None else (run / "config.yaml").write_bytes(content)
     refused([], said)
+
+
+@pytest.fixture
+def typed(start):
+    """A function of a message: what the command at its end starts, once a shell and Hydra have read it."""
+
+    def of(message: str) -> Start:
+        line = message[message.index("python -m sparse_exp ") :].replace("python", "printf '%s\\0'", 1)
+        words = (
+            subprocess.run(["sh", "-c", line], capture_output=True, check=True).stdout.decode().split("\0")
+        )
+        assert words[:2] == ["-m", "sparse_exp"]
+        return start(*words[2:-1])
+
+    return of
+
+
+TO_EXPORT = ["fetch", "plan", "baseline", "train", "evaluate", "export"]
+
+
+@pytest.mark.parametrize(
+    ("state", "said", "stages"),
+    [
+        ({"status": "KILLED"}, "to be FINISHED, but got 'KILLED'", [*TO_EXPORT, "verify"]),
+        ({"finished": TO_EXPORT[:4], "trained": True}, "evaluate and export", ["evaluate", "export"]),
+        ({"finished": TO_EXPORT[:5], "trained": True}, "to have run export", ["export"]),
+        ({"finished": TO_EXPORT[:2]}, "evaluate and export", TO_EXPORT),
+        ({"finished": TO_EXPORT, "changed": "model.onnx"}, "is missing or not what", [*TO_EXPORT, "verify"]),
+    ],
+)
+def test_a_run_that_cannot_be_published_is_gone_on_with_by_what_is_said(record, typed, state, said, stages):
+    run = record(*UNPUBLISHED, "stages=[fetch,plan,baseline,train,evaluate,export,verify]")
+    set_state(run, **{"status": "FINISHED", **state})
+    with pytest.raises(ConfigError, match=said) as raised:
+        publish_run(read_finished(run), run.parent / "zoo")
+    again = typed(str(raised.value))
+    assert (Path(again.experiment.resume), again.experiment.stages) == (run, stages)
+    assert as_yaml(again.whole) == (run / "config.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("trained", "stages"), [(True, ["export"]), (False, TO_EXPORT)])
+def test_a_run_without_exported_files_is_gone_on_with_by_what_is_said(record, typed, trained, stages):
+    run = record(*UNPUBLISHED)
+    set_state(run, status="KILLED", finished=TO_EXPORT[:4] if trained else (), trained=trained)
+    with pytest.raises(ConfigError, match="has no exported model") as raised:
+        find_model(str(run), engine="onnxruntime")
+    assert typed(str(raised.value)).experiment.stages == stages
+
+
+def set_state(run: Path, *, status: str, finished=(), trained=False, changed=None) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
+    stages = {stage: {"fingerprint": stage} for stage in finished}
+    if trained:
+        stages["train"]["facts"] = {"checkpoint": "weights/best_pruned.pt"}
+    if changed:
+        stages["export"]["outputs"] = {changed: "0" * 64}
+    (run / "manifest.json").write_text(json.dumps({**manifest, "status": status, "stages": stages}))
 
 
 def test_a_dry_run_changes_nothing(run, command_line, monkeypatch, tmp_path):
