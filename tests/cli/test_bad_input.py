@@ -47,7 +47,8 @@ def sx(cwd, cache, monkeypatch, command_line):
 
 def check_message(ended: Ended, *fragments: str) -> None:
     assert ended.code != 0
-    assert re.fullmatch(r"Error: [^\n]+\.", ended.error), ended.error
+    # One line: sentences, the last of which may end with a command that is typed as it stands there.
+    assert re.fullmatch(r"Error: [^\n]+(\.|: python -m sparse_exp[^\n]+)", ended.error), ended.error
     assert "Traceback" not in ended.output
     for fragment in fragments:
         assert fragment in ended.error
