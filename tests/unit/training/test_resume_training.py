@@ -56,7 +56,7 @@ def telling(monkeypatch):
         finite = (value for value in model.state_dict().values() if value.isfinite().all())
         found = math.modf(sum(float(value.double().abs().sum()) for value in finite) * 1e4)[0]
         if trainers:
-            found = 0.9 - 0.1 * trainers[-1]._at.step / 8 + 0.001 * found
+            found = 0.9 - 0.1 * trainers[-1]._position.step / 8 + 0.001 * found
         return Evaluation(found, found / 2, np.zeros(101), np.zeros(101), images=6, seconds=0.0)
 
     monkeypatch.setattr(Validation, "evaluate_model", evaluate_model)
