@@ -30,7 +30,7 @@ class Best:
 
 
 def is_pruning(phase: Phase) -> bool:
-    """Whether zeros are still being made in a phase. Of such a phase only the weights at its end are kept."""
+    """Whether zeros are still being made in a phase; then only the weights at its end may be its best."""
     return phase.name.startswith("pruning")
 
 
