@@ -92,6 +92,6 @@ def _zeros(path: Path) -> float:
 @pytest.fixture(scope="session")
 def published_model(finished_run, digits, tmp_path_factory):
     """That run in a local zoo; do not change it. Its directory is ``.directory``."""
-    from sparse_exp.zoo.publish import publish_run, read_run
+    from sparse_exp.zoo.publish import publish_run, read_finished
 
-    return publish_run(read_run(finished_run), tmp_path_factory.mktemp("zoo"), dataset=digits)
+    return publish_run(read_finished(finished_run), tmp_path_factory.mktemp("zoo"), dataset=digits)
