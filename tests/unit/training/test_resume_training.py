@@ -224,6 +224,15 @@ def test_the_position_is_said_and_a_state_is_data_alone(saved, train, caplog):
     assert "Going on with the training after epoch 1 of 3." in caplog.messages
 
 
+@pytest.mark.parametrize(("earlier", "goes_on"), [("mark", True), ("another", False), (None, False)])
+def test_a_state_of_an_earlier_version_is_gone_on_with_where_nothing_changed(saved, train, earlier, goes_on):
+    file = StateFile(saved, "as it is taken now", earlier_mark=earlier)
+    assert (file.read() is not None) is goes_on
+    if goes_on:
+        train(EPOCHS, file)  # which saves its own states from then on
+        assert StateFile(saved, "as it is taken now").read()["at"]["step"] == 6
+
+
 class Runs:
     """An object whose unpickling would leave a file."""
 
