@@ -16,12 +16,13 @@ from rich.console import Console
 
 from sparse_exp.cli import log_to_console
 from sparse_exp.command import Parser, run_command
-from sparse_exp.config.plain import recipe_path
+from sparse_exp.config.plain import as_dict, recipe_path
 from sparse_exp.config.schema import Experiment, TrackerConfig
 from sparse_exp.data import is_prepared, prepare
 from sparse_exp.errors import ConfigError, SparseExpError, expected
 from sparse_exp.experiment import run
 from sparse_exp.files import read_json, sha256_of
+from sparse_exp.hints import override
 from sparse_exp.resolve import rebuild
 from sparse_exp.runs.conditions import (
     NOT_RECORDED,
@@ -121,10 +122,19 @@ def main() -> int:
         return 0
 
     log_to_console()
-    words = None if record.overrides is None else [*record.overrides, *options.overrides]
+    changed = [_as_hydra_reads_it(word, experiment) for word in options.overrides]
+    words = None if record.overrides is None else [*record.overrides, *changed]
     told = {} if words is None else {"overrides.yaml": _as_yaml_list(words)}
     run(experiment, {**record.hydra, **told}, words)
     return 0
+
+
+def _as_hydra_reads_it(word: str, experiment: Experiment) -> str:
+    """The word of a Hydra command line for what a word of this one, whose values are YAML, has set."""
+    key, value = word.partition("=")[0], as_dict(experiment)
+    for name in key.split("."):
+        value = value[name]
+    return override(key, value)
 
 
 def find_record(run: str, config: TrackerConfig, store: Path) -> Record:

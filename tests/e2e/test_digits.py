@@ -84,7 +84,13 @@ def smoke(place):
 
 
 @pytest.fixture
-def again(place, monkeypatch, capsys):
+def again(alone):
+    """Calls the command line with the words that the run was started with, and more."""
+    return lambda *words: alone(*SMOKE, *words)
+
+
+@pytest.fixture
+def alone(place, monkeypatch, capsys):
     """Calls the command line in this process, where torch is imported already."""
     monkeypatch.chdir(place.cwd)
     monkeypatch.setenv("SPARSE_EXP_CACHE", str(place.cache))
@@ -94,7 +100,7 @@ def again(place, monkeypatch, capsys):
     state = logger.handlers[:], logger.propagate, logger.level
 
     def call(*words: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["sparse-exp", *SMOKE, *words])
+        monkeypatch.setattr(sys, "argv", ["sparse-exp", *words])
         code, error = 0, ""
         try:
             cli.main()
@@ -348,6 +354,23 @@ def test_resume_keeps_what_is_finished(smoke, again, client):
     assert times == {path: path.stat().st_mtime_ns for path in (run / "deployment").iterdir()}
     (found,) = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
     assert found.info.status == "FINISHED"
+
+
+def test_resume_alone_goes_on_with_the_run_as_it_was_configured(smoke, alone, client):
+    run, _ = smoke
+    recorded = ("config.yaml", "recipe.md", "result.json", ".hydra/config.yaml", ".hydra/hydra.yaml",
+                ".hydra/overrides.yaml", "report.md")  # fmt: skip
+    before, manifest = {name: (run / name).read_bytes() for name in recorded}, load(run / "manifest.json")
+    code, output = alone(f"resume={run}")
+    assert code == 0, output
+    for stage in STAGES:
+        assert f"== {stage}: finished before, kept" in output
+    after = load(run / "manifest.json")
+    for key in ("stages", "overrides", "name", "tracker_run_id", "status"):
+        assert after[key] == manifest[key]
+    assert {name: (run / name).read_bytes() for name in recorded} == before
+    (found,) = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+    assert found.data.params["model.name"] == "yolov5n"
 
 
 def test_a_failing_stage_ends_the_run_with_its_reason(smoke, again, client):

@@ -149,10 +149,10 @@ def test_a_run_is_made_again(monkeypatch, capsys, tmp_path):
     said = "Code, packages, data and host are as they were for outputs/runs/first.\n"
     assert capsys.readouterr().out == said * 2
 
-    assert command(monkeypatch, "outputs/runs/first", "seed=4") == 0
+    assert command(monkeypatch, "outputs/runs/first", "seed=4", "name=a, b") == 0
     (again,) = set(tmp_path.rglob("manifest.json")) - set(before)
     manifests = [json.loads(path.read_text()) for path in (*before, again)]
-    assert manifests[1]["overrides"] == ["seed=3", "seed=4"]
+    assert manifests[1]["overrides"] == ["seed=3", "seed=4", 'name="a, b"']  # the last in Hydra's quotes
     assert manifests[0]["conditions"] == manifests[1]["conditions"]
     assert manifests[0]["stages"]["fetch"]["facts"] == manifests[1]["stages"]["fetch"]["facts"]
     assert rebuild((again.parent / "config.yaml").read_text(), [])[0].seed == 4
