@@ -99,7 +99,7 @@ def test_outputs_in_training_and_evaluation():
     predictions, raw = model.eval()(x)
     assert predictions.shape == (2, 3 * (96 + 24 + 6), 8)
     objectness = torch.cat([r[..., 4].flatten(1) for r in raw], 1).sigmoid()
-    # To a unit in the last place: where a tensor is laid out otherwise, other instructions compute its sigmoid.
+    # To a unit in the last place: other instructions compute the sigmoid of a tensor laid out otherwise.
     torch.testing.assert_close(predictions[..., 4], objectness, rtol=2.4e-7, atol=0)
 
 
