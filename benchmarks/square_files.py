@@ -27,13 +27,14 @@ from sparse_exp.export.exporter import export_dense_integer, export_deployment
 from sparse_exp.export.networks import Network, initial_network, sparse_network
 from sparse_exp.export.onnx import export_float
 from sparse_exp.export.post_training import quantize_onnxruntime, quantize_openvino
-from sparse_exp.runs.deployment import DENSE, SPARSE_FP32, before_quantization, dense_int8
+from sparse_exp.runs.deployment import DENSE, SPARSE_FP32, dense_int8
+from sparse_exp.runs.directory import Run
 from sparse_exp.runs.metadata import describe
 from sparse_exp.sources.cache import cache_directory
 from sparse_exp.sparsity.checkpoints import restore
 from sparse_exp.training.oneshot import calibration_loader
 from sparse_exp.yolov5 import YOLOv5
-from sparse_exp.zoo.publish import FinishedRun, dataset_of, read_run
+from sparse_exp.zoo.publish import dataset_of, read_finished
 
 OPSET = 13
 _STRIDE = 32
@@ -44,14 +45,14 @@ def main() -> int:
     options = _options()
     if options.imgsz % _STRIDE:
         raise ConfigError(expected("--imgsz", f"a multiple of {_STRIDE}", options.imgsz, "Correct it."))
-    run = _read(options.run)
-    model, checkpoint = restore(run.checkpoint)
-    dense = restore(_read(options.dense).checkpoint)[0] if options.dense else initial_network(model)
+    run, file = _read(options.run)
+    model, checkpoint = restore(file)
+    dense = restore(_read(options.dense)[1])[0] if options.dense else initial_network(model)
     images = _images(options, run) if options.int8 else []
     options.out.mkdir(parents=True, exist_ok=True)
     form = {"imgsz": options.imgsz, "opset": OPSET, "names": checkpoint.names}
     export_deployment(model, options.out, dense=dense, **form)
-    sparse = sparse_network(model, before_quantization(run.checkpoint, run.records))
+    sparse = sparse_network(model, run.before_quantization(file))
     if isinstance(sparse, Network):
         export_float(sparse.model, options.out / SPARSE_FP32, **form)
     if options.int8:
@@ -74,11 +75,12 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _read(path: Path) -> FinishedRun:
-    run = read_run(path)
-    if "train" not in run.records:
+def _read(path: Path) -> tuple[Run, Path]:
+    """A finished run, and the checkpoint that it trained."""
+    run = read_finished(path)
+    if run.trained_checkpoint is None:
         raise ConfigError(expected("the run", "one that trained", str(path), "Give another."))
-    return run
+    return run, run.trained_checkpoint
 
 
 def _write_int8(
@@ -93,7 +95,7 @@ def _write_int8(
     quantize_openvino(out / DENSE, out / dense_int8("openvino"), images)
 
 
-def _images(options: argparse.Namespace, run: FinishedRun) -> list[NDArray[np.uint8]]:
+def _images(options: argparse.Namespace, run: Run) -> list[NDArray[np.uint8]]:
     """Batches of the run's own training images, at the size of ``--imgsz``."""
     dataset, batch = dataset_of(run, cache_directory(None)), TrainerConfig().val_batch_size
     if dataset is None:

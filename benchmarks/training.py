@@ -168,12 +168,12 @@ def our_steps(
     sparsifier = recipe.attach(trainer._model, trainer._optimizer, per_epoch)
     phase, source = recipe.phases()[1 if stretch.quantized else 0], _endless(loader)
     done = round(phase.start * per_epoch)
-    trainer._enter(phase, sparsifier, phase.start)
+    trainer._begin_phase(phase, sparsifier, phase.start)
 
     def steps(count: int) -> None:
         nonlocal done
         with progress("", count, "steps") as bar:
-            trainer._run(phase, range(done, done + count), per_epoch, source, sparsifier, bar)
+            trainer._train(phase, range(done, done + count), per_epoch, source, sparsifier, bar)
         done += count
 
     if stretch.frozen:

@@ -3,7 +3,7 @@
     python tools/config_reference.py            print the page
     python tools/config_reference.py --write    replace docs/configuration.md
 
-A test compares the committed page with what this makes, so that it cannot go stale.
+A test compares the committed page with the output, so that the page stays up to date.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 PAGE = ROOT / "docs" / "configuration.md"
 
-# What keys mean whose field in the schema, or whose line in a recipe, does not say it itself.
+# Meanings of the keys that have none in the schema or in a recipe.
 MEANINGS = {
     "name": "name of the run, in its directory and in the tracker",
     "seed": "of everything random: initial weights, order of the images, augmentation",
@@ -75,25 +75,25 @@ INTRO = """\
 <!-- Made by tools/config_reference.py from sparse_exp/config/schema.py and conf/. Do not edit. -->
 # Configuration
 
-Every key with its type, unit, bounds, default and meaning. The command line takes three kinds of words:
+All keys with their types, units, bounds, defaults and meanings. The command line takes three kinds of words:
 
     model=yolov5n                          another option of a group (a file in conf/<group>/)
     trainer.batch_size=16                  another value of a key
     experiment=smoke                       a preset that sets several groups at once
 
 The command line beats a preset, a preset beats `conf/local/default.yaml`, and that beats the other
-options. Own options need no fork: `--config-dir DIR model=mine` also looks for `DIR/model/mine.yaml`.
-`--help` lists the groups, `--cfg job` prints the composed configuration, `--info defaults-tree` says
+options. Options of your own need no fork: `--config-dir DIR model=mine` also looks for `DIR/model/mine.yaml`.
+`--help` lists the groups, `--cfg job` prints the composed configuration, `--info defaults-tree` shows
 where it came from, `dry_run=true` prints the plan. `-m model=yolov5n,yolov5s` makes several runs.
 
-The column "default" holds what applies when nothing is said: the value of the group's default option, else
-that of the schema. `???` means that the value must be given. A value outside its bounds, a key that is
-not listed here, or keys that contradict each other are refused before anything starts, all at once.
+The column "default" holds the value of the group's default option, or else that of the schema. `???` means
+that a value must be given. Values outside their bounds, keys that are not listed here, and keys that
+contradict each other are refused before anything starts, all in one message.
 
 ## Environment variables
 
 | variable | meaning |
-| --- | --- |
+|---|---|
 | `SPARSE_EXP_CACHE` | directory for downloads and data sets; `paths.cache` wins over it |
 | `SPARSE_EXP_ZOO` | the local zoo; `paths.zoo` wins over it |
 | `XDG_CACHE_HOME` | where the user's cache lies, if neither is set; `~/.cache` by default |
@@ -107,14 +107,14 @@ NOTES = {
     "place for settings of one machine, such as `paths.cache` or `hardware.cores`. Begin it with the line "
     "`# @package _global_`.",
     "experiment": "Presets (`# @package _global_`): each sets options and values of several groups.",
-    "sweep": "Reserved for search spaces of `--multirun`; there are no options yet.",
+    "sweep": "Presets for `--multirun` (`# @package _global_`): each sets keys that vary, and objectives.",
 }
-OWN = ("local",)  # groups whose options are the user's, not the project's
+OWN = ("local",)  # groups whose options belong to the user
 
 
 @dataclass(frozen=True)
-class Row:
-    """One key of the configuration, each column as it is printed."""
+class KeyRow:
+    """A key of the configuration as a row of the table; each attribute is the text of a cell."""
 
     key: str
     type: str
@@ -132,7 +132,7 @@ def page() -> str:
 
 
 def groups() -> dict[str, str | None]:
-    """Each group of the defaults list with the option that is taken by default (None: none)."""
+    """Each group of the defaults list with its default option, None where it has none."""
     defaults = _read(CONF / "config.yaml")["defaults"]
     pairs = [next(iter(entry.items())) for entry in defaults if isinstance(entry, dict)]
     return {
@@ -140,14 +140,14 @@ def groups() -> dict[str, str | None]:
     }
 
 
-def top_rows() -> list[Row]:
+def top_rows() -> list[KeyRow]:
     """The keys that belong to no group."""
     values = _read(CONF / "config.yaml")
     return [row for row in _rows(Experiment, values, "") if row.key.split(".")[0] not in groups()]
 
 
-def group_rows(group: str) -> list[Row]:
-    """The keys of a group; empty for one that the schema does not describe."""
+def group_rows(group: str) -> list[KeyRow]:
+    """The keys of a group; empty for a group that is not in the schema."""
     cls = get_type_hints(Experiment).get(group)
     if cls is None:
         return []
@@ -155,31 +155,32 @@ def group_rows(group: str) -> list[Row]:
 
 
 def options_of(group: str) -> list[str]:
-    """The options of a group, those in folders below it too (published/NAME)."""
+    """The options of a group, and those in folders below it (published/NAME) after them."""
     paths = [] if group in OWN else (CONF / group).rglob("*.yaml")
     names = [path.relative_to(CONF / group).with_suffix("").as_posix() for path in paths]
     return sorted(names, key=lambda name: ("/" in name, name))
 
 
-def variable_rows(option: str) -> list[Row]:
-    """The root variables that a recipe option names; one without a value is derived by the recipe."""
+def variable_rows(option: str) -> list[KeyRow]:
+    """The root variables of a recipe option; the recipe derives one without a value from the others."""
     rows = []
     for name, value in _option("recipe", option).get("variables", {}).items():
         key = f"recipe.variables.{name}"
-        rows.append(Row(key, "float", "", "", "derived" if value is None else _shown(value), MEANINGS[key]))
+        default = "derived" if value is None else _shown(value)
+        rows.append(KeyRow(key, "float", "", "", default, MEANINGS[key]))
     return rows
 
 
 def _variables(options: list[str]) -> str:
-    """One line for each variable: what it means, and its default in each option that has it."""
-    found = [(row, option) for option in options for row in variable_rows(option)]
-    rows = []
-    for key, meaning in {row.key: row.meaning for row, _ in found}.items():
-        having = [(row.default, option) for row, option in found if row.key == key]
+    """A table with a row for each variable: its meaning, and its default in each option that has it."""
+    lines = []
+    rows = [(row, option) for option in options for row in variable_rows(option)]
+    for key, meaning in {row.key: row.meaning for row, _ in rows}.items():
+        having = [(row.default, option) for row, option in rows if row.key == key]
         defaults = {value: [o for v, o in having if v == value] for value, _ in having}
         cell = "; ".join(f"{value}: {', '.join(names)}" for value, names in defaults.items())
-        rows.append((f"`{key}`", meaning, cell))
-    return markdown_table(("key", "meaning", "default: options"), rows, right=())
+        lines.append((f"`{key}`", meaning, cell))
+    return markdown_table(("key", "meaning", "default: options"), lines, right=())
 
 
 def _group(name: str, default: str | None) -> str:
@@ -206,7 +207,7 @@ def _describe(group: str, option: str, default: str | None) -> str:
 
 
 def _settings(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """What an option sets, as the command line would take it."""
+    """Each key that an option sets, and its value as on the command line."""
     for key, value in values.items():
         if key == "defaults":
             yield from (
@@ -220,12 +221,13 @@ def _settings(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield prefix + key, _plain(value)
 
 
-def _rows(cls: type, values: Mapping[str, Any], prefix: str) -> Iterator[Row]:
+def _rows(cls: type, values: Mapping[str, Any], prefix: str) -> Iterator[KeyRow]:
+    """The keys of a dataclass, and those of the dataclasses in it."""
     hints = get_type_hints(cls)
     for item in fields(cls):
         hint = hints[item.name]
         yield _row(item, hint, values, prefix)
-        inner = _dataclass_in(hint)
+        inner = next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
         if inner:
             value = values.get(item.name)
             mark = "[]." if get_origin(hint) is list else "."
@@ -233,17 +235,14 @@ def _rows(cls: type, values: Mapping[str, Any], prefix: str) -> Iterator[Row]:
             yield from _rows(inner, inside, f"{prefix}{item.name}{mark}")
 
 
-def _row(item: Field[Any], hint: Any, values: Mapping[str, Any], prefix: str) -> Row:
+def _row(item: Field[Any], hint: Any, values: Mapping[str, Any], prefix: str) -> KeyRow:
     key, metadata = prefix + item.name, item.metadata
     meaning = metadata.get("help") or MEANINGS.get(key, "")
     if is_dataclass(hint):
-        return Row(f"{key}.*", "", "", "", "", _first_line(hint))
-    value = values.get(item.name, _schema_default(item))
-    return Row(key, _type(hint), metadata.get("unit", ""), _bounds(metadata), _shown(value), meaning)
-
-
-def _schema_default(item: Field[Any]) -> Any:
-    return item.default if item.default_factory is NO_DEFAULT else item.default_factory()
+        return KeyRow(f"{key}.*", "", "", "", "", _first_line(hint))
+    default = item.default if item.default_factory is NO_DEFAULT else item.default_factory()
+    value = values.get(item.name, default)
+    return KeyRow(key, _type(hint), metadata.get("unit", ""), _bounds(metadata), _shown(value), meaning)
 
 
 def _type(hint: Any) -> str:
@@ -255,10 +254,6 @@ def _type(hint: Any) -> str:
     if arguments:
         return f"{_type(arguments[0])} or null"
     return "source" if is_dataclass(hint) else str(hint.__name__)
-
-
-def _dataclass_in(hint: Any) -> Any:
-    return next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
 
 
 def _bounds(metadata: Mapping[str, Any]) -> str:
@@ -285,14 +280,14 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _keys(rows: list[Row]) -> str:
+def _keys(rows: list[KeyRow]) -> str:
     cells = [(f"`{row.key}`", row.type, row.unit, row.bounds, row.default, row.meaning) for row in rows]
-    literal = [[_literal(cell) for cell in line] for line in cells]
-    return markdown_table(("key", "type", "unit", "bounds", "default", "meaning"), literal, right=())
+    escaped = [[_escaped(cell) for cell in line] for line in cells]
+    return markdown_table(("key", "type", "unit", "bounds", "default", "meaning"), escaped, right=())
 
 
-def _literal(cell: str) -> str:
-    """Text that Markdown shows as it is; code between backquotes may hold < and >."""
+def _escaped(cell: str) -> str:
+    """Escape a text for a cell of a Markdown table; code between backquotes may hold < and >."""
     return cell if cell.startswith("`") else cell.replace("<", "&lt;")
 
 

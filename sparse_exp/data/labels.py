@@ -82,7 +82,7 @@ def parse_labels(content: bytes, num_classes: int, path: Path) -> Labels:
 
 
 class _BadLine(Exception):
-    """What a line should be, and what it is instead."""
+    """A line that cannot be used: what it should be, and what it is."""
 
     def __init__(self, should_be: str, got: list[str]) -> None:
         super().__init__()
@@ -102,17 +102,12 @@ def _parse_line(words: list[str], num_classes: int) -> tuple[float, ...]:
         raise _BadLine(f"a class id of 0..{num_classes - 1} (see names)", words[:1])
     if not all(-_TOLERANCE <= value <= 1 + _TOLERANCE for value in values):
         raise _BadLine("coordinates in 0..1 of the image", words[1:])
-    edges = _edges_of_box(values) if is_box else _edges_of_polygon(values)
+    if is_box:
+        x, y, w, h = values
+        edges = x - w / 2, y - h / 2, x + w / 2, y + h / 2
+    else:
+        edges = min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])
     x1, y1, x2, y2 = (min(max(edge, 0.0), 1.0) for edge in edges)
     if x2 <= x1 or y2 <= y1:
         raise _BadLine("a box wider and higher than 0", words[1:])
     return class_id, x1 + (x2 - x1) / 2, y1 + (y2 - y1) / 2, x2 - x1, y2 - y1
-
-
-def _edges_of_box(xywh: list[float]) -> tuple[float, float, float, float]:
-    x, y, w, h = xywh
-    return x - w / 2, y - h / 2, x + w / 2, y + h / 2
-
-
-def _edges_of_polygon(polygon: list[float]) -> tuple[float, float, float, float]:
-    return min(polygon[::2]), min(polygon[1::2]), max(polygon[::2]), max(polygon[1::2])

@@ -377,7 +377,7 @@ class Recipe:
             types = "SiLU, BatchNorm2d, MaxPool2d, Upsample, Concat"
             raise RecipeError(
                 f"QuantizationModifier of {self.name} cannot be applied to this model "
-                f"({first_line(error)}). Let it leave out what is no convolution: ignore: [{types}]."
+                f"({first_line(error)}). Let it leave out all but convolutions: ignore: [{types}]."
             ) from error
         found, stem = quantized_layers(trial), getattr(model, "stem", None)
         if not found:

@@ -1,4 +1,4 @@
-"""The average of the weights over the steps, which is what floating-point phases evaluate."""
+"""The average of the weights over the steps, which is evaluated and saved in floating-point phases."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sparse_exp.yolov5 import YOLOv5
 
 
 def exponential(decay: float) -> Callable[[Any, Any, Any], None]:
-    """Exponential averaging that starts short, so that it means something on small data sets too.
+    """An exponential average that at first spans only a few steps, for data sets with few steps.
 
     Args:
-        decay: of the average, 0..1; after ``n`` updates at most ``(1 + n) / (10 + n)``.
+        decay: of the average, 0..1. After ``n`` updates ``(1 + n) / (10 + n)`` is used if that is less.
 
     Returns:
-        ``multi_avg_fn`` for `torch.optim.swa_utils.AveragedModel`; counters are copied.
+        ``multi_avg_fn`` for `torch.optim.swa_utils.AveragedModel`; it copies counters.
     """
 
     @torch.no_grad()
@@ -34,7 +34,9 @@ def exponential(decay: float) -> Callable[[Any, Any, Any], None]:
 
 @torch.no_grad()
 def zero_where_zero(averaged: YOLOv5, model: YOLOv5) -> None:
-    """Set weights of an average to 0 where the model's are: one pruned lately is still on its way there.
+    """Set the average of each weight that is 0 in the model to 0.
+
+    The average of a weight that was pruned lately is not 0 yet.
 
     Args:
         averaged: changed in place.

@@ -1,4 +1,4 @@
-"""A batch in parts, where a whole one would not fit into memory."""
+"""Cut a batch into parts, where the whole batch would not fit into memory."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def split_batch(batch: Batch, parts: int) -> Iterator[Batch]:
     """Cut a batch into parts of nearly equal size.
 
     Args:
-        batch: images uint8 (N, 3, S, S) and targets (M, 6), whose first column is an index of images.
-        parts: how many; at most N are made, each with at least one image.
+        batch: images uint8 (N, 3, S, S) and targets (M, 6), whose first column is the index of the image.
+        parts: number of parts; at most N are made, each with at least one image.
 
     Yields:
-        Batches whose targets count from their own first image.
+        The parts; in each, targets count images from the part's first one.
     """
     first = 0
     for images in batch.images.tensor_split(min(parts, len(batch.images))):
@@ -30,20 +30,24 @@ def split_batch(batch: Batch, parts: int) -> Iterator[Batch]:
 
 
 def no_images(imgsz: int) -> Batch:
-    """A batch of none, of images that would be so large."""
+    """A batch without images.
+
+    Args:
+        imgsz: side of the images if there were any, px.
+    """
     return Batch(torch.zeros(0, 3, imgsz, imgsz, dtype=torch.uint8), torch.zeros(0, 6))
 
 
 def weighted_parts(batch: Batch, parts: int) -> list[tuple[Batch, float]]:
-    """Cut a batch into parts, as many in each process that trains with this one.
+    """Cut a batch into parts; all processes of a training get the same number of parts.
 
     Args:
-        batch: this process's share; it may be empty.
+        batch: this process's share of the batch; it may be empty.
         parts: see `split_batch`.
 
     Returns:
-        Each part with the number of images that all processes have in it. Where the others have more parts,
-        those of this process are empty.
+        Each part, and the number of images in this part of all processes. If other processes have more parts
+        than this one, its last parts are empty.
     """
     empty = Batch(batch.images[:0], batch.targets[:0])
     own = list(split_batch(batch, parts)) if len(batch.images) else []
@@ -53,13 +57,13 @@ def weighted_parts(batch: Batch, parts: int) -> list[tuple[Batch, float]]:
 
 
 class Buffers:
-    """The buffers of a model as they are now, to go back to after a step that was cut off.
+    """A copy of a model's buffers, to restore them after a step that was cut off.
 
-    A forward pass moves batch norm statistics and the ranges of quantizers; what ran out of memory
-    half-way must not count twice.
+    A forward pass updates batch norm statistics and the ranges of quantizers. When a step runs out of memory
+    and is repeated, it must not update them twice.
 
     Args:
-        model: looked at once, here.
+        model: its buffers are copied now.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -67,6 +71,6 @@ class Buffers:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Set the buffers to what they were; observers' also get their former shapes."""
+        """Set the buffers to the copies; those of observers get their former shapes, too."""
         for buffer, kept in self._kept:
             buffer.resize_(kept.shape).copy_(kept)

@@ -1,4 +1,4 @@
-"""The training loop: short, on Lightning Fabric, driven by the recipe."""
+"""The training loop: the phases of a recipe, step by step, on Lightning Fabric."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from lightning_fabric import seed_everything
-from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from sparse_exp.config.schema import TrainerConfig
@@ -32,16 +31,16 @@ from sparse_exp.training.batches import Buffers, no_images, weighted_parts
 from sparse_exp.training.evaluation import Validation, as_input
 from sparse_exp.training.memory import is_out_of_memory
 from sparse_exp.training.optimizer import BIASES, WEIGHTS, make_optimizer
-from sparse_exp.training.phases import Best, check_phases, first_step, is_pruning, stretches
+from sparse_exp.training.phases import Best, check_phases, evaluated_spans, first_step, is_pruning
 from sparse_exp.training.precision import Precision
 from sparse_exp.training.state import (
     Position,
     State,
     StateError,
     StateFile,
-    in_brackets,
     random_state,
     set_random_state,
+    short_reason,
 )
 from sparse_exp.yolov5 import DetectionLoss, YOLOv5, read_checkpoint
 
@@ -52,10 +51,10 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What is trained and validated on.
+    """The data that a training reads.
 
     Attributes:
-        train: augmented batches.
+        train: augmented batches of the training split.
         val: how accuracies on the validation split are measured.
         names: class names.
         imgsz: side of the images in pixels.
@@ -69,11 +68,11 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training leaves.
+    """The result of a training.
 
     Attributes:
-        history: one record per epoch (and per phase that ends within one).
-        phases: for each phase its best checkpoint, in order; that of the last one goes on.
+        history: one record per epoch, and one per phase that ends within an epoch.
+        phases: the best checkpoint of each phase, in order; that of the last phase is the training's result.
     """
 
     history: list[Record]
@@ -81,7 +80,7 @@ class TrainingResult:
 
     @property
     def best(self) -> dict[str, Path]:
-        """The best checkpoint of each phase."""
+        """The file of the best checkpoint of each phase."""
         return {name: best.path for name, best in self.phases.items()}
 
 
@@ -89,21 +88,26 @@ class Trainer:
     """Trains one detector under one recipe.
 
     Args:
-        model: start weights, already pruned where the recipe holds a mask.
-        recipe: the SparseML recipe.
+        model: with the start weights, already pruned if the recipe only holds zeros; trained in place.
+        recipe: the recipe.
         data: loaders.
         config: hyper-parameters.
         precision: see `choose_precision`.
         weights: directory for checkpoints.
-        seed: of everything random.
+        seed: of all randomness.
         on_epoch: called with each record of the history.
         optimizer: see `make_optimizer`.
-        teacher: for a recipe that distills; as many classes as the model.
-        qat_split: parts that a batch is cut into in quantized phases. Gradients add up to one step, so
-            the effective batch stays; batch norm sees the parts. It doubles when memory runs out.
-        composed: the recipe that checkpoints are to carry, that of the start checkpoint included; "":
-            ``recipe`` alone.
-        state: where to keep what it takes to go on, after every record of the history; None: nowhere.
+        teacher: for a recipe that distills: a detector for as many classes as the model.
+        qat_split: number of parts into which a batch is cut in quantized phases. Their gradients add up to
+            one step, as of the whole batch, but batch norms see only one part at a time. The number doubles
+            when memory runs out.
+        composed: the recipe that checkpoints store, that of the start checkpoint included; "": ``recipe``
+            alone.
+        state: file that keeps the state of the training after every record of the history; None: the state is
+            not kept.
+
+    Attributes:
+        model: as given.
     """
 
     def __init__(
@@ -129,7 +133,7 @@ class Trainer:
         self._config, self._precision, self._on_epoch = config, precision, on_epoch
         self._share = data.train.share(collectives.rank(), collectives.size())
         self._writer = CheckpointWriter(weights, data.names, data.imgsz, composed or recipe.text)
-        self._model, self._teacher = self._placed(model), teacher and self._placed(teacher).eval()
+        self._model, self._teacher = self._on_device(model), teacher and self._on_device(teacher).eval()
         self._ema = AveragedModel(model, multi_avg_fn=exponential(config.ema_decay), use_buffers=True)
         self._optimizer = make_optimizer(model, config, optimizer)
         self._loss = DetectionLoss(model.anchors, model.num_classes, config.loss, data.imgsz)
@@ -138,55 +142,57 @@ class Trainer:
         self._best: dict[str, Best] = {}
         self._split = qat_split
         self._quantizing = False
-        self._file, self._at, self._history = state, Position(), list[Record]()
+        self._state_file, self._position, self._history = state, Position(), list[Record]()
 
     def fit(self, state: State | None = None) -> TrainingResult:
         """Train to the end of the recipe.
 
         Args:
-            state: that of a training with the same arguments which did not end; this one goes on there, and
-                gives what that one would have given. It is emptied. None: from the beginning.
+            state: of an unfinished training with the same arguments. This training continues there, and its
+                result is the one that the other would have had. The dict is emptied. None: start at the
+                beginning.
 
         Raises:
             RecipeError: a phase is shorter than one step, or a distilling recipe has no teacher.
-            SparsityError: a promised zero did not stay zero, or a layer has fewer than expected.
-            StateError: the state is of another training. This one has changed half-way then: make it anew.
+            SparsityError: a promised zero did not stay zero, or a layer has fewer zeros than expected.
+            StateError: the state is of another training. It may have changed this trainer: make a new one.
         """
         steps, phases = len(self._data.train), self._recipe.phases()
         check_phases(phases, steps)
         sparsifier = self._recipe.attach(self._model, self._optimizer, steps, teacher=self._teacher)
-        self._contract.extend(self._model.prunable_convolutions(), self._expected(0.0))
+        self._contract.extend(self._model.prunable_convolutions(), self._expected_sparsity(0.0))
         if state:
-            self._go_on(state, phases, steps, sparsifier)
+            self._continue_from(state, phases, steps, sparsifier)
         with progress("Training", first_step(phases[-1].end, steps), "steps") as bar:
-            bar.goto(self._at.step)
-            run = partial(
-                self._run, steps_per_epoch=steps, batches=self._batches(), sparsifier=sparsifier, bar=bar
+            bar.goto(self._position.step)
+            train = partial(
+                self._train, steps_per_epoch=steps, batches=self._batches(), sparsifier=sparsifier, bar=bar
             )
-            for phase in phases[self._at.phase :]:
-                if self._at.step <= first_step(phase.start, steps):
-                    self._enter(phase, sparsifier, first_step(phase.start, steps) / steps)
-                for record in self._phase(phase, steps, run):
+            for phase in phases[self._position.phase :]:
+                first = first_step(phase.start, steps)
+                if self._position.step <= first:
+                    self._begin_phase(phase, sparsifier, first / steps)
+                for record in self._train_phase(phase, steps, train):
                     self._history.append(record)
                     self._on_epoch(record)
-                    self._save(sparsifier)
-                    bar.advance(0, note=_note(record))
-                bar.goto(first_step(phase.end, steps))  # where it would be had the phase not ended early
+                    self._save_state(sparsifier)
+                    bar.advance(0, note=f"{record['phase']}, mAP50 {record['val/map50']:.3f}")
+                bar.goto(first_step(phase.end, steps))  # also where the phase ended early
         sparsifier.finish()
         return TrainingResult(self._history, dict(self._best))
 
-    def _save(self, sparsifier: Sparsifier) -> None:
-        if self._file is None or collectives.rank():
+    def _save_state(self, sparsifier: Sparsifier) -> None:
+        if self._state_file is None or collectives.rank():
             return
         best = {name: {**asdict(best), "path": best.path.name} for name, best in self._best.items()}
         fixed = [name for name, weight in self._model.named_parameters() if not weight.requires_grad]
         state: State = {
-            "at": asdict(self._at),
+            "at": asdict(self._position),
             "history": self._history,
             "best": best,
             "model": self._model.state_dict(),
             "fixed": fixed,
-            "averaged": None if self._quantizing else self._ema.state_dict(),  # no longer looked at then
+            "averaged": None if self._quantizing else self._ema.state_dict(),  # QAT does not use the average
             "optimizer": self._optimizer.state_dict(),
             "sparsifier": sparsifier.state(),
             "zeros": self._contract.masks,
@@ -194,23 +200,26 @@ class Trainer:
             "split": self._split,
             "random": random_state(),
         }
-        self._file.write(state)
+        self._state_file.write(state)
 
-    def _go_on(self, state: State, phases: list[Phase], steps: int, sparsifier: Sparsifier) -> None:
-        """Bring everything to where it was when the state was saved."""
+    def _continue_from(self, state: State, phases: list[Phase], steps: int, sparsifier: Sparsifier) -> None:
+        """Bring the training to where it was when the state was saved, and empty the state."""
         try:
-            self._at = Position.of(state["at"], len(phases), first_step(phases[-1].end, steps))
-            begun = [first_step(phase.start, steps) for phase in phases[: self._at.phase + 1]]
-            for step in [*(first for first in begun if first < self._at.step), self._at.step - 1]:
+            self._position = Position.of(state["at"], len(phases), first_step(phases[-1].end, steps))
+            begun = [first_step(phase.start, steps) for phase in phases[: self._position.phase + 1]]
+            last = self._position.step - 1
+            for step in [*(first for first in begun if first <= last), last]:
                 sparsifier.before_step(step / steps)  # builds QAT modules, freezes batch norms, sets hooks
             sparsifier.restore(state["sparsifier"])
             self._restore(state)
-            state.clear()  # as large as the training itself, and no longer needed
-        except Exception as error:  # whatever SparseML and torch meet in a state of another training
-            raise StateError(f"it does not fit this training ({in_brackets(error)})") from error
-        _log.info("Going on with the training after epoch %g of %g.", self._at.step / steps, phases[-1].end)
+            state.clear()  # it is as large as the training itself, and no longer needed
+        except Exception as error:  # SparseML and torch may raise anything for the state of another training
+            raise StateError(f"it does not fit this training ({short_reason(error)})") from error
+        done = self._position.step / steps
+        _log.info("Going on with the training after epoch %g of %g.", done, phases[-1].end)
 
     def _restore(self, state: State) -> None:
+        """Set all but the position and the sparsifier to what they were when the state was saved."""
         self._model.load_state_dict(state["model"])
         for name, weight in self._model.named_parameters():
             weight.requires_grad_(name not in state["fixed"])
@@ -225,10 +234,10 @@ class Trainer:
             if not best.path.is_file():
                 raise FileNotFoundError(f"{best.path.name} is missing")
             self._best[name] = best
-        set_random_state(state["random"])  # last: what is above may draw
+        set_random_state(state["random"])  # last, because the lines above may draw random numbers
 
-    def _enter(self, phase: Phase, sparsifier: Sparsifier, epoch: float) -> None:
-        """Go on from the averaged weights when QAT begins: their average cannot follow its new modules."""
+    def _begin_phase(self, phase: Phase, sparsifier: Sparsifier, epoch: float) -> None:
+        """Begin a phase. QAT begins with the averaged weights, as their average cannot follow its modules."""
         self._best.pop(phase.name, None)
         if not phase.quantized or self._quantizing:
             return
@@ -238,18 +247,20 @@ class Trainer:
         sparsifier.before_step(epoch)
         pin_input_quantizer(self._model, self._model.stem)
 
-    def _phase(self, phase: Phase, steps: int, run: Callable[[Phase, range], Record]) -> Iterator[Record]:
-        """Train a phase, to its end or until it stops getting better; yields each stretch's record."""
-        spans = stretches(phase, steps)
+    def _train_phase(
+        self, phase: Phase, steps: int, train: Callable[[Phase, range], Record]
+    ) -> Iterator[Record]:
+        """Train a phase to its end, or until it stops getting better; yields a record for each evaluation."""
+        spans = evaluated_spans(phase, steps)
         for span in spans:
-            if span.start < self._at.step:
+            if span.start < self._position.step:
                 continue
-            record, ends = run(phase, span), span is spans[-1]
+            record, ends = train(phase, span), span is spans[-1]
             record.update(self._validate(phase, span.stop / steps, ends=ends))
             if not ends and self._stagnates(phase, record["epoch"]):
-                self._go_back(phase, record)
+                self._end_early(phase, record)
                 ends = True
-            self._at.step, self._at.phase = span.stop, self._at.phase + ends
+            self._position.step, self._position.phase = span.stop, self._position.phase + ends
             yield record
             if ends:
                 return
@@ -260,8 +271,8 @@ class Trainer:
             return False
         return epoch - self._best[phase.name].epoch >= patience
 
-    def _go_back(self, phase: Phase, record: Record) -> None:
-        """Leave a phase early; what follows goes on from its best weights."""
+    def _end_early(self, phase: Phase, record: Record) -> None:
+        """End a phase before its time; the training goes on from the phase's best weights."""
         best = self._best[phase.name]
         record["stopped early"] = True
         _log.info(
@@ -273,7 +284,7 @@ class Trainer:
         if not phase.quantized:
             self._ema.module.load_state_dict(state)
 
-    def _run(
+    def _train(
         self,
         phase: Phase,
         steps: range,
@@ -282,11 +293,12 @@ class Trainer:
         sparsifier: Sparsifier,
         bar: Bar,
     ) -> Record:
+        """Take steps of a phase, without evaluating; returns their mean losses, learning rates and speed."""
         self._model.train()
         collectives.synchronize_statistics(self._model)
         started, sums = time.perf_counter() - waited_seconds(), defaultdict[str, float](float)
         for step in steps:
-            if collectives.rank() == 0:  # the others wait for it
+            if collectives.rank() == 0:  # the others wait for the first process
                 give_way()
             batch, epoch = next(batches), step / steps_per_epoch
             if not self._recipe.sets_learning_rate:
@@ -299,7 +311,7 @@ class Trainer:
         return {
             "phase": phase.name,
             **{f"loss/{name}": total / len(steps) for name, total in sums.items()},
-            **self._rates(),
+            **self._learning_rates(),
             "images_per_s": images / seconds,
             "seconds": seconds,
         }
@@ -307,8 +319,9 @@ class Trainer:
     def _step(
         self, batch: Batch, sparsifier: Sparsifier, epoch: float, *, quantized: bool
     ) -> dict[str, float]:
-        step = self._split_step if quantized else self._accumulate
-        losses = step(batch, sparsifier, epoch)
+        """Take one step; returns the number of images and the mean losses of all processes."""
+        accumulate = self._accumulate_in_parts if quantized else self._accumulate
+        losses = accumulate(batch, sparsifier, epoch)
         collectives.sum_gradients(self._optimizer)
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_grad_norm)
         sparsifier.step(epoch)
@@ -316,16 +329,17 @@ class Trainer:
             self._ema.update_parameters(self._model)
         return losses
 
-    def _split_step(self, batch: Batch, sparsifier: Sparsifier, epoch: float) -> dict[str, float]:
-        """Gradients of a batch under QAT; where memory runs out, again in more parts."""
+    def _accumulate_in_parts(self, batch: Batch, sparsifier: Sparsifier, epoch: float) -> dict[str, float]:
+        """Compute the gradients of a batch under QAT; where memory runs out, again in more parts."""
         buffers, random = Buffers(self._model), torch.get_rng_state()
         while True:
             try:
                 return self._accumulate(batch, sparsifier, epoch, parts=self._split, autocast=False)
             except (RuntimeError, MemoryError) as error:
+                # One of several processes cannot repeat a step: the others are in the middle of it.
                 if self._split >= len(batch.images) or collectives.size() > 1 or not is_out_of_memory(error):
-                    raise  # also of several processes: the others are in the middle of the broken step
-            # Not within the except block: there the traceback keeps the activations alive.
+                    raise
+            # Not within the except block, where the traceback keeps the activations alive.
             self._split *= 2
             buffers.restore()
             torch.set_rng_state(random)
@@ -338,20 +352,20 @@ class Trainer:
     def _accumulate(
         self, batch: Batch, sparsifier: Sparsifier, epoch: float, *, parts: int = 1, autocast: bool = True
     ) -> dict[str, float]:
-        """Gradients of a batch, part by part; returns the images and mean losses of all processes."""
+        """Compute the gradients of a batch part by part; returns what `_step` does."""
         autocast = self._precision.autocast and autocast
         device, sums = self._fabric.device.type, defaultdict[str, float](float)
         self._optimizer.zero_grad()
         pieces = weighted_parts(batch, parts)
         whole = sum(count for _, count in pieces)
         for part, count in pieces:
-            images = self._floats(part.images)
+            images = as_input(part.images.to(self._fabric.device), self._precision.memory_format)
             with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
                 raw = self._model(images)
             task, losses = self._loss(raw, part.targets)
             loss = sparsifier.loss(task, images, raw, epoch)
             self._fabric.backward(loss)
-            if self._recipe.distills:  # what it adds; less than 0 where the task counts for less
+            if self._recipe.distills:  # may be less than 0, because hardness makes the task's share smaller
                 losses["distill"] = (loss - task).detach() / count
             for name, value in losses.items():
                 sums[name] += float(value) * count / whole
@@ -359,18 +373,20 @@ class Trainer:
         return {"images": whole, **dict(zip(sums, means, strict=True))}
 
     def _validate(self, phase: Phase, epoch: float, *, ends: bool) -> Record:
-        """Hold the sparsity contract, evaluate, and save; of several processes the first tells the others."""
+        """Check the sparsity contract, evaluate, and save; the first process tells the others the results."""
         model: YOLOv5 = self._model if phase.quantized else self._ema.module  # type: ignore[assignment]
-        promised = self._hold(phase, model, epoch)
+        promised = self._check_zeros(phase, model, epoch)
         require_equal(self._model, epoch)
-        record = {} if collectives.rank() else self._judge(phase, model, epoch, promised, ends=ends)
+        is_first = collectives.rank() == 0
+        record = self._evaluate(phase, model, epoch, promised, ends=ends) if is_first else {}
         record, self._best, random = broadcast_from_first((record, self._best, random_state()))
-        set_random_state(random)  # evaluating draws from it
+        set_random_state(random)  # evaluating may have drawn random numbers in the first process
         return record
 
-    def _judge(
+    def _evaluate(
         self, phase: Phase, model: YOLOv5, epoch: float, promised: dict[str, float], *, ends: bool
     ) -> Record:
+        """Measure mAP, and save the model as the last checkpoint, and as the phase's best if it is."""
         result = self._data.val.evaluate_model(model, self._precision.memory_format)
         record = {
             "epoch": epoch,
@@ -385,9 +401,9 @@ class Trainer:
             self._best[phase.name] = Best(path, epoch, result.map50, promised)
         return record
 
-    def _hold(self, phase: Phase, evaluated: YOLOv5, epoch: float) -> dict[str, float]:
-        """Hold the trained and the evaluated weights to the contract; returns each layer's share of zeros."""
-        expected = self._expected(epoch)
+    def _check_zeros(self, phase: Phase, evaluated: YOLOv5, epoch: float) -> dict[str, float]:
+        """Compare trained and evaluated weights with the contract; returns the promised shares of zeros."""
+        expected = self._expected_sparsity(epoch)
         if not phase.name.startswith("dense"):
             zero_where_zero(evaluated, self._model)
         for model in (self._model, evaluated):
@@ -395,28 +411,26 @@ class Trainer:
         self._contract.extend(self._model.prunable_convolutions(), expected)
         return self._contract.promised(expected)
 
-    def _expected(self, epoch: float) -> dict[str, float]:
+    def _expected_sparsity(self, epoch: float) -> dict[str, float]:
         return self._recipe.expected_sparsity(self._model, epoch, self._start)
 
     def _batches(self) -> Iterator[Batch]:
+        """This process's shares of all batches from the current position on, without end."""
         steps, nothing = len(self._data.train), no_images(self._data.imgsz)
-        epoch, taken = divmod(self._at.batches, steps)
+        epoch, taken = divmod(self._position.batches, steps)
         while True:
             self._share.set_epoch(epoch, skip=taken)
             batches = iter(self._share)
             for _ in range(taken, steps):
-                self._at.batches += 1
-                yield next(batches, nothing)  # the last share of an epoch may have no image
+                self._position.batches += 1
+                yield next(batches, nothing)  # this process's last share of an epoch may have no image
             epoch, taken = epoch + 1, 0
 
-    def _placed(self, model: YOLOv5) -> YOLOv5:
+    def _on_device(self, model: YOLOv5) -> YOLOv5:
         return model.to(self._fabric.device).to(memory_format=self._precision.memory_format)
 
-    def _floats(self, images: Tensor) -> Tensor:
-        return as_input(images.to(self._fabric.device), self._precision.memory_format)
-
     def _set_learning_rate(self, epoch: float) -> None:
-        """The trainer's own schedule: linear warm-up, then cosine to a twentieth."""
+        """Set the rate of the trainer's own schedule: linear warm-up, then cosine to a twentieth."""
         warmup, total = self._config.warmup, self._recipe.epochs
         if epoch < warmup:
             factor = max(0.01, epoch / warmup)
@@ -426,11 +440,7 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = self._config.lr * factor
 
-    def _rates(self) -> dict[str, float]:
+    def _learning_rates(self) -> dict[str, float]:
         """The learning rate of the weights, and that of the biases where a recipe sets another."""
         weights, biases = (float(self._optimizer.param_groups[g]["lr"]) for g in (WEIGHTS, BIASES))
         return {"lr": weights} if biases == weights else {"lr": weights, "lr/biases": biases}
-
-
-def _note(record: Record) -> str:
-    return f"{record['phase']}, mAP50 {record['val/map50']:.3f}"

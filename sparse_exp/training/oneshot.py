@@ -1,4 +1,4 @@
-"""A recipe applied at once: pruned, and quantized with calibration; nothing is trained."""
+"""Apply a recipe at once: prune, and quantize with calibration, without training."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from sparse_exp.yolov5 import YOLOv5
 
 
 def refuse_untrained_start(start: Start) -> None:
-    """Refuse a start of which a part is random: nothing would train it.
+    """Refuse a start with random weights, because a one-shot recipe would not train them.
 
     Raises:
-        RecipeError: it is random altogether, or its head is, having been made for other classes.
+        RecipeError: all weights are random, or those of the head: its checkpoint is for other classes.
     """
     if start.untrained:
         raise RecipeError(
@@ -37,13 +37,13 @@ def refuse_untrained_start(start: Start) -> None:
 def calibration_loader(
     dataset: DetectionDataset, images: int, *, imgsz: int, batch_size: int, seed: int
 ) -> DetectionLoader:
-    """Images of the training split as they are deployed: drawn by the seed, not augmented.
+    """A loader of images to calibrate quantization: a random choice of the training split, not augmented.
 
     Args:
         dataset: has a training split.
-        images: how many; all there are if that is less.
+        images: number of images; at most all of the split are taken.
         imgsz: side of the images in pixels.
-        batch_size: images of a batch.
+        batch_size: images in a batch.
         seed: of the choice.
     """
     samples = dataset.splits["train"]
@@ -65,17 +65,18 @@ def apply_at_once(
 
     Args:
         model: changed in place.
-        recipe: its zeros are made at their final sparsity.
-        data: ``train`` are the images that quantization ranges are taken from.
-        precision: gives the memory layout.
+        recipe: prunes to its final sparsities.
+        data: quantization ranges are found on the images of ``train``; mAP is measured on ``val``.
+        precision: its memory layout.
         weights: directory for the checkpoint.
-        composed: the recipe that it is to carry; "": ``recipe`` alone.
+        composed: the recipe that the checkpoint stores; "": ``recipe`` alone.
 
     Returns:
         A history of one record, at epoch 0, and the checkpoint.
 
     Raises:
-        SparsityError: the zeros of the start are gone, or a layer has fewer than the recipe promises.
+        SparsityError: zeros of the start are gone, or a layer has fewer zeros than the recipe promises.
+        RecipeError: a modifier cannot prune without training.
     """
     layout, phase, started = precision.memory_format, recipe.phases()[-1].name, time.perf_counter()
     convolutions = model.to(memory_format=layout).prunable_convolutions()

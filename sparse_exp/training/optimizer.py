@@ -1,4 +1,4 @@
-"""The optimizer, with its parameters in the groups that recipes address."""
+"""The optimizer of a training, its parameters in the groups that recipes expect."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ NORMS, WEIGHTS, BIASES = range(3)
 def make_optimizer(model: nn.Module, trainer: TrainerConfig, kind: str) -> torch.optim.Optimizer:
     """Build the optimizer of a training.
 
-    Its three groups stand in the order that SparseML's YOLOv5 recipes count by with ``param_groups``: 0
-    batch norm weights, 1 convolution weights, 2 biases (those of batch norms too). Only group 1 decays.
+    It has the three groups to which ``param_groups`` of SparseML's YOLOv5 recipes refers: 0 weights of batch
+    norms, 1 weights of convolutions, 2 all biases. Only group 1 has weight decay.
 
     Args:
         model: its parameters are optimized.
-        trainer: rate, decay and momentum.
-        kind: ``adamw``, or ``sgd`` with Nesterov momentum.
+        trainer: its learning rate, weight decay and momentum.
+        kind: ``adamw``, or ``sgd``, which has Nesterov momentum.
     """
     groups: list[list[nn.Parameter]] = [[], [], []]
     for name, parameter in model.named_parameters():
@@ -27,8 +27,8 @@ def make_optimizer(model: nn.Module, trainer: TrainerConfig, kind: str) -> torch
             parameter
         )
     decays = (0.0, trainer.weight_decay, 0.0)
-    described = [{"params": g, "weight_decay": d} for g, d in zip(groups, decays, strict=True)]
+    options = [{"params": g, "weight_decay": d} for g, d in zip(groups, decays, strict=True)]
     if kind == "adamw":
-        return torch.optim.AdamW(described, lr=trainer.lr, fused=True)
+        return torch.optim.AdamW(options, lr=trainer.lr, fused=True)
     momentum = trainer.momentum
-    return torch.optim.SGD(described, lr=trainer.lr, momentum=momentum, nesterov=momentum > 0)
+    return torch.optim.SGD(options, lr=trainer.lr, momentum=momentum, nesterov=momentum > 0)

@@ -1,4 +1,4 @@
-"""Where the evaluations of a training fall, and what is remembered of a phase."""
+"""The phases of a training: their steps, when they are evaluated, and their best checkpoints."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sparse_exp.sparsity.recipe import Phase
 
 @dataclass(frozen=True)
 class Best:
-    """The checkpoint of a phase that goes on.
+    """The best checkpoint of a phase.
 
     Attributes:
-        path: where it lies.
-        epoch: after which it was taken.
-        map50: on the validation split, 0..1.
+        path: the file.
+        epoch: after which it was written.
+        map50: mAP50 on the validation split, 0..1.
         promised: least share of zeros of each layer in it, 0..1.
     """
 
@@ -30,17 +30,26 @@ class Best:
 
 
 def is_pruning(phase: Phase) -> bool:
-    """Whether zeros are still being made: what such a phase has on the way is no candidate for export."""
+    """Whether zeros are still being made in a phase; then only the weights at its end may be its best."""
     return phase.name.startswith("pruning")
 
 
 def first_step(epoch: float, steps_per_epoch: int) -> int:
-    """The first step at or after an epoch: a modifier that starts there has begun when it is taken."""
-    return math.ceil(epoch * steps_per_epoch - 1e-6)  # less what rounding adds to a whole number
+    """The first step at or after an epoch: the first at which a modifier that starts there acts.
+
+    Args:
+        epoch: may be fractional.
+        steps_per_epoch: steps in an epoch.
+    """
+    return math.ceil(epoch * steps_per_epoch - 1e-6)  # rounding may lift a whole number slightly
 
 
 def check_phases(phases: Sequence[Phase], steps_per_epoch: int) -> None:
-    """Refuse a phase in which nothing would be trained.
+    """Refuse phases in which nothing would be trained.
+
+    Args:
+        phases: of a training.
+        steps_per_epoch: steps in an epoch.
 
     Raises:
         RecipeError: a phase is shorter than one step.
@@ -52,18 +61,17 @@ def check_phases(phases: Sequence[Phase], steps_per_epoch: int) -> None:
             raise RecipeError(expected(f"the phase {phase.name}", "at least one step", length, do))
 
 
-def stretches(phase: Phase, steps_per_epoch: int) -> list[range]:
-    """The steps of a phase in stretches that end with an evaluation: at each epoch, and at its end.
+def evaluated_spans(phase: Phase, steps_per_epoch: int) -> list[range]:
+    """Cut the steps of a phase where the model is evaluated: after each epoch, and at the end of the phase.
 
     Args:
         phase: at least one step long; see `check_phases`.
-        steps_per_epoch: steps of an epoch.
+        steps_per_epoch: steps in an epoch.
 
     Returns:
-        Ranges of steps, counted from the start of the training, one after the other.
+        Consecutive ranges of steps, counted from the start of the training.
     """
     first, last = (first_step(epoch, steps_per_epoch) for epoch in (phase.start, phase.end))
     epochs = range(math.floor(phase.start), math.ceil(phase.end) + 1)
     inside = sorted(e * steps_per_epoch for e in epochs if first < e * steps_per_epoch < last)
-    marks = [first, *inside, last]
-    return [range(start, stop) for start, stop in pairwise(marks)]
+    return [range(start, stop) for start, stop in pairwise([first, *inside, last])]

@@ -1,4 +1,4 @@
-"""What numbers and memory layout a training uses: decided once, and said."""
+"""The number format and memory layout of a training."""
 
 from __future__ import annotations
 
@@ -32,11 +32,15 @@ class Precision:
 
 
 def choose_precision(trainer: TrainerConfig, *, has_bf16: bool) -> Precision:
-    """Decide by configuration and host.
+    """Choose by the configuration and the host.
 
-    ``auto`` takes bfloat16 only where the CPU multiplies it in hardware: emulated, it is slower than
-    float32. channels_last is what oneDNN's convolutions are fastest with on every x86 CPU measured
+    ``auto`` chooses bfloat16 only where the CPU multiplies it in hardware, because emulated it is slower than
+    float32. With channels_last, oneDNN's convolutions are fastest on every x86 CPU measured
     (benchmarks/training.py).
+
+    Args:
+        trainer: its ``precision`` and ``channels_last``.
+        has_bf16: whether the CPU multiplies bfloat16 in hardware.
     """
     autocast = trainer.precision == "bf16" or (trainer.precision == "auto" and has_bf16)
     return Precision(autocast, channels_last=trainer.channels_last != "off")

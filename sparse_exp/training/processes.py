@@ -103,7 +103,7 @@ def fit_together(
         on_epoch: called in this process only, with each record of the history.
 
     Returns:
-        What the training left.
+        The result of the training.
 
     Raises:
         SparseExpError: what stopped the training in any of the processes.

@@ -1,4 +1,4 @@
-"""The state of a training that is not finished: all that it takes to go on as if nothing had happened."""
+"""The state of an unfinished training: all that is needed to continue as if nothing had interrupted it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from sparse_exp.errors import CheckpointError, first_line
 from sparse_exp.files import landing
 
 STATE = Path("weights") / "state.pt"
-"""The state's file in a run directory, there until the train stage is recorded."""
+"""The state's file in a run directory; it is deleted when the train stage has been recorded."""
 _FORMAT = 1
 _log = logging.getLogger(__name__)
 
 State = dict[str, Any]
+"""Builtin types and tensors by name; see `sparse_exp.training.loop.Trainer`, which writes and reads them."""
 
 
 class StateError(CheckpointError):
@@ -32,9 +33,9 @@ class Position:
     """How far a training has come.
 
     Attributes:
-        phase: index of the phase that goes on; the number of phases when all are trained.
-        step: the step behind the last one that was taken, counted from the start of the training.
-        batches: taken from the loader so far; fewer than steps where a phase was left early.
+        phase: index of the current phase; the number of phases when all are finished.
+        step: the next step, counted from the start of the training.
+        batches: number of batches taken from the loader so far; less than ``step`` if a phase ended early.
     """
 
     phase: int = 0
@@ -43,15 +44,15 @@ class Position:
 
     @classmethod
     def of(cls, kept: Mapping[str, Any], phases: int, steps: int) -> Position:
-        """Read a position.
+        """Make a position from its attributes.
 
         Args:
-            kept: its attributes.
-            phases: in the training.
-            steps: in the training.
+            kept: the attributes by name.
+            phases: number of phases of the training.
+            steps: number of steps of the training.
 
         Raises:
-            ValueError: it lies outside of the training.
+            ValueError: the position lies outside of the training.
         """
         position = cls(**kept)
         numbers = (position.phase, position.step, position.batches)
@@ -63,36 +64,39 @@ class Position:
 
 
 class StateFile:
-    """Where the state of one training is kept: a file that is whole or not there.
+    """The file that keeps the state of one training; it is whole or not there.
 
     Args:
         path: the file; its directory must exist.
         mark: fingerprint of everything that the training depends on.
         earlier_mark: the same as versions before 0.2 took it; None: no state of such a version counts.
+
+    Attributes:
+        path: as given.
     """
 
     def __init__(self, path: Path, mark: str, earlier_mark: str | None = None) -> None:
         self.path, self._mark, self._marks = path, mark, {mark, earlier_mark} - {None}
-        for left in path.parent.glob(f".{path.stem}.*.part{path.suffix}"):  # by a process that was killed
-            left.unlink(missing_ok=True)
+        for part in path.parent.glob(f".{path.stem}.*.part{path.suffix}"):  # of a process that was killed
+            part.unlink(missing_ok=True)
 
     def write(self, state: State) -> None:
-        """Replace the former state; it stays where the new one cannot be written whole.
+        """Replace the kept state. If the new one cannot be written whole, the former one stays.
 
         Args:
-            state: builtin types and tensors; these are written as they are, without a copy.
+            state: builtin types and tensors; tensors are written without a copy.
 
         Raises:
-            OSError: the disk is full, or may not be written to.
+            OSError: the disk is full, or cannot be written to.
         """
         content = {"format": _FORMAT, "mark": self._mark, **state}
         with landing(self.path) as temporary, temporary.open("wb") as file:  # to a path, torch hides OSErrors
             torch.save(content, file)
 
     def read(self) -> State | None:
-        """The state that was saved last; None where there is none, or none that can be used.
+        """The state that was written last; None if there is none, or if it cannot be used, which is logged.
 
-        What cannot be used is said in the log. Nothing that the file asks for is run.
+        The file is read with ``weights_only``: no code in it is run.
         """
         if not self.path.is_file():
             return None
@@ -106,7 +110,7 @@ class StateFile:
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file may raise anything
-            raise StateError(f"it cannot be read ({in_brackets(error)})") from error
+            raise StateError(f"it cannot be read ({short_reason(error)})") from error
         if not isinstance(state, dict) or state.get("format") != _FORMAT:
             raise StateError("it is no state of a training of this version")
         if state.get("mark") not in self._marks:
@@ -114,18 +118,23 @@ class StateFile:
         return state
 
 
-def in_brackets(error: BaseException) -> str:
-    """What another library says, short enough to stand within a sentence."""
+def short_reason(error: BaseException) -> str:
+    """Another library's message, cut so short that it can stand in brackets within a sentence."""
     return first_line(error)[:100].rstrip(".")
 
 
 def not_used(path: Path, reason: str) -> str:
-    """The sentence for a state that is left alone."""
+    """The message for a state that is not used.
+
+    Args:
+        path: its file.
+        reason: a clause without a full stop.
+    """
     return f"The saved state {path} is not used: {reason}. The training starts from the beginning."
 
 
 def random_state() -> State:
-    """Where torch's, NumPy's and Python's generators of random numbers are."""
+    """The states of torch's, NumPy's and Python's generators of random numbers."""
     _, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -136,7 +145,7 @@ def random_state() -> State:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Go back to where the generators were; see `random_state`."""
+    """Set the states of the generators to those that `random_state` returned."""
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -36,7 +36,7 @@ _FOREIGN = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint file holds.
+    """The content of a checkpoint file.
 
     Attributes:
         format: "ultralytics" (official, or from a user's training: a pickled model or a state dict),

@@ -27,7 +27,7 @@ from sparse_exp.predict.__main__ import main
 from sparse_exp.predict.detector import Detector
 from sparse_exp.predict.models import find_model
 from sparse_exp.predict.outputs import Results
-from sparse_exp.training.evaluation import evaluate
+from sparse_exp.training.evaluation import Validation
 from sparse_exp.zoo.samples import predict_with
 
 IMGSZ, CLASSES = 64, 10
@@ -80,7 +80,7 @@ def test_a_folder(predict, photos_folder, capsys):
 
 
 def test_coco_results_are_those_of_the_evaluation(predict, deployment, digits):
-    """faster-coco-eval on the files alone, against torchmetrics on the detections that `evaluate` had.
+    """faster-coco-eval on the files alone, against torchmetrics on the detections that `Validation` had.
 
     These are cut off at the image's edge here, as all that is shown to people.
     """
@@ -103,10 +103,10 @@ def evaluated_detections(deployment, digits) -> tuple[float, float]:
     """mAP50 and mAP50-95 of what the evaluation detects, cut off at the edge."""
     loader = make_loader(digits.splits["val"], CLASSES, imgsz=IMGSZ, batch_size=6, train=False, workers=0)
     path = find_model(str(deployment), engine="onnxruntime").path
-    result = evaluate(
+    result = Validation(loader, CLASSES).evaluate(
         lambda images: torch.from_numpy(predict_with("onnxruntime", path, images.contiguous().numpy())),
-        loader, num_classes=CLASSES, keep_detections=True,
-    )  # fmt: skip
+        keep_detections=True,
+    )
     metric = MeanAveragePrecision(max_detection_thresholds=[1, 10, 300], backend="faster_coco_eval")
     for found, sample in zip(result.detections, digits.splits["val"], strict=True):
         labels = torch.from_numpy(sample.labels_of(CLASSES).copy())

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import pytest
 from sparse_exp import cli
 from sparse_exp.files import sha256_of
 from sparse_exp.resolve import rebuild
+from sparse_exp.stages import registry
 from sparse_exp.stages.names import certain_names, expected_names
 
 EXPERIMENT = "digits-test"
@@ -153,7 +154,7 @@ def test_manifest(smoke):
     for stage in manifest["stages"].values():
         assert {name: sha256_of(run / name) for name in stage["outputs"]} == stage["outputs"]
     assert "deployment/model.onnx" in manifest["stages"]["export"]["outputs"]
-    assert "weights/best_pruned_quant.pt" in manifest["stages"]["train"]["outputs"]
+    assert {"weights/best_pruned_quant.pt", "recipe.md"} <= set(manifest["stages"]["train"]["outputs"])
 
 
 def test_result(smoke):
@@ -398,12 +399,10 @@ def test_a_failing_stage_ends_the_run_with_its_reason(smoke, again, client):
 
 
 def test_an_unforeseen_error_is_one_line_too(place, again, monkeypatch):
-    from sparse_exp.stages.registry import registry as stages
-
     def breaks(context):
         raise ZeroDivisionError("division by zero\nand more")
 
-    monkeypatch.setitem(stages.STAGES, "fetch", breaks)
+    monkeypatch.setitem(registry.STAGES, "fetch", replace(registry.STAGES["fetch"], run=breaks))
     code, output = again("stages=[fetch]", "tracker=none", "paths.run=broken")
     broken = place.cwd / "broken"
     assert code == 1
@@ -417,15 +416,13 @@ def test_an_unforeseen_error_is_one_line_too(place, again, monkeypatch):
 
 
 def test_ctrl_c_that_a_library_turns_into_an_error(place, again, monkeypatch):
-    from sparse_exp.stages.registry import registry as stages
-
     def saves(context):
         try:
             raise KeyboardInterrupt
         finally:
             raise RuntimeError("unexpected pos 4863552 vs 4863448")  # as torch.save does
 
-    monkeypatch.setitem(stages.STAGES, "fetch", saves)
+    monkeypatch.setitem(registry.STAGES, "fetch", replace(registry.STAGES["fetch"], run=saves))
     code, output = again("stages=[fetch]", "tracker=none", "paths.run=saving")
     assert code == 130
     assert "Error" not in output

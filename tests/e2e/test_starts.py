@@ -103,16 +103,16 @@ def place(tmp_path, data, monkeypatch) -> Place:
     class Notebook:
         """A tracker that remembers tags."""
 
-        run_id = None
+        run_id = address = None
 
         def start(self, run: object) -> None:
             place.tags.clear()
 
-        def log(self, event: object) -> None:
+        def log(self, event: object, at: float | None = None) -> None:
             place.tags.update(event.values if isinstance(event, Tags) else {})
 
-        def finish(self, status: object, reason: str) -> None:
-            pass
+        def finish(self, status: object, reason: str, at: float | None = None) -> bool:
+            return True
 
     monkeypatch.setattr("sparse_exp.experiment.create_tracker", lambda *_: Notebook())
     return place

@@ -1,155 +1,87 @@
-"""Directories land whole or not at all: what readers see, what stays after a failure or a kill."""
+"""Files that land whole or not at all; digests."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
+import hashlib
+import json
 
 import pytest
 
-from sparse_exp import files
-from sparse_exp.files import landing_directory, replaced_by
+from sparse_exp.files import fingerprint, landing, sha256_of, write_json, write_text
 
 
-def content(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
-
-
-def names(folder: Path) -> set[str]:
+def names(folder) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def build(
-    target: Path, text: str = "new", part: Path | None = None, error: type[BaseException] | None = None
-) -> None:
-    with landing_directory(target, part=part) as folder:
-        assert part in (None, folder)
-        assert content(folder) == {}
-        (folder / "inside").mkdir()
-        (folder / "inside" / "file").write_text(text)
-        if error:
-            raise error
-
-
-@pytest.fixture(params=["exchange", "two renames"])
-def target(request, tmp_path, monkeypatch) -> Path:
-    """A directory in a new one of its own, on a file system that can exchange two, or not."""
-    if request.param == "two renames":
-        monkeypatch.setattr(files, "_exchange", lambda *_: False)
-    return tmp_path / "new" / "target"
-
-
-def test_it_is_there_only_when_it_is_whole(target):
-    with landing_directory(target) as folder:
-        (folder / "file").write_text("half")
+def test_landing_shows_the_file_only_when_it_is_whole(tmp_path):
+    target = tmp_path / "new" / "model.onnx"
+    with landing(target) as temporary:
+        temporary.write_text("half")
         assert not target.exists()
-        assert folder.stat().st_dev == target.parent.stat().st_dev  # else a rename would not be one step
-        (folder / "file").write_text("whole")
-    assert content(target) == {"file": "whole"}
-    assert names(target.parent) == {"target"}
+        assert temporary.parent == target.parent  # else replacing it would not be atomic
+        assert temporary.suffix == ".onnx"
+        temporary.write_text("whole")
+    assert target.read_text() == "whole"
+    assert names(target.parent) == {"model.onnx"}
 
 
-def test_it_replaces_what_was_there_whole(target):
-    target.mkdir(parents=True)
-    (target / "old").write_text("old")
-    build(target)
-    assert content(target) == {"inside/file": "new"}
-    assert names(target.parent) == {"target"}
+def fail_while_landing(target, error) -> None:
+    with landing(target) as temporary:
+        temporary.write_text("half")
+        raise error
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("there_before", [False, True])
-def test_what_fails_leaves_what_was_there(target, error, there_before):
-    if there_before:
-        build(target, "old")
+def test_landing_that_fails_leaves_nothing_of_it(tmp_path, error):
+    target = tmp_path / "model.onnx"
     with pytest.raises(error):
-        build(target, "half", error=error)
-    assert names(target.parent) == ({"target"} if there_before else set())
-    assert not there_before or content(target) == {"inside/file": "old"}
+        fail_while_landing(target, error)
+    assert names(tmp_path) == set()
 
 
-def test_a_directory_that_cannot_be_put_in_its_place_leaves_the_old_one(target, monkeypatch):
-    build(target, "old")
-    monkeypatch.setattr(files, "_exchange", lambda *_: False)
-    replace = Path.replace
-
-    def refuse(self: Path, other: Path) -> Path:
-        if other == target and self != replaced_by(self.with_name(".target.partial")):
-            raise OSError(5, "Input/output error")
-        return replace(self, other)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", refuse)
-        with pytest.raises(OSError, match="Input/output error"):
-            build(target)
-    assert content(target) == {"inside/file": "old"}
-    assert names(target.parent) == {"target"}
-
-
-def test_it_may_be_built_elsewhere(target):
-    part = target.parent.parent / ".part"
+def test_landing_that_fails_keeps_what_was_there(tmp_path):
+    target = tmp_path / "model.onnx"
+    target.write_text("old")
     with pytest.raises(ValueError):
-        build(target, part=part, error=ValueError)
-    assert not target.parent.exists()  # directories above it are made when it lands
-    build(target, part=part)
-    assert content(target) == {"inside/file": "new"}
-    assert names(target.parent.parent) == {"new"}
+        fail_while_landing(target, ValueError)
+    assert target.read_text() == "old"
+    assert names(tmp_path) == {"model.onnx"}
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from sparse_exp.files import landing_directory
-with landing_directory(Path(sys.argv[1])) as folder:
-    (folder / "half").write_text("half")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
+def test_landing_without_a_file_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError), landing(tmp_path / "model.onnx"):
+        pass
 
 
-@pytest.mark.parametrize("there_before", [False, True])
-def test_what_a_killed_process_left_is_cleared_by_the_next_one(tmp_path, there_before):
-    target = tmp_path / "target"
-    if there_before:
-        build(target, "old")
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(target)], check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert names(tmp_path) == {".target.partial"} | ({"target"} if there_before else set())
-    assert not there_before or content(target) == {"inside/file": "old"}
-    build(target)
-    assert content(target) == {"inside/file": "new"}
-    assert names(tmp_path) == {"target"}
+def test_texts_and_json_are_written_with_their_directories(tmp_path):
+    assert write_text(tmp_path / "a" / "b.md", "Grüße").read_text(encoding="utf-8") == "Grüße"
+    assert json.loads(write_json(tmp_path / "c.json", {"path": tmp_path}).read_text()) == {
+        "path": str(tmp_path)
+    }
 
 
-def test_a_directory_whose_replacement_was_killed_between_two_renames_comes_back(tmp_path):
-    target = tmp_path / "target"
-    build(target, "old")
-    target.replace(replaced_by(tmp_path / ".target.partial"))
-    with pytest.raises(ValueError):
-        build(target, error=ValueError)
-    assert content(target) == {"inside/file": "old"}
-    assert names(tmp_path) == {"target"}
+def test_sha256_is_that_of_hashlib_for_files_longer_than_a_block(tmp_path):
+    data = bytes(range(256)) * 5000
+    (tmp_path / "data").write_bytes(data)
+    assert sha256_of(tmp_path / "data") == hashlib.sha256(data).hexdigest()
 
 
-def test_a_link_is_replaced_and_not_what_it_leads_to(target):
-    elsewhere = target.parent.parent / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "mine").write_text("mine")
-    target.parent.mkdir()
-    target.symlink_to(elsewhere)
-    build(target)
-    assert content(target) == {"inside/file": "new"}
-    assert not target.is_symlink()
-    assert content(elsewhere) == {"mine": "mine"}
-    assert names(target.parent) == {"target"}
+def test_fingerprint_does_not_depend_on_the_order_of_keys():
+    assert fingerprint({"a": 1, "b": {"c": 2, "d": 3}}) == fingerprint({"b": {"d": 3, "c": 2}, "a": 1})
 
 
-def test_permissions_follow_the_umask(tmp_path):
-    before = os.umask(0o027)
-    try:
-        build(tmp_path / "target")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "target").stat().st_mode & 0o777 == 0o750
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([{"a": 1}], [{"a": 2}]),
+        ([{"a": 1}], [{"a": "1"}]),
+        ([[1, 2]], [[2, 1]]),
+        ([{"a": None}], [{}]),
+        (["a", "b"], ["ab"]),
+        ([{"a": True}], [{"a": False}]),
+        (["x", "y"], ["y", "x"]),
+    ],
+)
+def test_fingerprint_tells_values_apart(one, other):
+    assert fingerprint(*one) != fingerprint(*other)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from sparse_exp.export.networks import (
     without_quantizers,
     zeros,
 )
-from sparse_exp.runs.deployment import before_quantization
+from sparse_exp.runs.directory import Run, StageRecord
 from sparse_exp.sparsity.checkpoints import CheckpointWriter
 from sparse_exp.yolov5 import YOLOv5
 
@@ -38,19 +37,23 @@ def float_model() -> YOLOv5:
 
 
 @pytest.fixture
-def context(tmp_path, float_model):
-    """A run that trained ``float_model``; its baseline is ``facts["baseline"]``."""
-    facts: dict = {"baseline": {}}
-    return SimpleNamespace(
-        run=SimpleNamespace(path=tmp_path, records={}),
-        checkpoint=save(tmp_path / "weights" / "best_dense.pt", float_model, "dense"),
-        facts=lambda stage: facts.get(stage, {}),
-        all_facts=facts,
-    )
+def run(tmp_path) -> Run:
+    return Run.create(tmp_path / "run", overwrite=False)
 
 
-def sparse_of(context, deployed: YOLOv5) -> Network | str:
-    return sparse_network(deployed, before_quantization(context.checkpoint, context.run.records))
+@pytest.fixture
+def checkpoint(run, float_model) -> Path:
+    """What the run trained: ``float_model``."""
+    return save(run.path / "weights" / "best_dense.pt", float_model, "dense")
+
+
+def with_baseline(run: Run, file: Path) -> Run:
+    run.record("baseline", StageRecord("mark", facts={"checkpoint": str(file)}))
+    return run
+
+
+def sparse_of(run: Run, checkpoint: Path, deployed: YOLOv5) -> Network | str:
+    return sparse_network(deployed, run.before_quantization(checkpoint))
 
 
 def same(a: YOLOv5, b: YOLOv5) -> bool:
@@ -68,75 +71,72 @@ def test_without_quantizers_it_computes_as_with_them_switched_off(lively_model, 
     assert zeros(plain) == zeros(lively_model) >= 0.75
 
 
-def test_a_trained_baseline_is_the_dense_network(context, float_model):
+def test_a_trained_baseline_is_the_dense_network(run, checkpoint, float_model):
     torch.manual_seed(9)
     other = YOLOv5("n", CLASSES).eval()
-    file = save(context.run.path / "elsewhere" / "best_dense.pt", other, "dense")
-    context.all_facts["baseline"] = {"checkpoint": str(file)}
-    found = dense_network(context, float_model)
+    file = save(run.path / "elsewhere" / "best_dense.pt", other, "dense")
+    found = dense_network(with_baseline(run, file), checkpoint, float_model)
     assert same(found.model, other)
     assert (found.checkpoint, found.trained) == (file, True)
 
 
-def test_a_dense_run_is_its_own_baseline(context, float_model):
-    found = dense_network(context, float_model)
+def test_a_dense_run_is_its_own_baseline(run, checkpoint, float_model):
+    found = dense_network(run, checkpoint, float_model)
     assert same(found.model, float_model)
     assert found.trained
 
 
-def test_a_sparse_run_without_a_baseline_has_initial_weights(context, float_model, lively_model):
+def test_a_sparse_run_without_a_baseline_has_initial_weights(run, lively_model):
     sparse = without_quantizers(lively_model)
-    context.checkpoint = save(context.run.path / "weights" / "best_pruned.pt", sparse, "pruned")
-    found = dense_network(context, sparse)
+    checkpoint = save(run.path / "weights" / "best_pruned.pt", sparse, "pruned")
+    found = dense_network(run, checkpoint, sparse)
     torch.manual_seed(0)
     assert same(found.model, YOLOv5("n", CLASSES))
     assert (found.origin, found.checkpoint, found.trained) == (INITIAL, None, False)
 
 
-def test_a_baseline_that_is_no_detector_for_these_classes_is_not_used(context, lively_model, caplog):
+def test_a_baseline_that_is_no_detector_for_these_classes_is_not_used(run, lively_model, caplog):
     sparse = without_quantizers(lively_model)
-    context.checkpoint = save(context.run.path / "weights" / "best_pruned.pt", sparse, "pruned")
-    few = save(context.run.path / "other" / "best_dense.pt", YOLOv5("n", 3), "dense")
-    broken = context.run.path / "broken.pt"
+    checkpoint = save(run.path / "weights" / "best_pruned.pt", sparse, "pruned")
+    few = save(run.path / "other" / "best_dense.pt", YOLOv5("n", 3), "dense")
+    broken = run.path / "broken.pt"
     broken.write_bytes(b"nothing")
-    for file in (few, broken, context.run.path / "gone.pt"):
-        context.all_facts["baseline"] = {"checkpoint": str(file)}
-        assert not dense_network(context, sparse).trained
+    for file in (few, broken, run.path / "gone.pt"):
+        assert not dense_network(with_baseline(run, file), checkpoint, sparse).trained
     assert ["broken.pt" in record.getMessage() for record in caplog.records] == [True]
 
 
-def test_the_sparse_network_is_that_of_the_last_phase_before_quantization(context, lively_model):
+def test_the_sparse_network_is_that_of_the_last_phase_before_quantization(run, checkpoint, lively_model):
     sparse = without_quantizers(lively_model)
     with torch.no_grad():
         sparse.head.m[0].bias.add_(1.0)
-    file = save(context.run.path / "weights" / "best_pruned.pt", sparse, "pruned")
-    found = sparse_of(context, lively_model)
+    file = save(run.path / "weights" / "best_pruned.pt", sparse, "pruned")
+    found = sparse_of(run, checkpoint, lively_model)
     assert isinstance(found, Network)
     assert same(found.model, sparse)
     assert found.checkpoint == file
     # Of the training's record, and not what lies there by chance.
-    context.run.records["train"] = SimpleNamespace(outputs={"weights/best_dense.pt": ""})
-    found = sparse_of(context, lively_model)
+    run.record("train", StageRecord("mark", {"weights/best_dense.pt": ""}))
+    found = sparse_of(run, checkpoint, lively_model)
     assert isinstance(found, Network)
     assert same(found.model, without_quantizers(lively_model))
     assert found.checkpoint is None
 
 
-def test_a_checkpoint_from_the_zoo_lies_beside_the_final_one(context, lively_model, tmp_path):
+def test_a_checkpoint_from_the_zoo_lies_beside_the_final_one(run, lively_model, tmp_path):
     sparse = without_quantizers(lively_model)
     file = save(tmp_path / "weights" / "best_pruned.pt", sparse, "pruned")
     (tmp_path / "training").mkdir()
     shutil.move(file, tmp_path / "training" / "checkpoint_preqat.pt")
-    context.checkpoint = tmp_path / "training" / "model.pt"
-    found = sparse_of(context, lively_model)
+    found = sparse_of(run, tmp_path / "training" / "model.pt", lively_model)
     assert isinstance(found, Network)
     assert found.checkpoint == tmp_path / "training" / "checkpoint_preqat.pt"
 
 
-def test_where_there_is_no_sparse_network_in_fp32_it_says_why(context, float_model, lively_model):
-    assert "does not quantize" in sparse_of(context, float_model)
+def test_where_there_is_no_sparse_network_in_fp32_it_says_why(run, checkpoint, float_model, lively_model):
+    assert "does not quantize" in sparse_of(run, checkpoint, float_model)
     dense = copy.deepcopy(lively_model)
     with torch.no_grad():
         for conv in dense.prunable_convolutions().values():
             conv.weight.add_(0.01)
-    assert "no zeros" in sparse_of(context, dense)
+    assert "no zeros" in sparse_of(run, checkpoint, dense)

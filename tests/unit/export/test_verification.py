@@ -12,47 +12,53 @@ from sparse_exp.data.loader import make_loader
 from sparse_exp.errors import ExportError, SparsityError
 from sparse_exp.export import verification
 from sparse_exp.export.reference import as_deployed
-from sparse_exp.export.verification import check_graph, predict, standard_error, verify_deployment, views
+from sparse_exp.export.verification import (
+    Promise,
+    check_graph,
+    predict,
+    standard_error,
+    verify_deployment,
+    views,
+)
+from sparse_exp.runs.deployment import Deployment
 from sparse_exp.sparsity.measure import LayerSparsity
+from sparse_exp.training.evaluation import Validation
 
 CLASSES, IMGSZ = 10, 64
 
 
 @pytest.fixture
-def context(deployment, digits, lively_model, monkeypatch, request):
-    """What verification asks of a run's context; its checkpoint holds `lively_model`."""
+def verified(deployment, digits, lively_model, monkeypatch):
+    """Verifies the exported files in an engine; their checkpoint is `lively_model`."""
     monkeypatch.setattr(verification, "restore", lambda _: (lively_model, None))
     loader = make_loader(digits.splits["val"], CLASSES, imgsz=IMGSZ, batch_size=4, train=False)
-    return SimpleNamespace(
-        checkpoint=Path("best.pt"),
-        run=SimpleNamespace(path=deployment.parent),
-        deployed=lambda _: deployment / "model.onnx",
-        planned_sparsity=0.75,
-        facts=lambda _: {},
-        precision=SimpleNamespace(memory_format=torch.contiguous_format),
-        dataset=digits,
-        loader=lambda _: loader,
-        cores=1,
-        experiment=SimpleNamespace(
-            hardware=SimpleNamespace(engines=["fake"]),
+
+    def run(engine: str, promised=None, **limits):
+        experiment = SimpleNamespace(
+            hardware=SimpleNamespace(engines=[engine]),
             trainer=TrainerConfig(val_batch_size=4),
-            export=ExportConfig(),
-        ),
-    )
+            export=ExportConfig(**limits),
+        )
+        return verify_deployment(
+            Deployment(deployment),
+            Path("best.pt"),
+            Validation(loader, CLASSES),
+            experiment,
+            promise=Promise(0.75, promised or {}),
+            images=len(digits.splits["val"]),
+            layout=torch.contiguous_format,
+            cores=1,
+        )
 
-
-@pytest.fixture(autouse=True)
-def _in_deployment(monkeypatch, tmp_path, deployment):
-    (tmp_path / "deployment").symlink_to(deployment)
+    return run
 
 
 @pytest.fixture
-def verify(context, lively_model, monkeypatch, tmp_path):
+def verify(verified, lively_model, monkeypatch):
     """Verifies with an engine that is torch with something done to its predictions; counts its batches."""
-    context.run.path = tmp_path
     reference = as_deployed(lively_model)
 
-    def run(change=lambda predictions, _: predictions, **limits):
+    def run(change=lambda predictions, _: predictions, **options):
         calls = []
 
         class Fake:
@@ -71,8 +77,7 @@ def verify(context, lively_model, monkeypatch, tmp_path):
                 calls.append("closed")
 
         monkeypatch.setattr(verification, "IsolatedEngine", Fake)
-        context.experiment.export = ExportConfig(**limits)
-        return verify_deployment(context)[0], calls
+        return verified("fake", **options)[0], calls
 
     return run
 
@@ -166,16 +171,14 @@ def test_layers_that_lost_zeros_are_named(deployment, lively_model):
     assert wanted[4].name not in str(error.value)
 
 
-def test_promised_zeros_that_are_missing_in_the_file_fail(verify, context):
-    context.facts = lambda stage: {"promised": {"model.1.conv": 0.999}} if stage == "train" else {}
+def test_promised_zeros_that_are_missing_in_the_file_fail(verify):
     with pytest.raises(SparsityError, match=r"in model\.onnx, but got less in model\.1\.conv"):
-        verify()
+        verify(promised={"model.1.conv": 0.999})
 
 
-def test_real_engine(context, deployment, tmp_path):
+def test_real_engine(verified):
     """Through the file and another process: what the contract tests allow, on the whole split."""
-    context.run.path, context.experiment.hardware.engines = tmp_path, ["onnxruntime"]
-    found, curves = verify_deployment(context)
+    found, curves = verified("onnxruntime")
     assert found["verify/onnxruntime/box_mean_px"] < 1.0
     assert found["verify/onnxruntime/score_mean"] < 0.012
     assert abs(found["verify/onnxruntime/map50_difference"]) < 0.02

@@ -18,7 +18,8 @@ from sparse_exp.engines import create_engine
 from sparse_exp.errors import ConfigError, EngineError, SourceUnavailable
 from sparse_exp.files import write_json
 from sparse_exp.predict.detector import Detector, find_model
-from sparse_exp.training.evaluation import evaluate
+from sparse_exp.runs.directory import Run, StageRecord
+from sparse_exp.training.evaluation import Validation
 
 IMGSZ, CLASSES = 64, 10
 EVALUATED = {"conf": 0.001, "iou": 0.6, "max_det": 300, "multi_label": True}
@@ -41,10 +42,9 @@ def test_detections_are_those_of_the_evaluation(detector, model, digits):
     loader = make_loader(samples, CLASSES, imgsz=IMGSZ, batch_size=4, train=False, workers=0)
     with closing(create_engine("onnxruntime")) as engine:
         engine.load(model.path, batch_size=4, cores=1)
-        evaluated = evaluate(
-            lambda images: torch.from_numpy(engine.run(images.contiguous().numpy())[0]),
-            loader, num_classes=CLASSES, keep_detections=True,
-        )  # fmt: skip
+        evaluated = Validation(loader, CLASSES).evaluate(
+            lambda images: torch.from_numpy(engine.run(images.contiguous().numpy())[0]), keep_detections=True
+        )
     prepared = [detector.prepare(sample.image) for sample in samples]
     found = [detector.detect([square], [box])[0] for square, box in prepared]
     assert sum(map(len, found)) > 100
@@ -106,13 +106,14 @@ def test_class_names_must_be_as_many_as_there_are(model):
 @pytest.fixture
 def run(deployment, tmp_path) -> Path:
     """A run's directory: quantized, for OpenVINO first."""
-    folder = tmp_path / "outputs" / "runs" / "day" / "12-00-00-digits"
-    shutil.copytree(deployment, folder / "deployment")
-    facts = {"names": [f"digit {number}" for number in range(CLASSES)]}
-    stages = {"fetch": {"facts": facts}, "train": {"facts": {"checkpoint": "weights/best.pt"}}}
-    write_json(folder / "manifest.json", {"status": "FINISHED", "tracker_run_id": "a" * 32, "stages": stages})
-    (folder / "config.yaml").write_text("hardware: {engines: [openvino, deepsparse]}\n", encoding="utf-8")
-    return folder
+    made = Run.create(tmp_path / "outputs" / "runs" / "day" / "12-00-00-digits", overwrite=False)
+    shutil.copytree(deployment, made.path / "deployment")
+    names = [f"digit {number}" for number in range(CLASSES)]
+    made.record("fetch", StageRecord("1", facts={"names": names}))
+    made.record("train", StageRecord("2", facts={"checkpoint": "weights/best.pt"}))
+    made.update(status="FINISHED", tracker_run_id="a" * 32)
+    (made.path / "config.yaml").write_text("hardware: {engines: [openvino, deepsparse]}\n", encoding="utf-8")
+    return made.path
 
 
 def test_a_run_by_path_name_and_id(run, tmp_path, monkeypatch):

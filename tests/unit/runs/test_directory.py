@@ -1,90 +1,18 @@
+"""The directory of a run: made, kept, read again, and what its records say."""
+
 from __future__ import annotations
 
-import hashlib
 import json
 
 import pytest
 
 from sparse_exp.errors import ConfigError
-from sparse_exp.files import fingerprint, landing, sha256_of, write_json, write_text
+from sparse_exp.files import write_text
 from sparse_exp.runs.directory import MANIFEST, Run, StageRecord
 
 
 def names(folder) -> set[str]:
     return {path.name for path in folder.iterdir()}
-
-
-def test_landing_shows_the_file_only_when_it_is_whole(tmp_path):
-    target = tmp_path / "new" / "model.onnx"
-    with landing(target) as temporary:
-        temporary.write_text("half")
-        assert not target.exists()
-        assert temporary.parent == target.parent  # else replacing it would not be atomic
-        assert temporary.suffix == ".onnx"
-        temporary.write_text("whole")
-    assert target.read_text() == "whole"
-    assert names(target.parent) == {"model.onnx"}
-
-
-def fail_while_landing(target, error) -> None:
-    with landing(target) as temporary:
-        temporary.write_text("half")
-        raise error
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_landing_that_fails_leaves_nothing_of_it(tmp_path, error):
-    target = tmp_path / "model.onnx"
-    with pytest.raises(error):
-        fail_while_landing(target, error)
-    assert names(tmp_path) == set()
-
-
-def test_landing_that_fails_keeps_what_was_there(tmp_path):
-    target = tmp_path / "model.onnx"
-    target.write_text("old")
-    with pytest.raises(ValueError):
-        fail_while_landing(target, ValueError)
-    assert target.read_text() == "old"
-    assert names(tmp_path) == {"model.onnx"}
-
-
-def test_landing_without_a_file_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError), landing(tmp_path / "model.onnx"):
-        pass
-
-
-def test_texts_and_json_are_written_with_their_directories(tmp_path):
-    assert write_text(tmp_path / "a" / "b.md", "Grüße").read_text(encoding="utf-8") == "Grüße"
-    assert json.loads(write_json(tmp_path / "c.json", {"path": tmp_path}).read_text()) == {
-        "path": str(tmp_path)
-    }
-
-
-def test_sha256_is_that_of_hashlib_for_files_longer_than_a_block(tmp_path):
-    data = bytes(range(256)) * 5000
-    (tmp_path / "data").write_bytes(data)
-    assert sha256_of(tmp_path / "data") == hashlib.sha256(data).hexdigest()
-
-
-def test_fingerprint_does_not_depend_on_the_order_of_keys():
-    assert fingerprint({"a": 1, "b": {"c": 2, "d": 3}}) == fingerprint({"b": {"d": 3, "c": 2}, "a": 1})
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ([{"a": 1}], [{"a": 2}]),
-        ([{"a": 1}], [{"a": "1"}]),
-        ([[1, 2]], [[2, 1]]),
-        ([{"a": None}], [{}]),
-        (["a", "b"], ["ab"]),
-        ([{"a": True}], [{"a": False}]),
-        (["x", "y"], ["y", "x"]),
-    ],
-)
-def test_fingerprint_tells_values_apart(one, other):
-    assert fingerprint(*one) != fingerprint(*other)
 
 
 def manifest(run: Run) -> dict:

@@ -76,7 +76,8 @@ def test_while_the_engine_is_busy_batches_fill_up(streams):
         asked = []
         for number in range(streams + 1):  # each leaves alone, one of them ahead of its time
             asked.append(asyncio.create_task(ask(number)))
-            await asyncio.sleep(0.02)
+            while len(engine.batches) == number:
+                await asyncio.sleep(0.001)
         for number in range(streams + 1, streams + 6):
             asked.append(asyncio.create_task(ask(number)))
             await asyncio.sleep(0.02)

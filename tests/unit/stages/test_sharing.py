@@ -335,8 +335,10 @@ class Recorder(NoTracker):
 
     def start(self, run):
         self.run_id = f"run-{id(self)}"
+        for event, at in run.told() if run.missed else ():
+            self.log(event, at)
 
-    def log(self, event):
+    def log(self, event, at=None):
         self.events.append(event)
 
     def told(self, directory: Path) -> dict:

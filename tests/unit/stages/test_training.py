@@ -47,7 +47,7 @@ class Notebook:
     def __init__(self) -> None:
         self.events: list[object] = []
 
-    def log(self, event: object) -> None:
+    def log(self, event: object, at: float | None = None) -> None:
         self.events.append(event)
 
 
@@ -158,14 +158,14 @@ def test_a_start_that_is_not_what_was_planned_is_refused(digits, tmp_path, start
     planned = {"sparsity": 0.75, "layers": {"model.1.conv": 0.75, "model.3.conv": 0.9}}
     context.run.record("plan", StageRecord("x", facts=planned))
     with pytest.raises(SparsityError, match=r"in the start weights, but got less in model\.3\.conv \(75"):
-        run_training(context, lambda _: None)
+        run_training(context)
 
 
 def test_zeros_that_will_be_lost_are_warned_of(digits, tmp_path, start, caplog):
     context = make_context(digits, tmp_path / "run", start, EPOCHS)
     (tmp_path / "run" / "weights").mkdir()
     with caplog.at_level(logging.WARNING, "sparse_exp"):
-        run_training(context, lambda _: None)
+        run_training(context)
     assert "The start has 75 % zeros, and r.md does not hold them" in caplog.text
 
 
@@ -173,4 +173,4 @@ def test_a_baseline_that_there_is_not_cannot_teach(digits, tmp_path, start):
     context = make_context(digits, tmp_path / "run", start, EPOCHS + DISTIL)
     context.experiment.recipe.teacher = "baseline"
     with pytest.raises(ConfigError, match=r"recovery\.baseline=auto"):
-        run_training(context, lambda _: None)
+        run_training(context)

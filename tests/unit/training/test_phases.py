@@ -6,7 +6,7 @@ import pytest
 
 from sparse_exp.errors import RecipeError
 from sparse_exp.sparsity.recipe import Phase
-from sparse_exp.training.phases import check_phases, first_step, is_pruning, stretches
+from sparse_exp.training.phases import check_phases, evaluated_spans, first_step, is_pruning
 
 
 def phase(start: float, end: float, name: str = "pruned") -> Phase:
@@ -25,7 +25,7 @@ def phase(start: float, end: float, name: str = "pruned") -> Phase:
     ],
 )
 def test_a_phase_is_evaluated_at_each_epoch_and_at_its_end(start, end, steps, marks):
-    spans = stretches(phase(start, end), steps)
+    spans = evaluated_spans(phase(start, end), steps)
     assert [(span.start, span.stop) for span in spans] == list(pairwise(marks))
 
 

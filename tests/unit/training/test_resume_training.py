@@ -14,6 +14,7 @@ import torch
 
 from sparse_exp.config.schema import DatasetConfig, Experiment, ModelConfig, RecipeConfig, TrainerConfig
 from sparse_exp.runs.directory import Run
+from sparse_exp.runs.replay import told_of
 from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.stages.base import Context
 from sparse_exp.stages.registry import STAGES
@@ -56,7 +57,7 @@ def telling(monkeypatch):
         finite = (value for value in model.state_dict().values() if value.isfinite().all())
         found = math.modf(sum(float(value.double().abs().sum()) for value in finite) * 1e4)[0]
         if trainers:
-            found = 0.9 - 0.1 * trainers[-1]._at.step / 8 + 0.001 * found
+            found = 0.9 - 0.1 * trainers[-1]._position.step / 8 + 0.001 * found
         return Evaluation(found, found / 2, np.zeros(101), np.zeros(101), images=6, seconds=0.0)
 
     monkeypatch.setattr(Validation, "evaluate_model", evaluate_model)
@@ -224,6 +225,15 @@ def test_the_position_is_said_and_a_state_is_data_alone(saved, train, caplog):
     assert "Going on with the training after epoch 1 of 3." in caplog.messages
 
 
+@pytest.mark.parametrize(("earlier", "goes_on"), [("mark", True), ("another", False), (None, False)])
+def test_a_state_of_an_earlier_version_is_gone_on_with_where_nothing_changed(saved, train, earlier, goes_on):
+    file = StateFile(saved, "as it is taken now", earlier_mark=earlier)
+    assert (file.read() is not None) is goes_on
+    if goes_on:
+        train(EPOCHS, file)  # which saves its own states from then on
+        assert StateFile(saved, "as it is taken now").read()["at"]["step"] == 6
+
+
 class Runs:
     """An object whose unpickling would leave a file."""
 
@@ -315,7 +325,7 @@ class Notebook:
     def __init__(self, run_id: str, epochs: int = 100) -> None:
         self.run_id, self.told, self._left = run_id, [], epochs
 
-    def log(self, event: object) -> None:
+    def log(self, event: object, at: float | None = None) -> None:
         if isinstance(event, Metrics):
             self.told.append(event.step)
             if len(self.told) == self._left:
@@ -344,13 +354,15 @@ def context(digits, tmp_path):
     return make
 
 
-@pytest.mark.parametrize(("again", "told_again"), [("one", [300]), ("another", [100, 200, 300])])
-def test_the_stage_goes_on_and_tells_the_tracker_what_it_does_not_know(context, again, told_again):
+def test_the_stage_goes_on_and_a_tracker_that_missed_epochs_is_told_of_all(context):
     with pytest.raises(Killed):
         STAGES["train"].run(context("cut", Notebook("one", 3)))
-    notebook = Notebook(again)
-    outcome = STAGES["train"].run(context("cut", notebook))
-    assert notebook.told == told_again
+    again = context("cut", Notebook("another"))
+    told = [event for event, _ in told_of(again.run) if isinstance(event, Metrics)]
+    assert [event.step for event in told] == [100, 200, 300]  # kept before the tracker was told
+    outcome = STAGES["train"].run(again)
+    assert again.tracker.told == [300]
+    assert [event.step for event, _ in told_of(again.run) if isinstance(event, Metrics)] == [100, 200, 300]
     assert [path.name for path in outcome.spent] == ["state.pt"]
     assert outcome.spent[0].is_file()
     assert sorted(path.name for path in outcome.files) == sorted(
@@ -361,7 +373,7 @@ def test_the_stage_goes_on_and_tells_the_tracker_what_it_does_not_know(context, 
 def test_the_stage_begins_again_where_the_state_does_not_fit(context, caplog):
     with pytest.raises(Killed):
         STAGES["train"].run(context("cut", Notebook("one", 2)))
-    file = StateFile(context("cut", None).run.path / state.STATE, "mark", "one")
+    file = StateFile(context("cut", None).run.path / state.STATE, "mark")
     kept = file.read()
     other_layers(kept)
     file.write(kept)

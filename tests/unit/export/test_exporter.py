@@ -1,4 +1,4 @@
-"""Which file stands for each cell, and what is measured of it; a real run of the stages export and verify."""
+"""The files that a run is asked for, and what is measured of them: the stages export and verify."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparse_exp import experiment as running
 from sparse_exp.config.schema import (
     VARIANTS,
     DatasetConfig,
@@ -21,34 +20,19 @@ from sparse_exp.config.schema import (
 )
 from sparse_exp.engines.signature import read_signature
 from sparse_exp.errors import Impossible
-from sparse_exp.export import deployment as exporting
-from sparse_exp.export.accuracy import file_sizes
-from sparse_exp.runs.deployment import MODEL, QDQ, model_for, wanted_files
+from sparse_exp.export import exporter as exporting
+from sparse_exp.runs.deployment import MODEL, QDQ
 from sparse_exp.runs.directory import Run, StageRecord
 from sparse_exp.sparsity.checkpoints import CheckpointWriter
-from sparse_exp.sparsity.measure import gzip_bytes, nonzero_bytes
-from sparse_exp.stages.base import Context
-from sparse_exp.stages.export import export
+from sparse_exp.stages.base import Context, Stage
+from sparse_exp.stages.fingerprint import Fingerprint, take_fingerprint
 from sparse_exp.stages.names import expected_names
-from sparse_exp.stages.verify import verify
+from sparse_exp.stages.registry import STAGES
 from sparse_exp.yolov5 import YOLOv5
 
 ALL = list(VARIANTS)
+EXPORT, VERIFY = STAGES["export"], STAGES["verify"]
 LOOSE = ExportConfig(box_atol=100.0, score_atol=1.0, map_atol=1.0)  # of a training of a few steps
-
-
-def test_only_what_is_asked_for_is_made():
-    assert wanted_files(["deepsparse", "openvino"], ["dense", "sparse"]) == []
-    assert wanted_files(["deepsparse", "openvino"], ["dense_int8"]) == [
-        "dense.int8.deepsparse.onnx",
-        "dense.int8.openvino.xml",
-    ]
-    assert wanted_files(["torch", "onnxruntime"], ALL) == [
-        "dense.int8.onnxruntime.onnx",
-        "dense.pt",
-        "sparse.fp32.onnx",
-        "sparse.fp32.pt",
-    ]
 
 
 def context_of(run: Run, digits, engines, variants) -> Context:
@@ -68,11 +52,10 @@ def context_of(run: Run, digits, engines, variants) -> Context:
     return context
 
 
-def do(context: Context, stage) -> StageRecord:
-    outcome = stage(context)
-    name = stage.__name__
+def do(context: Context, stage: Stage) -> StageRecord:
+    outcome = stage.run(context)
     record = StageRecord("mark", context.run.digests(outcome.files), outcome.metrics, 1.0, outcome.facts)
-    context.run.record(name, record)
+    context.run.record(stage.name, record)
     return record
 
 
@@ -106,7 +89,7 @@ def baseline(tmp_path, digits):
 def test_files_are_exported_for_images_of_the_datas_size(run, digits, caplog):
     context = context_of(run, digits, ["onnxruntime"], ["dense", "sparse"])
     context.experiment.dataset.imgsz = 96  # and the training's was 64
-    assert do(context, export).facts["imgsz"] == 96
+    assert do(context, EXPORT).facts["imgsz"] == 96
     sizes = {read_signature(run.path / "deployment" / name).size for name in ("model.onnx", "dense.onnx")}
     assert sizes == {(96, 96)}
     assert "The checkpoint was trained at 64 px, and is exported for 96 px." in caplog.text
@@ -116,7 +99,7 @@ def test_files_are_exported_for_images_of_the_datas_size(run, digits, caplog):
 def test_the_square_of_a_quantized_run(quantized_run, digits, baseline):
     quantized_run.record("baseline", StageRecord("mark", facts={"checkpoint": str(baseline)}))
     context = context_of(quantized_run, digits, ["deepsparse", "onnxruntime", "openvino", "torch"], ALL)
-    exported, verified = do(context, export), do(context, verify)
+    exported, verified = do(context, EXPORT), do(context, VERIFY)
     assert exported.facts["impossible"] == {}
     assert exported.facts["sparse_fp32"]["origin"] == "the run's own best_pruned.pt"
     cells = {(cell["engine"], cell["variant"]): cell for cell in verified.facts["cells"]}
@@ -138,7 +121,7 @@ def test_the_square_of_a_quantized_run(quantized_run, digits, baseline):
 def test_the_square_of_a_run_in_fp32(run, digits, baseline):
     run.record("baseline", StageRecord("mark", facts={"checkpoint": str(baseline)}))
     context = context_of(run, digits, ["onnxruntime", "torch"], ALL)
-    exported, verified = do(context, export), do(context, verify)
+    exported, verified = do(context, EXPORT), do(context, VERIFY)
     made = [MODEL, "dense.onnx", "dense.pt", "dense.int8.onnxruntime.onnx"]
     assert set(exported.outputs) == {f"deployment/{name}" for name in made}
     assert set(exported.facts["impossible"]) == {"sparse.fp32.onnx", "sparse.fp32.pt"}
@@ -163,8 +146,8 @@ def test_initial_weights_are_not_evaluated_and_old_files_go(run, digits):
     (run.path / "deployment").mkdir()
     for name in ("model.old.onnx", "sparse.fp32.onnx", "notes.txt"):
         (run.path / "deployment" / name).write_text("from before")
-    do(context, export)
-    verified = do(context, verify)
+    do(context, EXPORT)
+    verified = do(context, VERIFY)
     assert {path.name for path in (run.path / "deployment").iterdir()} == {
         MODEL, "dense.onnx", "notes.txt",
     }  # fmt: skip
@@ -174,7 +157,7 @@ def test_initial_weights_are_not_evaluated_and_old_files_go(run, digits):
     with pytest.raises(
         Impossible, match=r"sparse\.fp32\.onnx .*Run the export stage with sparse_fp32"
     ) as error:
-        model_for(context, "onnxruntime", "sparse_fp32")
+        context.run.deployment.file("onnxruntime", "sparse_fp32")
     assert "\n" not in str(error.value)
 
 
@@ -193,30 +176,19 @@ def test_what_a_quantizer_cannot_do_ends_a_cell_and_not_the_run(quantized_run, d
     monkeypatch.setattr(exporting, "quantize_onnxruntime", failing)
     (quantized_run.path / "deployment").mkdir()
     context = context_of(quantized_run, digits, ["onnxruntime", "openvino"], ALL)
-    do(context, export)
+    do(context, EXPORT)
     with pytest.raises(Impossible, match=r"nncf is not installed\. Run: pip install nncf\."):
-        model_for(context, "openvino", "dense_int8")
+        context.run.deployment.file("openvino", "dense_int8")
     with pytest.raises(Impossible, match="could not be made: first line second line"):
-        model_for(context, "onnxruntime", "dense_int8")
-    assert model_for(context, "openvino", "sparse").name == QDQ
-    assert model_for(context, "onnxruntime", "dense").name == "dense.onnx"
-
-
-def test_torch_runs_checkpoints_and_no_int8(run, digits):
-    context = context_of(run, digits, ["torch"], ALL)
-    (run.path / "deployment").mkdir()
-    (run.path / "deployment" / "dense.pt").touch()
-    assert model_for(context, "torch", "dense").name == "dense.pt"
-    assert model_for(context, "torch", "sparse") == context.checkpoint  # of a run that does not quantize
-    (run.path / "deployment" / QDQ).touch()
-    for variant in ("sparse", "dense_int8"):
-        with pytest.raises(Impossible, match="torch has no int8 convolutions"):
-            model_for(context, "torch", variant)
+        context.run.deployment.file("onnxruntime", "dense_int8")
+    assert context.run.deployment.file("openvino", "sparse").name == QDQ
+    assert context.run.deployment.file("onnxruntime", "dense").name == "dense.onnx"
 
 
 def test_the_export_depends_on_the_files_that_are_wanted_and_on_the_baseline(run, digits, baseline):
     def mark(engines, variants) -> str:
-        return running._fingerprint(context_of(run, digits, engines, variants), "export", "before")
+        context = context_of(run, digits, engines, variants)
+        return take_fingerprint(context, EXPORT, Fingerprint("before")).mark
 
     two = mark(["onnxruntime"], ["dense", "sparse"])
     assert mark(["openvino", "deepsparse"], ["sparse"]) == two  # the same files
@@ -233,28 +205,7 @@ def test_initial_weights_have_a_checkpoint_where_one_was_written_for_torch(run, 
     (run.path / "deployment").mkdir()
     for engines, size in ((["onnxruntime"], None), (["torch"], True)):
         context = context_of(run, digits, engines, ["dense", "sparse"])
-        dense = do(context, export).facts["dense"]
+        dense = do(context, EXPORT).facts["dense"]
         file = run.path / "deployment" / "dense.pt"
         assert dense["checkpoint_mb"] == (size and file.stat().st_size / 1e6)
         assert not dense["trained"]
-
-
-def test_sizes_of_a_file(deployment):
-    found = file_sizes(deployment / "dense.onnx")
-    assert found.onnx_mb == (deployment / "dense.onnx").stat().st_size / 1e6
-    assert found.onnx_gzip_mb == gzip_bytes(deployment / "dense.onnx") / 1e6
-    # Weights of convolutions alone, in fp32; of initial ones hardly any is 0.
-    weights = sum(p.numel() for p in YOLOv5("n", 10).parameters() if p.ndim == 4)
-    assert found.nonzero_mb == pytest.approx(4 * weights / 1e6, rel=1e-3)
-    # Three quarters are zero and the others are one byte each, in both files of the quantized network.
-    integer, pairs = (nonzero_bytes(deployment / name) for name in (MODEL, QDQ))
-    assert integer == pairs
-    assert 0.15 * weights < integer < 0.3 * weights
-
-
-def test_sizes_of_openvinos_format_are_those_of_both_files(tmp_path):
-    (tmp_path / "m.xml").write_bytes(b"x" * 1000)
-    (tmp_path / "m.bin").write_bytes(b"\0" * 300 + b"w" * 200)
-    found = file_sizes(tmp_path / "m.xml")
-    assert (found.onnx_mb, found.nonzero_mb) == (0.0015, 0.0002)
-    assert found.onnx_gzip_mb < 0.0002
