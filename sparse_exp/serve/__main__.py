@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING
 
 from sparse_exp.command import Parser, checked, number, run_command, whole
 from sparse_exp.errors import ConfigError, first_line
-from sparse_exp.predict.models import find_model
 from sparse_exp.predict.options import add_detector_options, add_model_options, detector_settings
-from sparse_exp.serve.worker import DetectorSettings
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -65,8 +63,10 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
+    from sparse_exp.predict.models import find_model
     from sparse_exp.serve.limits import Limits
     from sparse_exp.serve.service import Service
+    from sparse_exp.serve.worker import DetectorSettings
 
     model = find_model(options.model, engine=options.engine, zoo=options.zoo)
     settings = DetectorSettings(**detector_settings(options))
