@@ -48,7 +48,7 @@ def told_of(run: Run) -> Told:
         yield from told_of_stage(run, stage, epochs=True)
     if not any(HISTORY in record.outputs for record in run.records.values()):
         yield from _epochs(run, started)  # of a training that is not finished
-    yield from files_of(run, AT_THE_END, float(run.state.get(ENDED, started)))
+    yield from files_of(run, AT_THE_END, float(run.state.get(ENDED) or started))
 
 
 def told_of_stage(run: Run, stage: str, *, epochs: bool) -> Told:
