@@ -34,7 +34,7 @@ from sparse_exp.config.schema import (
 )
 from sparse_exp.errors import StageFailed
 from sparse_exp.files import write_text
-from sparse_exp.runs.directory import MANIFEST
+from sparse_exp.runs.directory import MANIFEST, Run
 from sparse_exp.stages import baseline as recovery
 from sparse_exp.stages.base import Outcome, SweepMember
 from sparse_exp.stages.registry import STAGES
@@ -396,6 +396,7 @@ def test_the_tracker_is_told_the_same_of_a_job_that_took_everything_over(real, m
 def test_a_new_run_of_the_tracker_is_told_of_stages_that_are_kept(real, monkeypatch):
     directory, told = real
     monkeypatch.chdir(directory.parents[1])
+    Run.read(directory).update(tracker_run_id=None)  # as after tracker=none
     tracker = Recorder()
     monkeypatch.setattr(experiments, "create_tracker", lambda *_: tracker)
     run(job(0, resume=str(directory)))

@@ -10,7 +10,7 @@ import pytest
 from sparse_exp.config.schema import DatasetConfig, Experiment, ModelConfig, RecipeConfig, TrainerConfig
 from sparse_exp.errors import ConfigError, SparsityError
 from sparse_exp.runs.directory import Run, StageRecord
-from sparse_exp.runs.replay import told_of
+from sparse_exp.runs.replay import told_of_stage
 from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.stages.base import Context
 from sparse_exp.stages.registry import STAGES
@@ -81,7 +81,7 @@ def trained(digits, tmp_path_factory, start) -> Context:
     files = context.run.digests(outcome.files)
     events = [as_plain(event, context.run.path) for event in outcome.events]
     context.run.record("train", StageRecord("x", files, facts=outcome.facts, events=events))
-    for event, _ in told_of(context.run, "train", epochs=False):
+    for event, _ in told_of_stage(context.run, "train", epochs=False):
         context.tracker.log(event)
     return context
 
