@@ -33,7 +33,6 @@ from sparse_exp.stages import sharing
 from sparse_exp.stages.base import Context, Stage, SweepMember
 from sparse_exp.stages.fingerprint import Fingerprint, pass_on, take_fingerprint
 from sparse_exp.stages.registry import STAGES
-from sparse_exp.stages.train import write_recipe
 from sparse_exp.tracking import PARENT_TAG, RunInfo, Status, as_plain, create_tracker
 
 _log = logging.getLogger(__name__)
@@ -125,7 +124,7 @@ def _write_conditions(
     for name, text in hydra_files.items():
         write_text(directory / ".hydra" / name, text)
     write_text(directory / CONFIG, as_yaml(asked))
-    write_recipe(directory, str(context.facts("train").get("recipe", "")) or context.recipe.text)
+    context.run.write_recipe(context.run.composed_recipe or context.recipe.text)
     write_text(directory / "environment.txt", "\n".join(packages()) + "\n")
     environment = {**conditions, "packages": packages()}
     context.conditions = fingerprint(environment)

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from sparse_exp.errors import ConfigError, expected
-from sparse_exp.files import sha256_of, write_json
+from sparse_exp.files import sha256_of, write_json, write_text
 from sparse_exp.hints import resume_command
 from sparse_exp.locks import exclusive, is_held
 from sparse_exp.runs.deployment import FOLDER, Deployment
@@ -251,6 +251,11 @@ class Run:
         return Path(str(given)).expanduser() if given else self.trained_checkpoint
 
     @property
+    def composed_recipe(self) -> str | None:
+        """The recipe that was trained under, with that of the start before it; None before the training."""
+        return self.facts("train").get("recipe")
+
+    @property
     def baseline_checkpoint(self) -> Path | None:
         """File of the dense counterpart that the baseline stage found or trained; None without one."""
         checkpoint = self.facts("baseline").get("checkpoint")
@@ -323,6 +328,10 @@ class Run:
         """Enter a finished stage."""
         self.records[stage] = record
         self.update()
+
+    def write_recipe(self, text: str) -> Path:
+        """Keep a recipe in the run's directory, as the front matter of ``recipe.md``."""
+        return write_text(self.path / "recipe.md", f"---\n{text.strip()}\n---\n")
 
     def digests(self, files: Iterable[Path]) -> dict[str, str]:
         """The sha256 of files inside the run directory, by relative path."""

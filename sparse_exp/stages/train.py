@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from sparse_exp.config.schema import Experiment
-from sparse_exp.files import sha256_of, write_json, write_text
+from sparse_exp.files import sha256_of, write_json
 from sparse_exp.runs.replay import HISTORY
 from sparse_exp.stages.base import Context, Outcome, Stage
 from sparse_exp.stages.sparsity_csv import write_sparsity
@@ -24,7 +23,7 @@ def _run(context: Context) -> Outcome:
     history = write_json(directory / HISTORY, result.history)
     phase, best = list(result.phases.items())[-1]
     table = write_sparsity(context, best.path, best.promised)
-    recipe = write_recipe(directory, composed)
+    recipe = context.run.write_recipe(composed)
     facts = {
         "checkpoint": str(best.path.relative_to(directory)),
         "phase": phase,
@@ -38,11 +37,6 @@ def _run(context: Context) -> Outcome:
     checkpoints = sorted(path for path in weights.glob("[!.]*.pt") if path != state)
     files = [history, table, recipe, *checkpoints]
     return Outcome(files, facts=facts, events=[Artifact(recipe), Artifact(table)], spent=[state])
-
-
-def write_recipe(directory: Path, text: str) -> Path:
-    """Keep a recipe in the run's directory, as the front matter of ``recipe.md``."""
-    return write_text(directory / "recipe.md", f"---\n{text.strip()}\n---\n")
 
 
 def _marks(context: Context) -> dict[str, Any]:

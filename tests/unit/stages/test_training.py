@@ -14,7 +14,6 @@ from sparse_exp.runs.replay import told_of_stage
 from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.stages.base import Context
 from sparse_exp.stages.registry import STAGES
-from sparse_exp.stages.train import write_recipe
 from sparse_exp.stages.training import run_training
 from sparse_exp.tracking import Artifact, as_plain
 from sparse_exp.yolov5 import read_checkpoint
@@ -127,7 +126,7 @@ def test_the_recipe_of_the_start_comes_first_in_checkpoint_and_run(trained):
     written = trained.run.path / "recipe.md"
     assert written.read_text() == f"---\n{kept.strip()}\n---\n"
     assert Artifact(written) in trained.tracker.events
-    write_recipe(trained.run.path, trained.facts("train")["recipe"])  # as on resume
+    trained.run.write_recipe(trained.run.composed_recipe)  # as on resume
     assert written.read_text() == f"---\n{kept.strip()}\n---\n"
 
 
