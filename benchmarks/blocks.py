@@ -35,11 +35,11 @@ from sparse_exp.errors import ConfigError, EngineError, expected
 from sparse_exp.export.onnx import export_quantized
 from sparse_exp.files import write_json
 from sparse_exp.hardware import usable_physical_cores
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sources.cache import cache_directory
 from sparse_exp.sources.start import cached_start
 from sparse_exp.sparsity.measure import onnx_facts, overall
 from sparse_exp.sparsity.prune import BLOCK, prune_by_magnitude, prune_layer_adaptively
-from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.yolov5 import YOLOv5, read_checkpoint, transfer_weights
 
 _COCO_CLASSES = 80

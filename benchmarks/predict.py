@@ -39,8 +39,8 @@ from sparse_exp.hardware import host_facts, usable_physical_cores
 from sparse_exp.locks import default_lock_path, measuring_alone
 from sparse_exp.predict.__main__ import default_streams
 from sparse_exp.predict.models import Model, find_model
+from sparse_exp.recipes.checkpoints import restore
 from sparse_exp.sources.cache import cache_directory
-from sparse_exp.sparsity.checkpoints import restore
 
 _WHEEL = SourceConfig(
     uri="index:deepforest==2.1.0", sha256="8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54"

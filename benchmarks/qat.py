@@ -2,7 +2,7 @@
 
 The dense step is the one that a run takes on this CPU: bfloat16 autocast where the CPU multiplies it in
 hardware, else fp32; the table says which. QAT computes in fp32, once with torch's modules as SparseML inserts
-them, once with `sparse_exp.sparsity.fast_qat`. A step is forward pass, loss, backward pass, clipping and
+them, once with `sparse_exp.quantization.fast_qat`. A step is forward pass, loss, backward pass, clipping and
 AdamW on one fixed batch, channels_last. Masks, averaged weights and the loading of batches are left out. All
 steps are measured in turns, so that a drift of the machine affects them alike.
 
@@ -30,8 +30,8 @@ from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.hardware import has_bf16, host_facts
 from sparse_exp.locks import default_lock_path, measuring_alone
 from sparse_exp.progress import progress
-from sparse_exp.sparsity.fast_qat import accelerate
-from sparse_exp.sparsity.recipe import Recipe
+from sparse_exp.quantization.fast_qat import accelerate
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.training.precision import Precision, choose_precision
 from sparse_exp.yolov5 import DetectionLoss, YOLOv5
 

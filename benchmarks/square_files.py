@@ -27,11 +27,11 @@ from sparse_exp.export.exporter import export_dense_integer, export_deployment
 from sparse_exp.export.networks import Network, initial_network, sparse_network
 from sparse_exp.export.onnx import export_float
 from sparse_exp.export.post_training import quantize_onnxruntime, quantize_openvino
+from sparse_exp.recipes.checkpoints import restore
 from sparse_exp.runs.deployment import DENSE, SPARSE_FP32, dense_int8
 from sparse_exp.runs.directory import Run
 from sparse_exp.runs.metadata import describe
 from sparse_exp.sources.cache import cache_directory
-from sparse_exp.sparsity.checkpoints import restore
 from sparse_exp.training.oneshot import calibration_loader
 from sparse_exp.yolov5 import YOLOv5
 from sparse_exp.zoo.publish import dataset_of, read_finished

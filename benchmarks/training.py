@@ -33,9 +33,9 @@ from sparse_exp.data.loader import Batch, DetectionLoader, make_loader
 from sparse_exp.hardware import has_bf16, host_facts
 from sparse_exp.locks import default_lock_path, measuring_alone
 from sparse_exp.progress import progress
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sources.cache import cache_directory
 from sparse_exp.sparsity.prune import prune_by_magnitude
-from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.training.loop import Trainer, TrainingData
 from sparse_exp.training.precision import Precision, choose_precision
 from sparse_exp.yolov5 import DetectionLoss, YOLOv5

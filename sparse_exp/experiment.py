@@ -62,7 +62,7 @@ def run(
         SparseExpError: what stopped the run. The manifest names the stage and the reason, and the
             tracker knows the run as FAILED.
     """
-    from sparse_exp.sparsity.recipe import Recipe
+    from sparse_exp.recipes.recipe import Recipe
 
     chosen, file = experiment.recipe, _recipe_file(experiment)
     recipe = Recipe.from_file(file, chosen.variables, num_epochs=chosen.num_epochs)

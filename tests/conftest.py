@@ -79,8 +79,8 @@ def digit_images(digits) -> np.ndarray:
 @pytest.fixture(scope="session")
 def train_tiny(digits, tmp_path_factory):
     """A function that trains yolov5n, pruned before, on the digits for a few steps."""
+    from sparse_exp.recipes.recipe import Recipe
     from sparse_exp.sparsity.prune import prune_by_magnitude
-    from sparse_exp.sparsity.recipe import Recipe
     from sparse_exp.training.evaluation import Validation
     from sparse_exp.training.loop import Trainer, TrainingData
     from sparse_exp.training.precision import Precision
@@ -132,8 +132,8 @@ def lively_model(digits):
     of real images, and the head larger weights and no bias towards "nothing here".
     """
     from sparse_exp.config.schema import LossConfig
+    from sparse_exp.recipes.recipe import Recipe, freeze_quantizers, pin_input_quantizer
     from sparse_exp.sparsity.prune import prune_by_magnitude
-    from sparse_exp.sparsity.recipe import Recipe, freeze_quantizers, pin_input_quantizer
     from sparse_exp.yolov5 import DetectionLoss, YOLOv5
 
     loader = make_loader(digits.splits["train"], CLASSES, imgsz=IMGSZ, batch_size=8, train=False)

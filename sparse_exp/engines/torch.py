@@ -141,7 +141,7 @@ def _restored(path: Path) -> YOLOv5:
         model.load_state_dict(checkpoint.state_dict)
         return model.eval()
     # Quantized weights have other names and need SparseML, which takes seconds and 200 MB.
-    from sparse_exp.sparsity.checkpoints import restore
+    from sparse_exp.recipes.checkpoints import restore
 
     return restore(path)[0]
 

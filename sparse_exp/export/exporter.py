@@ -20,8 +20,10 @@ from sparse_exp.errors import Impossible
 from sparse_exp.export.networks import Network, dense_network, initial_network, sparse_network
 from sparse_exp.export.onnx import export_float, export_quantized
 from sparse_exp.export.post_training import Images, quantize_onnxruntime, quantize_openvino
-from sparse_exp.export.reference import with_whole_biases
 from sparse_exp.progress import progress
+from sparse_exp.quantization.reference import with_whole_biases
+from sparse_exp.recipes.checkpoints import restore
+from sparse_exp.recipes.recipe import Recipe, is_quantized
 from sparse_exp.runs.deployment import (
     CHECKPOINTS,
     DENSE,
@@ -33,8 +35,6 @@ from sparse_exp.runs.deployment import (
 )
 from sparse_exp.runs.directory import Run
 from sparse_exp.runs.metadata import describe
-from sparse_exp.sparsity.checkpoints import restore
-from sparse_exp.sparsity.recipe import Recipe, is_quantized
 from sparse_exp.training.oneshot import calibration_loader
 from sparse_exp.yolov5 import Checkpoint, YOLOv5, save_checkpoint
 

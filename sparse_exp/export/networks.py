@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from sparse_exp.errors import CheckpointError
+from sparse_exp.recipes.checkpoints import restore
+from sparse_exp.recipes.recipe import is_quantized
 from sparse_exp.runs.directory import Run
-from sparse_exp.sparsity.checkpoints import restore
 from sparse_exp.sparsity.measure import SPARSE_FROM, layer_sparsity, overall
-from sparse_exp.sparsity.recipe import is_quantized
 from sparse_exp.yolov5 import YOLOv5
 
 _log = logging.getLogger(__name__)

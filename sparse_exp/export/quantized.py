@@ -31,7 +31,7 @@ def to_integer_graph(qdq: Path, destination: Path) -> None:
     """Convert a quantize-dequantize graph with floating-point input to integer convolutions.
 
     The quantize node at the input goes away, and the graph then reads uint8 images: this is exact when
-    the input's scale is 1/255 and its zero point 0 (see `sparse_exp.sparsity.recipe.pin_input_quantizer`).
+    the input's scale is 1/255 and its zero point 0 (see `sparse_exp.recipes.recipe.pin_input_quantizer`).
 
     Args:
         qdq: ONNX file with fake quantization exported as QuantizeLinear and DequantizeLinear.

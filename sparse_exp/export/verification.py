@@ -1,6 +1,6 @@
 """Exported files held against the checkpoint they came from: structure, zeros, outputs, accuracy.
 
-Of a quantized network two right computations differ (see `sparse_exp.export.reference`): on a small
+Of a quantized network two right computations differ (see `sparse_exp.quantization.reference`): on a small
 validation split mAP50 by some thousandths up or down, whichever engine it is. So the loss of mAP50 is the
 mean over several `views` of the split, and comes with its standard error.
 """
@@ -28,9 +28,10 @@ from sparse_exp.data.loader import Batch
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.errors import ExportError, expected
 from sparse_exp.export.differences import Differences, matched_shares
-from sparse_exp.export.reference import as_deployed
+from sparse_exp.quantization.reference import as_deployed
+from sparse_exp.recipes.checkpoints import restore
+from sparse_exp.recipes.recipe import is_quantized, quantized_layers
 from sparse_exp.runs.deployment import TORCH, Deployment
-from sparse_exp.sparsity.checkpoints import restore
 from sparse_exp.sparsity.measure import (
     LayerSparsity,
     layer_sparsity,
@@ -41,7 +42,6 @@ from sparse_exp.sparsity.measure import (
     require_sparsity,
 )
 from sparse_exp.sparsity.onnx_graph import layer_name
-from sparse_exp.sparsity.recipe import is_quantized, quantized_layers
 from sparse_exp.training.evaluation import Evaluation, Predict, Validation, as_input
 from sparse_exp.yolov5 import YOLOv5
 

@@ -11,10 +11,10 @@ from sparse_exp.hardware import has_bf16
 from sparse_exp.planning.plan import Plan, make_plan, plan_without_training, with_mismatch
 from sparse_exp.planning.preflight import plan_training
 from sparse_exp.planning.show import show_plan
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sources.cache import cache_directory
 from sparse_exp.sources.local import zoo_directory
 from sparse_exp.sources.start import SCRATCH, StartFile, cached_start, teacher_file
-from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.training.precision import choose_precision
 from sparse_exp.training.start import Start
 from sparse_exp.yolov5 import YOLOv5

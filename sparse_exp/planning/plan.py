@@ -11,9 +11,9 @@ from sparse_exp.config.schema import Experiment
 from sparse_exp.errors import RecipeError
 from sparse_exp.hardware.targets import advice, measures, mismatch_sentence
 from sparse_exp.planning.trial import Trial
+from sparse_exp.recipes.recipe import Phase, Recipe
 from sparse_exp.sources.start import SCRATCH
 from sparse_exp.sparsity.measure import in_blocks
-from sparse_exp.sparsity.recipe import Phase, Recipe
 from sparse_exp.sparsity.sizes import Sizes, estimate_sizes
 from sparse_exp.training.precision import Precision
 from sparse_exp.training.start import Start

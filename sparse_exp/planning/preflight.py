@@ -10,8 +10,8 @@ from sparse_exp.data import DetectionDataset
 from sparse_exp.data.loader import Batch, make_loader
 from sparse_exp.planning.plan import Data, Plan, make_plan, pruning_step, with_trial
 from sparse_exp.planning.trial import try_steps
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sources.start import StartFile
-from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.training.oneshot import refuse_untrained_start
 from sparse_exp.training.precision import Precision
 from sparse_exp.training.processes import check_devices

@@ -21,8 +21,8 @@ from torch import Tensor
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data.loader import Batch
 from sparse_exp.errors import ConfigError
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sparsity.measure import MEGABYTE
-from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.training.batches import split_batch
 from sparse_exp.training.evaluation import as_input
 from sparse_exp.training.memory import (

@@ -27,7 +27,7 @@ from sparse_exp.tracking import Event, Tracker
 if TYPE_CHECKING:
     from sparse_exp.data import DetectionDataset
     from sparse_exp.data.loader import DetectionLoader
-    from sparse_exp.sparsity.recipe import Recipe
+    from sparse_exp.recipes.recipe import Recipe
     from sparse_exp.training.evaluation import Validation
     from sparse_exp.training.precision import Precision
 

@@ -27,7 +27,7 @@ from sparse_exp.stages.base import Context, Outcome, Stage
 from sparse_exp.tracking import Event, Tags, find_runs
 
 if TYPE_CHECKING:
-    from sparse_exp.sparsity.recipe import Recipe
+    from sparse_exp.recipes.recipe import Recipe
 
 TAG = "fingerprint.dense"
 MAP50 = "val/map50"
@@ -95,7 +95,7 @@ def _find_or_train(context: Context) -> dict[str, Any]:
 
 
 def _counterpart(context: Context) -> Baseline:
-    from sparse_exp.sparsity.recipe import Recipe
+    from sparse_exp.recipes.recipe import Recipe
 
     dense = dense_experiment(context.experiment, context.recipe.epochs, context.run.path)
     recipe = Recipe.from_file(recipe_path(dense.recipe.file), dense.recipe.variables)

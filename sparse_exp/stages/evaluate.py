@@ -14,8 +14,8 @@ from sparse_exp.tracking import Artifact
 
 def _run(context: Context) -> Outcome:
     """Measure mAP on the validation split, and on the test split if there is one."""
-    from sparse_exp.export.reference import as_deployed
-    from sparse_exp.sparsity.checkpoints import restore
+    from sparse_exp.quantization.reference import as_deployed
+    from sparse_exp.recipes.checkpoints import restore
     from sparse_exp.sparsity.measure import (
         layer_sparsity,
         overall,

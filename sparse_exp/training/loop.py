@@ -22,10 +22,10 @@ from sparse_exp.distributed import collectives
 from sparse_exp.distributed.peers import broadcast_from_first, make_fabric, require_equal
 from sparse_exp.locks import give_way, waited_seconds
 from sparse_exp.progress import Bar, progress
-from sparse_exp.sparsity.checkpoints import CheckpointWriter
+from sparse_exp.recipes.checkpoints import CheckpointWriter
+from sparse_exp.recipes.recipe import Phase, Recipe, pin_input_quantizer
+from sparse_exp.recipes.sparsifier import Sparsifier
 from sparse_exp.sparsity.measure import SparsityContract, layer_sparsity, overall
-from sparse_exp.sparsity.recipe import Phase, Recipe, pin_input_quantizer
-from sparse_exp.sparsity.sparsifier import Sparsifier
 from sparse_exp.training.averaging import exponential, zero_where_zero
 from sparse_exp.training.batches import Buffers, no_images, weighted_parts
 from sparse_exp.training.evaluation import Validation, as_input

@@ -9,9 +9,9 @@ from pathlib import Path
 from sparse_exp.data import DetectionDataset
 from sparse_exp.data.loader import DetectionLoader, make_loader
 from sparse_exp.errors import RecipeError
-from sparse_exp.sparsity.checkpoints import CheckpointWriter
+from sparse_exp.recipes.checkpoints import CheckpointWriter
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sparsity.measure import SparsityContract, layer_sparsity, overall
-from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.training.evaluation import as_input
 from sparse_exp.training.loop import TrainingData, TrainingResult
 from sparse_exp.training.phases import Best

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from sparse_exp.errors import RecipeError, expected
-from sparse_exp.sparsity.recipe import Phase
+from sparse_exp.recipes.recipe import Phase
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from sparse_exp.distributed import collectives
 from sparse_exp.distributed.collectives import Disconnected
 from sparse_exp.distributed.peers import pipes
 from sparse_exp.errors import ConfigError, SparseExpError, StageFailed, expected, first_line
-from sparse_exp.sparsity.recipe import Recipe
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.training.loop import Trainer, TrainingResult
 from sparse_exp.training.memory import is_out_of_memory
 from sparse_exp.training.state import State

@@ -11,11 +11,11 @@ import torch
 
 from sparse_exp.config.schema import RecipeConfig
 from sparse_exp.errors import CheckpointError, ConfigError, expected
+from sparse_exp.recipes.checkpoints import restore
+from sparse_exp.recipes.recipe import is_quantized
 from sparse_exp.sources.start import SCRATCH, StartFile
-from sparse_exp.sparsity.checkpoints import restore
 from sparse_exp.sparsity.measure import SPARSE_FROM, layer_sparsity, listed, overall, state_sparsity
 from sparse_exp.sparsity.prune import BLOCK, prune_by_magnitude, prune_layer_adaptively
-from sparse_exp.sparsity.recipe import is_quantized
 from sparse_exp.yolov5 import Checkpoint, TransferReport, YOLOv5, read_checkpoint, transfer_weights
 from sparse_exp.yolov5.grow import grow
 

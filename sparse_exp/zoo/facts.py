@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sparse_exp.recipes.recipe import is_quantized
 from sparse_exp.sparsity.measure import (
     LayerSparsity,
     in_blocks,
@@ -13,7 +14,6 @@ from sparse_exp.sparsity.measure import (
     state_sparsity,
 )
 from sparse_exp.sparsity.onnx_graph import layer_name
-from sparse_exp.sparsity.recipe import is_quantized
 from sparse_exp.yolov5 import read_checkpoint
 
 _NOT_PRUNABLE = ("model.0.", "model.24.")  # stem and head

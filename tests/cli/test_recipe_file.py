@@ -106,7 +106,7 @@ def test_unknown_variables_are_refused_by_name(own, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text", ["\ufeff" + OWN, OWN.replace("\n", "\r\n"), OWN.split("---")[1]])
 def test_byte_order_mark_windows_newlines_and_plain_yaml(tmp_path, text):
-    from sparse_exp.sparsity.recipe import Recipe
+    from sparse_exp.recipes.recipe import Recipe
 
     path = tmp_path / "own.yaml"
     path.write_bytes(text.encode("utf-8"))

@@ -14,8 +14,8 @@ from hydra import compose, initialize_config_dir
 from sparse_exp.cli import _register_schema
 from sparse_exp.config.plain import CONF_DIRECTORY
 from sparse_exp.config.schema import SIZES, RecipeConfig
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.resolve import resolve
-from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.yolov5 import YOLOv5
 
 FOLDER = CONF_DIRECTORY / "recipe"

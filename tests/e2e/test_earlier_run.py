@@ -20,8 +20,8 @@ from sparse_exp.export.networks import initial_network
 from sparse_exp.export.onnx import export_float
 from sparse_exp.files import sha256_of
 from sparse_exp.predict import __main__ as predict
+from sparse_exp.recipes.checkpoints import restore
 from sparse_exp.runs.directory import LOCK
-from sparse_exp.sparsity.checkpoints import restore
 from sparse_exp.zoo import __main__ as zoo
 
 __all__ = ["command_line"]

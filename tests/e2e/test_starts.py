@@ -24,9 +24,9 @@ from sparse_exp.config.schema import (
 from sparse_exp.data.digits import materialize
 from sparse_exp.errors import RecipeError, SourceUnavailable
 from sparse_exp.experiment import run
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.runs.directory import Run
 from sparse_exp.sparsity.prune import prune_by_magnitude
-from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.tracking import Tags
 from sparse_exp.yolov5 import YOLOv5, read_checkpoint, save_checkpoint
 

@@ -19,7 +19,7 @@ from torch.ao.quantization import (
 from sparse_exp.config.schema import LossConfig
 from sparse_exp.distributed import collectives
 from sparse_exp.errors import RecipeError
-from sparse_exp.sparsity.distillation import detection_distillation
+from sparse_exp.recipes.distillation import detection_distillation
 from sparse_exp.yolov5 import DetectionLoss
 
 FORK = multiprocessing.get_context("fork")  # torch is imported then

@@ -21,9 +21,9 @@ from sparse_exp.config.schema import (
 from sparse_exp.engines.signature import read_signature
 from sparse_exp.errors import Impossible
 from sparse_exp.export import exporter as exporting
+from sparse_exp.recipes.checkpoints import CheckpointWriter
 from sparse_exp.runs.deployment import MODEL, QDQ
 from sparse_exp.runs.directory import Run, StageRecord
-from sparse_exp.sparsity.checkpoints import CheckpointWriter
 from sparse_exp.stages.base import Context, Stage
 from sparse_exp.stages.fingerprint import Fingerprint, take_fingerprint
 from sparse_exp.stages.names import expected_names

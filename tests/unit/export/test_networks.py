@@ -17,8 +17,8 @@ from sparse_exp.export.networks import (
     without_quantizers,
     zeros,
 )
+from sparse_exp.recipes.checkpoints import CheckpointWriter
 from sparse_exp.runs.directory import Run, StageRecord
-from sparse_exp.sparsity.checkpoints import CheckpointWriter
 from sparse_exp.yolov5 import YOLOv5
 
 CLASSES, IMGSZ = 10, 64

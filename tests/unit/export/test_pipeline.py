@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sparse_exp.export.differences import matched_shares
-from sparse_exp.export.reference import as_deployed
 from sparse_exp.export.verification import predict
+from sparse_exp.quantization.reference import as_deployed
 from sparse_exp.yolov5 import non_max_suppression
 
 CONF, IOU = 0.05, 0.6

@@ -11,7 +11,6 @@ from sparse_exp.config.schema import ExportConfig, TrainerConfig
 from sparse_exp.data.loader import make_loader
 from sparse_exp.errors import ExportError, SparsityError
 from sparse_exp.export import verification
-from sparse_exp.export.reference import as_deployed
 from sparse_exp.export.verification import (
     Promise,
     check_graph,
@@ -20,6 +19,7 @@ from sparse_exp.export.verification import (
     verify_deployment,
     views,
 )
+from sparse_exp.quantization.reference import as_deployed
 from sparse_exp.runs.deployment import Deployment
 from sparse_exp.sparsity.measure import LayerSparsity
 from sparse_exp.training.evaluation import Validation

@@ -19,9 +19,9 @@ from sparse_exp.planning.show import (
     show_plan,
 )
 from sparse_exp.planning.trial import Trial
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sparsity.measure import SPARSE_FROM
 from sparse_exp.sparsity.prune import prune_by_magnitude, prune_layer_adaptively
-from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.training.precision import Precision
 from sparse_exp.training.start import Start
 from sparse_exp.yolov5 import YOLOv5

@@ -15,8 +15,8 @@ from sparse_exp.config.plain import as_dict, recipe_path
 from sparse_exp.config.schema import ModelConfig, RecipeConfig, SourceConfig
 from sparse_exp.errors import ConfigError, DataError, SourceUnavailable
 from sparse_exp.files import fingerprint, write_json, write_text
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.runs.directory import MANIFEST, Run
-from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.stages.base import Outcome
 from sparse_exp.stages.registry import STAGES
 from sparse_exp.sweep.job import Job, run_job

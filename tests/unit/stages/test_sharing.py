@@ -40,7 +40,7 @@ from sparse_exp.stages.base import Outcome, SweepMember
 from sparse_exp.stages.registry import STAGES
 from sparse_exp.tracking import Artifact, Dataset, Metrics, NoTracker, Tags
 
-importlib.import_module("sparse_exp.sparsity.recipe")  # forked processes then have it
+importlib.import_module("sparse_exp.recipes.recipe")  # forked processes then have it
 FORK = multiprocessing.get_context("fork")
 SHARED = ["fetch", "plan", "baseline", "train", "evaluate", "export", "verify"]
 

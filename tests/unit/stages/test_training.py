@@ -9,9 +9,9 @@ import pytest
 
 from sparse_exp.config.schema import DatasetConfig, Experiment, ModelConfig, RecipeConfig, TrainerConfig
 from sparse_exp.errors import ConfigError, SparsityError
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.runs.directory import Run, StageRecord
 from sparse_exp.runs.replay import told_of_stage
-from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.stages.base import Context
 from sparse_exp.stages.registry import STAGES
 from sparse_exp.stages.training import run_training

@@ -8,8 +8,8 @@ import torch
 
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data.loader import make_loader
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sparsity.prune import prune_by_magnitude
-from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.training import loop
 from sparse_exp.training.evaluation import Evaluation, Validation
 from sparse_exp.training.precision import Precision

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparse_exp.errors import SparsityError
-from sparse_exp.sparsity import checkpoints
+from sparse_exp.recipes import checkpoints
 from sparse_exp.sparsity.measure import state_sparsity
 from sparse_exp.training.phases import Best
 from sparse_exp.yolov5 import YOLOv5, read_checkpoint

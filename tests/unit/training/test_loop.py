@@ -153,7 +153,7 @@ def test_images_become_floats_in_0_to_1_and_the_batch_stays(memory_format):
 
 def test_evaluation_changes_nothing_in_a_model_that_still_observes(tiny_run, recipe_text):
     """The validation images must not move the quantization ranges."""
-    from sparse_exp.sparsity.recipe import Recipe
+    from sparse_exp.recipes.recipe import Recipe
     from sparse_exp.yolov5 import YOLOv5
 
     model = YOLOv5("n", 10)

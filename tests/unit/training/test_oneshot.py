@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from sparse_exp.errors import SparsityError
-from sparse_exp.sparsity.checkpoints import CheckpointWriter, restore
+from sparse_exp.recipes.checkpoints import CheckpointWriter, restore
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sparsity.prune import prune_by_magnitude
-from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.training.evaluation import Validation
 from sparse_exp.training.loop import TrainingData
 from sparse_exp.training.oneshot import apply_at_once, calibration_loader

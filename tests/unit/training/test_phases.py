@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from sparse_exp.errors import RecipeError
-from sparse_exp.sparsity.recipe import Phase
+from sparse_exp.recipes.recipe import Phase
 from sparse_exp.training.phases import check_phases, evaluated_spans, first_step, is_pruning
 
 

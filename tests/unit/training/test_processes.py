@@ -23,11 +23,11 @@ from sparse_exp.data import load_dataset, prepare
 from sparse_exp.data.digits import materialize
 from sparse_exp.data.loader import make_loader
 from sparse_exp.errors import StageFailed
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.resolve import resolve
 from sparse_exp.sources.cache import cache_directory
 from sparse_exp.sources.start import fetch_start
 from sparse_exp.sparsity.prune import prune_by_magnitude
-from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.training import loop, processes
 from sparse_exp.training.evaluation import Validation
 from sparse_exp.training.precision import Precision

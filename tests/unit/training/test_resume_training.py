@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from sparse_exp.config.schema import DatasetConfig, Experiment, ModelConfig, RecipeConfig, TrainerConfig
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.runs.directory import Run
 from sparse_exp.runs.replay import told_of
-from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.stages.base import Context
 from sparse_exp.stages.registry import STAGES
 from sparse_exp.tracking import Metrics

@@ -5,8 +5,8 @@ import torch
 
 from sparse_exp.config.schema import RecipeConfig
 from sparse_exp.errors import CheckpointError, ConfigError, RecipeError, SourceUnavailable
+from sparse_exp.recipes.checkpoints import CheckpointWriter
 from sparse_exp.sources.start import teacher_file
-from sparse_exp.sparsity.checkpoints import CheckpointWriter
 from sparse_exp.training.oneshot import refuse_untrained_start
 from sparse_exp.training.start import Start, load_teacher, prune_start
 from sparse_exp.yolov5 import Checkpoint, TransferReport, YOLOv5

@@ -16,8 +16,8 @@ from sparse_exp.errors import ConfigError
 from sparse_exp.hardware import cgroups
 from sparse_exp.planning import trial
 from sparse_exp.planning.trial import try_steps
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sparsity.prune import prune_by_magnitude
-from sparse_exp.sparsity.recipe import Recipe
 from sparse_exp.training import memory
 from sparse_exp.training.precision import Precision
 from sparse_exp.yolov5 import YOLOv5
@@ -187,7 +187,7 @@ import torch
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data.loader import Batch
 from sparse_exp.errors import ConfigError
-from sparse_exp.sparsity.recipe import Recipe
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.training import memory, trial
 from sparse_exp.training.precision import Precision
 from sparse_exp.yolov5 import YOLOv5

@@ -10,8 +10,8 @@ from foreign import save_fork, save_ultralytics, ultralytics_modules
 from safetensors.torch import save_file
 
 from sparse_exp.errors import CheckpointError
-from sparse_exp.sparsity.checkpoints import restore
-from sparse_exp.sparsity.quantizers import is_quantized
+from sparse_exp.quantization.quantizers import is_quantized
+from sparse_exp.recipes.checkpoints import restore
 from sparse_exp.yolov5 import checkpoint as module
 from sparse_exp.yolov5.checkpoint import read_checkpoint, save_checkpoint, transfer_weights
 from sparse_exp.yolov5.model import YOLOv5

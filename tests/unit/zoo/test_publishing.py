@@ -20,9 +20,9 @@ from finished_run import STUB, pruned, save
 from sparse_exp import files
 from sparse_exp.errors import CheckpointError, ConfigError, SourceUnavailable
 from sparse_exp.export.differences import matched_shares
-from sparse_exp.export.reference import as_deployed
 from sparse_exp.export.verification import predict
 from sparse_exp.locks import exclusive
+from sparse_exp.quantization.reference import as_deployed
 from sparse_exp.sources.layout import checkpoint_in
 from sparse_exp.sources.local import find, read_metadata
 from sparse_exp.yolov5 import non_max_suppression, read_checkpoint

@@ -21,8 +21,8 @@ from torch.ao.quantization import (
 )
 
 from sparse_exp.export.onnx import _write
-from sparse_exp.sparsity.fast_qat import accelerate
-from sparse_exp.sparsity.recipe import Recipe, freeze_quantizers
+from sparse_exp.quantization.fast_qat import accelerate
+from sparse_exp.recipes.recipe import Recipe, freeze_quantizers
 from sparse_exp.yolov5 import YOLOv5
 
 QUANTIZE = """modifiers:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sparse_exp.errors import CheckpointError
-from sparse_exp.sparsity.checkpoints import restore
-from sparse_exp.sparsity.recipe import freeze_quantizers
+from sparse_exp.recipes.checkpoints import restore
+from sparse_exp.recipes.recipe import freeze_quantizers
 from sparse_exp.yolov5 import YOLOv5, read_checkpoint, save_checkpoint
 
 

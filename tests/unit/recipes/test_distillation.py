@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sparse_exp.errors import RecipeError
-from sparse_exp.sparsity.distillation import Distiller, LayerTerm, OutputTerm, detection_distillation
-from sparse_exp.sparsity.recipe import Recipe
+from sparse_exp.recipes.distillation import Distiller, LayerTerm, OutputTerm, detection_distillation
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.yolov5 import YOLOv5
 
 SIZES = ((2, 3), (1, 2), (1, 1))

@@ -12,9 +12,9 @@ from torch import nn
 
 from sparse_exp.config.schema import LossConfig
 from sparse_exp.errors import RecipeError
+from sparse_exp.recipes.recipe import Phase, Recipe, is_quantized, quantized_layers
+from sparse_exp.recipes.schedule import modifiers_of, read_body
 from sparse_exp.sparsity.prune import blocks, prune_by_magnitude
-from sparse_exp.sparsity.recipe import Phase, Recipe, is_quantized, quantized_layers
-from sparse_exp.sparsity.schedule import modifiers_of, read_body
 from sparse_exp.yolov5 import DetectionLoss, YOLOv5
 
 STEPS = 4
@@ -329,7 +329,7 @@ def test_at_once_without_quantization_and_what_cannot_be_done_at_once():
 
 
 def test_each_use_of_a_recipe_is_its_own_and_accelerates_once_when_quantization_begins(monkeypatch):
-    from sparse_exp.sparsity import sparsifier as module
+    from sparse_exp.recipes import sparsifier as module
 
     calls, model = [], Tiny()
     quantize = "  - !QuantizationModifier\n    start_epoch: 1.0\n"

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from sparse_exp.errors import RecipeError
-from sparse_exp.sparsity.layer_patterns import layers_matching
-from sparse_exp.sparsity.recipe import Recipe
+from sparse_exp.recipes.layer_patterns import layers_matching
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.yolov5 import YOLOv5
 
 RANGE = "modifiers:\n  - !EpochRangeModifier\n    start_epoch: 0.0\n    end_epoch: 4.0\n"

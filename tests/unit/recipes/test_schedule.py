@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_exp.errors import RecipeError
-from sparse_exp.sparsity.recipe import Recipe
-from sparse_exp.sparsity.schedule import (
+from sparse_exp.recipes.recipe import Recipe
+from sparse_exp.recipes.schedule import (
     body_of,
     check_variables,
     modifiers_of,

@@ -12,8 +12,8 @@ from onnx import numpy_helper
 
 from sparse_exp.engines import create_engine
 from sparse_exp.export.exporter import MODEL, QDQ
-from sparse_exp.export.reference import IntegerConv, as_deployed
 from sparse_exp.export.verification import predict
+from sparse_exp.quantization.reference import IntegerConv, as_deployed
 from sparse_exp.sparsity.onnx_graph import layer_name
 from sparse_exp.yolov5 import YOLOv5
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sparse_exp.errors import CheckpointError
+from sparse_exp.recipes.recipe import Recipe, freeze_quantizers, is_quantized
 from sparse_exp.sparsity.measure import require_layer_sparsity, state_sparsity
-from sparse_exp.sparsity.recipe import Recipe, freeze_quantizers, is_quantized
 from sparse_exp.yolov5 import Checkpoint, YOLOv5, read_checkpoint, save_checkpoint
 
 

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sparse_exp.sparsity.distillation import Distiller
-from sparse_exp.sparsity.fast_qat import accelerate
-from sparse_exp.sparsity.modifier_state import modifier_states, restore_modifiers
+from sparse_exp.quantization.fast_qat import accelerate
+from sparse_exp.recipes.distillation import Distiller
+from sparse_exp.recipes.modifier_state import modifier_states, restore_modifiers
 
 
 class Sparsifier(Protocol):

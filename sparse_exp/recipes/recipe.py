@@ -21,14 +21,20 @@ import yaml
 from torch import Tensor, nn
 
 from sparse_exp.errors import RecipeError, expected, first_line
-from sparse_exp.sparsity.distillation import Distiller, LayerTerm, OutputTerm
-from sparse_exp.sparsity.layer_patterns import (
+from sparse_exp.quantization.quantizers import (
+    freeze_quantizers,
+    is_quantized,
+    pin_input_quantizer,
+    quantized_layers,
+)
+from sparse_exp.recipes.distillation import Distiller, LayerTerm, OutputTerm
+from sparse_exp.recipes.layer_patterns import (
     check_target,
     layers_matching,
     matches_parameter,
     targets_of,
 )
-from sparse_exp.sparsity.modifiers import (
+from sparse_exp.recipes.modifiers import (
     Phase,
     check_blocks,
     gradual_of,
@@ -41,13 +47,7 @@ from sparse_exp.sparsity.modifiers import (
     recipe_text,
     start_of,
 )
-from sparse_exp.sparsity.quantizers import (
-    freeze_quantizers,
-    is_quantized,
-    pin_input_quantizer,
-    quantized_layers,
-)
-from sparse_exp.sparsity.schedule import (
+from sparse_exp.recipes.schedule import (
     body_of,
     check_variables,
     modifiers_of,
@@ -59,7 +59,7 @@ from sparse_exp.sparsity.schedule import (
     time_map,
     without,
 )
-from sparse_exp.sparsity.sparsifier import ManagedSparsifier, Sparsifier
+from sparse_exp.recipes.sparsifier import ManagedSparsifier, Sparsifier
 from sparse_exp.yolov5 import YOLOv5
 
 with warnings.catch_warnings():
@@ -119,7 +119,7 @@ class Recipe:
         variables: values for root variables of the recipe; a variable that is None keeps its value.
         name: the recipe's name, for messages.
         num_epochs: length to which the whole schedule is stretched or squeezed (see
-            `sparse_exp.sparsity.schedule.time_map`), more than 0; None keeps its length.
+            `sparse_exp.recipes.schedule.time_map`), more than 0; None keeps its length.
 
     Attributes:
         name: as given.

@@ -11,8 +11,8 @@ import yaml
 from torch import nn
 
 from sparse_exp.errors import RecipeError
-from sparse_exp.sparsity.layer_patterns import layers_matching, matches_parameter, targets_of
-from sparse_exp.sparsity.schedule import Tagged, to_yaml
+from sparse_exp.recipes.layer_patterns import layers_matching, matches_parameter, targets_of
+from sparse_exp.recipes.schedule import Tagged, to_yaml
 
 
 @dataclass(frozen=True)

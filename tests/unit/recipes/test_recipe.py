@@ -7,15 +7,15 @@ import torch
 
 from sparse_exp.config.schema import LossConfig
 from sparse_exp.errors import RecipeError, SparsityError
-from sparse_exp.sparsity.measure import SparsityContract
-from sparse_exp.sparsity.prune import prune_by_magnitude
-from sparse_exp.sparsity.recipe import (
+from sparse_exp.recipes.recipe import (
     Phase,
     Recipe,
     freeze_quantizers,
     is_quantized,
     pin_input_quantizer,
 )
+from sparse_exp.sparsity.measure import SparsityContract
+from sparse_exp.sparsity.prune import prune_by_magnitude
 from sparse_exp.yolov5 import DetectionLoss, YOLOv5
 
 SHORT = {"num_epochs": 2, "quantization_epochs": 1, "warmup_epochs": 0.5}

@@ -10,13 +10,9 @@ from typing import Any
 from torch import nn
 
 from sparse_exp.errors import RecipeError
+from sparse_exp.quantization.quantizers import published_name
 
 ALL, ALL_PRUNABLE = "__ALL__", "__ALL_PRUNABLE__"
-
-
-def published_name(name: str) -> str:
-    """A layer's name in the published model, whether quantization has wrapped the layer or not."""
-    return name.removesuffix(".module").replace(".module.", ".")
 
 
 def matches_parameter(target: str, parameter: str) -> bool:

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_exp.sparsity.layer_patterns import published_name
+
+def published_name(name: str) -> str:
+    """A layer's name in the published model, whether quantization has wrapped the layer or not."""
+    return name.removesuffix(".module").replace(".module.", ".")
 
 
 def freeze_quantizers(model: nn.Module) -> nn.Module:
