@@ -2,9 +2,9 @@
 
     python tools/record_quantization.py         writes tests/data/quantization-schemes.json.xz
 
-It runs where SparseML is installed. The arguments of the QuantizationModifier are those of every recipe below conf/,
-and some that are drawn at random in both of its dialects. The test compares `layer_schemes` with the record, and needs
-no SparseML.
+It runs where SparseML is installed. The arguments of the QuantizationModifier are those of every recipe below
+conf/, and some that are drawn at random in both of its dialects. The test compares `layer_schemes` with the
+record, and needs no SparseML.
 """
 
 from __future__ import annotations

@@ -51,10 +51,8 @@ def prepare(model: nn.Module, schemes: Mapping[str, LayerScheme]) -> nn.Module:
     norms, groups = folded_norms(model), _read_together(model, schemes)
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
-            module.__class__ = (
-                QuantizedBatchNorm2d  # in place: hooks, masks and parameters stay where they are
-            )
-            module.folded = module.frozen = False
+            module.__class__ = QuantizedBatchNorm2d  # in place: hooks and parameters stay where they are
+            vars(module).update(folded=False, frozen=False)
     for name, scheme in schemes.items():
         _put_into(model.get_submodule(name), scheme)
         if name in norms:
@@ -211,12 +209,9 @@ def _share(model: nn.Module, readers: Sequence[_Read]) -> None:
             layer.input_quantizer = shared
 
 
-def _input_quantizer(model: nn.Module, read: _Read) -> Quantizer:
+def _input_quantizer(model: nn.Module, read: _Read) -> Any:
     layer: Any = model.get_submodule(read[0])
-    found: Quantizer = (
-        layer.input_quantizers[read[1]] if isinstance(layer, QuantizedAdd) else layer.input_quantizer
-    )
-    return found
+    return layer.input_quantizers[read[1]] if isinstance(layer, QuantizedAdd) else layer.input_quantizer
 
 
 @torch.no_grad()

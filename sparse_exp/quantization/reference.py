@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from sparse_exp.quantization.modules import QuantizedConv2d
+from sparse_exp.quantization.quantizers import quantizers
 from sparse_exp.yolov5 import YOLOv5
 
 _EXACT_IN_FLOAT32 = 2**24  # whole numbers up to here, and so their sums in any order
@@ -81,6 +82,8 @@ def as_deployed(model: YOLOv5) -> YOLOv5:
     for name, conv in _integer_convolutions(model).items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, IntegerConv(conv))
+    for quantizer in quantizers(model).values():
+        quantizer.readers = 1  # these convolutions round their inputs themselves
     return model
 
 
