@@ -101,6 +101,10 @@ class Quantizer(nn.Module):
         """Begin or end to observe in evaluation, each batch with the same weight."""
         self._calibrated = 0 if on else None
 
+    def release(self) -> None:
+        """Forget the tensor that other readers of this step wait for."""
+        self._last = None
+
     def _share_of_batch(self) -> float:
         if self._calibrated is None:
             return self.scheme.averaging
@@ -126,11 +130,16 @@ class Quantizer(nn.Module):
         low, high = self.low.clamp(max=0.0), self.high.clamp(min=0.0)
         if self.scheme.symmetric:
             scale = torch.maximum(-low, high) / (float(last - first) / 2)
-            self.scale.copy_(scale.clamp(min=_EPS))
-            self.zero_point.zero_()
-            return
-        self.scale.copy_(((high - low) / float(last - first)).clamp(min=_EPS))
-        self.zero_point.copy_((first - torch.round(low / self.scale).int()).clamp(first, last))
+        else:
+            scale = (high - low) / float(last - first)
+        self.scale.copy_(scale.clamp(min=_EPS))
+        self.zero_point.copy_(self.zero_point_of(low, self.scale))
+
+    def zero_point_of(self, low: Tensor, scale: Tensor) -> Tensor:
+        """The step that stands for 0.0 in a range that begins at ``low``."""
+        first, last = self.scheme.steps
+        zero = first - torch.round(low.clamp(max=0.0) / scale).int()
+        return torch.zeros_like(zero) if self.scheme.symmetric else zero.clamp(first, last)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the tensor that other readers of this step wait for; it belongs to a graph of gradients."""
