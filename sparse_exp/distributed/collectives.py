@@ -11,7 +11,6 @@ and no module is changed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any, cast
@@ -19,10 +18,9 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.ao.quantization import FakeQuantizeBase, MinMaxObserver
-from torch.nn.functional import batch_norm
+from torch.nn import functional
 
-from sparse_exp.errors import RecipeError, StageFailed
+from sparse_exp.errors import StageFailed
 
 
 class Disconnected(StageFailed):
@@ -60,6 +58,22 @@ def total(values: Tensor) -> Tensor:
     summed = values.detach().clone(memory_format=torch.contiguous_format)
     _exchange(dist.all_reduce, summed)
     return summed
+
+
+def greatest(values: Tensor) -> Tensor:
+    """The greatest of each value in all processes, without gradient.
+
+    Returns:
+        A new tensor; ``values`` itself where this process is alone.
+
+    Raises:
+        Disconnected: a process is gone.
+    """
+    if size() == 1:
+        return values
+    found = values.detach().clone(memory_format=torch.contiguous_format)
+    _exchange(dist.all_reduce, found, dist.ReduceOp.MAX)
+    return found
 
 
 def total_of(numbers: Sequence[float]) -> list[float]:
@@ -110,66 +124,26 @@ def differing_tensors(state: dict[str, Tensor]) -> list[str]:
 
 
 def synchronize_statistics(model: nn.Module) -> None:
-    """Make batch norms and observers of a model use the statistics of the whole batch, in place.
+    """Make batch norms of a model use the statistics of the whole batch, in place.
 
     Modules keep their class, parameters, buffers and flags. In evaluation mode batch norms exchange nothing.
-    Where this process is alone, nothing is changed. Call it again when QAT has replaced modules.
-
-    Raises:
-        RecipeError: see `check_observers`.
+    Where this process is alone, nothing is changed. Batch norms of another class, such as those of QAT, call
+    `batch_norm` themselves.
     """
     if size() == 1:
         return
-    check_observers(model)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.forward = MethodType(_batch_norm, module)  # type: ignore[method-assign]
-    for observer in _observers(model).values():
-        observer.forward = MethodType(_observe, observer)
+        if type(module) is nn.BatchNorm2d:
+            module.forward = MethodType(batch_norm, module)  # type: ignore[method-assign]
 
 
-def check_observers(model: nn.Module) -> None:
-    """Refuse observers of activations whose ranges several processes cannot find together.
-
-    Raises:
-        RecipeError: an observer needs more than the minimum and the maximum of a batch.
-    """
-    for name, observer in _observers(model).items():
-        if not isinstance(observer, MinMaxObserver):  # MovingAverageMinMaxObserver is a subclass
-            do = "Use a MinMaxObserver or MovingAverageMinMaxObserver, or set trainer.devices=1."
-            kind = type(observer).__name__
-            raise RecipeError(
-                f"The recipe finds the range of {name} with a {kind}, which processes cannot share. {do}"
-            )
-
-
-def _observers(model: nn.Module) -> dict[str, Any]:
-    """The observers of activations by name. Those of weights see the same values in every process."""
-    return {
-        name: module.activation_post_process
-        for name, module in model.named_modules()
-        if isinstance(module, FakeQuantizeBase) and not name.endswith("weight_fake_quant")
-    }
-
-
-def _observe(self: MinMaxObserver, x: Tensor) -> Tensor:
-    """Observe the least and the greatest value of all processes, which give the range of the whole batch."""
-    both = x.new_full((2,), -math.inf)  # stays for a share without images
-    if x.numel():
-        low, high = torch.aminmax(x.detach())
-        both = torch.stack([-low, high])
-    _exchange(dist.all_reduce, both, dist.ReduceOp.MAX)
-    type(self).forward(self, both * both.new_tensor([-1.0, 1.0]))  # type: ignore[no-untyped-call]
-    return x
-
-
-def _batch_norm(self: nn.BatchNorm2d, x: Tensor) -> Tensor:
+def batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """Do what ``BatchNorm2d.forward`` does, with the statistics of the whole batch."""
-    if not self.training:
-        return nn.BatchNorm2d.forward(self, x)
+    if not norm.training:
+        return nn.BatchNorm2d.forward(norm, x)
     mean, variance, count = _statistics(x)
-    _update_running_statistics(self, mean, variance, count)
-    normalized: Tensor = _Normalize.apply(x, self.weight, self.bias, mean, variance, count, self.eps)
+    _update_running_statistics(norm, mean, variance, count)
+    normalized: Tensor = _Normalize.apply(x, norm.weight, norm.bias, mean, variance, count, norm.eps)
     return normalized
 
 
@@ -244,7 +218,7 @@ class _Normalize(torch.autograd.Function):
 def _scaled(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     if not x.numel():  # torch's batch_norm divides by the size, and crashes
         return x.clone()
-    return batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
+    return functional.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
 
 
 def _exchange(function: Callable[..., Any], *arguments: Any) -> None:

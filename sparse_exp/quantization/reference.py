@@ -14,13 +14,14 @@ bit of a SiLU or of an addition decides; from there on the steps spread as befor
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.ao.quantization import FakeQuantizeBase, QuantWrapper
 from torch.nn.functional import conv2d
 
+from sparse_exp.quantization.modules import QuantizedConv2d
+from sparse_exp.quantization.quantizers import quantizers
 from sparse_exp.yolov5 import YOLOv5
 
 _EXACT_IN_FLOAT32 = 2**24  # whole numbers up to here, and so their sums in any order
@@ -32,8 +33,7 @@ class IntegerConv(nn.Module):
     Whole numbers are held as floating point, wide enough that no sum is rounded.
 
     Args:
-        quantizer: of the input, its range frozen.
-        conv: fake-quantized convolution, with its batch norm where it has one.
+        conv: quantized convolution, its ranges frozen, with its batch norm where it has one.
     """
 
     weight: Tensor
@@ -43,13 +43,14 @@ class IntegerConv(nn.Module):
     zero: Tensor
 
     @torch.no_grad()
-    def __init__(self, quantizer: Any, conv: Any) -> None:
+    def __init__(self, conv: QuantizedConv2d) -> None:
         super().__init__()
         self._stride, self._padding = conv.stride, conv.padding
-        self._low, self._high = quantizer.quant_min, quantizer.quant_max
-        weight, bias = _folded(conv)
-        steps = torch.round(conv.weight_fake_quant(weight) / _weight_scale(conv).reshape(-1, 1, 1, 1))
-        step = _step(quantizer, conv)
+        quantizer = conv.input_quantizer
+        self._low, self._high = quantizer.scheme.steps
+        weight, bias = conv.folded()
+        steps = torch.round(conv.weight_quantizer(weight) / conv.weight_quantizer.scale.reshape(-1, 1, 1, 1))
+        step = _step(conv)
         offsets = torch.round(bias.double() / step.double())
         largest = steps.abs().sum((1, 2, 3)) * (self._high - self._low) + offsets.abs()
         dtype = torch.float32 if float(largest.max()) < _EXACT_IN_FLOAT32 else torch.float64
@@ -78,9 +79,11 @@ def as_deployed(model: YOLOv5) -> YOLOv5:
     if not _integer_convolutions(model):
         return model
     model = with_whole_biases(model)
-    for name, (quantizer, conv) in _integer_convolutions(model).items():
+    for name, conv in _integer_convolutions(model).items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, IntegerConv(quantizer, conv))
+        setattr(model.get_submodule(parent), child, IntegerConv(conv))
+    for quantizer in quantizers(model).values():
+        quantizer.readers = 1  # these convolutions round their inputs themselves
     return model
 
 
@@ -100,40 +103,25 @@ def with_whole_biases(model: YOLOv5) -> YOLOv5:
     if not _integer_convolutions(model):
         return model
     model = copy.deepcopy(model)
-    for quantizer, conv in _integer_convolutions(model).values():
-        bias, step = _folded(conv)[1].double(), _step(quantizer, conv).double()
-        changed = conv.bn.bias if hasattr(conv, "bn") else conv.bias
+    for conv in _integer_convolutions(model).values():
+        bias, step = conv.folded()[1].double(), _step(conv).double()
+        changed = cast(Tensor, conv.norm[0].bias if conv.norm else conv.bias)
         changed.add_((torch.round(bias / step) * step - bias).float())
     return model
 
 
-def _integer_convolutions(model: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Input quantizer and convolution of each wrapper whose convolution an integer graph can compute."""
-    found = {}
-    for name, wrapper in model.named_modules():
-        if isinstance(wrapper, QuantWrapper) and isinstance(wrapper.module, nn.Conv2d):
-            quantizer = getattr(wrapper.quant, "activation_post_process", None)
-            if isinstance(quantizer, FakeQuantizeBase) and hasattr(wrapper.module, "weight_fake_quant"):
-                found[name] = quantizer, wrapper.module
-    return found
+def _integer_convolutions(model: nn.Module) -> dict[str, QuantizedConv2d]:
+    """The convolutions that an integer graph can compute: with rounded inputs and weights."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedConv2d)
+        and module.scheme.inputs
+        and module.scheme.weights
+        and module.weight_quantizer.enabled
+    }
 
 
-def _folded(conv: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a fake-quantized convolution with its batch norm folded in, not yet rounded."""
-    norm = getattr(conv, "bn", None)
-    if norm is None:
-        return conv.weight, conv.bias
-    factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    return conv.weight * factor.reshape(-1, 1, 1, 1), norm.bias - norm.running_mean * factor
-
-
-def _weight_scale(conv: Any) -> Tensor:
-    """Of the whole weight (1,), or of each output channel."""
-    scale: Tensor = conv.weight_fake_quant.scale
-    return scale
-
-
-def _step(quantizer: Any, conv: Any) -> Tensor:
-    """What 1 means in the integer sums: input scale times weight scale."""
-    step: Tensor = quantizer.scale * _weight_scale(conv)
-    return step
+def _step(conv: QuantizedConv2d) -> Tensor:
+    """What 1 means in the integer sums, (1,) or of each output channel: input scale times weight scale."""
+    return conv.input_quantizer.scale * conv.weight_quantizer.scale

@@ -14,6 +14,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from sparse_exp.config.schema import LossConfig
 from sparse_exp.distributed.collectives import batch_mean, total, total_of
 from sparse_exp.errors import RecipeError
+from sparse_exp.quantization.quantizers import is_rounding, quantized_layers
+from sparse_exp.recipes.modifiers import DistillationModifier, Modifier, PerLayerDistillationModifier
 
 _log = logging.getLogger(__name__)
 _BALANCE = (4.0, 1.0, 0.4)  # weights of objectness at strides 8, 16, 32, as in the task's loss
@@ -148,23 +150,22 @@ class Distiller:
         self._projections: dict[str, nn.Conv2d] = {}
         self._maps: dict[tuple[str, str], Tensor] = {}
         self._handles: list[Any] = []
-        pairs = [pair for term in layers for pair in term.layers]
-        self._types = {own: type(student.get_submodule(own)) for own, _ in pairs}
-        for _, name in pairs:
-            _require_layer(teacher, name)
+        for term in layers:
+            for _, name in term.layers:
+                _require_layer(teacher, name)
         self.watch()
 
     def watch(self) -> None:
         """Keep the layers' outputs from now on.
 
-        A convolution that quantization has replaced is left out: its batch norm is folded into it, so that
-        its output no longer corresponds to the teacher's.
+        A convolution that is quantized is left out: its batch norm is folded into it, so that its output no
+        longer corresponds to the teacher's.
         """
         watched: dict[tuple[str, str], nn.Module] = {}
+        quantized = quantized_layers(self._student) if is_rounding(self._student) else []
         for own, other in {pair for term in self._layers for pair in term.layers}:
-            module = self._student.get_submodule(own)
-            if type(module) is self._types[own]:
-                watched["student", own] = module
+            if own not in quantized:
+                watched["student", own] = self._student.get_submodule(own)
                 watched["teacher", other] = self._teacher.get_submodule(other)
             else:
                 _log.info("The layer %s is quantized now and no longer imitates the teacher's.", own)
@@ -277,6 +278,48 @@ class Distiller:
             projection = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=False).to(device)
             projection.weight.copy_(weight)
             self._add_projection(name, projection)
+
+
+def terms_of(
+    modifiers: Sequence[Modifier], student: nn.Module, teacher: nn.Module, recipe: str
+) -> tuple[list[OutputTerm], list[LayerTerm]]:
+    """The terms that the distillation modifiers of a recipe add to the loss.
+
+    Args:
+        modifiers: all of the recipe.
+        student: the model in training.
+        teacher: the model to learn from.
+        recipe: the recipe's name, for the message.
+
+    Raises:
+        RecipeError: a modifier pairs lists of layers of two lengths.
+    """
+    outputs, layers = [], []
+    for m in modifiers:
+        if isinstance(m, DistillationModifier):
+            outputs.append(OutputTerm(m.start, m.end_epoch, m.hardness, m.temperature))
+        elif isinstance(m, PerLayerDistillationModifier):
+            pairs = _layer_pairs(m, student, teacher, recipe)
+            options = (m.normalize, m.project_features, m.epsilon)
+            layers.append(LayerTerm(m.start, m.end_epoch, m.gain, pairs, *options))
+    return outputs, layers
+
+
+def _layer_pairs(
+    modifier: PerLayerDistillationModifier, student: nn.Module, teacher: nn.Module, recipe: str
+) -> tuple[tuple[str, str], ...]:
+    """The pairs of layers, (student's, teacher's); all convolutions in order where none are named."""
+    own, other = modifier.student_layer_names, modifier.teacher_layer_names
+    if own is None or other is None:
+        own, other = (
+            [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)] for model in (student, teacher)
+        )
+    if len(own) != len(other):
+        raise RecipeError(
+            f"{recipe} pairs {len(own)} layers of the student with {len(other)} of the teacher. "
+            "Set student_layer_names and teacher_layer_names to lists of one length."
+        )
+    return tuple(zip(own, other, strict=True))
 
 
 def _acts(term: OutputTerm | LayerTerm, epoch: float) -> bool:

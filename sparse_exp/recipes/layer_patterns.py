@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
 from sparse_exp.errors import RecipeError
-from sparse_exp.quantization.quantizers import published_name
+from sparse_exp.recipes.modifiers import ALL, ALL_PRUNABLE, Modifier, as_list
 
-ALL, ALL_PRUNABLE = "__ALL__", "__ALL_PRUNABLE__"
+_PRUNABLE = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.Linear, nn.Embedding),
+)
 
 
 def matches_parameter(target: str, parameter: str) -> bool:
@@ -30,13 +32,34 @@ def matches_parameter(target: str, parameter: str) -> bool:
     return bool(re.match(target[3:], parameter)) if target.startswith("re:") else target == parameter
 
 
+def parameters_matching(targets: Sequence[str], model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that at least one target matches, with their names, in the model's order.
+
+    Args:
+        targets: see `matches_parameter`; ``__ALL_PRUNABLE__`` matches the weights of convolutions and linear
+            layers.
+        model: with or without quantizers, which change no names.
+
+    Raises:
+        RecipeError: a pattern is no regular expression.
+    """
+    prunable = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, _PRUNABLE)}
+
+    def matches(target: str, name: str) -> bool:
+        return name in prunable if target == ALL_PRUNABLE else matches_parameter(target, name)
+
+    try:
+        return [
+            (name, parameter)
+            for name, parameter in model.named_parameters()
+            if any(matches(target, name) for target in targets)
+        ]
+    except re.error as error:
+        raise _no_pattern(error) from error
+
+
 def _by_parameter(target: str, model: nn.Module) -> list[str]:
-    prunable = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    names = [name for name, _ in model.named_parameters()]
-    found = [name for name in names if matches_parameter(target, name)]
-    if target == ALL_PRUNABLE:
-        found = [name for name in found if name in prunable]
-    return [published_name(name.rpartition(".")[0]) for name in found]
+    return [name.rpartition(".")[0] for name, _ in parameters_matching([target], model)]
 
 
 def _by_module(target: str, model: nn.Module) -> list[str]:
@@ -74,17 +97,21 @@ _MATCHERS: dict[str, Callable[[str, nn.Module], list[str]]] = {
 }
 
 
-def targets_of(modifier: Any) -> Iterator[tuple[str, str]]:
-    """(attribute, target) for each name or pattern in a SparseML modifier that must match something."""
-    optional = {"params", "param"} if getattr(modifier, "params_strict", True) is False else set()
-    if getattr(modifier, "strict", True) is False:
+def targets_of(modifier: Modifier) -> Iterator[tuple[str, str]]:
+    """(attribute, target) for each name or pattern in a modifier that must match something."""
+    arguments = modifier.arguments
+    optional = {"params", "param"} if arguments.get("params_strict") is False else set()
+    if arguments.get("strict") is False:
         optional |= {"ignore", "scheme_overrides"}
     for attribute in _MATCHERS:
-        targets = getattr(modifier, attribute, None) or []
+        given = arguments.get(attribute) or []
         if attribute == "final_sparsity":
-            targets = [t for each in targets.values() for t in each] if isinstance(targets, dict) else []
+            given = [t for each in given.values() for t in as_list(each)] if isinstance(given, dict) else []
         if attribute not in optional:
-            yield from ((attribute, t) for t in ([targets] if isinstance(targets, str) else targets))
+            names = (
+                list(given) if isinstance(given, dict) else as_list(given)
+            )  # the types in scheme_overrides
+            yield from ((attribute, target) for target in names)
 
 
 def layers_matching(attribute: str, target: str, model: nn.Module) -> list[str]:
@@ -101,9 +128,12 @@ def layers_matching(attribute: str, target: str, model: nn.Module) -> list[str]:
     try:
         return list(dict.fromkeys(_MATCHERS[attribute](target, model)))
     except re.error as error:
-        raise RecipeError(
-            f"The pattern {target!r} is no regular expression ({error}). Correct it."
-        ) from error
+        raise _no_pattern(error) from error
+
+
+def _no_pattern(error: re.error) -> RecipeError:
+    pattern = f"re:{error.pattern!s}"
+    return RecipeError(f"The pattern {pattern!r} is no regular expression ({error}). Correct it.")
 
 
 def check_target(attribute: str, target: str, model: nn.Module, owner: str) -> None:

@@ -1,103 +1,55 @@
-"""Recipes: read one, know its phases, apply it to a model. The one door to SparseML.
-
-SparseML is no longer maintained since June 2025. The rest of the project uses only the small interface of
-`Recipe` and `Sparsifier`, so that SparseML can be replaced here.
-"""
+"""Recipes: read one, know its phases, apply it to a model."""
 
 from __future__ import annotations
 
-import difflib
-import logging
 import math
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from sparse_exp.errors import RecipeError, expected, first_line
+from sparse_exp.errors import RecipeError, expected
 from sparse_exp.quantization.quantizers import (
+    begin,
+    calibrate,
     freeze_quantizers,
     is_quantized,
     pin_input_quantizer,
+    prepare,
     quantized_layers,
 )
-from sparse_exp.recipes.distillation import Distiller, LayerTerm, OutputTerm
-from sparse_exp.recipes.layer_patterns import (
-    check_target,
-    layers_matching,
-    matches_parameter,
-    targets_of,
-)
-from sparse_exp.recipes.modifiers import (
-    Phase,
-    check_blocks,
-    gradual_of,
-    group_size,
-    holds,
-    layer_pairs,
-    overlaps,
-    rate_at,
-    rates,
-    recipe_text,
-    start_of,
-)
-from sparse_exp.recipes.schedule import (
+from sparse_exp.quantization.scheme import Schemes, layer_schemes
+from sparse_exp.recipes.distillation import Distiller, terms_of
+from sparse_exp.recipes.effects import effects_of, prune_at_once
+from sparse_exp.recipes.language import (
+    Tagged,
     body_of,
     check_variables,
-    modifiers_of,
+    filled_in,
     read_body,
-    renamed_stages,
-    rescaled,
     set_anchored,
-    stages_of,
-    time_map,
-    without,
+    to_yaml,
 )
-from sparse_exp.recipes.sparsifier import ManagedSparsifier, Sparsifier
+from sparse_exp.recipes.layer_patterns import check_target, layers_matching, matches_parameter, targets_of
+from sparse_exp.recipes.modifiers import (
+    ConstantPruningModifier,
+    DistillationModifier,
+    EpochRangeModifier,
+    MagnitudePruningModifier,
+    Modifier,
+    PerLayerDistillationModifier,
+    QuantizationModifier,
+    check_blocks,
+    in_order,
+    make,
+)
+from sparse_exp.recipes.schedule import in_stages, rescaled, staged, time_map, without
+from sparse_exp.recipes.sparsifier import NativeSparsifier, Sparsifier
 from sparse_exp.yolov5 import YOLOv5
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # sparseml 1.8 imports pkg_resources, which warns
-    from sparseml.pytorch.optim import ScheduledModifierManager
-    from sparseml.pytorch.sparsification.pruning import (
-        BaseGradualPruningModifier,
-        GMPruningModifier,
-        MovementPruningModifier,
-        RigLPruningModifier,
-        StructuredPruningModifier,
-        modifier_pruning_base,
-    )
-    from sparseml.pytorch.sparsification.quantization import quantization_scheme
-    from sparseml.pytorch.utils import LambdaLogger, LoggerManager
-    from sparseml.utils import FROM_PARAM_TOKEN, interpolate
-
-
-class _QConfig(torch.ao.quantization.QConfig):
-    """A QConfig with settable attributes: SparseML sets its scheme on it, which torch's no longer allows."""
-
-
-def _qconfig(activation: Any, weight: Any) -> _QConfig:
-    observers = [args.get_observer() if args else nn.Identity for args in (activation, weight)]
-    return _QConfig(activation=observers[0], weight=observers[1])  # type: ignore[no-untyped-call]
-
-
-def _interpolate(now: float, start: float, end: float, *values: Any) -> float:
-    # For a step after the end SparseML's own gives the first value, or a complex number.
-    return float(interpolate(min(max(now, start), end), start, end, *values))
-
-
-quantization_scheme._get_qconfig = _qconfig
-modifier_pruning_base.interpolate = _interpolate
-
-logging.getLogger("sparseml").setLevel(logging.WARNING)
-# It warns that it has no teacher. The distillation used here is `Distiller`.
-logging.getLogger("sparseml.pytorch.sparsification.distillation").setLevel(logging.ERROR)
 
 __all__ = [
     "Phase",
@@ -108,11 +60,29 @@ __all__ = [
     "pin_input_quantizer",
     "quantized_layers",
 ]
-_NOT_PER_LAYER = (StructuredPruningModifier, RigLPruningModifier)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a training in which pruning and quantization do not change their state.
+
+    Attributes:
+        name: ``dense`` (nothing is pruned yet, or ever), ``pruning`` (the sparsity is rising) or
+            ``pruned`` (zeros are held), followed by ``_quant`` where QAT runs. It is part of the name of the
+            phase's checkpoint.
+        start: first epoch; may be fractional.
+        end: epoch at which it ends; may be fractional.
+        quantized: whether QAT runs; then EMA and autocast are off.
+    """
+
+    name: str
+    start: float
+    end: float
+    quantized: bool
 
 
 class Recipe:
-    """A SparseML recipe with its variables filled in.
+    """A recipe with its variables filled in.
 
     Args:
         text: the recipe, YAML or Markdown with YAML front matter.
@@ -120,12 +90,15 @@ class Recipe:
         name: the recipe's name, for messages.
         num_epochs: length to which the whole schedule is stretched or squeezed (see
             `sparse_exp.recipes.schedule.time_map`), more than 0; None keeps its length.
+        engine: what runs it: ``native``, or ``sparseml``, which has more kinds of modifiers.
 
     Attributes:
         name: as given.
+        modifiers: in the order in which they act.
 
     Raises:
-        RecipeError: the text is no recipe, or has no such variable.
+        RecipeError: the text is no recipe, has no such variable, or has a modifier that the engine does not
+            know.
     """
 
     def __init__(
@@ -134,17 +107,26 @@ class Recipe:
         variables: Mapping[str, float | None] | None = None,
         name: str = "recipe",
         num_epochs: float | None = None,
+        engine: str = "native",
     ) -> None:
-        self.name = name
+        self.name, self._engine = name, engine
         body = body_of(text)
-        roots = read_body(body, name)
-        check_variables(roots, variables or {}, name)
-        _check_kinds([modifier.kind for modifier in modifiers_of(roots)], name)
+        check_variables(read_body(body, name), variables or {}, name)
         given = {key: value for key, value in (variables or {}).items() if value is not None}
-        self._manager = _load(set_anchored(body, given), name, given)
+        self._set(filled_in(read_body(set_anchored(body, given), name), given, name))
         if num_epochs is not None and self.epochs > 0:
             boundaries = [0.0, *(phase.end for phase in self.phases())]
-            self._manager = _load(rescaled(self.text, time_map(boundaries, num_epochs)), name)
+            new = rescaled(self.text, time_map(boundaries, num_epochs))
+            self._set(filled_in(read_body(new, name), {}, name))
+
+    def _set(self, stages: Mapping[str, list[Tagged]]) -> None:
+        others = self._engine == "sparseml"
+        made = {
+            stage: in_order(make(data, self.name, others=others) for data in listed)
+            for stage, listed in stages.items()
+        }
+        self._stages = dict(sorted(made.items(), key=lambda item: _place(item[1])))
+        self.modifiers = [modifier for listed in self._stages.values() for modifier in listed]
 
     @classmethod
     def from_file(
@@ -152,6 +134,7 @@ class Recipe:
         path: Path,
         variables: Mapping[str, float | None] | None = None,
         num_epochs: float | None = None,
+        engine: str = "native",
     ) -> Recipe:
         """Read a recipe from a file: ``.md`` with front matter, or ``.yaml``.
 
@@ -159,6 +142,7 @@ class Recipe:
             path: the file.
             variables: see `Recipe`.
             num_epochs: see `Recipe`.
+            engine: see `Recipe`.
 
         Raises:
             RecipeError: the file cannot be read, or see `Recipe`.
@@ -167,64 +151,59 @@ class Recipe:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"Cannot read the recipe {path}: {error}. Check recipe.file.") from error
-        return cls(text, variables, name=path.name, num_epochs=num_epochs)
-
-    def __reduce__(self) -> tuple[type[Recipe], tuple[str, None, str]]:
-        """Pickle the recipe as its text, because SparseML's objects cannot be pickled."""
-        return type(self), (self.text, None, self.name)
+        return cls(text, variables, name=path.name, num_epochs=num_epochs, engine=engine)
 
     @property
     def text(self) -> str:
-        """The recipe with its variables filled in, as YAML that SparseML can read."""
-        return recipe_text(self._manager)
+        """The recipe with its variables filled in, as YAML."""
+        return to_yaml(in_stages({stage: [m.as_data() for m in ms] for stage, ms in self._stages.items()}))
 
     @property
     def epochs(self) -> float:
         """Length of the training in epochs."""
-        # SparseML's own max_epochs is rounded up to whole epochs.
-        return max(float(max(m.start_epoch, m.end_epoch)) for m in self._manager.iter_modifiers())
+        return max(max(m.start_epoch, m.end_epoch) for m in self.modifiers)
 
     @property
     def quantization_start(self) -> float | None:
         """Epoch at which QAT begins; None for a recipe without quantization."""
-        starts = [start_of(m) for m in self._modifiers("QuantizationModifier")]
-        return min(starts) if starts else None
+        return min((m.start for m in self._quantizations()), default=None)
 
     @property
     def prunes(self) -> bool:
         """Whether the recipe makes zeros or keeps those of the start."""
-        return bool(self._pruning())
+        return any(m.prunes for m in self.modifiers)
 
     @property
     def prunes_gradually(self) -> bool:
         """Whether the recipe makes zeros while it trains."""
-        return bool(gradual_of(self._manager))
+        return any(m.gradual for m in self.modifiers)
 
     @property
     def pruning_end(self) -> float | None:
         """Epoch at which the last gradual modifier reaches its final sparsity; None without any."""
-        ends = [float(m.end_epoch) for m in gradual_of(self._manager)]
-        return max(ends) if ends else None
+        return max((m.end_epoch for m in self.modifiers if m.gradual), default=None)
 
     @property
     def holds_mask(self) -> bool:
         """Whether the recipe only keeps the zeros of the start, and makes none."""
-        return bool(self._modifiers("ConstantPruningModifier")) and not self.prunes_gradually
+        held = any(isinstance(m, ConstantPruningModifier) for m in self.modifiers)
+        return held and not self.prunes_gradually
 
     @property
     def distills(self) -> bool:
         """Whether the recipe needs a teacher."""
-        return bool(self._modifiers("DistillationModifier"))
+        kinds = (DistillationModifier, PerLayerDistillationModifier)
+        return any(isinstance(m, kinds) for m in self.modifiers)
 
     @property
     def sets_learning_rate(self) -> bool:
         """Whether the recipe's modifiers replace the trainer's own learning-rate schedule."""
-        return any("LearningRate" in type(modifier).__name__ for modifier in self._manager.iter_modifiers())
+        return any(m.sets_rate for m in self.modifiers)
 
     def phases(self) -> list[Phase]:
         """The phases of the training, in order."""
-        gradual = [(start_of(m), float(m.end_epoch)) for m in gradual_of(self._manager)]
-        first_zeros = min((start_of(m) for m in self._pruning()), default=self.epochs)
+        gradual = [(m.start, m.end_epoch) for m in self.modifiers if m.gradual]
+        first_zeros = min((m.start for m in self.modifiers if m.prunes), default=self.epochs)
         quantization = self.quantization_start
         cuts = {
             0.0,
@@ -250,12 +229,11 @@ class Recipe:
 
         Where none acts, the rate that was last set before the phase continues.
         """
-        modifiers = [m for m in self._manager.iter_modifiers() if "LearningRate" in type(m).__name__]
-        modifiers.sort(key=start_of)
-        acting = [rates(m, phase) for m in modifiers if overlaps(m, phase)]
-        before = [m for m in modifiers if start_of(m) < phase.start]
+        modifiers = sorted((m for m in self.modifiers if m.sets_rate), key=lambda m: m.start)
+        acting = [_rates(m, phase) for m in modifiers if _overlaps(m, phase)]
+        before = [m for m in modifiers if m.start < phase.start]
         if not acting and before:
-            last = rate_at(before[-1], phase.start)
+            last = before[-1].rate_at(phase.start)
             return [(last, last)]
         return acting
 
@@ -263,21 +241,22 @@ class Recipe:
         """The layers on which each modifier that names layers acts.
 
         Args:
-            model: before quantization; not changed.
+            model: not changed.
 
         Returns:
             For each such modifier, by its kind (numbered if there are several of a kind), the published names
             of its layers in the model's order.
         """
         found: list[tuple[str, list[str]]] = []
-        for modifier in self._manager.iter_modifiers():
-            kind, pairs = type(modifier).__name__, list(targets_of(modifier))
-            if kind == "QuantizationModifier":
-                found.append((kind, quantized_layers(self.apply_structure(deepcopy(model)))))
+        for modifier in self.modifiers:
+            pairs = list(targets_of(modifier))
+            if isinstance(modifier, QuantizationModifier):
+                schemes = layer_schemes(modifier.arguments, model)
+                found.append((modifier.kind, [name for name, scheme in schemes.items() if scheme.weights]))
             elif pairs:
                 layers = {layer for pair in pairs for layer in layers_matching(*pair, model)}
                 order = [name for name, _ in model.named_modules()]
-                found.append((kind, sorted(layers, key=order.index)))
+                found.append((modifier.kind, sorted(layers, key=order.index)))
         kinds = [kind for kind, _ in found]
         labels = [
             kind if kinds.count(kind) == 1 else f"{kind} {kinds[:index].count(kind) + 1}"
@@ -289,8 +268,8 @@ class Recipe:
         """The least share of zeros that the recipe promises for each prunable convolution at an epoch.
 
         A layer whose zeros are held keeps the share that it started with. A layer pruned by magnitude has the
-        sparsity of the last update that must have happened by then. Other kinds of pruning promise nothing
-        before they end.
+        sparsity of the last update that must have happened by then. Pruning of all layers as one promises
+        nothing for a layer.
 
         Args:
             model: the detector, before or after quantization.
@@ -300,16 +279,16 @@ class Recipe:
         Returns:
             Shares of zeros by the layers' published names, 0..1.
         """
-        held, gradual = self._modifiers("ConstantPruningModifier"), gradual_of(self._manager)
+        held = [m for m in self.modifiers if isinstance(m, ConstantPruningModifier)]
         promised = {}
         for name, conv in model.prunable_convolutions().items():
-            before, weights = start.get(name, 0.0), conv.weight.numel()
-            shares = [before for m in held if holds(m, name, epoch)]
-            for modifier in gradual:
-                kept = modifier.leave_enabled or any(
-                    holds(m, name, epoch, at=modifier.end_epoch) for m in held
-                )
-                shares.append(_promised_share(modifier, name, weights, epoch, before, kept=kept))
+            before = start.get(name, 0.0)
+            shares = [before for m in held if _holds(m, name, epoch)]
+            for m in self.modifiers:
+                final = _final_sparsity(m, name)
+                if isinstance(m, MagnitudePruningModifier) and final is not None:
+                    kept = m.leave_enabled or any(_holds(h, name, epoch, at=m.end_epoch) for h in held)
+                    shares.append(m.promised(conv.weight.shape, final, epoch, before, kept=kept))
             promised[name] = max(shares, default=0.0)
         return promised
 
@@ -317,50 +296,50 @@ class Recipe:
         """Refuse a recipe that cannot be applied to a model as it says.
 
         Args:
-            model: before quantization; not changed.
+            model: not changed.
 
         Raises:
             RecipeError: the schedule is empty or ends too early, the recipe quantizes twice, a name or
-                pattern matches no layer of the model, or SparseML cannot quantize the model.
+                pattern matches no layer of the model, or the model cannot be quantized like this.
         """
         if self.epochs <= 0:
             raise RecipeError(
                 expected(f"the length of {self.name}", "more than 0 epochs", self.epochs, "Set num_epochs.")
             )
         self._check_schedule()
-        for modifier in self._manager.iter_modifiers():
+        for modifier in self.modifiers:
             for attribute, target in targets_of(modifier):
-                check_target(attribute, target, model, f"{type(modifier).__name__} of {self.name}")
-        for modifier in self._pruning():
-            check_blocks(modifier, model, self.name)
+                check_target(attribute, target, model, f"{modifier.kind} of {self.name}")
+            if modifier.prunes:
+                layers = [layer for pair in targets_of(modifier) for layer in layers_matching(*pair, model)]
+                check_blocks(modifier, layers, model, self.name)
         if self.quantization_start is not None:
             self._check_quantization(model)
 
     def _check_schedule(self) -> None:
         """Refuse quantization or pruning that the end of the recipe cuts off, and two quantizations."""
-        ranges = [m.end_epoch for m in self._modifiers("EpochRangeModifier")]
-        end = float(max(ranges, default=self.epochs))
-        quantizers = self._modifiers("QuantizationModifier")
-        if len(quantizers) > 1:
+        ranges = [m.end_epoch for m in self.modifiers if isinstance(m, EpochRangeModifier)]
+        end = max(ranges, default=self.epochs)
+        quantizations = self._quantizations()
+        if len(quantizations) > 1:
             raise RecipeError(
-                f"{self.name} quantizes {len(quantizers)} times, and a model can be quantized only once. "
+                f"{self.name} quantizes {len(quantizations)} times, and a model can be quantized only once. "
                 "Keep one QuantizationModifier."
             )
-        for modifier in quantizers:
-            if start_of(modifier) >= end:
-                do = "Make quantization_epochs smaller than num_epochs, and both more than 0."
-                raise RecipeError(
-                    expected("the start of quantization", f"below {end:g}", start_of(modifier), do)
-                )
-        for modifier in self._pruning():
-            self._check_pruning(modifier, end)
+        start = self.quantization_start
+        if start is not None and start >= end:
+            do = "Make quantization_epochs smaller than num_epochs, and both more than 0."
+            raise RecipeError(expected("the start of quantization", f"below {end:g}", start, do))
+        for modifier in self.modifiers:
+            if modifier.prunes:
+                self._check_pruning(modifier, end)
 
-    def _check_pruning(self, modifier: Any, end: float) -> None:
-        kind = f"{type(modifier).__name__} of {self.name}"
-        if start_of(modifier) >= end:
+    def _check_pruning(self, modifier: Modifier, end: float) -> None:
+        kind = f"{modifier.kind} of {self.name}"
+        if modifier.start >= end:
             do = "The recipe ends before it prunes: lengthen its EpochRangeModifier, or let it prune earlier."
-            raise RecipeError(expected(f"the start of {kind}", f"below {end:g}", start_of(modifier), do))
-        if float(modifier.end_epoch) > end and not type(modifier).__name__.startswith("Constant"):
+            raise RecipeError(expected(f"the start of {kind}", f"below {end:g}", modifier.start, do))
+        if modifier.gradual and modifier.end_epoch > end:
             do = (
                 "The recipe ends before the final sparsity is reached: lengthen its EpochRangeModifier, "
                 "or let it prune earlier."
@@ -368,18 +347,14 @@ class Recipe:
             raise RecipeError(expected(f"the end of {kind}", f"at most {end:g}", modifier.end_epoch, do))
 
     def _check_quantization(self, model: nn.Module) -> None:
-        """Quantize a copy of the model, to see that this works and that the right layers are quantized."""
+        """See that the right layers would be quantized."""
         try:
-            trial = self.apply_structure(deepcopy(model)).eval()
-            with torch.no_grad():  # a wrapped module with several inputs fails only when it is called
-                trial(torch.zeros(1, 3, 64, 64, device=next(model.parameters()).device))
-        except Exception as error:  # SparseML and torch may raise anything for a model that they do not know
-            types = "SiLU, BatchNorm2d, MaxPool2d, Upsample, Concat"
+            schemes, stem = self._schemes(model), getattr(model, "stem", None)
+        except RecipeError as error:
             raise RecipeError(
-                f"QuantizationModifier of {self.name} cannot be applied to this model "
-                f"({first_line(error)}). Let it leave out all but convolutions: ignore: [{types}]."
+                f"QuantizationModifier of {self.name} cannot be applied to this model: {error}"
             ) from error
-        found, stem = quantized_layers(trial), getattr(model, "stem", None)
+        found = [name for name, scheme in schemes.items() if scheme.weights]
         if not found:
             raise RecipeError(
                 f"QuantizationModifier of {self.name} quantizes no convolution of the model. "
@@ -391,6 +366,18 @@ class Recipe:
                 "graph reads 8-bit images. Correct its ignore or submodules."
             )
 
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Put the quantizers that the recipe will switch on into a model, switched off.
+
+        Args:
+            model: changed in place, before an optimizer or an average of it is made. Where it has these
+                quantizers already, it stays as it is.
+
+        Returns:
+            The model itself.
+        """
+        return prepare(model, self._schemes(model))
+
     def attach(
         self,
         model: nn.Module,
@@ -401,7 +388,7 @@ class Recipe:
         """Begin to apply the recipe to a model in training.
 
         Args:
-            model: in training mode.
+            model: in training mode. Quantizers are put into it where `prepare` has not done so.
             optimizer: of its parameters; a recipe's ``param_groups`` are indices into its groups.
             steps_per_epoch: optimizer steps in an epoch.
             teacher: for a recipe that distills: a detector for the same classes.
@@ -410,46 +397,24 @@ class Recipe:
             The recipe at work, to be called at each step.
 
         Raises:
-            RecipeError: the recipe distills, and there is no teacher, or it lacks a layer that is named.
+            RecipeError: the recipe distills, and there is no teacher, or it lacks a layer that is named; or
+                the model or the optimizer lacks what a modifier names.
         """
         if self.distills and teacher is None:
             raise RecipeError(
                 f"The recipe {self.name} distills but has no teacher. Set recipe.teacher=PATH of a "
                 "checkpoint with the same classes, or recipe.teacher=self."
             )
-        manager = self._new_manager()
-        for modifier in manager.iter_modifiers():
-            if type(modifier).__name__ == "ConstantPruningModifier":
-                # It looks for zeros when it begins, but not again before every step: the mask would be the
-                # same, and that took a tenth of a training step of yolov5l. It still masks after each step.
-                modifier._update_frequency = math.inf
-        manager.initialize(model, epoch=0.0, loggers=_silent_logger())
-        return ManagedSparsifier(
-            manager,
-            model,
-            optimizer,
-            steps_per_epoch,
-            gradual=gradual_of(manager),
-            quantization_start=self.quantization_start,
-            distiller=self._distiller(model, teacher, optimizer) if teacher and self.distills else None,
-        )
-
-    def _distiller(
-        self, student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> Distiller:
-        """The terms of all distillation modifiers, for a student and a teacher."""
-        outputs, layers = [], []
-        for m in self._modifiers("DistillationModifier"):
-            if hasattr(m, "hardness"):
-                outputs.append(OutputTerm(start_of(m), float(m.end_epoch), m.hardness, m.temperature))
-            else:
-                pairs = layer_pairs(m, student, teacher, self.name)
-                options = (m.normalize, m.project_features, float(m.epsilon))
-                layers.append(LayerTerm(start_of(m), float(m.end_epoch), m.gain, pairs, *options))
-        return Distiller(student, teacher, outputs, layers, optimizer)
+        self.prepare(model)
+        distiller = None
+        if teacher and self.distills:
+            terms = terms_of(self.modifiers, model, teacher, self.name)
+            distiller = Distiller(model, teacher, *terms, optimizer)
+        effects = effects_of(self.modifiers, model, optimizer, steps_per_epoch, self.name)
+        return NativeSparsifier(effects, optimizer, steps_per_epoch, distiller)
 
     def apply_structure(self, model: nn.Module) -> nn.Module:
-        """Give a float model the structure that it has after the whole recipe, QAT modules included.
+        """Give a float model the structure that it has after the whole recipe: quantizers, switched on.
 
         Args:
             model: changed in place.
@@ -457,10 +422,7 @@ class Recipe:
         Returns:
             The model itself.
         """
-        was_training = model.training
-        model.train()  # in evaluation mode torch would fold batch norms away instead of keeping them
-        self._new_manager().apply_structure(model, epoch=float("inf"), loggers=_silent_logger())
-        return model.train(was_training)
+        return begin(self.prepare(model))
 
     def apply_at_once(self, model: YOLOv5, batches: Iterable[Tensor]) -> None:
         """Prune to the final sparsities and quantize, in place and without training.
@@ -471,147 +433,73 @@ class Recipe:
             batches: float images (N, 3, H, W) in 0..1 whose activations set the quantizers' ranges.
 
         Raises:
-            RecipeError: a modifier cannot prune without training.
+            RecipeError: a modifier cannot prune the model.
         """
-        for modifier in self._new_manager().iter_modifiers():
-            if "Pruning" in type(modifier).__name__:
-                self._prune_at_once(modifier, model)
-        if self.quantization_start is None:
-            model.eval()
-            return
-        self.apply_structure(model)
-        model.eval().apply(torch.ao.quantization.enable_observer)
-        pin_input_quantizer(model, model.stem)
-        with torch.no_grad():
-            for images in batches:
-                model(images)
-        freeze_quantizers(model)
-
-    def _prune_at_once(self, modifier: Any, model: nn.Module) -> None:
-        try:
-            modifier.apply(model, epoch=float("inf"), loggers=_silent_logger())
-        except Exception as error:  # SparseML raises plain Exceptions of many kinds
-            raise RecipeError(
-                f"{type(modifier).__name__} of {self.name} cannot prune at once ({first_line(error)}). "
-                "Use MagnitudePruningModifier, or train with recipe.oneshot=false."
-            ) from error
+        for modifier in self.modifiers:
+            if isinstance(modifier, MagnitudePruningModifier):
+                prune_at_once(modifier, model, self.name)
+        model.eval()
+        if self.quantization_start is not None:
+            calibrate(self.apply_structure(model), batches)
+            freeze_quantizers(model)
 
     def after(self, base: str) -> str:
         """Put this recipe after the one with which the start checkpoint was trained, as stages of one recipe.
 
         Args:
-            base: text of the start checkpoint's recipe, with or without stages; empty if it has none. If both
-                recipes quantize, its quantization is left out: a quantized start is refused, so the
-                checkpoint is from before it.
+            base: text of the start checkpoint's recipe, with or without stages; empty if it has none. It may
+                have modifiers that only SparseML runs. If both recipes quantize, its quantization is left
+                out: a quantized start is refused, so the checkpoint is from before it.
 
         Returns:
-            YAML of both, from which a checkpoint's structure can be rebuilt.
+            YAML of both.
 
         Raises:
             RecipeError: ``base`` is no recipe.
         """
         if not base.strip():
             return self.text
-        before = recipe_text(_load(body_of(base), "the recipe of the start checkpoint"))
+        before = Recipe(base, name="the recipe of the start checkpoint", engine="sparseml").text
         if self.quantization_start is not None:
             before = without(before, "QuantizationModifier")
-        return _compose(before, self.text) if before else self.text
+        return Recipe(staged(before, self.text), engine="sparseml").text if before else self.text
 
-    def _new_manager(self) -> Any:
-        """A manager for one use: SparseML's modifiers keep the state of the model they were applied to."""
-        return _load(self.text, self.name)
+    def _quantizations(self) -> list[QuantizationModifier]:
+        return [m for m in self.modifiers if isinstance(m, QuantizationModifier)]
 
-    def _modifiers(self, kind: str) -> list[Any]:
-        """The modifiers whose class's name ends with ``kind``."""
-        return [m for m in self._manager.iter_modifiers() if type(m).__name__.endswith(kind)]
-
-    def _pruning(self) -> list[Any]:
-        return [m for m in self._manager.iter_modifiers() if "Pruning" in type(m).__name__]
+    def _schemes(self, model: nn.Module) -> Schemes:
+        """What of a model the recipe quantizes; nothing without a QuantizationModifier."""
+        return next((layer_schemes(m.arguments, model) for m in self._quantizations()), {})
 
 
-def _load(body: str, name: str, variables: Mapping[str, float] | None = None) -> Any:
-    """SparseML's manager of a recipe given as YAML."""
-    try:
-        manager = ScheduledModifierManager.from_yaml(f"{body}\n", recipe_variables=dict(variables or {}))
-    except Exception as error:  # SparseML raises plain Exceptions of many kinds
-        reason = first_line(error).rstrip(".")
-        do = "Correct the file, or what recipe.variables sets (are the phases shorter than num_epochs?)."
-        raise RecipeError(f"SparseML cannot read {name}: {reason}. {do}") from error
-    for modifier in manager.iter_modifiers():
-        if isinstance(getattr(modifier, "_submodules", None), set):
-            modifier._submodules = sorted(modifier._submodules)  # a set has another order in every process
-    return manager
+def _place(modifiers: list[Modifier]) -> tuple[float, float]:
+    """The order of stages, as in SparseML: by their last end and first start."""
+    end = max(m.end_epoch for m in modifiers)
+    return math.inf if end == -1 else end, min(m.start_epoch for m in modifiers)
 
 
-def _check_kinds(kinds: Sequence[str], name: str) -> None:
-    """Refuse modifiers of kinds that SparseML does not know."""
-    tags = [tag for tag in yaml.SafeLoader.yaml_constructors if isinstance(tag, str)]
-    known = [tag.removeprefix("!pytorch.") for tag in tags if tag.startswith("!pytorch.")]
-    for kind in kinds:
-        if kind.removeprefix("pytorch.") not in known:
-            near = ", ".join(difflib.get_close_matches(kind, known, n=3, cutoff=0.3) or known[:3])
-            raise RecipeError(
-                f"{name} has a modifier {kind!r}, which SparseML does not know. "
-                f"Correct it; the nearest names are {near}."
-            )
+def _overlaps(modifier: Modifier, phase: Phase) -> bool:
+    """Whether a modifier begins in a phase, or began before and ends after the phase's start."""
+    return phase.start <= modifier.start < phase.end or modifier.start < phase.start < modifier.end_epoch
 
 
-def _promised_share(
-    modifier: Any, layer: str, weights: int, epoch: float, before: float, *, kept: bool
-) -> float:
-    """The least share of zeros, 0..1, that a gradual modifier has given a layer by an epoch.
+def _rates(modifier: Modifier, phase: Phase) -> tuple[float, float]:
+    """First and last learning rate that a modifier sets within a phase; see `_overlaps`."""
+    end = phase.end if modifier.end_epoch < 0 else min(phase.end, modifier.end_epoch)
+    return modifier.rate_at(max(phase.start, modifier.start)), modifier.rate_at(end)
 
-    Args:
-        modifier: the modifier.
-        layer: published name.
-        weights: number of the layer's weights.
-        epoch: a moment between two steps.
-        before: the layer's share of zeros at epoch 0, 0..1.
-        kept: whether zeros stay after the modifier has ended.
-    """
-    final = _final_sparsity(modifier, layer)
-    start, end = start_of(modifier), float(modifier.end_epoch)
-    if final is None or epoch <= start or (epoch >= end and not kept):
-        return 0.0
-    is_movement = isinstance(modifier, MovementPruningModifier)
-    follows_curve = isinstance(modifier, GMPruningModifier) and not is_movement
-    if epoch < end and not follows_curve:
-        return 0.0
-    initial = before if modifier.init_sparsity == FROM_PARAM_TOKEN else float(modifier.init_sparsity)
-    # There is an update in every update_frequency epochs (-1: in every step), and one at the end.
-    last = epoch if epoch >= end else max(start, epoch - max(0.0, modifier.update_frequency))
-    share = _interpolate(last, start, end, initial, final, modifier.inter_func)
-    group = group_size(modifier)
-    return float(round(weights / group * share) * group / weights)
+
+def _holds(modifier: ConstantPruningModifier, layer: str, epoch: float, at: float = 0.0) -> bool:
+    """Whether a modifier holds at an epoch the zeros that a layer had at an earlier one."""
+    names = any(matches_parameter(target, f"{layer}.weight") for _, target in targets_of(modifier))
+    return names and modifier.start <= at and (modifier.end_epoch < 0 or epoch <= modifier.end_epoch)
 
 
 def _final_sparsity(modifier: Any, layer: str) -> float | None:
-    """A gradual modifier's final sparsity of a layer; None if it has none for this layer alone."""
-    per_layer = isinstance(modifier, BaseGradualPruningModifier) and not isinstance(modifier, _NOT_PER_LAYER)
-    if not per_layer or modifier.global_sparsity:
+    """A modifier's final sparsity of a layer; None where it has none for this layer alone."""
+    if not isinstance(modifier, MagnitudePruningModifier) or modifier.together:
         return None
-    final = modifier.final_sparsity
-    groups = final if isinstance(final, dict) else {final: modifier.params}
-    for share, targets in groups.items():
-        for target in [targets] if isinstance(targets, str) else targets:
-            if matches_parameter(target, f"{layer}.weight"):
-                return float(share)
+    for share, targets in modifier.targets:
+        if any(matches_parameter(target, f"{layer}.weight") for target in targets):
+            return share
     return None
-
-
-def _compose(before: str, after: str) -> str:
-    """Make two recipes stages of one; the epochs of the second are counted from the end of the first."""
-    stages = stages_of(before)
-    if stages and stages_of(after):
-        after = renamed_stages(after, taken=stages)
-    manager = ScheduledModifierManager.compose_staged(before, after)
-    for modifier in manager.iter_modifiers():
-        if type(modifier).__name__ == "QuantizationModifier":
-            modifier._end_epoch = -1.0  # composing sets an end, with which this modifier cannot be read again
-    return recipe_text(manager)
-
-
-def _silent_logger() -> LoggerManager:
-    """A logger that logs nothing; the default one writes sparse_logs/ into the current directory."""
-    disabled = LambdaLogger(lambda *_: True, enabled=False)  # with no logger SparseML would use the default
-    return LoggerManager([disabled], log_frequency=None, log_python=False)

@@ -1,129 +1,26 @@
-"""A recipe as YAML: read it, set its root variables, and stretch its schedule to another length."""
+"""The times in a recipe: stretch its schedule to another length, and put two schedules behind each other."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
-import yaml
+from sparse_exp.recipes.language import Tagged, filled_in, modifiers_of, read_body, to_yaml
 
-from sparse_exp.errors import RecipeError, first_line
-
-# Before the front matter there may be comments: Neural Magic's files begin with their licence.
-_FRONT_MATTER = re.compile(r"\A\s*(?:<!--.*?-->\s*)*---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
 # Arguments of modifiers: points in time, and lengths of time, in epochs.
 _MOMENTS = ("start_epoch", "end_epoch", "freeze_bn_stats_epoch", "disable_quantization_observer_epoch")
 _SPANS = ("update_frequency", "cycle_epochs", "step_size")
-
-
-class Tagged(dict[str, Any]):
-    """A modifier as plain data: its arguments, and the name of its class in ``kind``."""
-
-    def __init__(self, kind: str, arguments: Mapping[str, Any]) -> None:
-        super().__init__(arguments)
-        self.kind = kind
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads modifiers, which have tags such as ``!EpochRangeModifier``, as `Tagged`."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes `Tagged` as modifiers with tags."""
-
-
-def _construct(loader: _Loader, kind: str, node: yaml.Node) -> Tagged:
-    if not isinstance(node, yaml.MappingNode):
-        return Tagged(kind, {})
-    return Tagged(kind, {str(key): value for key, value in loader.construct_mapping(node, deep=True).items()})
-
-
-_Loader.add_multi_constructor("!", _construct)
-_Dumper.add_representer(Tagged, lambda dumper, data: dumper.represent_mapping(f"!{data.kind}", dict(data)))
-
-
-def body_of(text: str) -> str:
-    """The YAML in a recipe file: the front matter of a Markdown file, or the whole text."""
-    text = text.lstrip("\ufeff\r\n")
-    match = _FRONT_MATTER.match(text)
-    return match.group(1) if match else text
-
-
-def read_body(body: str, name: str) -> dict[str, Any]:
-    """Read a recipe as plain data; expressions (``eval(...)``) stay texts.
-
-    Args:
-        body: the recipe's YAML, see `body_of`.
-        name: the recipe's name, for messages.
-
-    Returns:
-        Its root variables, and its lists of modifiers or its stages, by name.
-
-    Raises:
-        RecipeError: it is no YAML, or holds no list of modifiers.
-    """
-    try:
-        roots = yaml.load(body, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{name} is not valid YAML: {first_line(error)}. Correct the file.") from error
-    if not isinstance(roots, dict) or "modifiers:" not in body:
-        raise RecipeError(f"{name} holds no recipe: a mapping with lists of modifiers is expected.")
-    return roots
-
-
-def set_anchored(body: str, variables: Mapping[str, float]) -> str:
-    """Write new values of variables that have YAML anchors (``num_epochs: &num_epochs 52``) into a recipe.
-
-    SparseML sets variables only after YAML has replaced aliases (``*num_epochs``) by the old value.
-
-    Args:
-        body: the recipe's YAML.
-        variables: new values by name; those of variables without an anchor are ignored.
-
-    Returns:
-        The recipe's YAML with the new values.
-    """
-    for name, value in variables.items():
-        anchored = re.compile(rf"^({re.escape(name)}\s*:\s*&[\w-]+[ \t]+)[^\s#]+", re.MULTILINE)
-        body = anchored.sub(lambda match, value=value: f"{match[1]}{value}", body)  # type: ignore[misc]
-    return body
-
-
-def modifiers_of(roots: Any) -> Iterator[Tagged]:
-    """All modifiers of a recipe, those inside stages included."""
-    if isinstance(roots, Tagged):
-        yield roots
-    elif isinstance(roots, dict | list):
-        for value in roots.values() if isinstance(roots, dict) else roots:
-            yield from modifiers_of(value)
-
-
-def to_yaml(roots: Mapping[str, Any]) -> str:
-    """Write a recipe given as plain data as YAML that SparseML reads."""
-    return yaml.dump(dict(roots), Dumper=_Dumper, sort_keys=False)
-
-
-def check_variables(roots: Mapping[str, Any], variables: Iterable[str], name: str) -> None:
-    """Refuse variables that the recipe does not have.
-
-    Args:
-        roots: the recipe, see `read_body`. Its variables are scalars at its root, or at that of a stage.
-        variables: names.
-        name: the recipe's name, for the message.
-
-    Raises:
-        RecipeError: names the first unknown variable, and all known ones.
-    """
-    levels = [roots, *(value for value in roots.values() if isinstance(value, dict))]
-    known = [key for level in levels for key, value in level.items() if not isinstance(value, list | dict)]
-    for variable in variables:
-        if variable not in known:
-            raise RecipeError(
-                f"The recipe {name} has no variable {variable!r}. Its variables: {', '.join(known)}."
-            )
+_LISTS = ("milestones", "update_epochs")
+_ENDLESS = (
+    "QuantizationModifier",
+    "SetLearningRateModifier",
+    "SetParamModifier",
+    "SetWeightDecayModifier",
+)
+"""Kinds whose ``end_epoch`` must stay open."""
 
 
 @dataclass(frozen=True)
@@ -192,45 +89,102 @@ def _scaled_lengths(lengths: Sequence[float], total: float) -> list[float]:
 
 
 def stages_of(text: str) -> list[str]:
-    """Names of a recipe's stages; empty if its modifiers stand at the root."""
-    roots = yaml.load(text, Loader=_Loader)
-    return [key for key, value in roots.items() if isinstance(value, dict) and any(modifiers_of(value))]
+    """Names of a recipe's stages; empty if its modifiers stand at the root.
+
+    Args:
+        text: the recipe's YAML.
+    """
+    return [stage for stage in _stages(text) if stage]
 
 
-def renamed_stages(text: str, taken: Sequence[str]) -> str:
-    """Rename the stages of a recipe that have a name that is taken."""
-    roots, stages = yaml.load(text, Loader=_Loader), {}
-    for key, value in roots.items():
-        count = len(taken)
-        while isinstance(value, dict) and (key in taken or key in stages):
+def staged(before: str, after: str) -> str:
+    """Make two recipes stages of one, as SparseML composes recipes.
+
+    The epochs of the second are counted from the end of the first, which is rounded up to a whole epoch. What
+    never ends in the first ends there, but for what was only set.
+
+    Args:
+        before: YAML of the first, without expressions, every modifier with its ``start_epoch`` and
+            ``end_epoch``. It may have stages.
+        after: the same of the second.
+
+    Returns:
+        YAML of both, in stages with names of their own.
+    """
+    first, second = _stages(before), _stages(after)
+    end = float(math.ceil(max(_last(modifier) for listed in first.values() for modifier in listed)))
+    for listed in first.values():
+        for modifier in listed:
+            if modifier.get("end_epoch") == -1.0 and modifier.kind not in _ENDLESS:
+                modifier["end_epoch"] = end
+    for listed in second.values():
+        for modifier in listed:
+            _shift(modifier, end)
+    if "" in first:
+        first = {"stage_0" if "" in second else f"pre_{next(iter(second))}": first[""]}
+        second = {"stage_1" if stage == "" else stage: listed for stage, listed in second.items()}
+    return to_yaml(in_stages({**first, **_renamed(second, taken=list(first))}))
+
+
+def in_stages(stages: Mapping[str, Sequence[Tagged]]) -> dict[str, Any]:
+    """A recipe as plain data.
+
+    Args:
+        stages: modifiers by the name of their stage; "" stands for a recipe without stages.
+    """
+    if "" in stages:
+        return {"modifiers": list(stages[""])}
+    return {stage: {f"{stage}_modifiers": list(listed)} for stage, listed in stages.items()}
+
+
+def _stages(text: str) -> dict[str, list[Tagged]]:
+    return filled_in(read_body(text, "the recipe"), {}, "the recipe")
+
+
+def _renamed(stages: Mapping[str, list[Tagged]], taken: Sequence[str]) -> dict[str, list[Tagged]]:
+    """Give other names to the stages whose names are taken, or empty."""
+    renamed: dict[str, list[Tagged]] = {}
+    for stage, listed in stages.items():
+        name, count = stage, len(taken)
+        while name in ("", *taken) or name in renamed:
             count += 1
-            key = f"stage_{count}"
-        stages[key] = value
-    return to_yaml(stages)
+            name = f"stage_{count}"
+        renamed[name] = listed
+    return renamed
+
+
+def _last(modifier: Tagged) -> float:
+    return max(float(modifier.get("start_epoch", -1.0)), float(modifier.get("end_epoch", -1.0)))
+
+
+def _shift(modifier: Tagged, by: float) -> None:
+    """Let a modifier act later, in place. What had begun with the schedule still does."""
+    for key in _MOMENTS:
+        endless = key == "end_epoch" and modifier.get(key) == -1.0
+        if isinstance(modifier.get(key), int | float) and not endless:
+            modifier[key] = max(0.0, float(modifier[key])) + by
+    for arguments in (modifier, modifier.get("lr_kwargs")):
+        for key in _LISTS:
+            if isinstance(arguments, dict) and isinstance(arguments.get(key), list):
+                arguments[key] = [epoch + by for epoch in arguments[key]]
 
 
 def without(text: str, kind: str) -> str:
     """A recipe without its modifiers of one kind; "" if it has no others."""
-    roots = _drop(yaml.load(text, Loader=_Loader), kind)
-    return to_yaml(roots) if any(modifiers_of(roots)) else ""
-
-
-def _drop(value: Any, kind: str) -> Any:
-    """A part of a recipe without modifiers of a kind, and without lists and stages that this empties."""
-    if isinstance(value, list):
-        return [_drop(item, kind) for item in value if not (isinstance(item, Tagged) and item.kind == kind)]
-    if isinstance(value, dict) and not isinstance(value, Tagged):
-        changed = {key: _drop(item, kind) for key, item in value.items()}
-        emptied = [key for key in changed if changed[key] in ([], {}) and value[key]]
-        return {key: item for key, item in changed.items() if key not in emptied}
-    return value
+    stages = {
+        stage: [modifier for modifier in listed if modifier.kind != kind]
+        for stage, listed in _stages(text).items()
+    }
+    left = {stage: listed for stage, listed in stages.items() if listed}
+    return to_yaml(in_stages(left)) if left else ""
 
 
 def rescaled(text: str, time: TimeMap) -> str:
     """Map every time in every modifier of a recipe.
 
     Moments are mapped. Spans such as ``update_frequency`` grow by the same factor as the time in which their
-    modifier acts. A decay per epoch is adjusted so that it ends at the same value.
+    modifier acts. A decay per epoch is adjusted so that it ends at the same value. As the map rises strictly,
+    what had a length has one afterwards; what becomes shorter than a step is a matter of the step.
 
     Args:
         text: the recipe's YAML, without expressions.
@@ -239,7 +193,7 @@ def rescaled(text: str, time: TimeMap) -> str:
     Returns:
         YAML of the new recipe.
     """
-    roots = yaml.load(text, Loader=_Loader)
+    roots = read_body(text, "the recipe")
     for modifier in modifiers_of(roots):
         stretch = time.stretch(modifier.get("start_epoch", -1.0), modifier.get("end_epoch", -1.0))
         _rescale(modifier, time, stretch)
@@ -256,7 +210,7 @@ def _rescale(arguments: dict[str, Any], time: TimeMap, stretch: float) -> None:
         _change(arguments, key, time)
     for key in _SPANS:
         _change(arguments, key, lambda span: span * stretch if span > 0 else span)
-    for key in ("milestones", "update_epochs"):
+    for key in _LISTS:
         if isinstance(arguments.get(key), list):
             arguments[key] = [time(epoch) for epoch in arguments[key]]
 

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparse_exp.quantization.fast_qat import accelerate
 from sparse_exp.recipes.distillation import Distiller
-from sparse_exp.recipes.modifier_state import modifier_states, restore_modifiers
+from sparse_exp.recipes.effects import Effect, GradualMasks, Quantization
 
 
 class Sparsifier(Protocol):
@@ -49,46 +48,35 @@ class Sparsifier(Protocol):
         """Detach from the model, which keeps its structure."""
 
 
-class ManagedSparsifier:
-    """A `Sparsifier` that uses SparseML's manager.
+class NativeSparsifier:
+    """A `Sparsifier` that does what its modifiers say.
 
     Args:
-        manager: initialized for the model.
-        model: in training.
-        optimizer: of its parameters.
+        effects: of the modifiers, in the order in which they act.
+        optimizer: of the model's parameters.
         steps_per_epoch: optimizer steps in an epoch.
-        gradual: those of the manager's modifiers that raise the sparsity step by step.
-        quantization_start: epoch at which QAT begins; None: never.
         distiller: adds the distillation loss; None: no distillation.
     """
 
     def __init__(
         self,
-        manager: Any,
-        model: nn.Module,
+        effects: Sequence[Effect[Any]],
         optimizer: torch.optim.Optimizer,
         steps_per_epoch: int,
-        *,
-        gradual: Sequence[Any] = (),
-        quantization_start: float | None = None,
         distiller: Distiller | None = None,
     ) -> None:
-        self._manager, self._model = manager, model
+        self._effects, self._distiller = effects, distiller
         self._optimizer, self._steps_per_epoch = optimizer, steps_per_epoch
-        self._gradual, self._distiller = gradual, distiller
-        self._quantization_start = quantization_start
 
     def before_step(self, epoch: float) -> None:
         """See `Sparsifier`."""
-        begins = self._quantization_start is not None and epoch >= self._quantization_start
-        if begins and self._distiller:
+        quantized = self._quantized()
+        for effect in self._effects:
+            effect.update(epoch)
+        self._mask()
+        if self._distiller and self._quantized() != quantized:
             self._distiller.unwatch()
-        self._manager.update(self._model, self._optimizer, epoch, self._steps_per_epoch, log_updates=False)
-        if begins:
-            self._quantization_start = None
-            accelerate(self._model)
-            if self._distiller:
-                self._distiller.watch()
+            self._distiller.watch()
 
     def loss(self, loss: Tensor, images: Tensor, raw: Sequence[Tensor], epoch: float) -> Tensor:
         """See `Sparsifier`."""
@@ -96,31 +84,37 @@ class ManagedSparsifier:
 
     def step(self, epoch: float) -> None:
         """See `Sparsifier`."""
-        self._manager.optimizer_pre_step(self._model, self._optimizer, epoch, self._steps_per_epoch)
         self._optimizer.step()
-        self._manager.optimizer_post_step(self._model, self._optimizer, epoch, self._steps_per_epoch)
+        self._mask()
         # SparseML would prune before the next step. By pruning now, the weights that are evaluated and saved
         # after this step have the sparsity that is due; so have those after the very last step.
         after = epoch + 1.0 / self._steps_per_epoch
-        for modifier in self._gradual:
-            begun = modifier.start_epoch < after
-            if begun and modifier.update_ready(after, self._steps_per_epoch):
-                modifier.scheduled_update(self._model, self._optimizer, after, self._steps_per_epoch)
+        for effect in self._effects:
+            if isinstance(effect, GradualMasks) and effect.modifier.start_epoch < after:
+                effect.update(after)
 
     def state(self) -> dict[str, Any]:
         """See `Sparsifier`."""
         projections = self._distiller.projections() if self._distiller else {}
-        modifiers = modifier_states(list(self._manager.iter_modifiers()))
-        return {"modifiers": modifiers, "projections": projections}
+        return {"modifiers": [effect.state() for effect in self._effects], "projections": projections}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See `Sparsifier`."""
-        restore_modifiers(list(self._manager.iter_modifiers()), state["modifiers"])
+        for effect, kept in zip(self._effects, state["modifiers"], strict=True):
+            effect.restore(kept)
         if self._distiller:
             self._distiller.restore_projections(state["projections"])
 
     def finish(self) -> None:
         """See `Sparsifier`."""
-        self._manager.finalize(self._model)
+        for effect in self._effects:
+            effect.finish()
         if self._distiller:
             self._distiller.unwatch()
+
+    def _mask(self) -> None:
+        for effect in self._effects:
+            effect.mask()
+
+    def _quantized(self) -> bool:
+        return any(isinstance(effect, Quantization) and effect.begun for effect in self._effects)

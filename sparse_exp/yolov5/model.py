@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,22 +87,19 @@ class Conv(nn.Module):
 
 
 class Add(nn.Module):
-    """A residual addition that SparseML can quantize; it has no tensors in the state dict.
+    """A residual addition, which as a module can be quantized; it has no tensors in the state dict.
 
-    SparseML wraps modules with ``wrap_qat`` so that both inputs are quantized. A bare ``+`` would stay in
-    floating point, and so would the convolution that reads its result.
+    Attributes:
+        wrap_qat: where SparseML itself runs a recipe, it quantizes the inputs of such modules.
+        qat_wrapper_kwargs: of how many, likewise.
     """
 
     wrap_qat = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.functional = torch.ao.nn.quantized.FloatFunctional()
-        self.qat_wrapper_kwargs = {"num_inputs": 2, "num_outputs": 0}
+    qat_wrapper_kwargs: ClassVar = {"num_inputs": 2, "num_outputs": 0}
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """The sum of two tensors of one shape."""
-        return self.functional.add(a, b)
+        return a + b
 
 
 class Bottleneck(nn.Module):

@@ -8,18 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_exp.errors import RecipeError
+from sparse_exp.recipes.language import body_of, check_variables, modifiers_of, read_body
 from sparse_exp.recipes.recipe import Recipe
-from sparse_exp.recipes.schedule import (
-    body_of,
-    check_variables,
-    modifiers_of,
-    read_body,
-    renamed_stages,
-    rescaled,
-    stages_of,
-    time_map,
-    without,
-)
+from sparse_exp.recipes.schedule import rescaled, staged, stages_of, time_map, without
 
 lengths = st.lists(st.floats(0.1, 50.0), min_size=1, max_size=5)
 totals = st.floats(0.2, 200.0)
@@ -181,11 +172,22 @@ def test_variables_of_stages_are_variables_too():
 def test_stages_are_named_and_renamed_without_losing_any():
     assert stages_of(STAGED) == ["stage_0", "stage_1"]
     assert stages_of(MANY) == []
-    renamed = renamed_stages(STAGED, taken=["stage_0", "stage_2", "stage_3"])
-    names = stages_of(renamed)
-    assert len(set(names)) == 2
-    assert not {"stage_0", "stage_2", "stage_3"} & set(names)
-    assert [m.kind for m in modifiers_of(read_body(renamed, "r"))] == ["A", "B"]
+    both = staged(STAGED, STAGED)
+    names = stages_of(both)
+    assert names[:2] == ["stage_0", "stage_1"]
+    assert len(set(names)) == 4
+    assert [m.kind for m in modifiers_of(read_body(both, "r"))] == ["A", "B", "A", "B"]
+
+
+def test_what_comes_second_begins_where_the_first_ends_and_its_own_moments_move_too():
+    both = list(modifiers_of(read_body(staged(MANY, MANY), "r")))
+    first, second = both[: len(both) // 2], both[len(both) // 2 :]
+    assert [(m["start_epoch"], m["end_epoch"]) for m in first[:3]] == [(0, 100), (10, 50), (-1, 100)]
+    assert [(m["start_epoch"], m["end_epoch"]) for m in second[:3]] == [(100, 200), (110, 150), (100, -1)]
+    assert (first[3]["start_epoch"], first[3]["end_epoch"]) == (75, -1)  # quantization has no end
+    assert (second[3]["start_epoch"], second[3]["freeze_bn_stats_epoch"]) == (175, 180)
+    assert second[3]["disable_quantization_observer_epoch"] is None
+    assert second[4]["lr_kwargs"] == {"milestones": [120, 175], "gamma": 0.1}
 
 
 def test_a_kind_is_taken_out_and_with_it_the_stage_that_held_nothing_else():
