@@ -231,7 +231,7 @@ class _Exports:
         """How a network is written: image size, operator set, and what its file says of it."""
         run, share = self.run, zeros(network.model)
         fetched = run.facts("fetch")
-        origins = f"{fetched.get('origin', '')} {fetched.get('grown_from', '')} {self.dataset.name}"
+        origins = f"{fetched.get('origin', '')} {fetched.get('grown_from', '')} {self.experiment.dataset.generator}"
         facts: dict[str, object] = {
             "version": __version__,
             "run": f"{self.experiment.name}, {run.path.parent.name}/{run.path.name}",
