@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from sparse_exp.sources.local import find, read_metadata
+
+_IN_ZOO = "local zoo "
 _ULTRALYTICS = (
     "Weights derived from Ultralytics YOLOv5 checkpoints, which are no part of this project: "
     "GPL-3.0 (AGPL-3.0 of later releases)."
@@ -26,3 +31,17 @@ def attributions_of(*used: object) -> list[str]:
     """
     text = " ".join(map(str, used))
     return list(dict.fromkeys(sentence for word, sentence in ATTRIBUTIONS.items() if word in text))
+
+
+def licences_of(origins: str, zoo: Path) -> list[str]:
+    """What is owed for a trained model: for its weights and data, and for the model that it started from.
+
+    Args:
+        origins: names the origin of its start weights first, then its data.
+        zoo: directory of published models.
+    """
+    inherited: list[str] = []
+    if origins.startswith(_IN_ZOO):
+        parent = find(origins.removeprefix(_IN_ZOO).split()[0], zoo)
+        inherited = list(read_metadata(parent).get("licence", [])) if parent else []
+    return list(dict.fromkeys([*inherited, *attributions_of(origins)]))

@@ -5,36 +5,39 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sparse_exp import __version__
 from sparse_exp.config.schema import Experiment
 from sparse_exp.data import DetectionDataset
+from sparse_exp.data.attributions import licences_of
 from sparse_exp.engines.base import reason
 from sparse_exp.errors import Impossible
-from sparse_exp.export.networks import Network, dense_network, initial_network, sparse_network
-from sparse_exp.export.onnx import export_float, export_quantized
+from sparse_exp.export.networks import Network, dense_network, initial_network, sparse_network, zeros
+from sparse_exp.export.onnx import export_float, export_onnxruntime, export_quantized
 from sparse_exp.export.post_training import Images, quantize_onnxruntime, quantize_openvino
+from sparse_exp.files import sha256_of
 from sparse_exp.progress import progress
-from sparse_exp.quantization.reference import with_whole_biases
 from sparse_exp.recipes.checkpoints import restore
 from sparse_exp.recipes.recipe import Recipe, is_quantized
 from sparse_exp.runs.deployment import (
     CHECKPOINTS,
     DENSE,
     MODEL,
+    ONNXRUNTIME,
     QDQ,
     SPARSE_FP32,
     dense_int8,
     wanted_files,
 )
 from sparse_exp.runs.directory import Run
-from sparse_exp.runs.metadata import describe
+from sparse_exp.runs.metadata import NO_FACTS, describe
 from sparse_exp.training.oneshot import calibration_loader
 from sparse_exp.yolov5 import Checkpoint, YOLOv5, save_checkpoint
 
@@ -95,8 +98,9 @@ def export_deployment(
     opset: int,
     names: Sequence[str] = (),
     dense: YOLOv5 | None = None,
+    images: Images = (),
 ) -> list[Path]:
-    """Write ``model.onnx``, for a quantized model ``model.qdq.onnx``, and ``dense.onnx``.
+    """Write ``model.onnx`` and ``dense.onnx``; for a quantized model the files of the other engines.
 
     Args:
         model: the trained detector in evaluation mode, its quantizers frozen.
@@ -105,28 +109,44 @@ def export_deployment(
         opset: ONNX operator set.
         names: of the classes.
         dense: the fp32 baseline of the same architecture and classes; None: one with initial weights.
+        images: batches, uint8 (N, 3, S, S), that ONNX Runtime's file finds ranges with; without them there
+            is no such file.
 
     Returns:
         The files.
     """
-    dense = dense or initial_network(model)
     form: dict[str, Any] = {"imgsz": imgsz, "opset": opset, "names": names}
-    export_float(dense, folder / DENSE, **form)
-    return [folder / DENSE, *_export_deployed(model, folder, form)]
+    export_float(dense or initial_network(model), folder / DENSE, **form)
+    files = [folder / DENSE, *_export_deployed(model, folder, form)]
+    if images and _is_quantized(model):
+        export_onnxruntime(model, folder / ONNXRUNTIME, images, **form)
+        files.append(folder / ONNXRUNTIME)
+    return files
+
+
+def _is_quantized(model: YOLOv5) -> bool:
+    return is_quantized(list(model.state_dict()))
 
 
 def _export_deployed(model: YOLOv5, folder: Path, form: dict[str, Any]) -> list[Path]:
-    if not is_quantized(list(model.state_dict())):
+    if not _is_quantized(model):
         export_float(model, folder / MODEL, **form)
         return [folder / MODEL]
-    export_quantized(with_whole_biases(model), folder / MODEL, folder / QDQ, **form)
+    export_quantized(model, folder / MODEL, folder / QDQ, **form)
     return [folder / MODEL, folder / QDQ]
 
 
 def export_dense_integer(
-    dense: YOLOv5, destination: Path, images: Images, *, imgsz: int, opset: int, names: Sequence[str] = ()
+    dense: YOLOv5,
+    destination: Path,
+    images: Images,
+    *,
+    imgsz: int,
+    opset: int,
+    names: Sequence[str] = (),
+    facts: Mapping[str, object] = NO_FACTS,
 ) -> None:
-    """Calibrate a dense network through SparseML and export it with integer convolutions, for DeepSparse.
+    """Calibrate a dense network and export it with integer convolutions, for DeepSparse.
 
     Args:
         dense: in fp32 and evaluation mode; left as it is.
@@ -135,13 +155,14 @@ def export_dense_integer(
         imgsz: side of the images in pixels.
         opset: ONNX operator set.
         names: of the classes.
+        facts: further entries of the file; see `sparse_exp.runs.metadata`.
     """
     model = copy.deepcopy(dense)
     batches = (torch.from_numpy(batch).float() / 255 for batch in images)
     Recipe(_QUANTIZE, name="the calibration").apply_at_once(model, batches)
     with tempfile.TemporaryDirectory() as folder:
         pairs = Path(folder) / QDQ
-        export_quantized(with_whole_biases(model), destination, pairs, imgsz=imgsz, opset=opset, names=names)
+        export_quantized(model, destination, pairs, imgsz=imgsz, opset=opset, names=names, facts=facts)
 
 
 Step = Callable[[], list[Path]]
@@ -163,8 +184,10 @@ class _Exports:
         if self.checkpoint.imgsz not in (None, self.imgsz):
             trained = f"{self.checkpoint.imgsz} px"
             _log.warning("The checkpoint was trained at %s, and is exported for %d px.", trained, self.imgsz)
-        opset, names = self.experiment.export.opset, self.checkpoint.names
-        self.form: dict[str, Any] = {"imgsz": self.imgsz, "opset": opset, "names": names}
+
+    @cached_property
+    def deployed(self) -> Network:
+        return Network(self.model, "the run's own", self.file)
 
     @cached_property
     def dense(self) -> Network:
@@ -189,7 +212,8 @@ class _Exports:
         """What makes each file, by its name, in an order in which a file comes after those it needs."""
         hardware, folder = self.experiment.hardware, self.folder
         made: dict[str, Step] = {
-            MODEL: partial(_export_deployed, self.model, folder, self.form),
+            MODEL: lambda: _export_deployed(self.model, folder, self._form(self.deployed)),
+            ONNXRUNTIME: self._onnxruntime,
             DENSE: lambda: self._float(self.dense, DENSE),
             SPARSE_FP32: lambda: self._float(self._sparse(), SPARSE_FP32),
             CHECKPOINTS["dense"]: lambda: self._save(self.dense, CHECKPOINTS["dense"]),
@@ -199,7 +223,27 @@ class _Exports:
             dense_int8("openvino"): self._int8_openvino,
         }
         wanted = {MODEL, DENSE, *wanted_files(hardware.engines, hardware.variants)}
+        if _is_quantized(self.model):
+            wanted.add(ONNXRUNTIME)
         return {name: make for name, make in made.items() if name in wanted}
+
+    def _form(self, network: Network) -> dict[str, Any]:
+        """How a network is written: image size, operator set, and what its file says of it."""
+        run, share = self.run, zeros(network.model)
+        fetched = run.facts("fetch")
+        origins = f"{fetched.get('origin', '')} {fetched.get('grown_from', '')} {self.experiment.dataset.generator}"
+        facts: dict[str, object] = {
+            "version": __version__,
+            "run": f"{self.experiment.name}, {run.path.parent.name}/{run.path.name}",
+            "sparsity": round(share, 6),
+            "licence": " ".join(licences_of(origins, Path(self.experiment.paths.zoo))),
+        }
+        if network.checkpoint:
+            facts["checkpoint_sha256"] = sha256_of(network.checkpoint)
+        if network is not self.dense:
+            facts["recipe"] = self.experiment.recipe.name
+        names, opset = self.checkpoint.names, self.experiment.export.opset
+        return {"imgsz": self.imgsz, "opset": opset, "names": names, "facts": facts}
 
     def networks(self) -> dict[str, Any]:
         """Where the weights of the other networks come from, for the facts."""
@@ -214,8 +258,13 @@ class _Exports:
         return self.sparse
 
     def _float(self, network: Network, name: str) -> list[Path]:
-        export_float(network.model, self.folder / name, **self.form)
+        export_float(network.model, self.folder / name, **self._form(network))
         return [self.folder / name]
+
+    def _onnxruntime(self) -> list[Path]:
+        file = self.folder / ONNXRUNTIME
+        export_onnxruntime(self.model, file, self.images, **self._form(self.deployed))
+        return [file]
 
     def _save(self, network: Network, name: str) -> list[Path]:
         self.folder.mkdir(exist_ok=True)
@@ -224,11 +273,13 @@ class _Exports:
 
     def _int8_deepsparse(self) -> list[Path]:
         file = self.folder / dense_int8("deepsparse")
-        _attempt(file, lambda: export_dense_integer(self.dense.model, file, self.images, **self.form))
+        form = self._form(self.dense)
+        _attempt(file, lambda: export_dense_integer(self.dense.model, file, self.images, **form))
         return [file]
 
     def _int8_onnxruntime(self) -> list[Path]:
-        file, entries = self.folder / dense_int8("onnxruntime"), describe(self.checkpoint.names, self.imgsz)
+        file, form = self.folder / dense_int8("onnxruntime"), self._form(self.dense)
+        entries = describe(form["names"], form["imgsz"], form["facts"])
         _attempt(file, lambda: quantize_onnxruntime(self.folder / DENSE, file, self.images, entries))
         return [file]
 

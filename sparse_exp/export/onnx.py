@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import onnx
 import torch
+from onnx import ModelProto  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
+from sparse_exp.export.integer import to_integer_graph
+from sparse_exp.export.outputs import Images, quantize_outputs
+from sparse_exp.export.pairs import keep_inputs, tidy
 from sparse_exp.files import landing
-from sparse_exp.runs.metadata import describe, write_metadata
+from sparse_exp.runs.metadata import NO_FACTS, describe
 from sparse_exp.yolov5 import YOLOv5
 
 INPUT, OUTPUT = "images", "predictions"
+_IR_VERSION = 8  # of the file format; DeepSparse's onnx 1.14 reads 9 at most, and opset 13 needs 7
 
 
 class _Pixels(nn.Module):
@@ -29,7 +36,13 @@ class _Pixels(nn.Module):
 
 
 def export_float(
-    model: YOLOv5, destination: Path, *, imgsz: int, opset: int, names: Sequence[str] = ()
+    model: YOLOv5,
+    destination: Path,
+    *,
+    imgsz: int,
+    opset: int,
+    names: Sequence[str] = (),
+    facts: Mapping[str, object] = NO_FACTS,
 ) -> None:
     """Export a model that is not quantized.
 
@@ -38,52 +51,104 @@ def export_float(
         destination: ONNX file: uint8 images (N, 3, imgsz, imgsz) to float32 (N, A, 5 + nc).
         imgsz: side of the images in pixels.
         opset: ONNX operator set.
-        names: of the classes, which the file then says; see `sparse_exp.runs.metadata`.
+        names: of the classes, which the file then says.
+        facts: what it says besides; see `sparse_exp.runs.metadata`.
     """
-    pixels = torch.zeros(1, 3, imgsz, imgsz, dtype=torch.uint8)
-    with model.export_mode(imgsz), landing(destination) as temporary:
-        _write(_Pixels(model), pixels, temporary, opset)
-        write_metadata(temporary, describe(names, imgsz))
+    with landing(destination) as temporary:
+        exported = _trace(model, imgsz=imgsz, opset=opset)
+        _save(exported, temporary, describe(names, imgsz, facts))
 
 
 def export_quantized(
-    model: YOLOv5, integer: Path, qdq: Path, *, imgsz: int, opset: int, names: Sequence[str] = ()
+    model: YOLOv5,
+    integer: Path,
+    qdq: Path,
+    *,
+    imgsz: int,
+    opset: int,
+    names: Sequence[str] = (),
+    facts: Mapping[str, object] = NO_FACTS,
 ) -> None:
     """Export a QAT model twice: with integer convolutions, and with quantize-dequantize pairs.
 
     Args:
         model: the detector after QAT, its observers frozen and its input quantizer pinned.
         integer: file for DeepSparse (ConvInteger).
-        qdq: file for ONNX Runtime, OpenVINO and others.
+        qdq: file for OpenVINO and others.
         imgsz: side of the images in pixels.
         opset: ONNX operator set, at least 13.
         names: as of `export_float`.
+        facts: likewise.
     """
-    from sparse_exp.export.quantized import store_integers, to_integer_graph, unsign_activations
-
-    pixels = torch.zeros(1, 3, imgsz, imgsz, dtype=torch.uint8)
-    with model.export_mode(imgsz), landing(qdq) as pairs, landing(integer) as integers:
-        _write(_Pixels(model), pixels, pairs, opset)
-        unsign_activations(pairs)
-        store_integers(pairs)
-        _write(model, pixels.float(), integers, opset)
-        to_integer_graph(integers, integers)
-        for file in (pairs, integers):
-            write_metadata(file, describe(names, imgsz))
+    with landing(qdq) as pairs, landing(integer) as integers:
+        exported = _trace_quantized(model, imgsz=imgsz, opset=opset)
+        keep_inputs(exported.graph)
+        _save(exported, pairs, describe(names, imgsz, facts))
+        to_integer_graph(exported.graph)
+        _save(exported, integers, describe(names, imgsz, facts))
 
 
-def _write(module: nn.Module, sample: Tensor, destination: Path, opset: int) -> None:
-    module.eval()
-    with warnings.catch_warnings(), torch.no_grad():
-        # The TorchScript exporter is deprecated, but SparseML knows its graphs.
+def export_onnxruntime(
+    model: YOLOv5,
+    destination: Path,
+    images: Images,
+    *,
+    imgsz: int,
+    opset: int,
+    names: Sequence[str] = (),
+    facts: Mapping[str, object] = NO_FACTS,
+) -> None:
+    """Export a QAT model for ONNX Runtime, with quantize-dequantize pairs behind all operators but the head's.
+
+    Args:
+        model: as of `export_quantized`.
+        destination: ONNX file.
+        images: batches, uint8 (N, 3, imgsz, imgsz), to find the ranges with that were not trained.
+        imgsz: as of `export_quantized`.
+        opset: likewise.
+        names: likewise.
+        facts: likewise.
+    """
+    with landing(destination) as temporary:
+        exported = _trace_quantized(model, imgsz=imgsz, opset=opset)
+        quantize_outputs(exported, images)
+        _save(exported, temporary, describe(names, imgsz, facts))
+
+
+def _trace_quantized(model: YOLOv5, *, imgsz: int, opset: int) -> ModelProto:
+    exported = _trace(model, imgsz=imgsz, opset=opset)
+    tidy(exported.graph)
+    return exported
+
+
+def _trace(model: YOLOv5, *, imgsz: int, opset: int) -> ModelProto:
+    """The graph of a model, with any batch and sizes that are numbers."""
+    pixels, file = torch.zeros(1, 3, imgsz, imgsz, dtype=torch.uint8), io.BytesIO()
+    with model.export_mode(imgsz), warnings.catch_warnings(), torch.no_grad():
+        # The TorchScript exporter is deprecated. The other (dynamo=True, run with torch 2.14.1 and onnxscript
+        # 0.7.2) does not export these models: fake_quantize_per_tensor_affine has no kernel for its fake
+        # tensors; it writes no operator set below 18, takes 10 s instead of 1.3 s for a yolov5n in fp32, and
+        # forgets the names of the modules, by which the zeros of a layer are checked.
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            module,
-            (sample,),
-            str(destination),
+            _Pixels(model).eval(),
+            (pixels,),
+            file,
             dynamo=False,
             opset_version=opset,
             input_names=[INPUT],
             output_names=[OUTPUT],
             dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
         )
+        sizes = model(pixels.float()).shape[1:]
+    exported = onnx.load_model_from_string(file.getvalue())
+    for dimension, size in zip(exported.graph.output[0].type.tensor_type.shape.dim[1:], sizes, strict=True):
+        dimension.dim_value = size
+    return exported
+
+
+def _save(model: ModelProto, destination: Path, entries: Mapping[str, str]) -> None:
+    model.ir_version = _IR_VERSION
+    onnx.helper.set_model_props(model, dict(entries))
+    onnx.checker.check_model(model)
+    onnx.save(model, str(destination))

@@ -12,25 +12,22 @@ Runtime's moving averages and with its head in int8, and 0.583 with NNCF's witho
 from __future__ import annotations
 
 import logging
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from sparse_exp.engines.base import silence
 from sparse_exp.engines.openvino import import_openvino
+from sparse_exp.export.graph import decoding_nodes
 from sparse_exp.files import landing
 from sparse_exp.runs.metadata import write_metadata
 
 Images = Sequence[NDArray[np.uint8]]
-# Numbers of data types that ONNX has since 1.16; ONNX Runtime's quantizer wants to know their names.
-_NEWER_TYPES = {"UINT4": 21, "INT4": 22}
 
 
 def quantize_onnxruntime(dense: Path, destination: Path, images: Images, metadata: dict[str, str]) -> None:
@@ -49,10 +46,13 @@ def quantize_onnxruntime(dense: Path, destination: Path, images: Images, metadat
         metadata: entries of the file; the quantizer drops those of ``dense``.
     """
     with silence(), tempfile.TemporaryDirectory() as folder, landing(destination) as temporary:
-        quantization = _onnxruntime_quantization()
+        from onnxruntime import quantization
+        from onnxruntime.quantization import shape_inference
+
         prepared = Path(folder) / "prepared.onnx"
-        quantization.shape_inference.quant_pre_process(str(dense), str(prepared), skip_symbolic_shape=True)
-        name = _graph(prepared).input[0].name
+        shape_inference.quant_pre_process(str(dense), str(prepared), skip_symbolic_shape=True)
+        graph = onnx.load(str(prepared)).graph
+        name = graph.input[0].name
         quantization.quantize_static(
             str(prepared),
             str(temporary),
@@ -63,7 +63,7 @@ def quantize_onnxruntime(dense: Path, destination: Path, images: Images, metadat
             per_channel=True,
             reduce_range=True,
             extra_options={"CalibMovingAverage": True},
-            nodes_to_exclude=decoding_nodes(prepared, with_head=True),
+            nodes_to_exclude=[node.name for node in decoding_nodes(graph, with_head=True)],
         )
         write_metadata(temporary, metadata)
 
@@ -84,39 +84,16 @@ def quantize_openvino(dense: Path, destination: Path, images: Images) -> None:
         import nncf
 
         logging.getLogger("nncf").setLevel(logging.ERROR)
+        decoding = [node.name for node in decoding_nodes(onnx.load(str(dense)).graph)]
         quantized = nncf.quantize(
             openvino.Core().read_model(str(dense)),
             nncf.Dataset([image[None] for batch in images for image in batch]),
             preset=nncf.QuantizationPreset.MIXED,
             target_device=nncf.TargetDevice.CPU,
             subset_size=sum(map(len, images)),
-            ignored_scope=nncf.IgnoredScope(names=decoding_nodes(dense), validate=False),
+            ignored_scope=nncf.IgnoredScope(names=decoding, validate=False),
         )
         openvino.serialize(quantized, str(graph), str(weights))
-
-
-def decoding_nodes(path: Path, *, with_head: bool = False) -> list[str]:
-    """Names of the nodes of an ONNX file that no convolution follows.
-
-    Args:
-        path: of a detector in fp32.
-        with_head: also those of these nodes that are convolutions themselves: the last.
-    """
-    before: set[str] = set()  # tensors that a convolution depends on
-    found = []
-    for node in reversed(_graph(path).node):
-        is_convolution, leads_to_one = node.op_type == "Conv", bool(before.intersection(node.output))
-        if is_convolution or leads_to_one:
-            before.update(node.input)
-        if not leads_to_one and (with_head or not is_convolution):
-            found.append(node.name)
-    return found
-
-
-def _graph(path: Path) -> Any:
-    import onnx
-
-    return onnx.load(str(path)).graph
 
 
 def _reader(quantization: Any, feeds: list[dict[str, NDArray[np.uint8]]]) -> Any:
@@ -128,36 +105,3 @@ def _reader(quantization: Any, feeds: list[dict[str, NDArray[np.uint8]]]) -> Any
             return next(self._feeds, None)
 
     return Reader()
-
-
-def _onnxruntime_quantization() -> Any:
-    """ONNX Runtime's quantizer, which (run: 1.26.0) wants a newer onnx than DeepSparse can live with.
-
-    It names 4-bit and 8-bit types that nothing here uses, and takes them from onnx 1.16 and ml_dtypes.
-    """
-    from onnx import TensorProto  # type: ignore[attr-defined]
-
-    for name, number in _NEWER_TYPES.items():
-        if not hasattr(TensorProto, name):
-            setattr(TensorProto, name, number)
-    with _ml_dtypes():
-        from onnxruntime import quantization
-        from onnxruntime.quantization import shape_inference  # noqa: F401 - an attribute of quantization now
-    return quantization
-
-
-@contextmanager
-def _ml_dtypes() -> Iterator[None]:
-    """A stand-in for the package while ONNX Runtime's quantizer is imported, where it is not installed."""
-    try:
-        import ml_dtypes  # noqa: F401
-    except ImportError:
-        stand_in: Any = ModuleType("ml_dtypes")
-        stand_in.float8_e4m3fn, stand_in.int4, stand_in.uint4 = np.int8, np.int8, np.uint8
-        sys.modules["ml_dtypes"] = stand_in
-        try:
-            yield
-        finally:
-            del sys.modules["ml_dtypes"]
-    else:
-        yield

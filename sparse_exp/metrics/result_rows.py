@@ -27,7 +27,7 @@ _BENCHMARK = re.compile(
 _VARIANT_ORDER = {variant: place for place, variant in enumerate(VARIANTS)}
 _DEPLOYED = re.compile(r"deployed/(?P<engine>[^/]+)(?:/(?P<variant>[^/]+))?/map50")
 _SIZE = re.compile(
-    r"size/(?P<network>dense_int8/|sparse_fp32/|qdq/|dense_|)(?P<engine>[^/]+/|)"
+    r"size/(?P<network>dense_int8/|sparse_fp32/|qdq/|onnxruntime/|dense_|)(?P<engine>[^/]+/|)"
     r"(?P<kind>checkpoint|onnx|onnx_gzip|nonzero)_mb"
 )
 _NETWORKS = {
@@ -36,6 +36,7 @@ _NETWORKS = {
     "sparse_fp32/": "sparse fp32",
     "": "deployed",
     "qdq/": "deployed, as QDQ graph",
+    "onnxruntime/": "deployed, for ONNX Runtime",
 }
 SIZE_KINDS = ("checkpoint", "onnx", "onnx_gzip", "nonzero")
 _VERIFIED = re.compile(r"verify/(?P<engine>.+)/score_mean")

@@ -5,11 +5,13 @@ file in ``deployment/``               what it is
 ====================================  =============================================================
 ``model.onnx``                        what the run deploys to DeepSparse: of a quantized network the
                                       graph of integer convolutions
-``model.qdq.onnx``                    the same quantized network for the other engines, with quantize
-                                      and dequantize nodes
+``model.qdq.onnx``                    the same quantized network for OpenVINO and others, with quantize and
+                                      dequantize nodes at the inputs of convolutions and additions
+``model.onnxruntime.onnx``            the same for ONNX Runtime, with such nodes behind every operator but
+                                      the head's
 ``dense.onnx``                        the dense network in fp32: trained where the run has a dense
                                       counterpart or is dense itself, else with initial weights
-``dense.int8.deepsparse.onnx``        the dense network calibrated through SparseML, as integer graph
+``dense.int8.deepsparse.onnx``        the dense network calibrated by this project, as integer graph
 ``dense.int8.onnxruntime.onnx``       the same by ONNX Runtime's own static quantization
 ``dense.int8.openvino.xml, .bin``     the same by NNCF, as OpenVINO's own format
 ``sparse.fp32.onnx``                  the sparse network as it was before it was quantized
@@ -31,9 +33,12 @@ from pathlib import Path
 from sparse_exp.errors import Impossible, expected
 
 FOLDER = "deployment"
-MODEL, QDQ, DENSE, SPARSE_FP32 = "model.onnx", "model.qdq.onnx", "dense.onnx", "sparse.fp32.onnx"
+MODEL, QDQ, ONNXRUNTIME = "model.onnx", "model.qdq.onnx", "model.onnxruntime.onnx"
+DENSE, SPARSE_FP32 = "dense.onnx", "sparse.fp32.onnx"
 CLASS_NAMES = "class_names.json"
 TORCH = "torch"
+# Of the deployed network, which file an engine runs fast; where that is missing, the next.
+_CHOICES = {"deepsparse": (MODEL, QDQ), "onnxruntime": (ONNXRUNTIME, QDQ, MODEL), "openvino": (QDQ, MODEL)}
 CHECKPOINTS = {"dense": "dense.pt", "sparse_fp32": "sparse.fp32.pt"}  # for torch, by variant
 TORCH_INT8 = (
     "torch has no int8 convolutions for a network that was quantized in training or by another engine: "
@@ -68,6 +73,11 @@ class Deployment:
         return self.folder / QDQ
 
     @property
+    def onnxruntime(self) -> Path:
+        """``model.onnxruntime.onnx``, which a quantized network has that images could be shown to."""
+        return self.folder / ONNXRUNTIME
+
+    @property
     def dense(self) -> Path:
         """``dense.onnx``: the dense network in fp32."""
         return self.folder / DENSE
@@ -89,8 +99,8 @@ class Deployment:
 
     @property
     def deployed_files(self) -> list[Path]:
-        """Those of them that the run deploys: ``model.onnx`` and, of a quantized network, the QDQ graph."""
-        return [path for path in (self.model, self.qdq) if path.is_file()]
+        """Those of them that the run deploys: ``model.onnx`` and, of a quantized network, the QDQ graphs."""
+        return [path for path in (self.model, self.qdq, self.onnxruntime) if path.is_file()]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -105,14 +115,13 @@ class Deployment:
         """The file of the variant ``sparse`` that an engine runs fast; it may not be there.
 
         Args:
-            engine: one of `sparse_exp.config.schema.ENGINES`. DeepSparse takes the integer graph and the
-                other engines the QDQ graph, each the other one where its own is missing; torch takes the
-                checkpoint.
+            engine: one of `sparse_exp.config.schema.ENGINES`. Each takes the graph that was made for it, or
+                another where that is missing; torch takes the checkpoint.
         """
         if engine == TORCH and self.checkpoint is not None:
             return self.checkpoint
-        wanted = (self.model, self.qdq) if engine == "deepsparse" else (self.qdq, self.model)
-        return next((path for path in wanted if path.is_file()), self.model)
+        choices = [self.folder / name for name in _CHOICES.get(engine, (QDQ, MODEL))]
+        return next((path for path in choices if path.is_file()), self.model)
 
     def file(self, engine: str, variant: str) -> Path:
         """The file of a variant that an engine runs.
@@ -188,7 +197,8 @@ def size_prefix(file: str) -> str | None:
     """
     if file.startswith("dense.int8."):
         return f"dense_int8/{file.split('.')[2]}/"
-    return {MODEL: "", QDQ: "qdq/", DENSE: "dense_", SPARSE_FP32: "sparse_fp32/"}.get(file)
+    names = {MODEL: "", QDQ: "qdq/", ONNXRUNTIME: "onnxruntime/", DENSE: "dense_", SPARSE_FP32: "sparse_fp32/"}
+    return names.get(file)
 
 
 def accuracy_prefix(engine: str, variant: str) -> str:

@@ -1,8 +1,23 @@
-"""What an exported file says of itself: its classes, its image size. Reading needs no torch.
+"""What an exported file says of itself: its classes, its image size, where it comes from. Reading needs no torch.
 
-It stands in the ONNX file's ``metadata_props`` under the names that Ultralytics' exports use: ``names``
-(here a JSON list), ``imgsz`` and ``stride`` in pixels, ``task``. OpenVINO carries such entries on into its
-own format, as ``rt_info/framework`` of the ``.xml``.
+It stands in the ONNX file's ``metadata_props``, in part under the names that Ultralytics' exports use. OpenVINO
+carries such entries on into its own format, as ``rt_info/framework`` of the ``.xml``.
+
+=====================  ==========================================================================
+entry                  what it says
+=====================  ==========================================================================
+``names``              the classes, a JSON list
+``imgsz``, ``stride``  side of the images and largest stride of the network, in pixels
+``task``               ``detect``
+``conf``, ``iou``      thresholds of detections that are shown: the least confidence, and the overlap
+                       at which the weaker of two boxes goes, 0..1
+``version``            of this program
+``run``                name of the run, and of its directory
+``recipe``             that it was trained with; not of a dense network
+``checkpoint_sha256``  of the checkpoint that it was exported from; not of initial weights
+``sparsity``           share of zeros in its prunable convolutions, 0..1
+``licence``            what is owed for its weights and data; empty where nothing is known
+=====================  ==========================================================================
 """
 
 from __future__ import annotations
@@ -10,20 +25,27 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from xml.etree import ElementTree
 
+NO_FACTS: Mapping[str, object] = MappingProxyType({})
 TASK, STRIDE = "detect", 32
+CONF, IOU = 0.25, 0.45
+_WHOLE, _SHARES = ("imgsz", "stride"), ("conf", "iou", "sparsity")
+_TEXTS = ("task", "version", "run", "recipe", "checkpoint_sha256", "licence")
 
 
-def describe(names: Sequence[str], imgsz: int) -> dict[str, str]:
+def describe(names: Sequence[str], imgsz: int, facts: Mapping[str, object] = NO_FACTS) -> dict[str, str]:
     """The entries of a detector's file.
 
     Args:
         names: of the classes; empty where they are not known, and left out then.
         imgsz: side of the images in pixels.
+        facts: further entries, of those that this module's table names.
     """
-    texts = {"imgsz": str(imgsz), "task": TASK, "stride": str(STRIDE)}
+    known = {"imgsz": imgsz, "task": TASK, "stride": STRIDE, "conf": CONF, "iou": IOU, **facts}
+    texts = {key: str(value) for key, value in known.items()}
     return texts | ({"names": json.dumps(list(names))} if names else {})
 
 
@@ -44,13 +66,13 @@ def read_metadata(path: Path) -> dict[str, Any]:
         path: an ONNX file, or the ``.xml`` of OpenVINO's format.
 
     Returns:
-        As far as they are there and well formed: ``names`` (a tuple of texts), ``imgsz`` and ``stride``
-        (in pixels), ``task``. Empty for files of other exporters, and for what cannot be read: that is
-        the engine's to report.
+        The entries as far as they are there and well formed: ``names`` a tuple of texts, pixels int, shares
+        float. Empty for files of other exporters, and for what cannot be read: that is the engine's to report.
     """
     texts = _of_xml(path) if path.suffix == ".xml" else _of_onnx(path)
-    found: dict[str, Any] = {"task": texts["task"]} if "task" in texts else {}
-    found |= {key: int(texts[key]) for key in ("imgsz", "stride") if texts.get(key, "").isdecimal()}
+    found: dict[str, Any] = {key: texts[key] for key in _TEXTS if key in texts}
+    found |= {key: int(texts[key]) for key in _WHOLE if texts.get(key, "").isdecimal()}
+    found |= {key: float(texts[key]) for key in _SHARES if _is_share(texts.get(key, ""))}
     names = _names(texts.get("names", ""))
     return found | ({"names": names} if names else {})
 
@@ -83,3 +105,10 @@ def _names(text: str) -> tuple[str, ...]:
         return ()
     good = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return tuple(names) if good else ()
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0 <= float(text) <= 1
+    except ValueError:
+        return False

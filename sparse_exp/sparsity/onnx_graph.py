@@ -39,7 +39,10 @@ def producers(graph: GraphProto) -> dict[str, NodeProto]:
 
 
 def quantized_weight(node: NodeProto, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-    """The integers that a QuantizeLinear node makes of a stored floating-point weight.
+    """The integers that PyTorch makes of a stored floating-point weight, which a QuantizeLinear node rounds.
+
+    PyTorch multiplies by the reciprocal of the scale, where ONNX divides: at ties, such as a tensor's smallest
+    weight, the integers differ by one.
 
     Args:
         node: the node; its scale and zero point are for the whole weight or for each output channel.
@@ -50,7 +53,7 @@ def quantized_weight(node: NodeProto, arrays: Mapping[str, NDArray[Any]]) -> NDA
     """
     weight, scale, zero = (arrays[name] for name in node.input)
     bounds = np.iinfo(zero.dtype)
-    steps = np.rint(weight / per_channel(scale)) + per_channel(zero)
+    steps = np.rint(weight * (np.float32(1) / per_channel(scale))) + per_channel(zero)
     integers: NDArray[Any] = np.clip(steps, bounds.min, bounds.max).astype(zero.dtype)
     return integers
 

@@ -8,7 +8,16 @@ from typing import Any
 from sparse_exp.config.schema import Experiment
 from sparse_exp.metrics.recovery import recovery_metrics
 from sparse_exp.metrics.result_rows import SPARSITIES
-from sparse_exp.runs.deployment import DENSE, MODEL, QDQ, TORCH, accuracy_prefix, file_name, size_prefix
+from sparse_exp.runs.deployment import (
+    DENSE,
+    MODEL,
+    ONNXRUNTIME,
+    QDQ,
+    TORCH,
+    accuracy_prefix,
+    file_name,
+    size_prefix,
+)
 from sparse_exp.stages.base import Context, Outcome, Stage
 
 _SIZES = ("onnx_mb", "onnx_gzip_mb", "nonzero_mb")
@@ -74,7 +83,8 @@ def _possible_names(experiment: Experiment) -> Iterator[str]:
     hardware = experiment.hardware
     others = [variant for variant in hardware.variants if variant != "sparse"]
     yield "size/dense_checkpoint_mb"
-    yield from (f"size/{size_prefix(QDQ)}{name}" for name in _SIZES)  # of a quantized network
+    for file in (QDQ, ONNXRUNTIME):  # of a quantized network
+        yield from (f"size/{size_prefix(file)}{name}" for name in _SIZES)
     if "sparse_fp32" in others:
         yield "size/sparse_fp32/checkpoint_mb"
     for engine in hardware.engines:

@@ -16,7 +16,7 @@ from sparse_exp import __version__
 from sparse_exp.config.plain import from_dict
 from sparse_exp.config.schema import ENGINES, STAGES, DatasetConfig
 from sparse_exp.data import prepare
-from sparse_exp.data.attributions import attributions_of
+from sparse_exp.data.attributions import attributions_of, licences_of
 from sparse_exp.errors import ConfigError, SparseExpError, expected
 from sparse_exp.files import sha256_of, write_json
 from sparse_exp.hints import override, resume_command
@@ -30,7 +30,6 @@ from sparse_exp.sources.local import (
     SUMS,
     Published,
     default_stub,
-    find,
     read_metadata,
     short_name,
     sparse_tag,
@@ -49,7 +48,6 @@ AUTO = "auto"
 _NEEDED = ("evaluate", "export")
 _LOGS = ("config.yaml", "history.json", "sparsity.csv", "benchmark.json", "environment.txt")
 _ENGINES = tuple(name for name in ENGINES if name != "torch")  # those of deployed files
-_IN_ZOO = "local zoo "
 
 
 def read_finished(path: Path) -> Run:
@@ -284,20 +282,11 @@ def _described_run(run: Run, checkpoint: Path, zoo: Path) -> dict[str, Any]:
     return {
         "recipe": run.config["recipe"]["name"],
         "origin": origin + (f", grown from {grown_from}" if grown_from else ""),
-        "licence": _licences(f"{origin} {grown_from} {run.config['dataset'].get('generator')}", zoo),
+        "licence": licences_of(f"{origin} {grown_from} {run.config['dataset'].get('generator')}", zoo),
         "dataset_digest": fetched.get("dataset", ""),
         "run": {"name": run.config["name"], "id": run.state.get("tracker_run_id")},
         "host": rows[0]["cpu"] if rows else "",
     }
-
-
-def _licences(origins: str, zoo: Path) -> list[str]:
-    """The attributions of weights and data, with those of the published model that a run started from."""
-    inherited: list[str] = []
-    if origins.startswith(_IN_ZOO):
-        parent = find(origins.removeprefix(_IN_ZOO).split()[0], zoo)
-        inherited = list(read_metadata(parent).get("licence", [])) if parent else []
-    return list(dict.fromkeys([*inherited, *attributions_of(origins)]))
 
 
 def _engine_versions() -> dict[str, str]:
