@@ -113,6 +113,7 @@ def upright_rgb(picture: Image.Image) -> Image.Image:
         DataError: it is damaged, closed, or has pixels of unknown range.
     """
     with _decoding(getattr(picture, "filename", "") or "in memory"):
+        picture.load()  # a file is decoded now, and its damage is found
         return _upright_rgb(picture)
 
 

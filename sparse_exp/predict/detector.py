@@ -19,7 +19,7 @@ from PIL import Image
 
 from sparse_exp.data.images import read_square, upright_rgb
 from sparse_exp.data.letterbox import PADDING, Letterbox, letterbox
-from sparse_exp.engines import Engine, IsolatedEngine, create_engine
+from sparse_exp.engines import Engine, create_engine
 from sparse_exp.errors import ConfigError, DataError, EngineError, expected
 from sparse_exp.hardware import usable_physical_cores
 from sparse_exp.predict.detections import Detections
@@ -50,8 +50,6 @@ class Detector:
         max_det: most detections of an image.
         multi_label: a box may become several detections, one for each class above ``conf``, as in the
             evaluation of mAP; otherwise only its best class counts.
-        isolated: run the engine in a process of its own. It may crash without ending this one; images and
-            predictions are copied to it and back.
 
     Attributes:
         model: as given.
@@ -67,14 +65,12 @@ class Detector:
     def __init__(
         self, model: Model, *, batch_size: int = 1, cores: int | None = None, streams: int = 1,
         conf: float = 0.25, iou: float = 0.45, max_det: int = 300, multi_label: bool = False,
-        isolated: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.batch_size, self.streams = model, batch_size, streams
         self.cores = cores or usable_physical_cores()
         self.conf, self.iou, self.max_det, self.multi_label = conf, iou, max_det, multi_label
         self._check_settings()
-        self._engine: Engine | IsolatedEngine
-        self._engine = IsolatedEngine(model.engine) if isolated else create_engine(model.engine)
+        self._engine: Engine = create_engine(model.engine)
         self._engine.load(
             model.path,
             batch_size=batch_size,
@@ -251,11 +247,12 @@ def load(
 
 def _checked(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """An array as given; refuses what is no RGB image."""
-    image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        do = "Convert it to RGB with 8 bits; give several images as a list."
-        raise DataError(expected("the image", "uint8 (H, W, 3)", f"{image.dtype} {image.shape}", do))
-    return image
+    array = isinstance(image, np.ndarray)
+    if array and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:
+        return image
+    do = "Convert it to RGB with 8 bits; give several images as a list."
+    got = f"{image.dtype} {image.shape}" if array else type(image).__name__
+    raise DataError(expected("the image", "a file, a picture of Pillow or uint8 (H, W, 3)", got, do))
 
 
 def prepare_process() -> None:
