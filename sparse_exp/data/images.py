@@ -106,18 +106,35 @@ def measure_image(content: bytes, path: Path) -> tuple[int, int]:
         return size
 
 
+def upright_rgb(picture: Image.Image) -> Image.Image:
+    """A picture that is open or in memory, as `read_image` would decode it: upright, in RGB.
+
+    Raises:
+        DataError: it is damaged, closed, or has pixels of unknown range.
+    """
+    with _decoding(getattr(picture, "filename", "") or "in memory"):
+        picture.load()  # a file is decoded now, and its damage is found
+        return _upright_rgb(picture)
+
+
 @contextmanager
 def _opened(file: Path | BytesIO, path: Path) -> Iterator[Image.Image]:
     """Open an image; whatever Pillow raises within the block becomes a DataError that names ``path``."""
+    with _decoding(path), Image.open(file, formats=IMAGE_FORMATS) as image:
+        yield image
+
+
+@contextmanager
+def _decoding(name: object) -> Iterator[None]:
+    """Turn whatever Pillow raises within the block into a DataError that names the image."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about odd metadata, and images of 90 megapixels and more
-            with Image.open(file, formats=IMAGE_FORMATS) as image:
-                yield image
+            yield
     except _UNREADABLE as error:
         unknown = isinstance(error, UnidentifiedImageError)  # its text is about Python objects
         reason = "its content is no image" if unknown else first_line(error)
-        raise DataError(f"Cannot read the image {path}: {reason}. Replace or remove it.") from error
+        raise DataError(f"Cannot read the image {name}: {reason}. Replace or remove it.") from error
 
 
 def _orientation(image: Image.Image) -> int:

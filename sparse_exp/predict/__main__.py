@@ -20,8 +20,9 @@ from sparse_exp.predict.media import Media, find_media
 from sparse_exp.predict.models import Model, find_model
 from sparse_exp.predict.options import add_detector_options, add_model_options, detector_settings
 from sparse_exp.predict.outputs import Results, check_formats, new_directory, require_replaceable
+from sparse_exp.predict.video import opencv
 
-if TYPE_CHECKING:  # it imports cv2 and torch
+if TYPE_CHECKING:  # it imports the engines
     from sparse_exp.predict.detector import Detector
 
 _log = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ def main() -> int:
     data = list_dataset(options.data.expanduser()) if options.data else None
     model = _find_model(options, data)
     media = find_media(options.sources, data)
+    if media.videos:
+        opencv()  # where it is missing, that is said before the model is loaded
     formats = check_formats(options.formats)
     if not formats and not options.pictures:
         raise ConfigError("Nothing would be written. Leave out --no-pictures, or name --formats.")

@@ -1,37 +1,44 @@
-"""From an image to its detections, with any engine: used by ``predict`` and ``serve``.
+"""From an image to its detections, with any engine: used by ``predict``, ``serve`` and `sparse_exp.load`.
 
-Letterboxing and non-maximum suppression are the functions that the evaluation calls, too.
+Letterboxing and non-maximum suppression are the functions that the evaluation calls, too. Nothing here needs
+torch, unless it is the engine.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar, overload
 
-import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from PIL import Image
 
-from sparse_exp.data.images import read_square
+from sparse_exp.data.images import read_square, upright_rgb
 from sparse_exp.data.letterbox import PADDING, Letterbox, letterbox
-from sparse_exp.engines import Engine, IsolatedEngine, create_engine
-from sparse_exp.errors import EngineError, expected
+from sparse_exp.engines import Engine, create_engine
+from sparse_exp.errors import ConfigError, DataError, EngineError, expected
 from sparse_exp.hardware import usable_physical_cores
+from sparse_exp.predict.detections import Detections
 from sparse_exp.predict.models import Model, find_model
-from sparse_exp.yolov5 import non_max_suppression
+from sparse_exp.yolov5.postprocess import non_max_suppression
 
-__all__ = ["Detector", "Model", "find_model", "prepare_process"]
+__all__ = ["Detector", "Model", "find_model", "load", "prepare_process"]
+ImageLike = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
+AnyImage = TypeVar("AnyImage", bound=ImageLike)
+_COUNTS = ("batch_size", "cores", "streams", "max_det")
 # Parameters of mallopt(3): M_MMAP_THRESHOLD (the largest that glibc accepts), M_TRIM_THRESHOLD, M_ARENA_MAX.
 _MALLOC = ((-3, 32 << 20), (-1, 512 << 20), (-8, 1))
 
 
 class Detector:
-    """A model in its engine, loaded and tried with one image.
+    """A model in its engine, loaded and tried with one image; call it with an image, or a list of them.
 
-    Every method may be called from several threads; `infer` and `detect` from ``streams`` at a time.
+    Use it as a context manager, or `close` it. Every method may be called from several threads; those that
+    infer from ``streams`` at a time.
 
     Args:
         model: see `find_model`.
@@ -43,8 +50,6 @@ class Detector:
         max_det: most detections of an image.
         multi_label: a box may become several detections, one for each class above ``conf``, as in the
             evaluation of mAP; otherwise only its best class counts.
-        isolated: run the engine in a process of its own. It may crash without ending this one; images and
-            predictions are copied to it and back.
 
     Attributes:
         model: as given.
@@ -52,6 +57,7 @@ class Detector:
         version: of the engine.
 
     Raises:
+        ConfigError: a number is out of its range.
         MissingDependency: the engine is not installed.
         EngineError: the engine cannot run the model here, or the model is no detector.
     """
@@ -59,13 +65,12 @@ class Detector:
     def __init__(
         self, model: Model, *, batch_size: int = 1, cores: int | None = None, streams: int = 1,
         conf: float = 0.25, iou: float = 0.45, max_det: int = 300, multi_label: bool = False,
-        isolated: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.batch_size, self.streams = model, batch_size, streams
         self.cores = cores or usable_physical_cores()
         self.conf, self.iou, self.max_det, self.multi_label = conf, iou, max_det, multi_label
-        self._engine: Engine | IsolatedEngine
-        self._engine = IsolatedEngine(model.engine) if isolated else create_engine(model.engine)
+        self._check_settings()
+        self._engine: Engine = create_engine(model.engine)
         self._engine.load(
             model.path,
             batch_size=batch_size,
@@ -80,20 +85,64 @@ class Detector:
             raise
         self.version = self._engine.version
 
-    def prepare(self, image: NDArray[np.uint8] | Path) -> tuple[NDArray[np.uint8], Letterbox]:
+    def __enter__(self) -> Detector:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @overload
+    def __call__(self, images: ImageLike) -> Detections: ...
+
+    @overload
+    def __call__(self, images: list[AnyImage] | tuple[AnyImage, ...]) -> list[Detections]: ...
+
+    def __call__(
+        self, images: ImageLike | list[AnyImage] | tuple[AnyImage, ...]
+    ) -> Detections | list[Detections]:
+        """Find the objects in one image, or in each of a list.
+
+        Args:
+            images: see `prepare`; or a list or tuple of such, of which ``batch_size`` are inferred at once.
+
+        Returns:
+            The detections; for a list those of each image, in order.
+
+        Raises:
+            DataError: an image cannot be read.
+            EngineError: the engine failed, or is closed.
+        """
+        if not isinstance(images, list | tuple):
+            return self([images])[0]
+        found: list[Detections] = []
+        for start in range(0, len(images), self.batch_size):
+            prepared = [self.prepare(image) for image in images[start : start + self.batch_size]]
+            squares, boxes = zip(*prepared, strict=True)
+            rows = self.detect(squares, boxes)
+            found += [
+                Detections.of_rows(one, self.names, box.size) for one, box in zip(rows, boxes, strict=True)
+            ]
+        return found
+
+    def prepare(self, image: ImageLike) -> tuple[NDArray[np.uint8], Letterbox]:
         """Letterbox an image as the evaluation does.
 
         Args:
-            image: RGB, uint8 (H, W, 3), or an image file.
+            image: an image file; a picture of Pillow; or RGB, uint8 (H, W, 3). OpenCV reads BGR, which
+                ``image[..., ::-1]`` turns round. The orientation that a camera noted is applied.
 
         Returns:
             The square, uint8 (S, S, 3), and how boxes of the image map into it.
 
         Raises:
-            DataError: the file is missing, is no image, or is damaged.
+            DataError: it is missing, no image, or damaged.
         """
         size = self.model.imgsz
-        return read_square(image, size) if isinstance(image, Path) else letterbox(image, size)
+        if isinstance(image, str | os.PathLike):
+            return read_square(Path(image), size)
+        if isinstance(image, Image.Image):
+            return letterbox(upright_rgb(image), size)
+        return letterbox(_checked(image), size)
 
     def infer(self, squares: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         """Run the engine on prepared images.
@@ -110,7 +159,7 @@ class Detector:
         size = self.model.imgsz
         images = np.empty((len(squares), 3, size, size), np.uint8)
         for image, square in zip(images, squares, strict=True):
-            cv2.split(square, list(image))  # numpy's transposed copy takes ten times as long
+            image[:] = square.transpose(2, 0, 1)
         return self._engine.run(images)[0]
 
     def suppress(self, predictions: NDArray[np.float32], box: Letterbox) -> NDArray[np.float32]:
@@ -123,9 +172,8 @@ class Detector:
         Returns:
             float32 (D, 6), best first: x1, y1, x2, y2 in pixels of the image, confidence, class id.
         """
-        batch = torch.from_numpy(predictions)[None]
-        (kept,) = non_max_suppression(batch, self.conf, self.iou, self.max_det, multi_label=self.multi_label)
-        detections: NDArray[np.float32] = kept.numpy()
+        thresholds = self.conf, self.iou, self.max_det
+        (detections,) = non_max_suppression(predictions[None], *thresholds, multi_label=self.multi_label)
         detections[:, :4] = box.boxes_back(detections[:, :4])
         return detections
 
@@ -139,6 +187,13 @@ class Detector:
     def close(self) -> None:
         """Free the engine; closing twice does nothing."""
         self._engine.close()
+
+    def _check_settings(self) -> None:
+        shares = [(name, "in 0..1", 0 <= getattr(self, name) <= 1) for name in ("conf", "iou")]
+        counts = [(name, "at least 1", getattr(self, name) >= 1) for name in _COUNTS]
+        for name, should_be, good in (*shares, *counts):
+            if not good:
+                raise ConfigError(expected(name, should_be, getattr(self, name), "Change it."))
 
     def _try_out(self) -> tuple[str, ...]:
         """Run a grey image, compare the shape of the predictions with the class names, return the names."""
@@ -155,14 +210,57 @@ class Detector:
         return names or tuple(f"class {number}" for number in range(classes))
 
 
+def load(
+    model: str | os.PathLike[str], *, engine: str | None = None, conf: float = 0.25, iou: float = 0.45,
+    max_det: int = 300, batch_size: int = 1, cores: int | None = None, streams: int = 1,
+    zoo: str | os.PathLike[str] | None = None,
+) -> Detector:  # fmt: skip
+    """Load a detector, to call it with images.
+
+    >>> detector = load("outputs/runs/DATE/TIME-NAME")  # doctest: +SKIP
+    >>> [found.class_name for found in detector("photo.jpg")]  # doctest: +SKIP
+    ['tree', 'tree']
+
+    Args:
+        model: what `find_model` takes: a run, a stub of the local zoo (``zoo:...``), a directory with
+            ``model.onnx``, an ONNX file that this project exported, or for torch a checkpoint.
+        engine: deepsparse, onnxruntime, openvino or torch; None: see `find_model`.
+        conf: see `Detector`, as the others.
+        iou: the overlap at which the weaker box goes.
+        max_det: most detections of an image.
+        batch_size: images of one inference.
+        cores: physical cores for the engine.
+        streams: inferences at once, for calls from several threads.
+        zoo: directory of the local zoo; None: ``SPARSE_EXP_ZOO``, else ``outputs/zoo``.
+
+    Returns:
+        The detector; use it as a context manager, or `Detector.close` it.
+
+    Raises:
+        SparseExpError: see `find_model` and `Detector`; its text is one line that says what to do.
+    """
+    found = find_model(os.fspath(model), engine=engine, zoo=Path(zoo) if zoo else None)
+    return Detector(
+        found, batch_size=batch_size, cores=cores, streams=streams, conf=conf, iou=iou, max_det=max_det
+    )
+
+
+def _checked(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """An array as given; refuses what is no RGB image."""
+    array = isinstance(image, np.ndarray)
+    if array and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size:
+        return image
+    do = "Convert it to RGB with 8 bits; give several images as a list."
+    got = f"{image.dtype} {image.shape}" if array else type(image).__name__
+    raise DataError(expected("the image", "a file, a picture of Pillow or uint8 (H, W, 3)", got, do))
+
+
 def prepare_process() -> None:
     """Set this process up for many images; call it once, before a detector is made.
 
-    Torch only suppresses boxes here. It gets one thread, since more would take the engine's cores. And glibc
-    is told to keep freed memory, in one arena for all threads. By default it returns large arrays to the
-    system, which then clears every page of the next one.
+    Glibc is told to keep freed memory, in one arena for all threads. By default it returns large arrays to
+    the system, which then clears every page of the next one.
     """
-    torch.set_num_threads(1)
     with suppress(OSError, AttributeError):  # another C library
         library = ctypes.CDLL(None)
         for setting, value in _MALLOC:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparse_exp.config.runtimes import RUNTIMES
 from sparse_exp.config.schema import DEFAULT_DIRECTORIES, ENGINES, STAGES
 from sparse_exp.engines.signature import check_detector, read_signature
-from sparse_exp.errors import ConfigError, EngineError, SourceUnavailable, expected
+from sparse_exp.errors import ConfigError, EngineError, MissingDependency, SourceUnavailable, expected
 from sparse_exp.hardware import host_facts
 from sparse_exp.hardware.targets import unusable
 from sparse_exp.hints import command_line, override, resume_command
@@ -23,6 +24,7 @@ from sparse_exp.sources.stub import STUB_PREFIX
 if TYPE_CHECKING:
     from sparse_exp.engines.signature import Signature
 
+_USUAL = ("deepsparse", "onnxruntime", "openvino")
 _FORMS = "a run, a stub (zoo:...), a directory with model.onnx, or an ONNX file"
 
 
@@ -54,8 +56,8 @@ def find_model(name: str, *, engine: str | None = None, zoo: Path | None = None)
         name: a run's directory, the end of its path below ``outputs`` or its MLflow id; a stub of the local
             zoo; a directory in SparseZoo's layout (``model.onnx`` in ``deployment`` or in itself); an ONNX
             file; a checkpoint, which torch runs.
-        engine: one of `sparse_exp.config.schema.ENGINES`. None: the first engine of the run; of what is no
-            run DeepSparse where it can run here, else ONNX Runtime; for a checkpoint torch.
+        engine: one of `sparse_exp.config.schema.ENGINES`. None: the first that can run here of those of the
+            run, DeepSparse, ONNX Runtime and OpenVINO; for a checkpoint torch.
         zoo: the local zoo; None: see `sparse_exp.sources.local.zoo_directory`.
 
     Returns:
@@ -66,9 +68,10 @@ def find_model(name: str, *, engine: str | None = None, zoo: Path | None = None)
         SourceUnavailable: the stub is not in the local zoo, or holds nothing to run.
         EngineError: there is no such engine, or the file is no detector that engines can run.
         CheckpointError: the checkpoint cannot be read.
+        MissingDependency: it needs torch, which is not installed.
     """
     if engine is not None and engine not in ENGINES:
-        do = "Choose with --engine."
+        do = "Choose one of these."
         raise EngineError(expected("the engine", f"one of {', '.join(ENGINES)}", engine, do))
     place = _place(name, zoo)
     run = Run.find(place) if place.is_dir() else None
@@ -118,9 +121,9 @@ def _default_engine(place: Path, run: Run | None) -> str:
         return "torch"
     configured = run.config.get("hardware") if run else None
     engines = configured.get("engines") if isinstance(configured, dict) else None
-    if isinstance(engines, list) and engines and engines[0] in ENGINES:
-        return str(engines[0])
-    return "onnxruntime" if unusable("deepsparse", host_facts()) else "deepsparse"
+    preferred = [name for name in engines if name in ENGINES] if isinstance(engines, list) else []
+    facts = host_facts()
+    return next((name for name in (*preferred, *_USUAL) if not unusable(name, facts)), "onnxruntime")
 
 
 def _file_in(directory: Path, run: Run | None, engine: str) -> Path:
@@ -146,7 +149,11 @@ def _of_checkpoint(path: Path, engine: str) -> tuple[tuple[str, ...], int]:
     if engine != "torch":
         do = "Give its run's directory or an ONNX file, or choose --engine torch."
         raise EngineError(f"{engine} runs no checkpoints such as {path}. {do}")
-    from sparse_exp.yolov5 import read_checkpoint
+    try:
+        from sparse_exp.yolov5 import read_checkpoint
+    except ImportError as error:
+        do = f"Run: pip install '{RUNTIMES[TORCH].requirement}', or give the ONNX file exported from it."
+        raise MissingDependency(f"The checkpoint {path} needs torch, which is not installed. {do}") from error
 
     checkpoint = read_checkpoint(path)
     return checkpoint.names, checkpoint.imgsz or 640

@@ -16,7 +16,7 @@ from sparse_exp.data.detection import Listing
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.files import landing, write_text
 
-if TYPE_CHECKING:  # these import cv2 and torch, which ``--help`` does without
+if TYPE_CHECKING:  # these import the engines, which ``--help`` does without
     from sparse_exp.predict.detector import Detector
     from sparse_exp.predict.pipeline import ImageResult
 

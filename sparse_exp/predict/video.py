@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sparse_exp.errors import DataError, expected
+from sparse_exp.errors import DataError, MissingDependency, expected, first_line
 from sparse_exp.files import landing
 
 _log = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ class Video:
     """
 
     def __init__(self, path: Path) -> None:
-        _set_up_opencv()
+        cv2 = opencv()
         self._path = path
         self._capture = cv2.VideoCapture(_opencv_name(path))
         fps = float(self._capture.get(cv2.CAP_PROP_FPS))
@@ -93,7 +92,7 @@ class VideoWriter:
             OSError: the file cannot be written.
         """
         if self._writer is None:  # the size is known now
-            _set_up_opencv()
+            cv2 = opencv()
             codec = cv2.VideoWriter.fourcc(*"mp4v")  # MPEG-4 part 2: in every build of OpenCV
             self._writer = cv2.VideoWriter(_opencv_name(self._path), codec, self._fps, frame.size)
             if not self._writer.isOpened():
@@ -155,8 +154,19 @@ def _opencv_name(path: Path) -> str:
     return name
 
 
-def _set_up_opencv() -> None:
-    """Let OpenCV write no messages, since ours say what is wrong, and use one thread only."""
+def opencv() -> Any:
+    """OpenCV's module, which writes no messages, since ours say what is wrong, and uses one thread only.
+
+    Raises:
+        MissingDependency: it is not installed; images do without.
+    """
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", _QUIET)
+    try:
+        import cv2
+    except ImportError as error:
+        do = "Run: pip install opencv-python-headless, or leave the videos out."
+        what = expected("OpenCV, which reads videos,", "installed", first_line(error), do)
+        raise MissingDependency(what) from error
     cv2.setLogLevel(0)
     cv2.setNumThreads(1)
+    return cv2

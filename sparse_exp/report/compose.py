@@ -168,14 +168,14 @@ def _sheet(source: _Source, folder: Path) -> dict[str, Path]:
         engine.load(
             source.run.deployment.deployed(engine_name), batch_size=len(batch.images), cores=source.cores
         )
-        predictions = torch.from_numpy(engine.run(batch.images.numpy())[0])
+        predictions = engine.run(batch.images.numpy())[0]
     found = non_max_suppression(predictions, 0.05, trainer.iou, trainer.max_det)
     size = batch.images.shape[-1]
     rows = []
     for index, (image, detections) in enumerate(zip(batch.images, found, strict=True)):
         x, y, w, h = (batch.targets[batch.targets[:, 0] == index][:, 2:] * size).T
         truth = torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], 1)
-        rows.append((image.numpy(), truth.numpy(), detections.numpy()))
+        rows.append((image.numpy(), truth.numpy(), detections))
     title = f"Validation images: {engine_name}'s detections and the ground truth"
     plots.detection_sheet(rows, source.dataset.names, folder / "detections.png", title=title)
     return {title: folder / "detections.png"}

@@ -1,8 +1,7 @@
 """The detector in a child process, which can crash without ending the service.
 
 The child runs both inference and non-maximum suppression. So it sends detections back, some hundred bytes,
-and not predictions, some megabytes. And the parent, which reads requests and decodes images, needs neither
-torch nor the engine's library.
+and not predictions, some megabytes. And the parent, which reads requests and decodes images, needs no engine.
 """
 
 from __future__ import annotations
@@ -190,13 +189,11 @@ def work(descriptor: int) -> None:
             pipe.send((number, kind, value))
 
     def load(model: Model, settings: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-        import torch  # not at the top, since the parent imports this module as well
-
-        from sparse_exp.predict.detector import Detector
+        from sparse_exp.predict.detector import (
+            Detector,
+        )  # not at the top: the parent imports this module, too
 
         nonlocal detector
-        if model.engine != "torch":
-            torch.set_num_threads(1)  # torch suppresses boxes only; more threads would slow the engine down
         detector = Detector(model, **settings)  # runs once, suppression included
         return detector.version, detector.names
 

@@ -88,8 +88,8 @@ class Validation:
             for batch in self.loader:
                 give_way()
                 predictions = _checked(predict(batch.images), len(batch.images), self.num_classes)
-                suppressed = non_max_suppression(predictions, self.conf, self.iou, self.max_det)
-                detections = [found.cpu() for found in suppressed]
+                found = non_max_suppression(predictions.cpu().numpy(), self.conf, self.iou, self.max_det)
+                detections = list(map(torch.from_numpy, found))
                 metric.update(_as_predictions(detections), _as_targets(batch))
                 kept += detections if keep_detections else []
                 images += len(detections)

@@ -51,7 +51,8 @@ def deployment(model, tmp_path_factory):
 
 def seen(predictions: torch.Tensor, names) -> list[str]:
     """What is seen with most confidence in each image; close-ups get little of it at this size."""
-    best = [found[found[:, 4].argmax()] for found in non_max_suppression(predictions, 0.25, 0.45, 100)]
+    kept = non_max_suppression(predictions.numpy(), 0.25, 0.45, 100)
+    best = [found[found[:, 4].argmax()] for found in kept]
     return [names[int(row[5])] for row in best]
 
 

@@ -88,14 +88,6 @@ def test_one_label_a_box_unless_several_are_asked_for(detector, model, digits):
     assert distinct(one)[0] == distinct(one)[1] > 10
 
 
-def test_isolated_finds_the_same(detector, model, digits):
-    square, box = detector.prepare(digits.splits["val"][1].image)
-    with closing(Detector(model, cores=1, isolated=True, **EVALUATED)) as other:
-        np.testing.assert_allclose(
-            other.detect([square], [box])[0], detector.detect([square], [box])[0], atol=1e-3
-        )
-
-
 def test_class_names_must_be_as_many_as_there_are(model):
     with pytest.raises(EngineError, match=r"\(1, A, 7\)"):
         Detector(replace(model, names=("cat", "dog")), cores=1)
@@ -122,6 +114,24 @@ def test_a_run_by_path_name_and_id(run, tmp_path, monkeypatch):
     assert {one.path.resolve() for one in found} == {run / "deployment" / "model.qdq.onnx"}
     assert {(one.engine, one.imgsz) for one in found} == {("openvino", IMGSZ)}
     assert found[0].names[3] == "digit 3"
+
+
+@pytest.mark.parametrize(
+    ("absent", "of_run", "of_file"),
+    [
+        ((), "openvino", "deepsparse"),
+        (("openvino",), "deepsparse", "deepsparse"),
+        (("deepsparse",), "openvino", "onnxruntime"),
+        (("openvino", "deepsparse"), "onnxruntime", "onnxruntime"),
+        (("deepsparse", "onnxruntime"), "openvino", "openvino"),
+    ],
+)
+def test_without_a_choice_the_first_engine_that_can_run_here(run, monkeypatch, absent, of_run, of_file):
+    monkeypatch.setattr(
+        "sparse_exp.predict.models.unusable", lambda engine, _: "not installed" if engine in absent else None
+    )
+    assert find_model(str(run)).engine == of_run
+    assert find_model(str(run / "deployment" / "model.onnx")).engine == of_file
 
 
 def test_the_file_suits_the_engine(run):

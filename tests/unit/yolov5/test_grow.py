@@ -248,7 +248,7 @@ def detections(checkpoint: Checkpoint, photo: Path) -> torch.Tensor:
     images = torch.from_numpy(square).permute(2, 0, 1)[None].float() / 255
     with torch.no_grad():
         predictions = detector_of(checkpoint)(images)[0]
-    return non_max_suppression(predictions, 0.25, 0.45, 300)[0]
+    return torch.from_numpy(non_max_suppression(predictions.numpy(), 0.25, 0.45, 300)[0])
 
 
 @pytest.mark.slow

@@ -145,7 +145,8 @@ def test_the_pipeline_of_deepsparse_opens_it_as_it_is(published_model, lively_mo
     assert tuple(pipeline.image_size) == (64, 64)
     conf, iou = 0.05, 0.6
     ours = predict(as_deployed(lively_model), torch.from_numpy(digit_images))
-    wanted = non_max_suppression(ours, conf, iou, 300, multi_label=False)
+    kept = non_max_suppression(ours.numpy(), conf, iou, 300, multi_label=False)
+    wanted = list(map(torch.from_numpy, kept))
     found = [_detections(pipeline, image, conf, iou) for image in digit_images]
     assert sum(map(len, wanted)) > 20
     # The same boxes to an IoU of 0.9, classes, and confidences to 0.1, but where rounding to 8 bits decides.
