@@ -1,9 +1,10 @@
 # `make help` lists the targets.
 VENV ?= .venv
-export PYTHON
+export DEEPSPARSE_PYTHON
 ENV := $(VENV)/bin
 RUNTIME := $(VENV)/.installed
 TOOLS := $(VENV)/.installed-dev
+PYTHONS := 3.11 3.12 3.13 3.14
 PIP := $(ENV)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
 # Tests run in so many processes, each on one thread: threads of several processes slow each other down.
@@ -17,23 +18,29 @@ help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 .PHONY: setup
-setup: $(RUNTIME) $(TOOLS) ## Install into .venv (needs Python 3.11); a second call does nothing
+setup: $(RUNTIME) $(TOOLS) deepsparse ## Install into .venv and .venv-deepsparse; a second call does nothing
 
 # --no-compile: bytecode of the few modules that are used is made when they are first imported.
 $(RUNTIME): pyproject.toml constraints.txt
-	@python=$$(sh tools/find-python.sh) || exit 1; \
+	@python=$$(sh tools/find-python.sh "$(PYTHONS)" "$(PYTHON)") || { \
+	echo "Python $(PYTHONS: =, ) is needed, with its venv module. Install one of these, or name it: make PYTHON=/path/to/python3.11" >&2; \
+	exit 1; }; \
 	echo "Installing into $(VENV) with $$python (several GB; minutes)"; \
 	test -x $(ENV)/python || $$python -m venv $(VENV)
 	@$(PIP) pip setuptools
-	@$(PIP) --no-compile --editable .
+	@$(PIP) --no-compile --editable '.[train]'
 	@touch $@
 
 $(TOOLS): $(RUNTIME)
 	@$(PIP) --no-compile --editable '.[dev]'
 	@touch $@
 
+.PHONY: deepsparse
+deepsparse:
+	@sh tools/setup-deepsparse.sh .venv-deepsparse deepsparse==1.8.0
+
 .PHONY: run
-run: $(RUNTIME) ## Run the main job; overrides go into ARGS, as in make run ARGS="recipe=dense"
+run: $(RUNTIME) deepsparse ## Run the main job; overrides go into ARGS, as in make run ARGS="recipe=dense"
 	@$(ENV)/python -m sparse_exp $(ARGS)
 
 .PHONY: test
@@ -58,6 +65,6 @@ dashboard: $(RUNTIME) ## Show all runs in MLflow's UI on a free port
 	@$(ENV)/python -m sparse_exp.tracking.dashboard $(ARGS)
 
 .PHONY: clean
-clean: ## Remove caches and builds; .venv and outputs stay
+clean: ## Remove caches and builds; environments and outputs stay
 	@rm -rf dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find sparse_exp tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -7,6 +7,7 @@ import select
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import IO, Any
@@ -23,14 +24,39 @@ def start_child(code: str, *words: str) -> tuple[subprocess.Popen[bytes], Connec
     Returns:
         The process, this end of the pipe, and the file that the process prints to. The caller closes both.
     """
-    pipe, end = Pipe()
-    output = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
-    command = [sys.executable, "-c", code, str(end.fileno()), *words, *sys.path]
-    with end:  # only the child may hold its end, or nobody would notice its death
-        process = subprocess.Popen(
-            command, pass_fds=(end.fileno(),), stdin=subprocess.DEVNULL, stdout=output, stderr=output
-        )
+    process, (pipe,), output = start_process([sys.executable, "-c", code], *words, *sys.path)
     return process, pipe, output
+
+
+def start_process(
+    command: Sequence[str], *words: str, pipes: int = 1
+) -> tuple[subprocess.Popen[bytes], list[Connection[Any, Any]], IO[bytes]]:
+    """Start a program at the other end of pipes.
+
+    Args:
+        command: the program, and its arguments before those that are added: the file descriptors of its ends
+            of the pipes, joined by commas, and the words.
+        words: its arguments after those.
+        pipes: how many.
+
+    Returns:
+        The process, this end of each pipe, and the file that the process prints to. The caller closes all.
+
+    Raises:
+        OSError: the program cannot be started.
+    """
+    pairs = [Pipe() for _ in range(pipes)]
+    descriptors = [end.fileno() for _, end in pairs]
+    output = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
+    try:
+        process = subprocess.Popen(
+            [*command, ",".join(map(str, descriptors)), *words],
+            pass_fds=descriptors, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+        )  # fmt: skip
+    finally:
+        for _, end in pairs:  # only the child may hold its ends, or nobody would notice its death
+            end.close()
+    return process, [pipe for pipe, _ in pairs], output
 
 
 def exit_with_parent(descriptor: int) -> None:

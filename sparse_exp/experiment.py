@@ -18,6 +18,7 @@ from sparse_exp.config.schema import Experiment
 from sparse_exp.errors import SparseExpError, StageFailed
 from sparse_exp.files import fingerprint, write_json, write_text
 from sparse_exp.hardware import host_facts
+from sparse_exp.hardware.deepsparse import using
 from sparse_exp.hardware.targets import fit_to_host, mismatch_sentence
 from sparse_exp.hints import command_line, resume_command
 from sparse_exp.locks import waited_seconds, working
@@ -79,7 +80,8 @@ def run(
             _write_conditions(context, whole or asked, hydra_files, overrides, file)
             if mismatch:
                 _log.warning("%s", mismatch_sentence(experiment.hardware.name, mismatch))
-            _run_tracked(context)
+            with using(experiment.hardware.deepsparse_python):
+                _run_tracked(context)
     return directory.result()
 
 

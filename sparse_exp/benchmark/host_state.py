@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 
+from sparse_exp.hardware import usable_cpus
 from sparse_exp.hardware.cgroups import memory_limits
 
 _WINDOW_S = 0.5
@@ -66,7 +67,7 @@ def free_memory_share() -> float:
 
 
 def _own_cpus(count: int) -> list[int]:
-    return [cpu for cpu in os.sched_getaffinity(0) if cpu < count]
+    return [cpu for cpu in usable_cpus() if cpu < count]
 
 
 def _frequency() -> float | None:

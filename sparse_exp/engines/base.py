@@ -158,6 +158,10 @@ class LocalEngine:
         """Compile once more, with the library's profiler, and run one contiguous batch."""
         raise NotImplementedError
 
+    def _install(self) -> str:
+        """How to get the library, a sentence."""
+        return f"Run: pip install '{RUNTIMES[self.name].requirement}'."
+
     def _read(self, model: Path) -> Signature | None:
         """The inputs and outputs that the file names, not yet checked; None where it names none."""
         if model.suffix in CHECKPOINT_SUFFIXES:
@@ -179,13 +183,17 @@ class LocalEngine:
         self.close()
         setup = Setup(Path(model), batch_size, cores, streams, options)
         self._check_options(options)
-        self._signature = self._checked(setup, signature)
-        with silence() if self._quiet else nullcontext():
-            library, self.version = self._import()
-            lanes: LifoQueue[Execute] = LifoQueue()
-            for lane in self._compiled(library, setup):
-                lanes.put(lane)
-        self._library_loaded, self._setup, self._lanes = library, setup, lanes
+        self._setup, self._signature = setup, self._checked(setup, signature)
+        try:
+            with silence() if self._quiet else nullcontext():
+                library, self.version = self._import()
+                lanes: LifoQueue[Execute] = LifoQueue()
+                for lane in self._compiled(library, setup):
+                    lanes.put(lane)
+        except BaseException:
+            self.close()
+            raise
+        self._library_loaded, self._lanes = library, lanes
 
     def run(self, images: np.ndarray) -> list[np.ndarray]:
         """See `Engine.run`."""
@@ -217,6 +225,8 @@ class LocalEngine:
         try:
             with silence() if self._quiet else nullcontext():
                 return self._profile(self._library_loaded, self._setup, batch)
+        except EngineError:
+            raise
         except Exception as error:
             do = "Leave this engine out where layers are compared."
             raise self._failed("profile", self._setup.model, error, do) from error
@@ -229,10 +239,8 @@ class LocalEngine:
         try:
             return self._library()
         except ImportError as error:
-            do = f"Run: pip install '{RUNTIMES[self.name].requirement}'."
-            raise MissingDependency(
-                expected(f"the package {self.name}", "installed", reason(error), do)
-            ) from error
+            what = expected(f"the package {self.name}", "installed", reason(error), self._install())
+            raise MissingDependency(what) from error
         except OSError as error:
             do = f"Take {self.name} out of hardware.engines."
             needed = RUNTIMES[self.name].cpu
@@ -284,6 +292,8 @@ class LocalEngine:
             batch = pad(images, self._setup.batch_size)
         try:
             outputs = self._in_a_lane(np.ascontiguousarray(batch))
+        except EngineError:
+            raise
         except Exception as error:
             do = "Pass images of the size that the model was exported for."
             model = self._setup.model

@@ -1,39 +1,55 @@
-"""DeepSparse, the engine that turns zeros into speed; imported here only."""
+"""DeepSparse, the engine that turns zeros into speed.
+
+It is never imported here: `sparse_exp.engines.deepsparse_worker` runs it in a process of its own, with the
+interpreter that `sparse_exp.hardware.deepsparse` finds.
+"""
 
 from __future__ import annotations
 
-import os
 import re
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from sparse_exp.engines.base import Execute, LocalEngine, Setup
+from sparse_exp.children import start_process
+from sparse_exp.engines.base import Execute, LocalEngine, Setup, not_loaded
+from sparse_exp.engines.deepsparse_worker import receive, send
+from sparse_exp.engines.process import EngineProcess
 from sparse_exp.engines.profile import RUNS, Profile, merged
+from sparse_exp.engines.timing import Timing
+from sparse_exp.errors import EngineError
+from sparse_exp.hardware.deepsparse import require_python
 
-# DeepSparse imports these if it can, for functions that are not used here: 3 seconds and hundreds of MB.
-_NOT_NEEDED = ("torch", "matplotlib", "matplotlib.pyplot")
-_BIND = "NM_BIND_THREADS_TO_CORES"
+_WORKER = Path(__file__).with_name("deepsparse_worker.py")
 _KINDS = {"ks_gemm": "sparse convolution", "pyramid": "several layers, tile by tile"}
 
 
 class DeepSparseEngine(LocalEngine):
     """DeepSparse 1.8, the last release (2024); see `sparse_exp.engines.base.Engine`.
 
-    It compiles for one batch size, and keeps to the CPU affinity of the process.
+    It compiles for one batch size, and keeps to the CPU affinity of its process. What is asked of it is
+    checked here; its process compiles, runs and times.
 
     Options: ``bind_threads`` binds each thread to a core, which ``deepsparse.benchmark`` does by default and
     the library does not; ``scheduler`` runs each of several streams on cores of its own (multi_stream), or on
     whichever are free (elastic).
+
+    Args:
+        quiet: has no effect: what the library prints is kept by its process.
+        pin: CPUs that its process keeps to, joined by commas; empty: those of this process.
     """
 
     name = "deepsparse"
     choices = MappingProxyType({"bind_threads": (False, True), "scheduler": ("multi_stream", "elastic")})
-    _supported = 0.0  # share of the loaded model's operators, 0..1
+
+    def __init__(self, *, quiet: bool = True, pin: str = "") -> None:
+        super().__init__(quiet=False)
+        self._pin, self._worker = pin, None  # type: str, _Worker | None
+        self._supported = 0.0  # share of the loaded model's operators, 0..1
 
     @classmethod
     def search_space(cls, *, batch_size: int, cores: int, streams: int) -> list[dict[str, Any]]:
@@ -41,68 +57,113 @@ class DeepSparseEngine(LocalEngine):
         bound: list[dict[str, Any]] = [{}, {"bind_threads": True}]
         return bound if streams == 1 else [*bound, {"scheduler": "elastic"}]
 
-    def _library(self) -> tuple[Any, str]:
-        with _without(*_NOT_NEEDED):
-            import deepsparse
+    @property
+    def pid(self) -> int | None:
+        """Process id of the child; None while nothing is loaded."""
+        return self._worker.process.pid if self._worker else None
 
-        return deepsparse, str(deepsparse.__version__)
+    def measure(
+        self,
+        images: np.ndarray,
+        seconds: float,
+        *,
+        warmup: float = 0.0,
+        max_warmup: float | None = None,
+        streams: int = 1,
+    ) -> Timing:
+        """See `sparse_exp.engines.IsolatedEngine.measure`; it is the worker that times."""
+        self._check_images(images)
+        if self._worker is None:
+            raise EngineError(not_loaded(self.name))
+        times = {"seconds": seconds, "warmup": warmup, "max_warmup": max_warmup, "streams": streams}
+        try:
+            return Timing(*self._worker.ask("measure", images, batch_size=self._setup.batch_size, **times))
+        except RuntimeError as error:
+            raise self._failed("measure", self._setup.model, error, "Export the model again.") from error
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        super().close()
+        worker, self._worker = self._worker, None
+        if worker:
+            worker.process.close()
+
+    def _library(self) -> tuple[Any, str]:
+        self._worker = _Worker(require_python(), self._pin, self._setup.lanes)
+        return self._worker, str(self._worker.ask("library"))
+
+    def _install(self) -> str:
+        return f"Make the environment of {require_python()} anew."
 
     def _compile(self, library: Any, setup: Setup) -> Sequence[Execute]:
-        os.environ[_BIND] = str(int(setup.options.get("bind_threads", False)))  # read when an engine is made
         several = setup.options.get("scheduler", "multi_stream")
-        engine = library.Engine(
-            str(setup.model),
+        self._supported = library.ask(
+            "compile",
+            model=str(setup.model.absolute()),
             batch_size=setup.batch_size,
             num_cores=setup.cores,
-            num_streams=setup.lanes,
+            streams=setup.lanes,
             scheduler=several if setup.lanes > 1 else "single_stream",
+            bind=setup.options.get("bind_threads", False),
         )
-        self._supported = float(engine.fraction_of_supported_ops)
-
-        def execute(batch: np.ndarray) -> list[np.ndarray]:
-            outputs: list[np.ndarray] = engine.run([_with_numpys_dtype(batch)])
-            return outputs
-
-        return [execute] * setup.lanes
+        return [partial(library.run, lane) for lane in range(setup.lanes)]
 
     def _profile(self, library: Any, setup: Setup, batch: np.ndarray) -> Profile:
         """By the library's own analysis of layers; see `sparse_exp.engines.IsolatedEngine.profile`."""
-        found = library.model_debug_analysis(
-            str(setup.model),
-            [_with_numpys_dtype(batch)],
+        layers = library.ask(
+            "profile",
+            batch,
+            model=str(setup.model.absolute()),
             batch_size=setup.batch_size,
             num_cores=setup.cores,
             num_iterations=RUNS,
             num_warmup_iterations=3,
         )
-        times = [time for layer in found["layer_info"] for time in _times(layer)]
+        times = [
+            (called if node in ("", "<none>") else node, kind_of(called), ms) for called, node, ms in layers
+        ]
         return Profile(merged(times), self._supported, "DeepSparse's analysis of layers, one stream")
 
 
-@contextmanager
-def _without(*names: str) -> Iterator[None]:
-    """Hide modules that are not imported yet, as if they were not installed."""
-    hidden = [name for name in names if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        for name in hidden:
-            del sys.modules[name]
+class _Worker:
+    """The process of `sparse_exp.engines.deepsparse_worker`, with a pipe for questions and one for each lane.
 
+    Args:
+        python: interpreter that has DeepSparse.
+        pin: CPUs that it keeps to, joined by commas; empty: those of this process.
+        lanes: batches that are to run at once.
+    """
 
-def _with_numpys_dtype(batch: np.ndarray) -> np.ndarray:
-    """DeepSparse compares dtypes by identity, and an unpickled array has a dtype object of its own."""
-    return batch.view(np.uint8)
+    def __init__(self, python: Path, pin: str, lanes: int) -> None:
+        command = [str(python), "-I", str(_WORKER)]  # -I: neither this folder nor PYTHONPATH is searched
+        process, pipes, output = start_process(command, pin, pipes=1 + lanes)
+        self.process = EngineProcess(DeepSparseEngine.name, process, pipes, output)
 
+    def ask(self, method: str, *arrays: np.ndarray, **settings: Any) -> Any:
+        """The answer to a question; see `sparse_exp.engines.deepsparse_worker.Worker`.
 
-def _times(layer: dict[str, Any]) -> list[tuple[str, str, float]]:
-    """Name, kind and milliseconds of a layer, or of each of its sublayers."""
-    if layer["sub_layer_info"]:
-        return [time for inner in layer["sub_layer_info"] for time in _times(inner)]
-    called, node = str(layer["name"]), str(layer["canonical_name"])
-    name = called if node in ("", "<none>") else node
-    return [(name, kind_of(called), float(layer["average_run_time_in_ms"]))]
+        Raises:
+            ImportError: the library is not there, or not whole.
+            OSError: it does not run on this CPU.
+            EngineError: it fails, or the process died.
+        """
+        return self._exchange(0, (method, settings), arrays)[0]
+
+    def run(self, lane: int, batch: np.ndarray) -> list[np.ndarray]:
+        """The outputs for a batch."""
+        return self._exchange(1 + lane, None, [batch])[1]
+
+    def _exchange(
+        self, pipe: int, message: Any, arrays: Sequence[np.ndarray]
+    ) -> tuple[Any, list[np.ndarray]]:
+        def dialogue(pipe: Any) -> Any:
+            send(pipe, message, arrays)
+            return receive(pipe)
+
+        (kind, value), outputs = self.process.talk(dialogue, pipe)
+        if kind == "value":
+            return value, outputs
+        raise {"ImportError": ImportError, "OSError": OSError}.get(kind, RuntimeError)(value)
 
 
 def kind_of(called: str) -> str:

@@ -10,17 +10,19 @@ a script without a guard, or import torch. `sparse_exp.engines.child` is what it
 from __future__ import annotations
 
 import os
-import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Protocol
 
 import numpy as np
+import psutil
 
-from sparse_exp.children import obituary, start_child
+from sparse_exp.children import start_child
 from sparse_exp.engines.base import NO_OPTIONS, Options, not_loaded, reason
+from sparse_exp.engines.deepsparse import DeepSparseEngine
+from sparse_exp.engines.process import EngineProcess
 from sparse_exp.engines.profile import Profile
 from sparse_exp.engines.signature import Signature, read_signature
 from sparse_exp.engines.timing import Timing
@@ -52,15 +54,13 @@ class IsolatedEngine:
     def __init__(self, name: str) -> None:
         self.name = name
         self.version = ""
-        self._pipe: Connection[Any, Any] | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._output: IO[bytes] | None = None
+        self._child: _Child | None = None
         self._asking = threading.Lock()
 
     @property
     def pid(self) -> int | None:
         """Process id of the child; None while nothing is loaded."""
-        return self._process.pid if self._process else None
+        return self._child.pid if self._child else None
 
     def load(
         self,
@@ -152,7 +152,10 @@ class IsolatedEngine:
         """
         if self.pid is None:
             raise EngineError(not_loaded(self.name))
-        status = Path(f"/proc/{self.pid}/status").read_text()
+        try:
+            status = Path(f"/proc/{self.pid}/status").read_text()
+        except OSError:  # not Linux: what it holds now
+            return float(psutil.Process(self.pid).memory_info().rss) / 1e6
         line = next((line for line in status.splitlines() if line.startswith("VmHWM:")), "VmHWM: 0 kB")
         return int(line.split()[1]) * 1024 / 1e6
 
@@ -172,46 +175,69 @@ class IsolatedEngine:
 
     def close(self) -> None:
         """See `Engine.close`. The child is gone when this returns."""
-        process, pipe, output = self._process, self._pipe, self._output
-        self._process = self._pipe = self._output = None
-        if pipe:
-            pipe.close()
-        if process:
-            process.kill()  # it has nothing to save, and may be deep in native code
-            process.wait()
-        if output:
-            output.close()
+        child, self._child = self._child, None
+        if child:
+            child.close()
 
     def _start(self, pin: str) -> None:
-        self._process, self._pipe, self._output = start_child(_CHILD, self.name, pin)
+        self._child = _Apart(pin) if self.name == DeepSparseEngine.name else _Fresh(self.name, pin)
 
     def _ask(self, method: str, *arguments: Any, **named: Any) -> Any:
         with self._asking:
-            return self._answer((method, arguments, named))
+            if self._child is None:
+                raise EngineError(not_loaded(self.name))
+            return self._child.ask(method, *arguments, **named)
 
-    def _answer(self, question: tuple[str, tuple[Any, ...], dict[str, Any]]) -> Any:
-        if self._pipe is None:
-            raise EngineError(not_loaded(self.name))
-        try:
-            self._pipe.send(question)
-            kind, value = self._pipe.recv()
-        except (EOFError, OSError) as error:
-            raise self._died() from error
-        except BaseException:  # the next question must not get the answer to this one
-            self.close()
-            raise
+
+class _Child(Protocol):
+    """An engine in another process; see `IsolatedEngine`."""
+
+    @property
+    def pid(self) -> int | None: ...
+
+    def ask(self, method: str, *arguments: Any, **named: Any) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+class _Fresh(EngineProcess):
+    """A fresh interpreter as this one, which runs `sparse_exp.engines.child`."""
+
+    def __init__(self, name: str, pin: str) -> None:
+        process, pipe, output = start_child(_CHILD, name, pin)
+        super().__init__(name, process, [pipe], output)
+
+    def ask(self, method: str, *arguments: Any, **named: Any) -> Any:
+        def dialogue(pipe: Connection[Any, Any]) -> Any:
+            pipe.send((method, arguments, named))
+            return pipe.recv()
+
+        kind, value = self.talk(dialogue)
         if kind == "value":
             return value
         raise error_of(kind, value)
 
-    def _died(self) -> EngineError:
-        text = obituary(self.name, self._process.wait() if self._process else None, self._output)
-        self.close()
-        return EngineError(f"{text} Check that memory suffices, or take it out of hardware.engines.")
+
+class _Apart:
+    """DeepSparse, which always runs in a process of its own."""
+
+    def __init__(self, pin: str) -> None:
+        self._engine = DeepSparseEngine(pin=pin)
+        self.close = self._engine.close
+
+    @property
+    def pid(self) -> int | None:
+        return self._engine.pid
+
+    def ask(self, method: str, *arguments: Any, **named: Any) -> Any:
+        value = getattr(self._engine, method)(*arguments, **named)
+        return self._engine.version if method == "load" else value
 
 
 def _usable(pin: Sequence[int] | None) -> str:
     """CPUs as the child reads them; refuses those that this process may not use."""
+    if not hasattr(os, "sched_setaffinity"):  # macOS leaves no choice
+        return ""
     mine = os.sched_getaffinity(0)
     if pin is not None and not (pin and set(pin) <= mine):
         do = "Set hardware.pinning=false to leave the choice to the kernel."

@@ -52,7 +52,7 @@ def host_facts() -> HostFacts:
     return HostFacts(
         cpu=_field(cpuinfo, "model name") or platform.processor() or platform.machine(),
         physical_cores=psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
-        usable_cores=len(os.sched_getaffinity(0)),
+        usable_cores=len(usable_cpus()),
         memory_gb=round(psutil.virtual_memory().total / 1e9, 1),
         isa=isa_of(_field(cpuinfo, "flags")),
         os=f"{platform.system()} {platform.release()}",
@@ -85,10 +85,17 @@ def usable_physical_cores() -> int:
     return max(1, cores if quota is None else min(cores, int(quota)))
 
 
+def usable_cpus() -> set[int]:
+    """Numbers of the CPUs that this process may use; of all where the system does not tell, as on macOS."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
 def physical_cpus() -> list[int]:
     """Numbers of the CPUs that this process may use, sorted; of a core's hyper-threads only the first."""
     cores: dict[str, int] = {}
-    for cpu in sorted(os.sched_getaffinity(0)):
+    for cpu in sorted(usable_cpus()):
         cores.setdefault(_read(Path(_TOPOLOGY.format(cpu=cpu))).strip() or str(cpu), cpu)
     return list(cores.values())
 

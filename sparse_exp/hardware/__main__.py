@@ -19,7 +19,8 @@ from sparse_exp.config.runtimes import RUNTIMES
 from sparse_exp.config.schema import HardwareConfig
 from sparse_exp.hardware import HostFacts, host_facts, usable_physical_cores
 from sparse_exp.hardware.cgroups import cpu_quota
-from sparse_exp.hardware.targets import mismatches, prefers, unusable
+from sparse_exp.hardware.deepsparse import find_deepsparse
+from sparse_exp.hardware.targets import NOT_INSTALLED, compare, prefers, unusable
 from sparse_exp.text import console_table
 
 if TYPE_CHECKING:
@@ -81,18 +82,21 @@ def facts_of_host(host: HostFacts) -> dict[str, Any]:
 
 
 def engines_here(host: HostFacts) -> list[dict[str, Any]]:
-    """The engines, each with its version and licence, and why it cannot run here, if it cannot."""
-    return [
-        {
-            "engine": engine,
-            "version": _version(engine),
-            "licence": runtime.licence,
-            "production": runtime.production,
-            "problem": unusable(engine, host),
-            "install": runtime.requirement,
-        }
-        for engine, runtime in RUNTIMES.items()
-    ]
+    """The engines, each with its version and licence, why it cannot run here, and how to get it."""
+    return [_engine(engine, unusable(engine, host)) for engine in RUNTIMES]
+
+
+def _engine(name: str, problem: str | None) -> dict[str, Any]:
+    runtime, found = RUNTIMES[name], find_deepsparse() if name == "deepsparse" else None
+    install = f"Run: pip install '{runtime.requirement}'." if problem == NOT_INSTALLED else ""
+    return {
+        "engine": name,
+        "version": (found.version or None) if found else _version(name),
+        "licence": runtime.licence,
+        "production": runtime.production,
+        "problem": problem,
+        "install": found.do if found else install,
+    }
 
 
 def targets_here(host: HostFacts) -> list[dict[str, Any]]:
@@ -101,11 +105,11 @@ def targets_here(host: HostFacts) -> list[dict[str, Any]]:
 
 
 def _target(name: str, target: HardwareConfig, host: HostFacts) -> dict[str, Any]:
-    found, preference = mismatches(target, host), prefers(target, host)
+    found, preference = compare(target, host), prefers(target, host)
     return {
         "target": name,
-        "fits": not found,
-        "mismatch": found,
+        "fits": not any(mismatch.refused for mismatch in found),
+        "mismatch": [mismatch.clause for mismatch in found],
         "engines": target.engines,
         "scenarios": target.scenarios,
         "batch_sizes": target.batch_sizes,
@@ -133,8 +137,7 @@ def _show(facts: dict[str, Any], engines: list[dict[str, Any]], targets: list[di
 
 
 def _missing_lines(engines: list[dict[str, Any]]) -> list[str]:
-    missing = [row for row in engines if row["problem"] == "not installed"]
-    return [f"{row['engine']} is not installed. Run: pip install '{row['install']}'" for row in missing]
+    return [f"{row['engine']}: {row['problem']}. {row['install']}" for row in engines if row["install"]]
 
 
 def _unfit_lines(targets: list[dict[str, Any]]) -> list[str]:
@@ -182,11 +185,17 @@ def _engine_table(engines: list[dict[str, Any]]) -> Table:
             row["version"] or "-",
             row["licence"],
             "yes" if row["production"] else "no",
-            row["problem"] or "yes",
+            _runs(row),
         )
         for row in engines
     ]
     return console_table(("Engine", "version", "licence", "in production", "runs here"), rows)
+
+
+def _runs(engine: dict[str, Any]) -> str:
+    """Whether an engine runs here; the lines below the tables say why one cannot be used."""
+    short = not engine["install"] or engine["problem"] == NOT_INSTALLED
+    return (engine["problem"] or "yes") if short else "no"
 
 
 def _target_table(targets: list[dict[str, Any]]) -> Table:

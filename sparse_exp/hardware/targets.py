@@ -14,9 +14,10 @@ from sparse_exp.config.runtimes import RUNTIMES
 from sparse_exp.config.schema import Experiment, HardwareConfig
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.hardware import HostFacts, host_facts, usable_physical_cores
+from sparse_exp.hardware.deepsparse import find_deepsparse
 
 _ALL_THE_SAME = "Or set hardware.strict=false to measure what can run all the same."
-_NOT_INSTALLED = "not installed"
+NOT_INSTALLED = "not installed"
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,13 @@ class Mismatch:
     Attributes:
         clause: what differs, without advice: for plans, logs, benchmark rows and reports.
         refusal: the same as an error, one line that says what to do.
+        refused: whether a run is refused for it where ``hardware.strict`` is true. DeepSparse is left out
+            instead where it is not installed: not every host can have it.
     """
 
     clause: str
     refusal: str
+    refused: bool = True
 
 
 @dataclass(frozen=True)
@@ -105,24 +109,32 @@ def fitted(hardware: HardwareConfig, facts: HostFacts | None = None) -> Hardware
         ConfigError: no engine is left.
     """
     facts, usable = facts or host_facts(), usable_physical_cores()
-    engines = [engine for engine in hardware.engines if unusable(engine, facts) is None]
+    engines = [engine for engine in hardware.engines if unusable(engine, facts, hardware) is None]
     if not engines:
-        raise ConfigError([_cannot_run(engine, facts).refusal for engine in hardware.engines])
+        raise ConfigError([_cannot_run(engine, facts, hardware).refusal for engine in hardware.engines])
     cores = list(dict.fromkeys(min(number, usable) for number in hardware.cores))
     return replace(hardware, engines=engines, cores=cores)
 
 
-def unusable(engine: str, facts: HostFacts) -> str | None:
+def unusable(engine: str, facts: HostFacts, hardware: HardwareConfig | None = None) -> str | None:
     """Why an engine cannot run, in a few words; None where it can.
 
     Args:
         engine: one of `sparse_exp.config.schema.ENGINES`.
         facts: of the host.
+        hardware: the target, which may name the interpreter of DeepSparse.
     """
-    if find_spec(engine) is None:
-        return _NOT_INSTALLED
+    if why := _absence(engine, hardware):
+        return why
     missing = _missing_for(engine, facts)
     return f"needs {_and(missing).upper()}" if missing else None
+
+
+def _absence(engine: str, hardware: HardwareConfig | None) -> str:
+    """Why an engine is not installed; empty where it is."""
+    if engine == "deepsparse":
+        return find_deepsparse(hardware.deepsparse_python if hardware else None).problem
+    return "" if find_spec(engine) else NOT_INSTALLED
 
 
 def prefers(hardware: HardwareConfig, facts: HostFacts) -> Preference:
@@ -132,7 +144,7 @@ def prefers(hardware: HardwareConfig, facts: HostFacts) -> Preference:
         hardware: the target; one that names no recipes gets those that suit the host.
         facts: of the host.
     """
-    if "deepsparse" not in hardware.engines:
+    if "deepsparse" not in hardware.engines or _absence("deepsparse", hardware):
         general = _NO_ZEROS
     else:
         general = _VNNI if "vnni" in (hardware.isa or facts.isa) else _NO_VNNI
@@ -172,15 +184,16 @@ def fit_to_host(experiment: Experiment) -> tuple[Experiment, tuple[str, ...]]:
         The experiment, its target reduced to what can run here, and what does not fit, a clause each.
 
     Raises:
-        ConfigError: something does not fit, and ``hardware.strict`` is true: every problem is named. Or no
-            engine can run.
+        ConfigError: something does not fit for which a run is refused, and ``hardware.strict`` is true: every
+            such problem is named. Or no engine can run.
     """
     hardware = experiment.hardware
     found = compare(hardware, imgsz=experiment.dataset.imgsz) if measures(experiment) else []
     if not found:
         return experiment, ()
-    if hardware.strict:
-        raise ConfigError([f"{mismatch.refusal} {_ALL_THE_SAME}" for mismatch in found])
+    refusals = [f"{mismatch.refusal} {_ALL_THE_SAME}" for mismatch in found if mismatch.refused]
+    if hardware.strict and refusals:
+        raise ConfigError(refusals)
     return replace(experiment, hardware=fitted(hardware)), tuple(mismatch.clause for mismatch in found)
 
 
@@ -197,8 +210,8 @@ def mismatch_sentence(target: str, mismatch: Sequence[str]) -> str:
         mismatch: what does not fit, a clause each, at least one.
     """
     return (
-        f"hardware={target} does not fit here: {'; '.join(mismatch)}. What can run is measured all the same "
-        "(hardware.strict=false); its numbers are not those of the target."
+        f"hardware={target} does not fit here: {'; '.join(mismatch)}. What can run is measured all the same; "
+        "its numbers are not those of the target."
     )
 
 
@@ -241,16 +254,21 @@ def _missing_cores(hardware: HardwareConfig) -> Iterator[Mismatch]:
 
 def _missing_engines(hardware: HardwareConfig, facts: HostFacts) -> Iterator[Mismatch]:
     for engine in hardware.engines:
-        why = unusable(engine, facts)
+        why = unusable(engine, facts, hardware)
         # Where the target itself asks for the missing instruction set, `_missing_isa` has said so.
-        told = why != _NOT_INSTALLED and set(_missing_for(engine, facts)) <= set(hardware.isa)
+        told = not _absence(engine, hardware) and set(_missing_for(engine, facts)) <= set(hardware.isa)
         if why and not told:
-            yield _cannot_run(engine, facts)
+            yield _cannot_run(engine, facts, hardware)
 
 
-def _cannot_run(engine: str, facts: HostFacts) -> Mismatch:
+def _cannot_run(engine: str, facts: HostFacts, hardware: HardwareConfig) -> Mismatch:
     """The mismatch of an engine for which `unusable` gives a reason."""
-    if unusable(engine, facts) == _NOT_INSTALLED:
+    if _absence(engine, hardware) and engine == "deepsparse":
+        found = find_deepsparse(hardware.deepsparse_python)
+        refusal = expected("the engine deepsparse", "installed", found.problem, found.do)
+        do, refused = found.do[:1].lower() + found.do[1:].rstrip("."), hardware.deepsparse_python is not None
+        return Mismatch(f"without deepsparse: {found.problem} ({do})", refusal, refused)
+    if _absence(engine, hardware):
         do = f"Run: pip install '{RUNTIMES[engine].requirement}', or take it out of hardware.engines."
         refusal = expected(f"the engine {engine}", "installed", "no such package", do)
         return Mismatch(f"without {engine}: not installed", refusal)

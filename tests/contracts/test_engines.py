@@ -17,11 +17,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from available import each_engine, needs
 from onnx import TensorProto, helper, numpy_helper
 
 from sparse_exp.config.schema import ENGINES
 from sparse_exp.engines import IsolatedEngine, create_engine, search_space
 from sparse_exp.errors import EngineError, MissingDependency
+from sparse_exp.hardware.deepsparse import VARIABLE
 from sparse_exp.yolov5 import YOLOv5, save_checkpoint
 
 SIZE, CHANNELS, BATCH = 32, 8, 2
@@ -104,10 +106,14 @@ def checkpoint(tmp_path_factory) -> TinyCheckpoint:
 
 
 # torch in a process of its own takes seconds to import: a test that is marked slow
-KINDS = [(name, kind) for name in ONNX_ENGINES for kind in ("here", "isolated")]
+KINDS = [
+    pytest.param((name, kind), marks=needs(name), id=f"{name} {kind}")
+    for name in ONNX_ENGINES
+    for kind in ("here", "isolated")
+]
 
 
-@pytest.fixture(scope="module", params=[*KINDS, ("torch", "here")], ids=" ".join)
+@pytest.fixture(scope="module", params=[*KINDS, pytest.param(("torch", "here"), id="torch here")])
 def loaded(request, model, checkpoint):
     """An engine, loaded for batches of two, and its model; tests leave it loaded."""
     name, kind = request.param
@@ -119,7 +125,7 @@ def loaded(request, model, checkpoint):
 
 
 each_isolated = pytest.mark.parametrize(
-    "loaded", [kind for kind in KINDS if "isolated" in kind], indirect=True, ids=" ".join
+    "loaded", [kind for kind in KINDS if "isolated" in kind.id], indirect=True
 )
 
 
@@ -190,7 +196,7 @@ def test_refuses_other_images_and_stays_usable(loaded, images):
     np.testing.assert_allclose(engine.run(right)[0], model.reference(right), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", each_engine())
 def test_streams_share_an_engine_and_each_gets_its_own_results(name, model, checkpoint):
     own, engine = checkpoint if name == "torch" else model, create_engine(name)
     images = [some_images(1, seed) for seed in range(4)]
@@ -203,7 +209,7 @@ def test_streams_share_an_engine_and_each_gets_its_own_results(name, model, chec
     engine.close()
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", each_engine())
 def test_the_search_space_is_short_plain_begins_with_the_defaults_and_can_be_loaded(name, model, checkpoint):
     space = search_space(name, batch_size=1, cores=2, streams=1)
     assert space[0] == {}
@@ -218,7 +224,7 @@ def test_the_search_space_is_short_plain_begins_with_the_defaults_and_can_be_loa
     engine.close()
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", each_engine())
 def test_an_unknown_option_and_an_unknown_value_are_refused(name, model, checkpoint):
     own, engine = checkpoint if name == "torch" else model, create_engine(name)
     first = next(iter(engine.choices))
@@ -237,7 +243,7 @@ def test_an_engine_leaves_the_number_of_torchs_threads_as_it_was(checkpoint):
 
 
 @pytest.mark.parametrize("content", [b"not a model", b"", None], ids=["text", "empty", "missing"])
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", each_engine())
 def test_refuses_a_file_that_is_no_model_and_names_it(name, content, tmp_path):
     path = tmp_path / ("wrong.pt" if name == "torch" else "wrong.onnx")
     if content is not None:
@@ -250,7 +256,7 @@ def test_refuses_a_file_that_is_no_model_and_names_it(name, content, tmp_path):
         engine.run(some_images(1))
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", each_engine())
 def test_refuses_the_kind_of_file_that_is_for_others(name, model, checkpoint):
     other = model if name == "torch" else checkpoint
     with pytest.raises(EngineError, match="ONNX file" if name != "torch" else "checkpoint") as error:
@@ -258,7 +264,7 @@ def test_refuses_the_kind_of_file_that_is_for_others(name, model, checkpoint):
     assert is_one_line(error)
 
 
-@pytest.mark.parametrize("name", ONNX_ENGINES)
+@pytest.mark.parametrize("name", each_engine(*ONNX_ENGINES))
 def test_a_model_with_an_operator_that_no_engine_knows_is_refused_in_one_line(name, model, tmp_path):
     graph = onnx.load(model.path)
     graph.graph.node[3].op_type = "Sigmoidal"
@@ -269,7 +275,7 @@ def test_a_model_with_an_operator_that_no_engine_knows_is_refused_in_one_line(na
     assert is_one_line(error)
 
 
-@pytest.mark.parametrize("name", ONNX_ENGINES)
+@pytest.mark.parametrize("name", each_engine(*ONNX_ENGINES))
 def test_a_file_that_fixes_the_batch_is_filled_up_to_it(name, model, tmp_path):
     graph = onnx.load(model.path)
     graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value = BATCH
@@ -310,7 +316,7 @@ def test_an_isolated_refusal_is_the_same_and_leaves_no_child(tmp_path):
 
 
 @pytest.mark.parametrize("make", [create_engine, IsolatedEngine])
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", each_engine())
 def test_use_without_load_and_after_close_is_refused(make, name, model):
     engine = make(name)
     engine.close()
@@ -338,13 +344,25 @@ def test_unknown_engine_is_refused():
         create_engine("tensorrt")
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", [name for name in ENGINES if name != "deepsparse"])
 def test_a_library_that_is_not_installed_is_named_with_what_to_install(name, model, checkpoint, monkeypatch):
     own = checkpoint if name == "torch" else model
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingDependency, match=f"pip install '{name}[>=]=") as error:
         create_engine(name).load(own.path, batch_size=1, cores=1)
     assert is_one_line(error)
+
+
+@pytest.mark.parametrize("make", [create_engine, IsolatedEngine])
+def test_without_deepsparse_its_absence_is_told_with_what_to_do(make, model, monkeypatch, tmp_path):
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "python"))
+    engine = make("deepsparse")
+    with pytest.raises(
+        MissingDependency, match=r"deepsparse.*no program.*hardware\.deepsparse_python"
+    ) as error:
+        engine.load(model.path, batch_size=1, cores=1)
+    assert is_one_line(error)
+    assert engine.pid is None
 
 
 def test_deepsparse_on_a_cpu_without_avx2_is_refused(model, monkeypatch):
@@ -356,7 +374,7 @@ def test_deepsparse_on_a_cpu_without_avx2_is_refused(model, monkeypatch):
         create_engine("deepsparse").load(model.path, batch_size=1, cores=1)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", each_engine())
 def test_loading_prints_nothing(name, model, checkpoint, capfd):
     engine = create_engine(name)
     engine.load((checkpoint if name == "torch" else model).path, batch_size=1, cores=1)
@@ -414,13 +432,13 @@ KINDS_OF_LAYERS = {
 }
 
 
-@pytest.mark.parametrize(("name", "kind"), KINDS_OF_LAYERS.items(), ids=list(KINDS_OF_LAYERS))
-def test_a_profile_has_the_layers_of_the_model_with_their_times(name, kind, model, checkpoint):
+@pytest.mark.parametrize("name", each_engine())
+def test_a_profile_has_the_layers_of_the_model_with_their_times(name, model, checkpoint):
     engine = create_engine(name)
     engine.load((checkpoint if name == "torch" else model).path, batch_size=BATCH, cores=1)
     profile = engine.profile(some_images(3))
     engine.close()
-    assert any(re.search(kind, layer.kind) for layer in profile.layers)
+    assert any(re.search(KINDS_OF_LAYERS[name], layer.kind) for layer in profile.layers)
     assert all(layer.ms >= 0 and layer.name for layer in profile.layers)
     assert sum(layer.ms for layer in profile.layers) > 0
     assert profile.supported == (1.0 if name == "deepsparse" else None)
@@ -433,7 +451,7 @@ def test_an_isolated_profile_comes_from_the_child(isolated):
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
-@pytest.mark.parametrize("name", ONNX_ENGINES)
+@pytest.mark.parametrize("name", each_engine(*ONNX_ENGINES))
 def test_a_pinned_child_and_all_its_threads_keep_to_their_cpu(name, model):
     cpu = max(os.sched_getaffinity(0))
     engine = IsolatedEngine(name)

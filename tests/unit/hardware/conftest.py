@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from cpus import ZEN3
 
 from sparse_exp import hardware
+from sparse_exp.hardware import __main__ as command
 from sparse_exp.hardware import cgroups, targets
+from sparse_exp.hardware.deepsparse import DeepSparse
 
 
 @pytest.fixture
@@ -29,5 +32,9 @@ def machine(monkeypatch, tmp_path):
         cpus = set(range(len(siblings))) if affinity is None else affinity
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: cpus)
         monkeypatch.setattr(targets, "find_spec", lambda name: None if name in without else object())
+        missing = DeepSparse(problem="not installed", do="Run: make setup.")
+        here = missing if "deepsparse" in without else DeepSparse(Path("python"), "1.8.0")
+        for module in (targets, command):
+            monkeypatch.setattr(module, "find_deepsparse", lambda named=None: here)
 
     return pretend

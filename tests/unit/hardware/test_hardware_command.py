@@ -31,7 +31,7 @@ def test_the_tables_name_the_host_the_engines_and_what_does_not_fit(machine, sai
     for word in ("Some CPU @ 3 GHz: fast", "avx2", "quota of 1.5", "1 cores", *ENGINES):
         assert word in text
     lines = text.splitlines()
-    assert "openvino is not installed. Run: pip install 'openvino>=2025.0'" in lines
+    assert "openvino: not installed. Run: pip install 'openvino>=2025.0'." in lines
     missing = "without openvino: not installed."
     assert f"avx512_vnni does not fit: the CPU lacks avx512 and vnni (it has avx2); {missing}" in lines
     assert f"edge2 does not fit: 1 of 2 cores; {missing}" in lines
@@ -40,6 +40,20 @@ def test_the_tables_name_the_host_the_engines_and_what_does_not_fit(machine, sai
         ["no", "2", "cores,", "320", "px"],
         ["does", "not", "fit:", "1", "of"],
     ]
+
+
+def test_without_deepsparse_it_says_so_once_and_targets_fit_all_the_same(machine, said):
+    machine(ZEN3, without=("deepsparse",))
+    text = said()
+    assert [line for line in text.splitlines() if line.startswith("deepsparse: ")] == [
+        "deepsparse: not installed. Run: make setup."
+    ]
+    assert "cpu does not fit" not in text
+    found = json.loads(said("--json"))
+    (target,) = [target for target in found["targets"] if target["target"] == "cpu"]
+    assert target["fits"]
+    assert target["mismatch"] == ["without deepsparse: not installed (run: make setup)"]
+    assert target["recipes"][0] == "quant"  # as for a target whose engines do not skip zeros
 
 
 def test_as_json_it_is_complete(machine, said):
