@@ -1,8 +1,10 @@
 """Numbers that the processes of one training exchange, so that together they compute what one would.
 
 Each process sees its share of every batch. What one process computes over the whole batch - the mean and
-variance of a batch norm, the range of an observer, the number of matches that divides a loss - is computed
-over all shares here, and the gradients of the shares are added up.
+variance of a batch norm, the range of a quantizer, the number of matches that divides a loss - is computed
+over all shares here. Gradients are added up by torch's DistributedDataParallel, see
+`sparse_exp.training.parallel`; its batch norm for several processes (``SyncBatchNorm``, torch 2.14) does not run
+on CPUs.
 
 The processes are those of torch's default process group, which `sparse_exp.training.processes` sets up.
 Where there is no group, the process trains alone: then sums over all processes are the values themselves,
@@ -91,21 +93,6 @@ def batch_mean(values: Tensor, images: float) -> Tensor:
         images: number of images in all processes together.
     """
     return values.sum() / (values.shape[1:].numel() * images)
-
-
-def sum_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Add up the gradients of all processes in one message, in place.
-
-    `DistributedDataParallel` does this by hooks during the backward pass. They do not suit here: QAT replaces
-    modules in the middle of a training, and a batch in parts runs backward several times in one step.
-    """
-    if size() == 1:
-        return
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = total(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-    for gradient, summed in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
-        gradient.copy_(summed.view(gradient.shape))
 
 
 def differing_tensors(state: dict[str, Tensor]) -> list[str]:

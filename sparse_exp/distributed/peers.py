@@ -7,6 +7,7 @@ Fabric, takes over what the first process has decided, and sees to it that all w
 from __future__ import annotations
 
 import pickle
+from inspect import signature
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -14,12 +15,16 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.strategies.ddp import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
 
 from sparse_exp.distributed import collectives
 from sparse_exp.distributed.collectives import Disconnected
 from sparse_exp.errors import StageFailed
 
 _T = TypeVar("_T")
+
+_RENAMED = "forward_sync_buffers"  # torch 2.14
+_BUFFERS = _RENAMED if _RENAMED in signature(DistributedDataParallel).parameters else "broadcast_buffers"
 
 pipes: list[Connection[Any, Any]] = []
 """Of the first process one to each other process; of each other process one to the first; alone, none."""
@@ -33,7 +38,7 @@ def make_fabric() -> Fabric:
     fabric = Fabric(
         accelerator=accelerator,
         devices=collectives.size(),
-        strategy=DDPStrategy(),
+        strategy=DDPStrategy(**{_BUFFERS: False}, init_sync=False),  # equal from the start, and kept so
         plugins=[_ProcessGroupEnvironment()],
     )
     fabric.launch()

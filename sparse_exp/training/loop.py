@@ -33,6 +33,7 @@ from sparse_exp.training.batches import Buffers, no_images, weighted_parts
 from sparse_exp.training.evaluation import Validation, as_input
 from sparse_exp.training.memory import is_out_of_memory
 from sparse_exp.training.optimizer import BIASES, WEIGHTS, make_optimizer
+from sparse_exp.training.parallel import ParallelForward
 from sparse_exp.training.phases import Best, check_phases, evaluated_spans, first_step, is_pruning
 from sparse_exp.training.precision import Precision
 from sparse_exp.training.state import (
@@ -140,6 +141,7 @@ class Trainer:
         self._writer = CheckpointWriter(weights, data.names, data.imgsz, composed or recipe.text)
         self._model, self._teacher = self._on_device(model), teacher and self._on_device(teacher).eval()
         recipe.prepare(self._model)
+        self._forward = ParallelForward(self._fabric, self._model)
         self._ema = AveragedModel(model, multi_avg_fn=exponential(config.ema_decay), use_buffers=True)
         self._optimizer = make_optimizer(model, config, optimizer)
         self._loss = DetectionLoss(model.anchors, model.num_classes, config.loss, data.imgsz)
@@ -339,7 +341,7 @@ class Trainer:
         """Take one step; returns the number of images and the mean losses of all processes."""
         accumulate = self._accumulate_in_parts if quantized else self._accumulate
         losses = accumulate(batch, sparsifier, epoch)
-        collectives.sum_gradients(self._optimizer)
+        self._forward.sum_others(self._optimizer)
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_grad_norm)
         sparsifier.step(epoch)
         if not quantized:
@@ -376,13 +378,13 @@ class Trainer:
         self._optimizer.zero_grad()
         pieces = weighted_parts(batch, parts)
         whole = sum(count for _, count in pieces)
-        for part, count in pieces:
+        for index, (part, count) in enumerate(pieces, 1):
             images = self._as_input(part)
             with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
-                raw = self._model(images)
+                raw = self._forward(images, exchange=index == len(pieces))
             task, losses = self._loss(raw, part.targets)
             loss = sparsifier.loss(task, images, raw, epoch)
-            self._fabric.backward(loss)
+            self._forward.backward(loss)
             if self._recipe.distills:  # may be less than 0, because hardness makes the task's share smaller
                 losses["distill"] = (loss - task).detach() / count
             for name, value in losses.items():

@@ -44,8 +44,7 @@ def normalize(share: slice) -> dict[str, Any]:
     own = x[1, share].clone().requires_grad_()
     out = model(own)
     (out * upstream[share]).sum().backward()
-    collectives.sum_gradients(torch.optim.SGD(model.parameters(), 0.1))
-    weights = {name: p.grad for name, p in norm.named_parameters()}
+    weights = {name: collectives.total(p.grad) for name, p in norm.named_parameters()}
     return {"out": out.detach(), "of x": own.grad, "weights": weights, "state": norm.state_dict()}
 
 

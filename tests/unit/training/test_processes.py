@@ -134,6 +134,21 @@ def test_two_processes_train_as_one_does(tmp_path, monkeypatch, recipe, variable
 
 
 @pytest.mark.slow
+def test_two_processes_learn_projections_as_one_does(tmp_path, monkeypatch):
+    text = (RECIPES / "distill_layers.md").read_text(encoding="utf-8")
+    steps = []
+    for count in (1, 2):
+        (tmp_path / str(count)).mkdir()
+        made = arguments(tmp_path / str(count), text, {**CALM, **CALM_QAT})
+        torch.manual_seed(1)
+        made["teacher"] = YOLOv5("s", 10)  # has twice the channels
+        steps.append(steps_of(made, count, monkeypatch, epochs=2)[0])
+    for mine, theirs in zip(*steps, strict=True):
+        assert mine["distill"] != 0.0
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.slow
 def test_two_processes_train_a_real_detector_as_one_does(tmp_path, monkeypatch):
     # From COCO weights, on photos, at a tenth of the recipe's rates. At its own the rounding of another order
     # of sums passes 1e-4 in the 20th step; that of another memory layout, in one process, in the 17th.
