@@ -65,7 +65,7 @@ def run(
     from sparse_exp.recipes.recipe import Recipe
 
     chosen, file = experiment.recipe, _recipe_file(experiment)
-    recipe = Recipe.from_file(file, chosen.variables, num_epochs=chosen.num_epochs)
+    recipe = Recipe.from_file(file, chosen.variables, num_epochs=chosen.num_epochs, engine=chosen.engine)
     asked, (experiment, mismatch) = experiment, fit_to_host(experiment)
     if experiment.dry_run:
         from sparse_exp.planning.dry_run import show

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -46,6 +45,7 @@ from sparse_exp.recipes.modifiers import (
     check_blocks,
     in_order,
     make,
+    stages_in_order,
 )
 from sparse_exp.recipes.schedule import in_stages, rescaled, staged, time_map, without
 from sparse_exp.recipes.sparsifier import NativeSparsifier, Sparsifier
@@ -125,7 +125,7 @@ class Recipe:
             stage: in_order(make(data, self.name, others=others) for data in listed)
             for stage, listed in stages.items()
         }
-        self._stages = dict(sorted(made.items(), key=lambda item: _place(item[1])))
+        self._stages = stages_in_order(made)
         self.modifiers = [modifier for listed in self._stages.values() for modifier in listed]
 
     @classmethod
@@ -410,6 +410,11 @@ class Recipe:
         if teacher and self.distills:
             terms = terms_of(self.modifiers, model, teacher, self.name)
             distiller = Distiller(model, teacher, *terms, optimizer)
+        if self._engine == "sparseml":
+            from sparse_exp.recipes.sparseml import SparsemlSparsifier, manager_of  # may not be installed
+
+            manager = manager_of(self.text, self.name)
+            return SparsemlSparsifier(manager, model, optimizer, steps_per_epoch, distiller)
         effects = effects_of(self.modifiers, model, optimizer, steps_per_epoch, self.name)
         return NativeSparsifier(effects, optimizer, steps_per_epoch, distiller)
 
@@ -469,12 +474,6 @@ class Recipe:
     def _schemes(self, model: nn.Module) -> Schemes:
         """What of a model the recipe quantizes; nothing without a QuantizationModifier."""
         return next((layer_schemes(m.arguments, model) for m in self._quantizations()), {})
-
-
-def _place(modifiers: list[Modifier]) -> tuple[float, float]:
-    """The order of stages, as in SparseML: by their last end and first start."""
-    end = max(m.end_epoch for m in modifiers)
-    return math.inf if end == -1 else end, min(m.start_epoch for m in modifiers)
 
 
 def _overlaps(modifier: Modifier, phase: Phase) -> bool:
