@@ -287,10 +287,7 @@ def _outcome(
         sparsifier.before_step(epoch)
         rates.append([max(0.0, float(group["lr"])) for group in optimizer.param_groups])
         optimizer.zero_grad()
-        for parameter in model.parameters():
-            noise = torch.from_numpy(stream.randint(-40, 41, tuple(parameter.shape)) * _UNIT).float()
-            if parameter.requires_grad:
-                (parameter * noise).sum().backward()  # type: ignore[no-untyped-call]
+        _give_gradients(list(model.parameters()), stream)
         sparsifier.step(epoch)
         digests.append(_digest(model, optimizer, masks()))
     sparsifier.finish()
@@ -302,6 +299,14 @@ def _outcome(
     }
     bits = np.packbits(np.concatenate([zero.ravel() for zero in zeros.values()]))
     return Outcome(np.stack(digests), np.array(rates), bits, facts)
+
+
+def _give_gradients(parameters: Sequence[nn.Parameter], stream: np.random.RandomState) -> None:
+    """Give every parameter that is trained a random gradient, by a backward pass."""
+    sizes = [parameter.numel() for parameter in parameters]
+    noise = torch.from_numpy(stream.randint(-40, 41, sum(sizes)) * _UNIT).float().split(sizes)
+    trained = [(p, own.view_as(p)) for p, own in zip(parameters, noise, strict=True) if p.requires_grad]
+    torch.autograd.backward([p for p, _ in trained], [own for _, own in trained])
 
 
 def _digest(model: nn.Module, optimizer: Walk, masks: Iterator[torch.Tensor]) -> np.ndarray:
