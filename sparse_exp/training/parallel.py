@@ -57,4 +57,7 @@ class ParallelForward:
         """Set the model up, again where other parameters are trained than before: their set is fixed."""
         trained = [parameter.requires_grad for parameter in self._model.parameters()]
         if self._wrapped is None or trained != self._trained:
-            self._wrapped, self._trained = self._fabric.setup_module(self._model, move_to_device=False), trained
+            self._wrapped, self._trained = (
+                self._fabric.setup_module(self._model, move_to_device=False),
+                trained,
+            )
