@@ -16,7 +16,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the positional ``model``, ``--engine`` and ``--zoo``: the arguments of `find_model`."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="run, stub, directory or file, see below")
-    add("--engine", help="deepsparse, onnxruntime, openvino or torch (default: the run's first)")
+    add("--engine", help="deepsparse, onnxruntime, openvino or torch (default: the first that can run here)")
     add("--zoo", metavar="DIR", type=Path, help="the local zoo (default: SPARSE_EXP_ZOO, outputs/zoo)")
 
 
