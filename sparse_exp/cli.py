@@ -19,7 +19,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from sparse_exp.config.plain import CONF_DIRECTORY, group
 from sparse_exp.config.schema import Experiment, TrackerConfig
-from sparse_exp.errors import ConfigError, SparseExpError, StageFailed, first_line
+from sparse_exp.errors import ConfigError, SparseExpError, StageFailed, first_line, for_users
 from sparse_exp.sweep.naming import sweep_name
 
 _log = logging.getLogger("sparse_exp")
@@ -48,7 +48,7 @@ def main() -> None:
         unfinished = _close_sweep(error)
         if wants_traceback and isinstance(error, Exception) and not isinstance(error, SparseExpError):
             raise
-        _exit(error, unfinished)
+        _exit(for_users(error) if isinstance(error, Exception) else error, unfinished)
     else:
         _exit(None, _close_sweep(None))
 
@@ -157,6 +157,8 @@ def _as_failure(error: Exception) -> SparseExpError:
     """An error that reaches the launcher from whatever process: not all kinds can be sent."""
     if isinstance(error, OmegaConfBaseException):
         return ConfigError(_one_line(error))
+    if isinstance(missing := for_users(error), SparseExpError):
+        return missing
     _log.debug("Unexpected", exc_info=error)
     return StageFailed(f"{type(error).__name__}: {first_line(error)}")
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from sparse_exp.errors import ConfigError, SparseExpError
+from sparse_exp.errors import ConfigError, SparseExpError, for_users
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,6 +78,10 @@ def run_command(command: Callable[[], int]) -> NoReturn:
         sys.exit(command())
     except SparseExpError as error:
         sys.exit(f"Error: {error}")
+    except ModuleNotFoundError as error:
+        if (told := for_users(error)) is error:
+            raise
+        sys.exit(f"Error: {told}")
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # whoever read the output, such as head, has seen enough

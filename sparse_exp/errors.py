@@ -61,6 +61,14 @@ class StageFailed(SparseExpError):
     """A stage stopped for a reason that is not the user's; its traceback is in the run's log."""
 
 
+def for_users(error: Exception) -> Exception:
+    """The error, but where a package is missing that a small installation does not have, what to install."""
+    if not isinstance(error, ModuleNotFoundError) or (error.name or "sparse_exp").startswith("sparse_exp"):
+        return error
+    do = "Run: pip install 'sparse-exp[train]'."
+    return MissingDependency(f"This needs the package {error.name}, which is not installed. {do}")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's message; the name of its kind where there is none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -217,7 +217,7 @@ def _obtain(source: SourceConfig, file: Path, scratch: Path, unfinished: Path) -
         unfinished: keeps what came of a download that stopped.
     """
     if source.uri.startswith(STUB_PREFIX):
-        download_stub(source.uri, file, scratch)
+        download_stub(source.uri, file, unfinished)
         return
     if not source.uri.startswith("index:"):
         download(source.uri, unfinished, file.name)

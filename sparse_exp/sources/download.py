@@ -29,7 +29,7 @@ ADVICE = (
 _CHUNK = 1 << 20
 _CONNECT_S = 5.0  # seconds; a host that does not answer must not hold up the next source
 _READ_S = 30.0
-_NETWORK = (OSError, http.client.HTTPException)  # URLError and timeouts are OSErrors
+NETWORK = (OSError, http.client.HTTPException)  # URLError and timeouts are OSErrors
 
 
 class _ShortConnect:
@@ -107,6 +107,16 @@ def _note(part: Path) -> Path:
     return part.with_name(f"{part.name}.json")
 
 
+def opened(request: urllib.request.Request) -> Any:
+    """The server's answer to a request, a context manager; a host that does not answer is soon given up.
+
+    Raises:
+        OSError: it does not answer, or refuses (`urllib.error.HTTPError`).
+        http.client.HTTPException: it breaks off.
+    """
+    return urllib.request.build_opener(_Http, _Https).open(request, timeout=_READ_S)
+
+
 def _opened(url: str, part: Path) -> Any:
     """The server's answer to a request for the file, or for the rest of it."""
     request = urllib.request.Request(url, headers={"User-Agent": "sparse_exp"})
@@ -115,13 +125,13 @@ def _opened(url: str, part: Path) -> Any:
         request.add_header("Range", f"bytes={size}-")
         request.add_header("If-Range", version)
     try:
-        return urllib.request.build_opener(_Http, _Https).open(request, timeout=_READ_S)
+        return opened(request)
     except HTTPError as error:
         if error.code == 416 and version:  # the file is not longer than what we have: that is another file's
             forget(part)
             return _opened(url, part)
         raise _unavailable(url, f"{error.code} {error.reason}") from error
-    except _NETWORK as error:
+    except NETWORK as error:
         raise _unavailable(url, getattr(error, "reason", None) or error) from error
 
 
@@ -167,7 +177,7 @@ def _keep_version(response: Any, part: Path) -> None:
 def _read(response: Any, url: str) -> bytes:
     try:
         data: bytes = response.read(_CHUNK)
-    except _NETWORK as error:
+    except NETWORK as error:
         raise _unavailable(url, f"stopped in the middle ({error}); run it again to go on") from error
     return data
 

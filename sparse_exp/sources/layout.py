@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from sparse_exp.errors import SourceUnavailable
@@ -22,21 +23,35 @@ def checkpoint_in(directory: Path, which: str | None = None) -> Path:
     Raises:
         SourceUnavailable: there is no such checkpoint; the message names those that the directory has.
     """
-    files = _checkpoints(directory)
-    before = [path for path in files if _is_before_qat(path.name)]
-    final = [path for path in files if path not in before]
-    final.sort(key=lambda path: (path.name != FINAL, path.name))
+    files = {path.name: path for path in reversed(_checkpoints(directory))}
+    return files[choose_checkpoint(list(files), which, str(directory))]
+
+
+def choose_checkpoint(names: Sequence[str], which: str | None, place: str) -> str:
+    """The name of the checkpoint that is meant.
+
+    Args:
+        names: of the checkpoints that there are.
+        which: see `checkpoint_in`.
+        place: that has them, for the message.
+
+    Raises:
+        SourceUnavailable: see `checkpoint_in`.
+    """
+    before = [name for name in sorted(names) if _is_before_qat(name)]
+    final = [name for name in sorted(names) if name not in before]
+    final.sort(key=lambda name: name != FINAL)
     # A model that was never quantized is what it was before quantization.
     choices = {None: [*before, *final], "preqat": [*before, *final], "postqat": final}
-    named = [path for path in files if path.name == which]
-    for path in choices.get(which, named):
-        return path
-    names = ", ".join(path.name for path in files) or "none"
+    named = [name for name in names if name == which]
+    for name in choices.get(which, named):
+        return name
+    listed = ", ".join(sorted(names)) or "none"
     do = "Give a directory in SparseZoo's layout, with a checkpoint in training/."
-    if files:
-        do = f"It has {names}; choose with ?checkpoint=preqat, ?checkpoint=postqat or a file's name."
+    if names:
+        do = f"It has {listed}; choose with ?checkpoint=preqat, ?checkpoint=postqat or a file's name."
     what = f"the checkpoint {which}" if which else "a checkpoint"
-    raise SourceUnavailable(f"Expected {directory} to hold {what}, but found {names}. {do}")
+    raise SourceUnavailable(f"Expected {place} to hold {what}, but found {listed}. {do}")
 
 
 def recipe_in(directory: Path, which: str | None = None) -> Path:
@@ -49,18 +64,30 @@ def recipe_in(directory: Path, which: str | None = None) -> Path:
     Raises:
         SourceUnavailable: there is no such recipe; the message names those that the directory has.
     """
+    found = [path.name for path in directory.glob("recipe*")] if directory.is_dir() else []
+    return directory / choose_recipe(found, which, str(directory))
+
+
+def choose_recipe(names: Sequence[str], which: str | None, place: str) -> str:
+    """The name of the recipe file that is meant.
+
+    Args:
+        names: of the recipe files that there are.
+        which: see `recipe_in`.
+        place: that has them, for the message.
+
+    Raises:
+        SourceUnavailable: see `recipe_in`.
+    """
     wanted = which or "original"
-    names = [f"recipe_{wanted}.md", f"recipe_{wanted}.yaml"]
-    names += ["recipe.md", "recipe.yaml"] if wanted == "original" else []
-    for name in names:
-        if (directory / name).is_file():
-            return directory / name
-    found = sorted(path.name for path in directory.glob("recipe*")) if directory.is_dir() else []
+    choices = [f"recipe_{wanted}.md", f"recipe_{wanted}.yaml"]
+    choices += ["recipe.md", "recipe.yaml"] if wanted == "original" else []
+    for name in choices:
+        if name in names:
+            return name
     do = "Choose one of these with ?recipe=NAME, or give a local file."
-    names_found = ", ".join(found) or "none"
-    raise SourceUnavailable(
-        f"Expected {directory} to hold the recipe {wanted}, but found {names_found}. {do}"
-    )
+    listed = ", ".join(sorted(names)) or "none"
+    raise SourceUnavailable(f"Expected {place} to hold the recipe {wanted}, but found {listed}. {do}")
 
 
 def _checkpoints(directory: Path) -> list[Path]:

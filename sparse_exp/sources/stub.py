@@ -1,32 +1,42 @@
 """SparseZoo stubs: their two grammars, and the files that they name.
 
 SparseZoo closed in June 2025, and its service may be gone for good. Wherever a stub is accepted, so is a
-local file. The client is imported when a stub is fetched, and nowhere else.
+local file. The service is asked as SparseZoo's client 1.8.1 asked it: a GraphQL query for the model's files,
+whose answer names an address for each, and then plain downloads.
 """
 
 from __future__ import annotations
 
-import errno
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import tarfile
+import urllib.request
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sparse_exp.errors import ConfigError, SourceUnavailable, expected, first_line
-from sparse_exp.sources.layout import checkpoint_in
+from sparse_exp.sources.download import NETWORK, download, opened
+from sparse_exp.sources.layout import CHECKPOINT_SUFFIXES, choose_checkpoint, choose_recipe
 
 STUB_PREFIX = "zoo:"
 PARAMETERS = ("recipe", "recipe_type", "checkpoint", "deployment")
-_TIMEOUT_S = (5.0, 20.0)  # to connect, to answer
+_SERVICE, _SERVICE_VARIABLE = "https://api.neuralmagic.com", "SPARSEZOO_API_URL"
+_QUERY = "{ models(%s) { files(version: 2) { displayName downloadUrl fileType } } }"
+_TRAINING = ("training", "framework")  # kinds of files
 _NAME = r"[A-Za-z0-9_.]+"
 _V1 = re.compile(
-    rf"{_NAME}/{_NAME}/(?P<architecture>{_NAME})(-(?P<sub>{_NAME}))?/{_NAME}/{_NAME}"
-    rf"/(?P<dataset>{_NAME})(-{_NAME})?/(?P<tag>[A-Za-z0-9_.-]+)"
+    rf"(?P<domain>{_NAME})/(?P<task>{_NAME})/(?P<architecture>{_NAME})(-(?P<sub>{_NAME}))?"
+    rf"/(?P<framework>{_NAME})/(?P<repo>{_NAME})/(?P<dataset>{_NAME})(-{_NAME})?/(?P<tag>[A-Za-z0-9_.-]+)"
 )
+# The parts of a stub of the first grammar by the names that the service has for them.
+_ARGUMENTS = {
+    "domain": "domain", "task": "task", "architecture": "architecture", "subArchitecture": "sub",
+    "framework": "framework", "repo": "repo", "sourceDataset": "dataset", "sparseTag": "tag",
+}  # fmt: skip
 _V2 = re.compile(
     rf"(?P<architecture>{_NAME})(-(?P<sub>{_NAME}))?-(?P<dataset>{_NAME})(-{_NAME})?-(?P<tag>{_NAME})"
 )
@@ -89,59 +99,106 @@ def file_name(text: str) -> str:
     return f"{stub.architecture}-{stub.sub}-{stub.dataset}-{stub.tag}.{'md' if stub.names_recipe else 'pt'}"
 
 
-def download_stub(text: str, file: Path, folder: Path) -> None:
-    """Download the file of a stub through SparseZoo's client.
+def download_stub(text: str, file: Path, unfinished: Path) -> None:
+    """Download the file of a stub from SparseZoo's service.
 
     Args:
         text: the stub; with ``recipe`` or ``recipe_type`` its recipe, else its checkpoint.
         file: where it goes.
-        folder: for the client's own files.
+        unfinished: keeps what came of a download that stopped, for the next call.
 
     Raises:
         SourceUnavailable: the service does not answer, or has no such file.
         OSError: the disk is full.
     """
     stub = parse_stub(text)
-    try:
-        with _short_timeouts():
-            shutil.copyfile(_fetched_by_client(stub, folder / "sparsezoo"), file)
-    except SourceUnavailable:
-        raise
-    except Exception as error:  # of requests, of JSON, of the client itself
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            raise
-        reason = first_line(error).rstrip(".")
-        if not 0 < len(reason) < 100:  # messages on failed connections are long
-            reason = type(error).__name__
-        raise SourceUnavailable(
-            f"SparseZoo does not answer for {text} ({reason}). The service closed in 2025: give a local "
-            "file instead, such as recipe.file=PATH, recipe.teacher=PATH or model.weights=PATH."
-        ) from error
-
-
-def _fetched_by_client(stub: Stub, folder: Path) -> Path:
-    os.environ.setdefault("NM_DISABLE_ANALYTICS", "True")  # read when the client is imported
-    from sparsezoo import Model
-
-    model = Model(stub.text, download_path=str(folder))
+    files = _files(stub)
     if stub.names_recipe:
-        return Path(model.recipes.default.path)
-    _ = model.training.default.path  # fetches it; single files do not land where this says
-    return checkpoint_in(folder, stub.parameters.get("checkpoint"))
+        which = stub.parameters.get("recipe") or stub.parameters.get("recipe_type")
+        name = choose_recipe([name for name, one in files.items() if one.kind == "recipe"], which, text)
+    else:
+        name = _checkpoint_or_archive(stub, files)
+    download(files[name].url, unfinished, name)
+    if name.endswith(".tar.gz"):
+        _extract(stub, unfinished, file)
+        unfinished.unlink()
+    else:
+        unfinished.replace(file)
 
 
-@contextmanager
-def _short_timeouts() -> Iterator[None]:
-    """Give the client's requests a time limit; without one they wait minutes for a dead host."""
-    from requests.adapters import HTTPAdapter
+@dataclass(frozen=True)
+class _File:
+    """A file of a model on the service: its kind, such as ``recipe``, and its address."""
 
-    send = HTTPAdapter.send
+    kind: str
+    url: str
 
-    def limited(self: Any, *args: Any, **options: Any) -> Any:
-        return send(self, *args, **{**options, "timeout": options.get("timeout") or _TIMEOUT_S})
 
-    HTTPAdapter.send = limited  # type: ignore[method-assign]
+def _files(stub: Stub) -> dict[str, _File]:
+    """The files of a model by their names, as the service lists them."""
     try:
-        yield
-    finally:
-        HTTPAdapter.send = send  # type: ignore[method-assign]
+        models = _asked(_QUERY % _arguments(stub))["data"]["models"]
+        listed = models[0]["files"] if models else []
+        files = {str(one["displayName"]): _File(one["fileType"], one["downloadUrl"]) for one in listed}
+    except (*NETWORK, ValueError, LookupError, TypeError) as error:
+        reason = first_line(error).rstrip(".")
+        raise SourceUnavailable(
+            f"SparseZoo does not answer for {stub.text} ({reason[:100]}). The service closed in 2025: give a "
+            "local file instead, such as recipe.file=PATH, recipe.teacher=PATH or model.weights=PATH."
+        ) from error
+    if not files:
+        do = "Correct the stub, or give a local file."
+        raise SourceUnavailable(f"Expected SparseZoo to have {stub.text}, but it knows no such model. {do}")
+    return files
+
+
+def _asked(query: str) -> Any:
+    """The service's answer to a query.
+
+    Raises:
+        OSError: it does not answer, or refuses.
+        ValueError: the answer is no JSON, or names an error.
+    """
+    address = f"{os.environ.get(_SERVICE_VARIABLE) or _SERVICE}/v2/graphql"
+    headers = {"Content-Type": "application/json", "User-Agent": "sparse_exp"}
+    request = urllib.request.Request(address, json.dumps({"query": query}).encode(), headers)
+    with opened(request) as response:
+        answer = json.load(response)
+    if "errors" in answer:
+        raise ValueError(answer["errors"][0]["message"])
+    return answer
+
+
+def _arguments(stub: Stub) -> str:
+    """What names the model in a query."""
+    path = stub.text.removeprefix(STUB_PREFIX).partition("?")[0]
+    match = _V1.fullmatch(path)
+    values = {name: match[part] for name, part in _ARGUMENTS.items()} if match else {"repoName": path}
+    return ", ".join(f'{name}: "{value}"' for name, value in values.items() if value)
+
+
+def _checkpoint_or_archive(stub: Stub, files: Mapping[str, _File]) -> str:
+    """The name of a model's checkpoint, or of the archive that it is in."""
+    names = [name for name, one in files.items() if one.kind in _TRAINING]
+    single = [name for name in names if name.endswith(CHECKPOINT_SUFFIXES)]
+    archive = next((name for name in names if name.endswith(".tar.gz")), None)
+    if archive and not single:
+        return archive
+    return choose_checkpoint(single, stub.parameters.get("checkpoint"), stub.text)
+
+
+def _extract(stub: Stub, archive: Path, file: Path) -> None:
+    """Take the checkpoint out of an archive."""
+    try:
+        with tarfile.open(archive) as content:
+            members = {PurePosixPath(one.name).name: one for one in content if one.isfile()}
+            names: Sequence[str] = [name for name in members if name.endswith(CHECKPOINT_SUFFIXES)]
+            name = choose_checkpoint(names, stub.parameters.get("checkpoint"), stub.text)
+            source = content.extractfile(members[name])
+            assert source is not None  # it is a file
+            with source, file.open("wb") as target:
+                shutil.copyfileobj(source, target)
+    except tarfile.TarError as error:
+        raise SourceUnavailable(
+            f"What SparseZoo has for {stub.text} is no whole archive: {error}."
+        ) from error

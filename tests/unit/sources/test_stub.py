@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import io
+import re
 import socket
-import sys
+import tarfile
 import time
-import types
 from pathlib import Path
 
 import pytest
+from webserver import CONTENT
 
 from sparse_exp.config.schema import SourceConfig
 from sparse_exp.errors import ConfigError, SourceUnavailable
-from sparse_exp.sources import stub as module
+from sparse_exp.sources import download as downloads
 from sparse_exp.sources.cache import cached, fetch
 from sparse_exp.sources.recipes import fetch_recipe
 from sparse_exp.sources.start import locate
@@ -86,42 +88,98 @@ def test_unknown_parameters_are_refused(query):
     assert "\n" not in str(raised.value)
 
 
+FILES = {
+    "model.onnx": ("onnx", b"graph"),
+    "log.txt": ("framework", b"log"),
+    "model.pt": ("framework", b"final"),
+    "model.ckpt.pt": ("framework", b"before"),
+    "recipe_original.md": ("recipe", b"---\nmodifiers: []\n---\n"),
+    "recipe_transfer_learn.md": ("recipe", b"---\nmodifiers: [1]\n---\n"),
+}
+
+
+class Service:
+    """Answers as SparseZoo's service did; its own client takes it for that, too."""
+
+    def __init__(self, server) -> None:
+        self.server, self.queries = server, []
+        self.serve(FILES)
+
+    def serve(self, files: dict[str, tuple[str, bytes]]) -> None:
+        listing = [
+            {"displayName": name, "downloadUrl": f"{self.server.url}/files/{name}", "fileType": kind,
+             "fileSize": len(content), "modelId": "1"}
+            for name, (kind, content) in files.items()
+        ]  # fmt: skip
+        self.server.files = {f"/files/{name}": content for name, (_, content) in files.items()}
+        model = {
+            "modelId": "1", "files": listing, "benchmarkResults": [], "trainingResults": [],
+            "repoName": "r", "repoNamespace": "n", "modelOnnxSizeCompressedBytes": 1,
+        }  # fmt: skip
+        self.answer({"data": {"models": [model]}})
+
+    def answer(self, answer: object) -> None:
+        def respond(asked: dict) -> object:
+            self.queries.append(" ".join(asked["query"].split()))
+            return answer
+
+        self.server.posts["/v2/graphql"] = respond
+
+    @property
+    def fetched(self) -> list[str]:
+        return [path.removeprefix("/files/") for path in self.server.requests if path != "/v2/graphql"]
+
+
 @pytest.fixture
-def client(tmp_path, monkeypatch) -> list[str]:
-    """A stand-in for SparseZoo's client that serves a recipe and a checkpoint; returns what was asked."""
-    asked: list[str] = []
-
-    class Model:
-        def __init__(self, stub: str, download_path: str) -> None:
-            asked.append(stub)
-            training = Path(download_path) / "training"
-            training.mkdir(parents=True)
-            (training / "log.txt").write_text("log")
-            (training / "model.pt").write_text("final")
-            (training / "model.ckpt.pt").write_text("before")
-            recipe = Path(download_path) / "recipe_original.md"
-            recipe.write_text("---\nmodifiers: []\n---\n")
-            self.training = types.SimpleNamespace(default=types.SimpleNamespace(path=str(training)))
-            self.recipes = types.SimpleNamespace(default=types.SimpleNamespace(path=str(recipe)))
-
-    monkeypatch.setitem(sys.modules, "sparsezoo", types.SimpleNamespace(Model=Model))
-    return asked
+def service(server, monkeypatch) -> Service:
+    """A service that has one model, whatever is asked for."""
+    monkeypatch.setenv("SPARSEZOO_API_URL", server.url)
+    return Service(server)
 
 
-def test_recipe_and_checkpoint_are_fetched_once_and_kept_apart(client, tmp_path):
+@pytest.mark.parametrize(
+    ("stub", "arguments"),
+    [
+        (V1, {"domain": "cv", "task": "detection", "architecture": "yolov5", "subArchitecture": "s",
+              "framework": "pytorch", "repo": "ultralytics", "sourceDataset": "coco",
+              "sparseTag": "pruned75_quant-none"}),
+        ("zoo:cv/detection/ssd/pytorch/repo/coco-augmented/base",
+         {"domain": "cv", "task": "detection", "architecture": "ssd", "framework": "pytorch", "repo": "repo",
+          "sourceDataset": "coco", "sparseTag": "base"}),
+        (V2, {"repoName": "yolov5-l-coco-pruned90_quantized"}),
+    ],
+)  # fmt: skip
+def test_the_service_is_asked_as_by_its_own_client(service, stub, arguments, tmp_path, monkeypatch):
+    """By hand from the client's source; where it is installed, by the client itself."""
+    assert locate(f"{stub}?checkpoint=postqat", tmp_path / "cache", tmp_path / "zoo")
+    (query,) = service.queries
+    inside = re.fullmatch(r"{ models\((.*)\) { files\(version: 2\) { .* } } }", query)
+    assert dict(re.findall(r'(\w+): "([^"]*)"', inside[1])) == arguments
+    graphql = pytest.importorskip("sparsezoo.api.graphql", reason="SparseZoo's client is not installed")
+    monkeypatch.setattr(graphql, "BASE_API_URL", service.server.url)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    from sparsezoo import Model
+
+    model = Model(stub, download_path=str(tmp_path / "client"))
+    assert {file.name for file in model.training.default.files} == {"log.txt", "model.pt", "model.ckpt.pt"}
+    theirs = re.search(r"models \((.*?)\)", service.queries[-1])
+    assert dict(re.findall(r'(\w+): "([^"]*)"', theirs[1])) == arguments
+
+
+def test_recipe_and_checkpoint_are_fetched_once_and_kept_apart(service, tmp_path):
     cache, zoo = tmp_path / "cache", tmp_path / "zoo"
     recipe, weights = fetch_recipe(V1, cache, zoo), locate(V1, cache, zoo).path
     assert recipe.read_text().startswith("---")
     assert recipe.suffix == ".md"
     assert weights.name == "yolov5-s-coco-pruned75_quant-none.pt"
-    assert client == [f"{V1}?recipe=original", V1]
+    assert service.fetched == ["recipe_original.md", "model.ckpt.pt"]
     assert (fetch_recipe(V1, cache, zoo), locate(V1, cache, zoo).path) == (recipe, weights)
-    assert len(client) == 2  # found in the cache
+    assert len(service.queries) == 2  # found in the cache
     assert fetch_recipe(f"{V1}?recipe=transfer_learn", cache, zoo) != recipe
-    assert client[-1] == f"{V1}?recipe=transfer_learn"
-    assert fetch_recipe(f"{V1}?checkpoint=preqat", cache, zoo)
-    assert client[-1] == f"{V1}?checkpoint=preqat&recipe=original"
-    assert {path.name for path in (cache / "files").iterdir() if path.name.endswith(".partial")} == set()
+    assert fetch_recipe(f"{V1}?recipe_type=transfer_learn", cache, zoo)
+    assert service.fetched[2:] == ["recipe_transfer_learn.md"] * 2
+    assert fetch_recipe(f"{V1}?checkpoint=preqat", cache, zoo).read_bytes() == recipe.read_bytes()
+    assert {path.suffix for path in (cache / "files").iterdir()} == {""}  # nothing unfinished
 
 
 @pytest.mark.parametrize(
@@ -129,13 +187,43 @@ def test_recipe_and_checkpoint_are_fetched_once_and_kept_apart(client, tmp_path)
     [("", "before"), ("?checkpoint=preqat", "before"), ("?checkpoint=postqat", "final"),
      ("?checkpoint=model.pt", "final")],
 )  # fmt: skip
-def test_which_checkpoint_is_taken(client, tmp_path, query, content):
+@pytest.mark.parametrize("packed", [False, True])
+def test_which_checkpoint_is_taken(service, tmp_path, query, content, packed):
     """Of several the one before quantization, unless the stub says otherwise."""
+    if packed:
+        service.serve({"training.tar.gz": ("training", archive(FILES, tmp_path))})
     assert locate(V1 + query, tmp_path / "cache", tmp_path / "zoo").path.read_text() == content
-    assert client == [V1 + query]
 
 
-def test_the_local_zoo_is_asked_first(client, tmp_path):
+def archive(files: dict[str, tuple[str, bytes]], folder: Path) -> bytes:
+    """The training files as an archive."""
+    path = folder / "training.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for name, (kind, content) in files.items():
+            if kind == "framework":
+                member = tarfile.TarInfo(f"training/{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path.read_bytes()
+
+
+def test_a_damaged_archive_is_refused(service, tmp_path):
+    service.serve({"training.tar.gz": ("training", b"no archive")})
+    with pytest.raises(SourceUnavailable, match="no whole archive"):
+        locate(V1, tmp_path / "cache", tmp_path / "zoo")
+
+
+def test_a_download_that_stopped_goes_on(service, tmp_path):
+    service.serve({"model.pt": ("framework", CONTENT)})
+    service.server.hangs_up = True
+    with pytest.raises(SourceUnavailable, match="stopped after"):
+        locate(V1, tmp_path / "cache", tmp_path / "zoo")
+    service.server.hangs_up = False
+    assert locate(V1, tmp_path / "cache", tmp_path / "zoo").path.read_bytes() == CONTENT
+    assert service.server.ranges[-1] == f"bytes={len(CONTENT) // 2}-"
+
+
+def test_the_local_zoo_is_asked_first(service, tmp_path):
     model = tmp_path / "zoo" / V1.removeprefix("zoo:")
     (model / "training").mkdir(parents=True)
     (model / "training" / "model.pt").write_text("ours")
@@ -145,12 +233,12 @@ def test_the_local_zoo_is_asked_first(client, tmp_path):
     assert (file.path, file.downloaded) == (model / "training" / "model.pt", False)
     assert file.origin.startswith(f"local zoo {V1} (sha256 ")
     assert fetch_recipe(V1, *places) == model / "recipe.md"
-    assert client == []
+    assert service.queries == []
     with pytest.raises(SourceUnavailable, match=r"It has model\.pt; choose with \?checkpoint="):
         locate(f"{V1}?checkpoint=other.pt", *places)
 
 
-def test_a_stub_is_a_source_as_any_other(client, tmp_path):
+def test_a_stub_is_a_source_as_any_other(service, tmp_path):
     source = SourceConfig(uri=V2)
     assert cached(source, tmp_path) is None
     file = fetch(source, tmp_path)
@@ -158,36 +246,59 @@ def test_a_stub_is_a_source_as_any_other(client, tmp_path):
     assert cached(source, tmp_path).path == file.path
 
 
-def test_the_stub_of_a_checkpoint_names_no_recipe(client, tmp_path):
+def test_the_stub_of_a_checkpoint_names_no_recipe(service, tmp_path):
     with pytest.raises(ConfigError, match="one that names no recipe"):
         locate(f"{V1}?recipe=original", tmp_path, tmp_path)
-    assert client == []
+    assert service.queries == []
 
 
-def test_a_service_that_is_gone_says_what_to_do(tmp_path, monkeypatch):
-    class Model:
-        def __init__(self, *_: object, **__: object) -> None:
-            raise ConnectionError("HTTPSConnectionPool(" + "x" * 300 + ")\nand more")
+ANSWERS = {
+    "error": ({"errors": [{"message": "no field\nand more"}]}, "no field"),
+    "nothing": ({}, "data"),
+    "a list": ([], "list indices"),
+    "odd": ({"data": {"models": [{"files": [{"displayName": "x"}]}]}}, "fileType"),
+}
 
-    monkeypatch.setitem(sys.modules, "sparsezoo", types.SimpleNamespace(Model=Model))
+
+@pytest.mark.parametrize(("answer", "word"), ANSWERS.values(), ids=list(ANSWERS))
+def test_an_answer_that_is_none_is_told_in_one_line(service, tmp_path, answer, word):
+    service.answer(answer)
+    with pytest.raises(SourceUnavailable, match=word) as raised:
+        fetch_recipe(V1, tmp_path, tmp_path / "zoo")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("models", [[], [{"files": []}]])
+def test_a_model_that_is_not_known_is_told(service, tmp_path, models):
+    service.answer({"data": {"models": models}})
+    with pytest.raises(SourceUnavailable, match="knows no such model") as raised:
+        locate(V1, tmp_path, tmp_path / "zoo")
+    assert V1 in str(raised.value)
+
+
+def test_a_recipe_that_it_has_not_is_told_with_those_that_it_has(service, tmp_path):
+    with pytest.raises(SourceUnavailable, match=r"the recipe x, but found recipe_original\.md, recipe_tr"):
+        fetch_recipe(f"{V1}?recipe=x", tmp_path, tmp_path / "zoo")
+
+
+def test_a_service_that_is_gone_says_what_to_do(service, tmp_path):
+    service.server.posts.clear()
     with pytest.raises(SourceUnavailable) as raised:
         fetch_recipe(V1, tmp_path, tmp_path / "zoo")
     message = str(raised.value)
-    assert message.startswith(f"SparseZoo does not answer for {V1}?recipe=original (ConnectionError)")
+    assert message.startswith(f"SparseZoo does not answer for {V1}?recipe=original (HTTP Error 404")
     assert "recipe.file=PATH" in message
     assert "\n" not in message
     assert not [path for path in (tmp_path / "files").rglob("*") if path.is_file()]
 
 
-def test_a_host_that_never_answers_is_given_up(monkeypatch):
-    """The client itself sets no time limit."""
-    import requests
-
+def test_a_host_that_never_answers_is_given_up(monkeypatch, tmp_path):
+    monkeypatch.setattr(downloads, "_READ_S", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        monkeypatch.setattr(module, "_TIMEOUT_S", 0.2)
+        monkeypatch.setenv("SPARSEZOO_API_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
-        with pytest.raises(requests.exceptions.Timeout), module._short_timeouts():
-            requests.get(f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        with pytest.raises(SourceUnavailable, match=r"does not answer.*timed out"):
+            locate(V1, tmp_path, tmp_path / "zoo")
         assert time.monotonic() - started < 10
