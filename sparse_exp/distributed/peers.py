@@ -23,8 +23,9 @@ from sparse_exp.errors import StageFailed
 
 _T = TypeVar("_T")
 
-_RENAMED = "forward_sync_buffers"  # torch 2.14
+_RENAMED = "forward_sync_buffers"  # in torch 2.14
 _BUFFERS = _RENAMED if _RENAMED in signature(DistributedDataParallel).parameters else "broadcast_buffers"
+_EQUAL: dict[str, Any] = {_BUFFERS: False, "init_sync": False}  # models are equal from the start, and stay so
 
 pipes: list[Connection[Any, Any]] = []
 """Of the first process one to each other process; of each other process one to the first; alone, none."""
@@ -38,7 +39,7 @@ def make_fabric() -> Fabric:
     fabric = Fabric(
         accelerator=accelerator,
         devices=collectives.size(),
-        strategy=DDPStrategy(**{_BUFFERS: False}, init_sync=False),  # equal from the start, and kept so
+        strategy=DDPStrategy(**_EQUAL),
         plugins=[_ProcessGroupEnvironment()],
     )
     fabric.launch()

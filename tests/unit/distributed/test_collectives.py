@@ -47,11 +47,12 @@ def normalize(share: slice) -> dict[str, Any]:
 def observe(share: slice) -> dict[str, Any]:
     """The range of an activation after two batches."""
     torch.manual_seed(0)
-    quantizer = Quantizer(TensorScheme())
-    quantizer.enabled = quantizer.observing = True
+    model = nn.Module()
+    model.quant = Quantizer(TensorScheme())
+    model.quant.enabled = model.quant.observing = True
     x = torch.randn(2, 4, 2, 2, 2) * torch.tensor([1.0, 2.0, 3.0, 4.0]).view(4, 1, 1, 1)
-    outs = [quantizer(batch[share]) for batch in x]
-    return {"out": outs[1], "state": quantizer.state_dict()}
+    outs = [model.quant(batch[share]) for batch in x]
+    return {"out": outs[1], "state": model.state_dict()}
 
 
 def learn(share: slice) -> dict[str, Any]:

@@ -390,7 +390,7 @@ def test_freezing_batch_norms_lasts(detector):
 
 
 def test_evaluation_computes_with_the_batch_norm_folded_in(detector, schemes):
-    """A frozen layer computes the same in training and in evaluation; without rounding, what it did in float."""
+    """Frozen, it computes the same in training and in evaluation; without rounding, what it did in float."""
     begin(detector)
     for _ in range(3):
         detector(images())
