@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantizeBase, QConfig
 
+from sparse_exp.distributed import collectives
 from sparse_exp.errors import MissingDependency, RecipeError, first_line
 from sparse_exp.recipes.distillation import Distiller
 from sparse_exp.recipes.modifiers import interpolate
@@ -125,7 +126,7 @@ class SparsemlSparsifier:
         manager: as given.
 
     Raises:
-        RecipeError: SparseML cannot apply the recipe to the model.
+        RecipeError: SparseML cannot apply the recipe to the model, or several processes train together.
     """
 
     def __init__(
@@ -136,6 +137,8 @@ class SparsemlSparsifier:
         steps_per_epoch: int,
         distiller: Distiller | None = None,
     ) -> None:
+        if collectives.size() > 1:
+            raise RecipeError("recipe.engine=sparseml trains in one process only. Set trainer.devices=1.")
         self.manager, self._model = manager, model
         self._optimizer, self._steps_per_epoch, self._distiller = optimizer, steps_per_epoch, distiller
         self._gradual = [m for m in manager.iter_modifiers() if _is_gradual(m)]
@@ -201,8 +204,9 @@ def _is_gradual(modifier: Any) -> bool:
 
 def _pin_input(model: nn.Module) -> None:
     """Fix the quantizer of the input so that a pixel value v of 0..255 becomes exactly step v."""
-    wrapper: Any = model.get_submodule(stem) if (stem := str(getattr(model, "stem", ""))) else None
-    quantizer = getattr(getattr(wrapper, "quant", None), "activation_post_process", None)
+    stem = getattr(model, "stem", "")
+    wrapper = model.get_submodule(stem) if isinstance(stem, str) else None
+    quantizer: Any = getattr(getattr(wrapper, "quant", None), "activation_post_process", None)
     if isinstance(quantizer, FakeQuantizeBase):
         observer: Any = quantizer.activation_post_process
         with torch.no_grad():
