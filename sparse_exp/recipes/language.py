@@ -187,7 +187,7 @@ def filled_in(roots: Mapping[str, Any], variables: Mapping[str, float], name: st
     stages = {key: value for key, value in roots.items() if _is_stage(value)}
     outer = _variables(roots, stages, variables)
     globals_ = _evaluated(outer, {}, name)
-    if any(_holds_modifiers(key, value) for key, value in roots.items()):
+    if not stages or any(_holds_modifiers(key, value) for key, value in roots.items()):
         stages = {"": roots}
     found = {}
     for stage, content in stages.items():

@@ -380,9 +380,9 @@ class Recipe:
                 quantizers already, it stays as it is.
 
         Returns:
-            The model itself.
+            The model itself; as it was where SparseML runs the recipe, which puts in its own when QAT begins.
         """
-        return prepare(model, self._schemes(model))
+        return model if self._engine == "sparseml" else prepare(model, self._schemes(model))
 
     def attach(
         self,
@@ -433,7 +433,7 @@ class Recipe:
         Returns:
             The model itself.
         """
-        return begin(self.prepare(model))
+        return begin(prepare(model, self._schemes(model)))
 
     def apply_at_once(self, model: YOLOv5, batches: Iterable[Tensor]) -> None:
         """Prune to the final sparsities and quantize, in place and without training.
@@ -446,9 +446,14 @@ class Recipe:
         Raises:
             RecipeError: a modifier cannot prune the model.
         """
-        for modifier in self.modifiers:
-            if isinstance(modifier, MagnitudePruningModifier):
-                prune_at_once(modifier, model, self.name)
+        if self._engine == "sparseml":
+            from sparse_exp.recipes.sparseml import apply_at_once  # may not be installed
+
+            apply_at_once(self.text, self.name, model)
+        else:
+            for modifier in self.modifiers:
+                if isinstance(modifier, MagnitudePruningModifier):
+                    prune_at_once(modifier, model, self.name)
         model.eval()
         if self.quantization_start is not None:
             calibrate(self.apply_structure(model), batches)

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.ao.quantization import FakeQuantizeBase, QConfig
 
+from sparse_exp.distributed import collectives
 from sparse_exp.errors import MissingDependency, RecipeError, first_line
 from sparse_exp.recipes.distillation import Distiller
 from sparse_exp.recipes.modifiers import interpolate
@@ -39,7 +41,7 @@ _MASKS = "_param_masks"
 _NO_DATA = object()
 
 
-class _QConfig(torch.ao.quantization.QConfig):
+class _QConfig(QConfig):
     """A QConfig with settable attributes: SparseML sets its scheme on it, which torch's no longer allows."""
 
 
@@ -124,7 +126,7 @@ class SparsemlSparsifier:
         manager: as given.
 
     Raises:
-        RecipeError: SparseML cannot apply the recipe to the model.
+        RecipeError: SparseML cannot apply the recipe to the model, or several processes train together.
     """
 
     def __init__(
@@ -135,9 +137,12 @@ class SparsemlSparsifier:
         steps_per_epoch: int,
         distiller: Distiller | None = None,
     ) -> None:
+        if collectives.size() > 1:
+            raise RecipeError("recipe.engine=sparseml trains in one process only. Set trainer.devices=1.")
         self.manager, self._model = manager, model
         self._optimizer, self._steps_per_epoch, self._distiller = optimizer, steps_per_epoch, distiller
         self._gradual = [m for m in manager.iter_modifiers() if _is_gradual(m)]
+        self._quantized = False
         try:
             manager.initialize(model, epoch=0.0, loggers=_silent_logger())
         except Exception as error:  # SparseML raises plain Exceptions of many kinds
@@ -148,6 +153,11 @@ class SparsemlSparsifier:
     def before_step(self, epoch: float) -> None:
         """See `Sparsifier`."""
         self.manager.update(self._model, self._optimizer, epoch, self._steps_per_epoch, log_updates=False)
+        if not self._quantized and any(isinstance(m, FakeQuantizeBase) for m in self._model.modules()):
+            self._quantized = True
+            _pin_input(self._model)
+            if self._distiller:  # a quantized layer's output no longer corresponds to the teacher's
+                self._distiller.unwatch()
 
     def loss(self, loss: Tensor, images: Tensor, raw: Sequence[Tensor], epoch: float) -> Tensor:
         """See `Sparsifier`."""
@@ -190,6 +200,21 @@ def _is_gradual(modifier: Any) -> bool:
     kind = type(modifier).__name__
     prunes = "Pruning" in kind and not kind.startswith("Constant")
     return prunes and modifier.end_epoch > max(0.0, modifier.start_epoch)
+
+
+def _pin_input(model: nn.Module) -> None:
+    """Fix the quantizer of the input so that a pixel value v of 0..255 becomes exactly step v."""
+    stem = getattr(model, "stem", "")
+    wrapper = model.get_submodule(stem) if isinstance(stem, str) else None
+    quantizer: Any = getattr(getattr(wrapper, "quant", None), "activation_post_process", None)
+    if isinstance(quantizer, FakeQuantizeBase):
+        observer: Any = quantizer.activation_post_process
+        with torch.no_grad():
+            quantizer.scale.fill_(1.0 / 255.0)
+            quantizer.zero_point.fill_(quantizer.quant_min)
+            quantizer.observer_enabled[0] = 0
+            observer.min_val.fill_(0.0)
+            observer.max_val.fill_(1.0)
 
 
 def _silent_logger() -> Any:

@@ -12,7 +12,6 @@ from sparse_exp.recipes.recipe import (
     Recipe,
     freeze_quantizers,
     is_quantized,
-    pin_input_quantizer,
 )
 from sparse_exp.sparsity.measure import SparsityContract
 from sparse_exp.sparsity.prune import prune_by_magnitude
@@ -283,30 +282,21 @@ def test_is_quantized_tells_states_apart(quantized):
 
 
 def test_pinned_input_quantizer_passes_all_pixel_values_unchanged(quantized):
-    pin_input_quantizer(quantized, quantized.stem)
-    quantizer = quantized.get_submodule(f"{quantized.stem}.quant.activation_post_process")
+    quantizer = quantized.get_submodule(f"{quantized.stem}.input_quantizer")
     pixels = torch.arange(256)
     passed = quantizer(pixels.float() / 255)
     torch.testing.assert_close(passed, pixels.float() / 255, rtol=1e-6, atol=0)
     assert torch.equal((passed * 255).round().long(), pixels)
 
 
-def test_pinned_input_quantizer_stays_while_the_others_learn(quantized):
-    pin_input_quantizer(quantized, quantized.stem)
-    stem = quantized.get_submodule(f"{quantized.stem}.quant.activation_post_process")
-    other = next(
-        module
-        for name, module in quantized.named_modules()
-        if name.startswith("model.1.") and name.endswith("quant.activation_post_process")
-    )
-    quantized.train()
-    quantized.apply(torch.ao.quantization.enable_observer)
-    pin_input_quantizer(quantized, quantized.stem)
+def test_pinned_input_quantizer_stays_while_the_others_learn():
+    model = Recipe(ONLY_EPOCHS + QUANTIZE.format("0.0")).apply_structure(yolov5n()).train()
+    stem, other = (model.get_submodule(f"{name}.input_quantizer") for name in (model.stem, "model.1.conv"))
     with torch.no_grad():
-        quantized(torch.full((2, 3, 64, 64), 0.25))
+        model(torch.full((2, 3, 64, 64), 0.25))
     scale = other.scale.clone()
     with torch.no_grad():
-        quantized(torch.rand(2, 3, 64, 64))
+        model(torch.rand(2, 3, 64, 64))
     assert stem.scale.item() == pytest.approx(1 / 255, rel=1e-7)
     assert not torch.equal(other.scale, scale)
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from sparse_exp.config.schema import LossConfig
 from sparse_exp.errors import RecipeError
+from sparse_exp.quantization.quantizers import is_rounding, quantizers
 from sparse_exp.recipes.language import modifiers_of, read_body
 from sparse_exp.recipes.recipe import Phase, Recipe, is_quantized, quantized_layers
 from sparse_exp.sparsity.prune import blocks, prune_by_magnitude
@@ -54,7 +55,7 @@ class Tiny(nn.Module):
     def __init__(self, sparsity: float = 0.0) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.stem = nn.Conv2d(3, 8, 3, bias=False)
+        self.first = nn.Conv2d(3, 8, 3, bias=False)
         self.a = nn.Conv2d(8, 16, 3, bias=False)
         self.b = nn.Conv2d(16, 20, 1, bias=False)
         self.c = nn.Conv2d(20, 12, 1, bias=False)
@@ -305,10 +306,10 @@ def test_at_once_quantizers_are_calibrated_and_frozen_and_batch_norms_as_they_we
     assert old.keys() == new.keys()
     assert all(torch.equal(value, new[name]) for name, value in old.items())
     assert quantized_layers(model) == list(model.quantizable_convolutions())
-    quantizers = [m for m in model.modules() if isinstance(m, torch.ao.quantization.FakeQuantize)]
-    assert not any(int(quantizer.observer_enabled) for quantizer in quantizers)
-    assert all(bool(torch.isfinite(q.activation_post_process.max_val).all()) for q in quantizers)
-    stem = model.get_submodule(f"{model.stem}.quant.activation_post_process")
+    own = quantizers(model)
+    assert not any(quantizer.observing for quantizer in own.values())
+    assert all(bool((quantizer.low < quantizer.high).all()) for quantizer in own.values())
+    stem = model.get_submodule(f"{model.stem}.input_quantizer")
     assert float(stem.scale) == pytest.approx(1 / 255)
 
     pruned = deepcopy(before).eval()
@@ -330,20 +331,15 @@ def test_at_once_without_quantization_and_what_cannot_be_done_at_once():
         Recipe(gradual(mask="[1, 4]"), name="r.md").apply_at_once(Tiny(), [])
 
 
-def test_each_use_of_a_recipe_is_its_own_and_accelerates_once_when_quantization_begins(monkeypatch):
-    from sparse_exp.recipes import sparsifier as module
-
-    calls, model = [], Tiny()
-    quantize = "  - !QuantizationModifier\n    start_epoch: 1.0\n"
-    monkeypatch.setattr(
-        module, "accelerate", lambda given: calls.append((given, is_quantized([*given.state_dict()])))
-    )
-    recipe = Recipe(gradual() + quantize)
+def test_each_use_of_a_recipe_is_its_own_and_quantization_begins_once():
+    recipe = Recipe(gradual() + "  - !QuantizationModifier\n    start_epoch: 1.0\n")
     recipe.apply_structure(Tiny())
+    model = Tiny()
     sparsifier = recipe.attach(model, torch.optim.SGD(model.parameters(), lr=0.0), 2)
     for step in range(4):
         sparsifier.before_step(step / 2)
-        assert calls == ([(model, True)] if step >= 2 else [])
+        assert is_quantized([*model.state_dict()]) is (step >= 2)
+        assert is_rounding(model) is (step >= 2)
     sparsifier.finish()
 
 
@@ -360,21 +356,27 @@ QUANTIZE = (
 )
 
 
-def test_a_recipe_is_staged_behind_that_of_its_start_and_rebuilds_its_structure():
-    composed = Recipe(HOLD).after(HOLD + QUANTIZE)
+def test_a_recipe_is_staged_behind_that_of_its_start():
+    composed = Recipe(HOLD).after(HOLD)
     recipe = Recipe(composed)
     assert recipe.epochs == 4.0
-    assert recipe.quantization_start == 1.0
-    model, direct = yolov5n(), yolov5n()
-    recipe.apply_structure(model)
-    Recipe(HOLD + QUANTIZE).apply_structure(direct)
-    model.load_state_dict(direct.state_dict())
+    held = [m for m in recipe.modifiers if m.prunes]
+    assert [(m.start_epoch, m.end_epoch) for m in held] == [(0.0, 2.0), (2.0, -1.0)]
     again = Recipe(Recipe(HOLD).after(composed))
     assert again.epochs == 6.0
     assert again.text.count(r"re:model\.2\..*weight") == 3  # patterns come through unchanged
     assert Recipe(HOLD).after("") == Recipe(HOLD).text
     with pytest.raises(RecipeError, match="the recipe of the start checkpoint"):
         Recipe(HOLD).after("modifiers: 3")
+
+
+def test_a_start_may_have_been_made_with_what_only_sparseml_runs():
+    base = HOLD + "  - !MovementPruningModifier\n    start_epoch: 0.0\n    end_epoch: 2.0\n"
+    composed = Recipe(HOLD).after(base)
+    assert "!MovementPruningModifier" in composed
+    with pytest.raises(RecipeError, match=r"recipe\.engine=sparseml"):
+        Recipe(composed)
+    assert Recipe(composed, engine="sparseml").epochs == 4.0
 
 
 def test_staged_recipes_with_the_same_stage_names_are_staged_behind_each_other():

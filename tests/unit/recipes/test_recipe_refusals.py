@@ -177,6 +177,7 @@ def test_lists_of_layers_of_two_lengths_are_refused(model):
 
 
 def test_what_a_pattern_means_is_what_sparseml_takes_it_for(model):
+    pytest.importorskip("sparseml")
     from sparseml.pytorch.utils import get_named_layers_and_params_by_regex
 
     for pattern in (
@@ -196,6 +197,7 @@ def test_a_pattern_begins_where_the_name_begins(model):
 
 
 def test_all_and_all_prunable_mean_what_sparseml_takes_them_for(model):
+    pytest.importorskip("sparseml")
     from sparseml.pytorch.utils import get_prunable_layers
 
     assert layers_matching("params", "__ALL_PRUNABLE__", model) == [n for n, _ in get_prunable_layers(model)]

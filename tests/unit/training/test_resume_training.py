@@ -141,14 +141,20 @@ OTHERS = """modifiers:
     params_strict: False
     start_epoch: 0.6
     end_epoch: 2.1
-  - !ACDCPruningModifier
-    compression_sparsity: 0.6
+  - !GlobalMagnitudePruningModifier
+    init_sparsity: 0.1
+    final_sparsity: 0.6
     start_epoch: 0.0
     end_epoch: 3.0
     update_frequency: 1.0
     params: ['re:model.[4-9].*conv.weight']
-  - !MovementPruningModifier
-    init_sparsity: 0.05
+    leave_enabled: False
+  - !ConstantPruningModifier
+    start_epoch: 1.2
+    end_epoch: 3.5
+    params: ['re:model.[4-9].*conv.weight']
+  - !MagnitudePruningModifier
+    init_sparsity: __FROM_PARAM__
     final_sparsity: 0.5
     start_epoch: 0.0
     end_epoch: 2.5
