@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -16,6 +18,7 @@ from sparse_exp.export.integer import to_integer_graph
 from sparse_exp.export.outputs import Images, quantize_outputs
 from sparse_exp.export.pairs import keep_inputs, tidy
 from sparse_exp.files import landing
+from sparse_exp.quantization.modules import QuantizedConv2d
 from sparse_exp.runs.metadata import NO_FACTS, describe
 from sparse_exp.yolov5 import YOLOv5
 
@@ -98,7 +101,7 @@ def export_onnxruntime(
     names: Sequence[str] = (),
     facts: Mapping[str, object] = NO_FACTS,
 ) -> None:
-    """Export a QAT model for ONNX Runtime, with quantize-dequantize pairs behind all operators but the head's.
+    """Export a QAT model for ONNX Runtime; see `sparse_exp.export.outputs`.
 
     Args:
         model: as of `export_quantized`.
@@ -116,9 +119,25 @@ def export_onnxruntime(
 
 
 def _trace_quantized(model: YOLOv5, *, imgsz: int, opset: int) -> ModelProto:
-    exported = _trace(model, imgsz=imgsz, opset=opset)
+    exported = _trace(_with_rounded_weights(model), imgsz=imgsz, opset=opset)
     tidy(exported.graph)
     return exported
+
+
+@torch.no_grad()
+def _with_rounded_weights(model: YOLOv5) -> YOLOv5:
+    """A copy whose weights are those that it computes with: batch norms folded in, and rounded.
+
+    Rounding them again in 8 bits changes nothing, and PyTorch exports no range of fewer bits.
+    """
+    model = copy.deepcopy(model)
+    for conv in model.modules():
+        if isinstance(conv, QuantizedConv2d) and conv.scheme.weights:
+            weight, bias = conv.folded()
+            conv.weight, conv.bias = nn.Parameter(conv.weight_quantizer(weight)), nn.Parameter(bias)
+            conv.norm = ()
+            conv.weight_quantizer.scheme = replace(conv.scheme.weights, num_bits=8)
+    return model
 
 
 def _trace(model: YOLOv5, *, imgsz: int, opset: int) -> ModelProto:

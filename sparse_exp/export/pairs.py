@@ -191,9 +191,7 @@ def _with_bias(
     return [helper.make_node(DEQUANTIZE, inputs, [conv.input[2]], f"{name}.bias", **axis), conv]
 
 
-def _scale_of_empty_channels(
-    scale: NDArray[Any], weight: NDArray[Any], bias: NDArray[Any]
-) -> NDArray[Any]:
+def _scale_of_empty_channels(scale: NDArray[Any], weight: NDArray[Any], bias: NDArray[Any]) -> NDArray[Any]:
     """The layer's largest scale for channels without weights whose own is too small for their bias.
 
     Of weights that are all 0 any scale says the same.
