@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from numpy.typing import NDArray
-from onnx import GraphProto, NodeProto, TensorProto, helper  # type: ignore[attr-defined]
+from onnx import GraphProto, NodeProto, TensorProto, helper
 
 from sparse_exp.export.graph import add_constant, drop_unused, set_nodes
 from sparse_exp.export.pairs import is_quantized
@@ -26,7 +26,8 @@ def to_integer_graph(graph: GraphProto) -> None:
     Args:
         graph: in the form that `sparse_exp.export.pairs` describes.
     """
-    arrays, makers, nodes = constants(graph), producers(graph), []
+    arrays, makers = constants(graph), producers(graph)
+    nodes: list[NodeProto] = []
     for node in graph.node:
         nodes += _integer(graph, node, makers, arrays) if is_quantized(node, makers) else [node]
     set_nodes(graph, nodes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import io
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx
 import torch
-from onnx import ModelProto  # type: ignore[attr-defined]
+from onnx import ModelProto
 from torch import Tensor, nn
 
 from sparse_exp.export.integer import to_integer_graph
@@ -142,8 +142,14 @@ def _with_rounded_weights(model: YOLOv5) -> YOLOv5:
 
 def _trace(model: YOLOv5, *, imgsz: int, opset: int) -> ModelProto:
     """The graph of a model, with any batch and sizes that are numbers."""
-    pixels, file = torch.zeros(1, 3, imgsz, imgsz, dtype=torch.uint8), io.BytesIO()
-    with model.export_mode(imgsz), warnings.catch_warnings(), torch.no_grad():
+    pixels = torch.zeros(1, 3, imgsz, imgsz, dtype=torch.uint8)
+    with (
+        model.export_mode(imgsz),
+        warnings.catch_warnings(),
+        torch.no_grad(),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        file = Path(folder) / "traced.onnx"
         # The TorchScript exporter is deprecated. The other (dynamo=True, run with torch 2.14.1 and onnxscript
         # 0.7.2) does not export these models: fake_quantize_per_tensor_affine has no kernel for its fake
         # tensors; it writes no operator set below 18, takes 10 s instead of 1.3 s for a yolov5n in fp32, and
@@ -159,8 +165,7 @@ def _trace(model: YOLOv5, *, imgsz: int, opset: int) -> ModelProto:
             output_names=[OUTPUT],
             dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
         )
-        sizes = model(pixels.float()).shape[1:]
-    exported = onnx.load_model_from_string(file.getvalue())
+        exported, sizes = onnx.load(str(file)), model(pixels.float()).shape[1:]
     for dimension, size in zip(exported.graph.output[0].type.tensor_type.shape.dim[1:], sizes, strict=True):
         dimension.dim_value = size
     return exported

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper  # type: ignore[attr-defined]
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from sparse_exp.engines import create_engine
 from sparse_exp.export.graph import (
@@ -155,8 +155,8 @@ def _new_pair(tensor: str, numbers: Sequence[str]) -> Pair:
 
 def _add_scale(graph: GraphProto, tensor: str, low: float, high: float) -> tuple[str, str]:
     """Add scale and zero point for a range that holds 0; returns their names."""
-    scale = np.float32((high - low) / 255 or 1.0)  # of a tensor that is always 0 any scale
-    zero = np.uint8(np.rint(-low / scale))
+    scale = np.array((high - low) / 255 or 1.0, np.float32)  # of a tensor that is always 0 any scale
+    zero = np.rint(-low / scale).astype(np.uint8)
     return add_constant(graph, f"{tensor}.scale", scale), add_constant(graph, f"{tensor}.zero", zero)
 
 
