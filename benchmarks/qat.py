@@ -1,10 +1,11 @@
 """Compare the time of a step of quantization-aware training (QAT) with that of a step of dense training.
 
-The dense step is the one that a run takes on this CPU: bfloat16 autocast where the CPU multiplies it in
-hardware, else fp32; the table says which. QAT computes in fp32, once with torch's modules as SparseML inserts
-them, once with `sparse_exp.quantization.fast_qat`. A step is forward pass, loss, backward pass, clipping and
+The dense step computes in fp32, and where the CPU multiplies bfloat16 in hardware, also in that, as a run does
+there. QAT computes in fp32: with scales per tensor and per output channel, and with ranges and batch norms that
+move, or are frozen as in the later part of the phase. A step is forward pass, loss, backward pass, clipping and
 AdamW on one fixed batch, channels_last. Masks, averaged weights and the loading of batches are left out. All
-steps are measured in turns, so that a drift of the machine affects them alike.
+steps are measured in turns; what counts is CPU time, of all threads of this process, which other work on the
+machine hardly changes.
 
     python benchmarks/qat.py --size s --imgsz 320 --batch 8
 """
@@ -21,17 +22,14 @@ from typing import Any
 
 import psutil
 import torch
-from torch.ao.nn.intrinsic.qat import freeze_bn_stats, update_bn_stats
-from torch.ao.quantization import disable_observer, enable_observer
 
 from sparse_exp.command import Parser, run_command, whole
-from sparse_exp.config.plain import CONF_DIRECTORY
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.hardware import has_bf16, host_facts
 from sparse_exp.locks import default_lock_path, measuring_alone
 from sparse_exp.progress import progress
-from sparse_exp.quantization.fast_qat import accelerate
-from sparse_exp.recipes.recipe import Recipe
+from sparse_exp.quantization.quantizers import begin, freeze_batch_norms, freeze_quantizers, prepare
+from sparse_exp.quantization.scheme import layer_schemes
 from sparse_exp.training.precision import Precision, choose_precision
 from sparse_exp.yolov5 import DetectionLoss, YOLOv5
 
@@ -69,16 +67,13 @@ def _options() -> argparse.Namespace:
 def _steps(options: argparse.Namespace, precision: Precision) -> dict[str, Step]:
     """One step of each kind; the others are compared with the first."""
     plain = Precision(autocast=False, channels_last=precision.channels_last)
-    steps = {f"dense, {precision}": _step(_model(options), options, precision)}
+    steps = {f"dense, {plain}": _step(_model(options), options, plain)}
     if precision.autocast:
-        steps[f"dense, {plain}"] = _step(_model(options), options, plain)
-    for frozen in (False, True):
-        for fast in (False, True):
-            model = _quantized(options, plain, frozen=frozen)
-            if fast:
-                accelerate(model)
-            name = f"QAT{', frozen' if frozen else ''}, {'accelerated' if fast else 'torch as it is'}"
-            steps[name] = _step(model, options, plain)
+        steps[f"dense, {precision}"] = _step(_model(options), options, precision)
+    for strategy in ("tensor", "channel"):
+        for frozen in (False, True):
+            name = f"QAT per {strategy}{', frozen' if frozen else ''}"
+            steps[name] = _step(_quantized(options, plain, strategy, frozen=frozen), options, plain)
     return steps
 
 
@@ -87,15 +82,16 @@ def _model(options: argparse.Namespace) -> YOLOv5:
     return YOLOv5(options.size, _CLASSES).train()
 
 
-def _quantized(options: argparse.Namespace, precision: Precision, *, frozen: bool) -> YOLOv5:
-    """A model in QAT, whose ranges and batch norms move, or are frozen as in the later part of the phase."""
+def _quantized(options: argparse.Namespace, precision: Precision, strategy: str, *, frozen: bool) -> YOLOv5:
+    """A model in QAT, whose ranges and batch norms move, or are frozen."""
     model = _model(options)
-    Recipe.from_file(CONF_DIRECTORY / "recipe" / "quant.md").apply_structure(model)
-    model.apply(enable_observer).apply(update_bn_stats).train()
+    weights = {"num_bits": 8, "symmetric": True, "strategy": strategy}
+    ignore = ["SiLU", "BatchNorm2d", "MaxPool2d", "Upsample", "Concat"]
+    begin(prepare(model, layer_schemes({"scheme": {"weights": weights}, "ignore": ignore}, model)))
     if frozen:
         with torch.no_grad():
             model(_batch(options, precision)[0])  # observers need some values before they are frozen
-        model.apply(disable_observer).apply(freeze_bn_stats)
+        freeze_batch_norms(freeze_quantizers(model))
     return model
 
 
@@ -130,7 +126,7 @@ def _batch(options: argparse.Namespace, precision: Precision) -> tuple[torch.Ten
 
 
 def measure(steps: Mapping[str, Step], repeats: int) -> dict[str, list[float]]:
-    """Measure the steps in turns, after two warm-up steps each; returns the seconds of each step."""
+    """Measure the steps in turns, after two warm-up steps each; returns the CPU seconds of each step."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     with (
         measuring_alone(default_lock_path()),
@@ -138,10 +134,10 @@ def measure(steps: Mapping[str, Step], repeats: int) -> dict[str, list[float]]:
     ):
         for turn in range(-2, repeats):
             for name, step in steps.items():
-                started = time.perf_counter()
+                started = time.process_time()
                 step()
                 if turn >= 0:
-                    seconds[name].append(time.perf_counter() - started)
+                    seconds[name].append(time.process_time() - started)
                 bar.advance()
     return seconds
 
@@ -157,7 +153,7 @@ def summarize(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any
 
 
 def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = ["", "| step | s/step (smallest to largest) | times dense |", "|---|---|---|"]
+    lines = ["", "| step | CPU s/step (smallest to largest) | times dense |", "|---|---|---|"]
     for name, row in rows.items():
         low, high = min(row["seconds"]), max(row["seconds"])
         lines.append(

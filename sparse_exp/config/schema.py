@@ -147,7 +147,9 @@ class RecipeConfig:
         None, "for recipes that distill: a checkpoint, a stub, 'self' (the start) or 'baseline'"
     )
     oneshot: bool = documented(False, "apply the recipe at once, with calibration, without training")
-    calibration_images: int = bounded(64, 1, 100000, unit="images", help="that a one-shot recipe looks at")
+    calibration_images: int = bounded(
+        64, 1, 100000, unit="images", help="on which the first ranges of quantization are found"
+    )
 
 
 @dataclass
@@ -194,6 +196,9 @@ class TrainerConfig:
     momentum: float = bounded(0.9, 0.0, 0.999, help="of SGD")
     patience: Optional[int] = bounded(
         None, 1, 10000, unit="epochs", help="end a phase early after so many without a better mAP50"
+    )
+    quantize_from: str = one_of(
+        "best", ("best", "last"), "weights of the phase before that quantization starts from"
     )
     val_batch_size: int = bounded(8, 1, 1024, unit="images")
     devices: int = bounded(

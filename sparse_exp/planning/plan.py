@@ -228,7 +228,7 @@ def pruning_step(experiment: Experiment, recipe: Recipe, start: Start) -> float 
 
     Raises:
         RecipeError: the recipe does not suit the start or the configuration: a transfer that would
-            stay dense, a quantized start, no teacher to distill from, nothing to apply in one shot.
+            stay dense, no teacher to distill from, nothing to apply in one shot.
     """
     _refuse(experiment, recipe, start)
     if start.is_sparse or not recipe.holds_mask:
@@ -245,15 +245,6 @@ def pruning_step(experiment: Experiment, recipe: Recipe, start: Start) -> float 
 
 
 def _refuse(experiment: Experiment, recipe: Recipe, start: Start) -> None:
-    if start.quantized:
-        again = (
-            "would quantize it again" if recipe.quantization_start is not None else "trains in floating point"
-        )
-        raise RecipeError(
-            f"The start checkpoint ({start.origin}) is quantized already, and {recipe.name} {again}. "
-            "Start from the checkpoint before QAT: ?checkpoint=preqat behind a stub, or a run's "
-            "weights/best_pruned.pt."
-        )
     if recipe.distills and experiment.recipe.teacher is None:
         raise RecipeError(
             f"{recipe.name} distills, but there is no teacher to learn from. Give a trained checkpoint with "

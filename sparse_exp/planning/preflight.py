@@ -48,7 +48,7 @@ def plan_training(
         partly = f"; {len(start.left)} in part (of the head not the classes)" if start.left else ""
         _log.info("%s taken from %s%s.", start.transferred, start.origin, partly)
     recipe.check(model)
-    check_devices(experiment, recipe, model)
+    check_devices(experiment)
     prune_to = pruning_step(experiment, recipe, start)
     if experiment.recipe.oneshot:
         refuse_untrained_start(start)

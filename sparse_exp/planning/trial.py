@@ -21,6 +21,7 @@ from torch import Tensor
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data.loader import Batch
 from sparse_exp.errors import ConfigError
+from sparse_exp.quantization.quantizers import release
 from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sparsity.measure import MEGABYTE
 from sparse_exp.training.batches import split_batch
@@ -158,6 +159,7 @@ class _Rig:
 
     def forget(self) -> None:
         """Let go of what a step that was broken off holds."""
+        release(self._model)
         self._optimizer.zero_grad()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -36,7 +36,8 @@ class Quantizer(nn.Module):
     Attributes:
         scheme: as given.
         enabled: whether it rounds.
-        observing: whether its range still follows.
+        observing: whether its range follows the training.
+        pinned: whether its range was set, and stays in calibration, too.
         readers: how many layers read the tensor through this quantizer. It is rounded once for all of them.
         scale: (channels,) size of a step.
         zero_point: (channels,) int32: the step that stands for 0.0.
@@ -52,7 +53,7 @@ class Quantizer(nn.Module):
     def __init__(self, scheme: TensorScheme, channels: int = 1, *, of_weight: bool = False) -> None:
         super().__init__()
         self.scheme, self._of_weight, self.readers = scheme, of_weight, 1
-        self.enabled = self.observing = False
+        self.enabled = self.observing = self.pinned = False
         self._calibrated: int | None = None
         self._last: tuple[Tensor, Tensor, int] | None = None
         self.register_buffer("scale", torch.ones(channels))
@@ -68,7 +69,7 @@ class Quantizer(nn.Module):
             _, rounded, left = self._last
             self._last = (x, rounded, left - 1) if left > 1 else None
             return rounded
-        if self.observing and (self.training or self._calibrated is not None):
+        if not self.pinned and (self._calibrated is not None or (self.observing and self.training)):
             self.observe(x.detach())
         rounded = fake_quantize(x, self.scale, self.zero_point, *self.scheme.steps)
         self._last = (x, rounded, self.readers - 1) if self.readers > 1 else None
@@ -95,11 +96,15 @@ class Quantizer(nn.Module):
         self.low.fill_(low)
         self.high.fill_(high)
         self._set_scale()
-        self.observing = False
+        self.pinned = True
 
     def calibrate(self, *, on: bool) -> None:
         """Begin or end to observe in evaluation, each batch with the same weight."""
         self._calibrated = 0 if on else None
+
+    def release(self) -> None:
+        """Forget the tensor that other readers of this step wait for."""
+        self._last = None
 
     def _share_of_batch(self) -> float:
         if self._calibrated is None:
@@ -126,11 +131,16 @@ class Quantizer(nn.Module):
         low, high = self.low.clamp(max=0.0), self.high.clamp(min=0.0)
         if self.scheme.symmetric:
             scale = torch.maximum(-low, high) / (float(last - first) / 2)
-            self.scale.copy_(scale.clamp(min=_EPS))
-            self.zero_point.zero_()
-            return
-        self.scale.copy_(((high - low) / float(last - first)).clamp(min=_EPS))
-        self.zero_point.copy_((first - torch.round(low / self.scale).int()).clamp(first, last))
+        else:
+            scale = (high - low) / float(last - first)
+        self.scale.copy_(scale.clamp(min=_EPS))
+        self.zero_point.copy_(self.zero_point_of(low, self.scale))
+
+    def zero_point_of(self, low: Tensor, scale: Tensor) -> Tensor:
+        """The step that stands for 0.0 in a range that begins at ``low``."""
+        first, last = self.scheme.steps
+        zero = first - torch.round(low.clamp(max=0.0) / scale).int()
+        return torch.zeros_like(zero) if self.scheme.symmetric else zero.clamp(first, last)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the tensor that other readers of this step wait for; it belongs to a graph of gradients."""

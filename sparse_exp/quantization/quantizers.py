@@ -119,6 +119,12 @@ def freeze_batch_norms(model: nn.Module) -> nn.Module:
     return model
 
 
+def release(model: nn.Module) -> None:
+    """Let go of tensors that quantizers keep for further readers, after a step that was broken off."""
+    for quantizer in quantizers(model).values():
+        quantizer.release()
+
+
 def pin_input_quantizer(model: nn.Module, stem: str) -> None:
     """Fix the quantizer of the input so that a pixel value v of 0..255 becomes exactly step v.
 

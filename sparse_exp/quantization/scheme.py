@@ -147,7 +147,8 @@ def from_data(data: Mapping[str, Any]) -> Schemes:
         if kept is None:
             return None
         scheme = TensorScheme(**kept)
-        _check_bits(scheme.num_bits)
+        if scheme.num_bits not in range(2, 9):
+            raise ValueError(f"Expected from 2 to 8 bits, but got {scheme.num_bits!r}.")
         return scheme
 
     return {

@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from sparse_exp.errors import CheckpointError
-from sparse_exp.recipes.recipe import Recipe, freeze_quantizers, is_quantized
+from sparse_exp.quantization.from_sparseml import from_sparseml
+from sparse_exp.quantization.quantizers import (
+    begin,
+    freeze_quantizers,
+    is_quantized,
+    is_rounding,
+    prepare,
+    schemes_of,
+)
+from sparse_exp.quantization.scheme import as_data, from_data
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sparsity.measure import require_layer_sparsity, state_sparsity
 from sparse_exp.yolov5 import Checkpoint, YOLOv5, read_checkpoint, save_checkpoint
 
@@ -59,6 +69,7 @@ class CheckpointWriter:
             phase=phase,
             epoch=record["epoch"],
             metrics={name: value for name, value in record.items() if isinstance(value, float)},
+            quantization=as_data(schemes_of(model)) if is_rounding(model) else {},
         )
         if promised:
             layers = state_sparsity(read_checkpoint(path).state_dict)
@@ -67,31 +78,39 @@ class CheckpointWriter:
 
 
 def restore(path: Path) -> tuple[YOLOv5, Checkpoint]:
-    """Rebuild a trained model. A quantized one gets its structure from the recipe in the checkpoint.
+    """Rebuild a trained model, quantized or not.
 
     Args:
-        path: a checkpoint in our own format.
+        path: a checkpoint in our own format, or of a quantized model of SparseML's.
 
     Returns:
         The model in evaluation mode, its quantizers frozen, and the checkpoint.
 
     Raises:
-        CheckpointError: the file cannot be read, or recipe and weights do not fit each other.
+        CheckpointError: the file cannot be read, or its parts do not fit each other.
     """
     checkpoint = read_checkpoint(path)
-    model = YOLOv5(checkpoint.size, checkpoint.num_classes)
-    if is_quantized(list(checkpoint.state_dict)):
-        if not checkpoint.recipe:
-            raise CheckpointError(
-                f"{path} holds quantized weights but no recipe to rebuild them with. "
-                "Use the checkpoint of a run, which has both."
-            )
-        Recipe(checkpoint.recipe, name=f"the recipe in {path.name}").apply_structure(model)
+    model, state = YOLOv5(checkpoint.size, checkpoint.num_classes), checkpoint.state_dict
     try:
-        model.load_state_dict(checkpoint.state_dict)
-    except RuntimeError as error:
+        if checkpoint.quantization:
+            begin(prepare(model, from_data(checkpoint.quantization)))
+        elif is_quantized(list(state)):
+            _recipe_of(path, checkpoint).apply_structure(model)
+            state = from_sparseml(state, model)
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
         raise CheckpointError(
-            f"The weights in {path} do not fit the model that its recipe makes. "
-            "Use a checkpoint that this version wrote."
+            f"The weights in {path} do not fit the quantization that it names. "
+            "Use a checkpoint that a run or SparseML wrote."
         ) from error
     return freeze_quantizers(model).eval(), checkpoint  # type: ignore[return-value]
+
+
+def _recipe_of(path: Path, checkpoint: Checkpoint) -> Recipe:
+    """The recipe that says how weights of SparseML's are quantized."""
+    if not checkpoint.recipe:
+        raise CheckpointError(
+            f"{path} holds quantized weights but no recipe to rebuild them with. "
+            "Use the checkpoint of a run, which has both."
+        )
+    return Recipe(checkpoint.recipe, name=f"the recipe in {path.name}", engine="sparseml")

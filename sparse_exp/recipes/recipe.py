@@ -448,8 +448,8 @@ class Recipe:
 
         Args:
             base: text of the start checkpoint's recipe, with or without stages; empty if it has none. It may
-                have modifiers that only SparseML runs. If both recipes quantize, its quantization is left
-                out: a quantized start is refused, so the checkpoint is from before it.
+                have modifiers that only SparseML runs. Its quantization is left out: of a quantized start
+                only the weights are taken, in floating point.
 
         Returns:
             YAML of both.
@@ -459,9 +459,8 @@ class Recipe:
         """
         if not base.strip():
             return self.text
-        before = Recipe(base, name="the recipe of the start checkpoint", engine="sparseml").text
-        if self.quantization_start is not None:
-            before = without(before, "QuantizationModifier")
+        start = Recipe(base, name="the recipe of the start checkpoint", engine="sparseml")
+        before = without(start.text, "QuantizationModifier")
         return Recipe(staged(before, self.text), engine="sparseml").text if before else self.text
 
     def _quantizations(self) -> list[QuantizationModifier]:

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable
 
-from sparse_exp.data.loader import DetectionLoader
 from sparse_exp.errors import ConfigError
 from sparse_exp.files import write_json
 from sparse_exp.runs.replay import HISTORY
@@ -94,7 +93,7 @@ def _run(context: Context, file: StateFile, state: State | None) -> tuple[Traini
         refuse_untrained_start(start)
     teacher = _teacher(context, model, start)
     _prepare(context, model)
-    data = TrainingData(_train_loader(context), context.validation(), names, experiment.dataset.imgsz)
+    data = _data(context)
     if experiment.recipe.oneshot:
         weights = context.run.path / "weights"
         result = apply_at_once(
@@ -131,17 +130,23 @@ def _prepare(context: Context, model: YOLOv5) -> None:
         )
 
 
-def _train_loader(context: Context) -> DetectionLoader:
-    """Augmented batches; for a recipe applied at once the images to calibrate with."""
+def _data(context: Context) -> TrainingData:
+    """What the training reads; a recipe applied at once trains on nothing but the calibration images."""
     experiment = context.experiment
-    if not experiment.recipe.oneshot:
-        return context.loader("train", train=True)
-    return calibration_loader(
+    oneshot, quantizes = experiment.recipe.oneshot, context.recipe.quantization_start is not None
+    images = calibration_loader(
         context.dataset,
         experiment.recipe.calibration_images,
         imgsz=experiment.dataset.imgsz,
         batch_size=experiment.trainer.val_batch_size,
         seed=experiment.seed,
+    )
+    return TrainingData(
+        images if oneshot else context.loader("train", train=True),
+        context.validation(),
+        context.dataset.names,
+        experiment.dataset.imgsz,
+        images if quantizes and not oneshot else None,
     )
 
 

@@ -71,6 +71,6 @@ class Buffers:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Set the buffers to the copies; those of observers get their former shapes, too."""
+        """Set the buffers to the copies."""
         for buffer, kept in self._kept:
-            buffer.resize_(kept.shape).copy_(kept)
+            buffer.copy_(kept)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.ao.quantization import FakeQuantizeBase
 
 from sparse_exp.data.loader import Batch
 from sparse_exp.locks import give_way, waited_seconds
@@ -108,9 +107,6 @@ class Validation:
     ) -> Evaluation:
         """Measure mAP of a torch model, which is in evaluation mode meanwhile and observes no ranges."""
         was_training, device = model.training, model.anchors.device  # one for deployment has no parameters
-        observing = [m for m in model.modules() if isinstance(m, FakeQuantizeBase) and m.observer_enabled[0]]
-        for quantizer in observing:  # images of the validation split must not move the ranges
-            quantizer.disable_observer()
         model.eval()
 
         @torch.no_grad()
@@ -122,8 +118,6 @@ class Validation:
             return self.evaluate(predict, description=description)
         finally:
             model.train(was_training)
-            for quantizer in observing:
-                quantizer.enable_observer()
 
 
 def as_input(images: Tensor, memory_format: torch.memory_format) -> Tensor:

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import seed_everything
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from sparse_exp.config.schema import TrainerConfig
@@ -22,8 +23,9 @@ from sparse_exp.distributed import collectives
 from sparse_exp.distributed.peers import broadcast_from_first, make_fabric, require_equal
 from sparse_exp.locks import give_way, waited_seconds
 from sparse_exp.progress import Bar, progress
+from sparse_exp.quantization.quantizers import calibrate, release
 from sparse_exp.recipes.checkpoints import CheckpointWriter
-from sparse_exp.recipes.recipe import Phase, Recipe, pin_input_quantizer
+from sparse_exp.recipes.recipe import Phase, Recipe
 from sparse_exp.recipes.sparsifier import Sparsifier
 from sparse_exp.sparsity.measure import SparsityContract, layer_sparsity, overall
 from sparse_exp.training.averaging import exponential, zero_where_zero
@@ -58,12 +60,15 @@ class TrainingData:
         val: how accuracies on the validation split are measured.
         names: class names.
         imgsz: side of the images in pixels.
+        calibration: images on which the first ranges of quantization are found; None: in the first batches of
+            the quantized phase.
     """
 
     train: DetectionLoader
     val: Validation
     names: tuple[str, ...]
     imgsz: int
+    calibration: DetectionLoader | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,7 @@ class Trainer:
         self._share = data.train.share(collectives.rank(), collectives.size())
         self._writer = CheckpointWriter(weights, data.names, data.imgsz, composed or recipe.text)
         self._model, self._teacher = self._on_device(model), teacher and self._on_device(teacher).eval()
+        recipe.prepare(self._model)
         self._ema = AveragedModel(model, multi_avg_fn=exponential(config.ema_decay), use_buffers=True)
         self._optimizer = make_optimizer(model, config, optimizer)
         self._loss = DetectionLoss(model.anchors, model.num_classes, config.loss, data.imgsz)
@@ -168,10 +174,10 @@ class Trainer:
             train = partial(
                 self._train, steps_per_epoch=steps, batches=self._batches(), sparsifier=sparsifier, bar=bar
             )
-            for phase in phases[self._position.phase :]:
+            for index, phase in enumerate(phases[self._position.phase :], self._position.phase):
                 first = first_step(phase.start, steps)
                 if self._position.step <= first:
-                    self._begin_phase(phase, sparsifier, first / steps)
+                    self._begin_phase(phase, phases[:index], sparsifier, first / steps)
                 for record in self._train_phase(phase, steps, train):
                     self._history.append(record)
                     self._on_epoch(record)
@@ -236,16 +242,27 @@ class Trainer:
             self._best[name] = best
         set_random_state(state["random"])  # last, because the lines above may draw random numbers
 
-    def _begin_phase(self, phase: Phase, sparsifier: Sparsifier, epoch: float) -> None:
-        """Begin a phase. QAT begins with the averaged weights, as their average cannot follow its modules."""
+    def _begin_phase(
+        self, phase: Phase, before: Sequence[Phase], sparsifier: Sparsifier, epoch: float
+    ) -> None:
+        """Begin a phase. QAT begins with averaged weights, and with ranges of images as they are."""
         self._best.pop(phase.name, None)
         if not phase.quantized or self._quantizing:
             return
         self._quantizing = True
-        if epoch > 0:
-            self._model.load_state_dict(self._ema.module.state_dict())
+        if before:
+            self._model.load_state_dict(self._weights_to_quantize(before[-1]))
         sparsifier.before_step(epoch)
-        pin_input_quantizer(self._model, self._model.stem)
+        if self._data.calibration:
+            calibrate(self._model, (self._as_input(batch) for batch in self._data.calibration))
+
+    def _weights_to_quantize(self, before: Phase) -> dict[str, Any]:
+        """The best weights of the phase before, or the last; of a phase that makes zeros always the last."""
+        if self._config.quantize_from == "last" or is_pruning(before):
+            return self._ema.module.state_dict()
+        best = self._best[before.name]
+        _log.info("Quantization starts from the best weights so far, those after epoch %g.", best.epoch)
+        return read_checkpoint(best.path).state_dict
 
     def _train_phase(
         self, phase: Phase, steps: int, train: Callable[[Phase, range], Record]
@@ -342,6 +359,7 @@ class Trainer:
             # Not within the except block, where the traceback keeps the activations alive.
             self._split *= 2
             buffers.restore()
+            release(self._model)
             torch.set_rng_state(random)
             _log.warning(
                 "A quantized step ran out of memory; from here on each batch is computed in %d parts, which "
@@ -359,7 +377,7 @@ class Trainer:
         pieces = weighted_parts(batch, parts)
         whole = sum(count for _, count in pieces)
         for part, count in pieces:
-            images = as_input(part.images.to(self._fabric.device), self._precision.memory_format)
+            images = self._as_input(part)
             with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
                 raw = self._model(images)
             task, losses = self._loss(raw, part.targets)
@@ -425,6 +443,9 @@ class Trainer:
                 self._position.batches += 1
                 yield next(batches, nothing)  # this process's last share of an epoch may have no image
             epoch, taken = epoch + 1, 0
+
+    def _as_input(self, batch: Batch) -> Tensor:
+        return as_input(batch.images.to(self._fabric.device), self._precision.memory_format)
 
     def _on_device(self, model: YOLOv5) -> YOLOv5:
         return model.to(self._fabric.device).to(memory_format=self._precision.memory_format)

@@ -20,7 +20,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -33,16 +32,13 @@ import torch.distributed as dist
 
 from sparse_exp.children import exit_with_parent, how_it_ended, start_child
 from sparse_exp.config.schema import Experiment
-from sparse_exp.distributed import collectives
 from sparse_exp.distributed.collectives import Disconnected
 from sparse_exp.distributed.peers import pipes
 from sparse_exp.errors import ConfigError, SparseExpError, StageFailed, expected, first_line
-from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.training.loop import Trainer, TrainingResult
 from sparse_exp.training.memory import is_out_of_memory
 from sparse_exp.training.state import State
 from sparse_exp.training.threads import using_threads
-from sparse_exp.yolov5 import YOLOv5
 
 _log = logging.getLogger(__name__)
 # How long one exchange of numbers may take. A process that dies is noticed at once, and while the first one
@@ -60,29 +56,21 @@ join_training(int(sys.argv[1]))
 """
 
 
-def check_devices(experiment: Experiment, recipe: Recipe, model: YOLOv5) -> None:
+def check_devices(experiment: Experiment) -> None:
     """Refuse a training that ``trainer.devices`` processes cannot do together.
 
     Args:
         experiment: the configuration.
-        recipe: its recipe.
-        model: before quantization; not changed.
 
     Raises:
         ConfigError: this machine has GPUs, but fewer than processes.
-        RecipeError: the recipe quantizes with observers whose ranges processes cannot find together.
     """
-    devices = experiment.trainer.devices
-    if devices == 1:
-        return
-    gpus = torch.cuda.device_count()
+    devices, gpus = experiment.trainer.devices, torch.cuda.device_count()
     if gpus and devices > gpus:
         do = "Set trainer.devices to it, or less."
         raise ConfigError(
             expected("trainer.devices", f"at most the {gpus} GPUs of this machine", devices, do)
         )
-    if recipe.quantization_start is not None:
-        collectives.check_observers(recipe.apply_structure(deepcopy(model)))
 
 
 def fit_together(

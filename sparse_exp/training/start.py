@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from sparse_exp.config.schema import RecipeConfig
 from sparse_exp.errors import CheckpointError, ConfigError, expected
+from sparse_exp.quantization.from_sparseml import published_state
+from sparse_exp.quantization.quantizers import is_quantized
 from sparse_exp.recipes.checkpoints import restore
-from sparse_exp.recipes.recipe import is_quantized
 from sparse_exp.sources.start import SCRATCH, StartFile
-from sparse_exp.sparsity.measure import SPARSE_FROM, layer_sparsity, listed, overall, state_sparsity
+from sparse_exp.sparsity.measure import SPARSE_FROM, layer_sparsity, listed, overall
 from sparse_exp.sparsity.prune import BLOCK, prune_by_magnitude, prune_layer_adaptively
 from sparse_exp.yolov5 import Checkpoint, TransferReport, YOLOv5, read_checkpoint, transfer_weights
 from sparse_exp.yolov5.grow import grow
@@ -30,11 +31,11 @@ class Start:
         origin: where they come from, ``grown:...``, or ``scratch``.
         sparsity: share of zeros in the prunable convolutions, 0..1; None: not known, as the checkpoint is not
             on this machine yet.
-        quantized: whether they went through QAT.
+        quantized: whether the checkpoint's weights went through QAT; its ranges are not taken.
         left: names of the tensors that the checkpoint does not fill; they keep their initial values.
         grown_from: origin of the smaller checkpoint that the start is grown from; "" where it is not.
         checkpoint: what its file holds, as far as it is grown after that; None for ``scratch``.
-        report: which tensors were taken; None for ``scratch`` and for a quantized checkpoint.
+        report: which tensors were taken; None for ``scratch``.
     """
 
     origin: str
@@ -73,8 +74,8 @@ def load_start(file: StartFile | None, size: str, num_classes: int, *, seed: int
         seed: of the initial weights of what is not taken, and of the noise in a start that is grown.
 
     Returns:
-        The detector, and how its weights came into it. A quantized checkpoint is read, but not taken: its
-        structure is another.
+        The detector, and how its weights came into it. Of a quantized checkpoint the weights and batch norms
+        are taken, as they are in floating point; its quantizers are left out.
 
     Raises:
         CheckpointError: the file cannot be read, or is of another architecture.
@@ -84,16 +85,22 @@ def load_start(file: StartFile | None, size: str, num_classes: int, *, seed: int
     if file is None:
         return model, Start(SCRATCH, overall(layer_sparsity(model.prunable_convolutions())))
     checkpoint = read_checkpoint(file.file.path)
+    quantized = is_quantized(list(checkpoint.state_dict))
+    if quantized:
+        _log.info("The start (%s) is quantized: its weights are taken in floating point.", file.file.origin)
+        checkpoint = _in_floating_point(checkpoint)
     if file.grown:
         checkpoint = grow(checkpoint, size, seed=seed)
     grown_from = file.file.origin if file.grown else ""
-    if is_quantized(list(checkpoint.state_dict)):
-        prunable = model.prunable_convolutions()
-        layers = [layer for layer in state_sparsity(checkpoint.state_dict) if layer.name in prunable]
-        return model, Start(file.name, overall(layers), True, (), grown_from, checkpoint)
     report = transfer_weights(model, checkpoint)
     sparsity = overall(layer_sparsity(model.prunable_convolutions()))
-    return model, Start(file.name, sparsity, False, report.left, grown_from, checkpoint, report)
+    return model, Start(file.name, sparsity, quantized, report.left, grown_from, checkpoint, report)
+
+
+def _in_floating_point(checkpoint: Checkpoint) -> Checkpoint:
+    """A quantized checkpoint without its quantizers."""
+    model = YOLOv5(checkpoint.size, checkpoint.num_classes)
+    return replace(checkpoint, state_dict=published_state(checkpoint.state_dict, model), quantization={})
 
 
 def prune_start(model: YOLOv5, sparsity: float | None, config: RecipeConfig) -> None:

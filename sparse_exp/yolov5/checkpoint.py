@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from sparse_exp.yolov5.restricted import Inert, RestrictedFile, TensorRecord, da
 FORMAT = "sparse_exp/1"
 _HEAD = "model.24."
 _LEVELS = 3
-_OBSERVED = (".scale", ".zero_point", ".min_val", ".max_val")  # buffers of observers
 _MAX_MODULES = 10_000
 # Other models (of Ultralytics and torchvision), each with a pattern for names that only its tensors have.
 _FOREIGN = {
@@ -45,12 +44,15 @@ class Checkpoint:
         num_classes: number of classes of the head.
         names: class names, ``num_classes`` of them.
         state_dict: tensors by their published names; floating point as float32. After quantization-aware
-            training the names are SparseML's: apply the recipe to a model before loading them.
+            training there are tensors of quantizers, too, of which `quantization` tells. Where that is empty
+            all the same, the names are SparseML's: see `sparse_exp.quantization.from_sparseml`.
         recipe: the SparseML recipe that the weights were trained with, or "".
         phase: "dense", "pruned" or "pruned_quant"; None for published checkpoints, which do not tell.
         epoch: epochs trained; -1 or less where unknown.
         metrics: values by name, for example ``val/map50``.
         imgsz: side of the images trained on, in pixels; None where unknown.
+        quantization: how each layer is quantized, as plain data (see `sparse_exp.quantization.scheme`); empty
+            for floating point.
     """
 
     format: str
@@ -63,6 +65,7 @@ class Checkpoint:
     epoch: float
     metrics: dict[str, float]
     imgsz: int | None
+    quantization: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def _read_ours(path: Path, file: RestrictedFile) -> Checkpoint:
     kinds = {"num_classes": int, "names": list, "imgsz": int, "state_dict": dict, "recipe": str, "phase": str}
     wrong = [k for k, t in kinds.items() if not isinstance(tree.get(k), t)]
     wrong += [k for k in ("epoch",) if not isinstance(tree.get(k), int | float)]
-    wrong += [k for k in ("metrics",) if not isinstance(tree.get(k), dict)]
+    wrong += [k for k in ("metrics", "quantization") if not isinstance(tree.get(k, {}), dict)]
     wrong += [k for k in ("size",) if tree.get(k) not in SCALES]
     if wrong:
         raise CheckpointError(damaged(path, f"its {wrong[0]} is malformed"))
@@ -123,6 +126,7 @@ def _read_ours(path: Path, file: RestrictedFile) -> Checkpoint:
         epoch=float(tree["epoch"]),
         metrics={str(k): float(v) for k, v in tree["metrics"].items()},
         imgsz=tree["imgsz"],
+        quantization=tree.get("quantization", {}),
     )
 
 
@@ -275,8 +279,7 @@ def transfer_weights(model: YOLOv5, checkpoint: Checkpoint) -> TransferReport:
     keep their own rows for class scores: a training then finds boxes in its first epoch.
 
     Args:
-        model: changed in place. For weights after quantization-aware training, apply the checkpoint's recipe
-            to it first.
+        model: in floating point; changed in place.
         checkpoint: of the same size.
 
     Raises:
@@ -312,9 +315,8 @@ def _with_boxes_of(other: Tensor | None, num_classes: int, own: Tensor) -> Tenso
 def _check_fits(name: str, own: Tensor, other: Tensor | None) -> None:
     if other is None:
         message = f"Expected the checkpoint to hold {name!r}, but it does not."
-        raise CheckpointError(f"{message} Choose another one, or apply its recipe to the model first.")
-    # observers take their shape from the first batch, or from the tensors that are loaded
-    if other.shape != own.shape and not name.endswith(_OBSERVED):
+        raise CheckpointError(f"{message} Choose another one.")
+    if other.shape != own.shape:
         should_be, do = f"of shape {tuple(own.shape)}", "Fetch or choose another checkpoint."
         raise CheckpointError(expected(f"the checkpoint's {name}", should_be, tuple(other.shape), do))
 
@@ -331,6 +333,7 @@ def save_checkpoint(
     phase: str,
     epoch: float,
     metrics: Mapping[str, float],
+    quantization: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint in our own format, whole or not at all.
 
@@ -348,6 +351,7 @@ def save_checkpoint(
         phase: "dense", "pruned" or "pruned_quant".
         epoch: epochs trained.
         metrics: values by name.
+        quantization: see `Checkpoint`; None for floating point.
 
     Raises:
         OSError: the directory cannot be written.
@@ -364,6 +368,7 @@ def save_checkpoint(
         "phase": str(phase),
         "epoch": float(epoch),
         "metrics": {str(k): float(v) for k, v in metrics.items()},
+        "quantization": dict(quantization or {}),
     }
     with landing(path) as temporary, temporary.open("wb") as file:  # to a path, torch hides OSErrors
         torch.save(content, file)

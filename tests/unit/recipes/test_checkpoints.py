@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 
 from sparse_exp.errors import CheckpointError
+from sparse_exp.quantization.quantizers import freeze_quantizers, quantizers
 from sparse_exp.recipes.checkpoints import restore
-from sparse_exp.recipes.recipe import freeze_quantizers
 from sparse_exp.yolov5 import YOLOv5, read_checkpoint, save_checkpoint
 
 
@@ -21,6 +23,7 @@ def resave(source, path, **changes) -> None:
         "phase": kept.phase,
         "epoch": kept.epoch,
         "metrics": kept.metrics,
+        "quantization": kept.quantization,
     }
     save_checkpoint(path, **{**content, **changes})
 
@@ -38,8 +41,7 @@ def test_a_quantized_model_comes_back_exactly(tiny_run, digit_images):
     trained = freeze_quantizers(tiny_run.model)
     mine, his = model.state_dict(), trained.state_dict()
     assert mine.keys() == his.keys()
-    enabled = ("fake_quant_enabled", "observer_enabled")
-    assert all(torch.equal(mine[name], his[name]) for name in mine if not name.endswith(enabled))
+    assert all(torch.equal(mine[name], his[name]) for name in mine)
     assert torch.equal(outputs(model, digit_images), outputs(trained, digit_images))
 
 
@@ -50,7 +52,8 @@ def test_quantization_is_active_and_frozen_in_what_comes_back(tiny_run, digit_im
     quantized = outputs(model, digit_images)
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    model.apply(torch.ao.quantization.disable_fake_quant)
+    for quantizer in quantizers(model).values():
+        quantizer.enabled = False
     assert not torch.equal(outputs(model, digit_images), quantized)
 
 
@@ -63,24 +66,36 @@ def test_a_float_model_comes_back_exactly(tiny_run, digit_images):
     assert model.num_classes == len(checkpoint.names) == 10
 
 
-def test_quantized_weights_without_a_recipe_are_refused(tiny_run, tmp_path):
+def test_a_quantized_model_needs_no_recipe(tiny_run, tmp_path, digit_images):
     resave(tiny_run.weights / "last.pt", tmp_path / "lost.pt", recipe="")
+    whole, lost = (restore(path)[0] for path in (tiny_run.weights / "last.pt", tmp_path / "lost.pt"))
+    assert torch.equal(outputs(lost, digit_images), outputs(whole, digit_images))
+
+
+def test_quantized_weights_of_which_nothing_is_known_are_refused(tiny_run, tmp_path):
+    resave(tiny_run.weights / "last.pt", tmp_path / "lost.pt", recipe="", quantization={})
     with pytest.raises(CheckpointError, match="recipe") as error:
         restore(tmp_path / "lost.pt")
     assert "lost.pt" in str(error.value)
     assert "\n" not in str(error.value)
 
 
-DENSE = "training_modifiers:\n  - !EpochRangeModifier\n    start_epoch: 0.0\n    end_epoch: 2.0\n"
-
-
-@pytest.mark.parametrize("quantizes", [False, True], ids=["float", "other quantizers"])
-def test_a_recipe_of_another_structure_is_refused(tiny_run, tmp_path, quantizes):
-    recipe = DENSE
-    if quantizes:
-        recipe += "quantization_modifiers:\n  - !QuantizationModifier\n    start_epoch: 0.0\n"
-        recipe += "    ignore: [Conv, Detect, Add, MaxPool2d]\n"
-    resave(tiny_run.weights / "last.pt", tmp_path / "other.pt", recipe=recipe)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda schemes: schemes.pop("model.3.conv"),
+        lambda schemes: schemes["model.3.conv"]["weights"].update(per_channel=True),
+        lambda schemes: schemes["model.3.conv"]["weights"].update(num_bits=16),
+        lambda schemes: schemes["model.3.conv"].update(weights={"bits": 8}),
+        lambda schemes: schemes.update({"model.25": {}}),
+        lambda schemes: schemes.update({"model.24": {"inputs": {"num_bits": 8}}}),
+        lambda schemes: schemes.update({"model.3.conv": 8}),
+    ],
+)
+def test_quantization_that_the_weights_do_not_fit_is_refused(tiny_run, tmp_path, change):
+    schemes = deepcopy(read_checkpoint(tiny_run.weights / "last.pt").quantization)
+    change(schemes)
+    resave(tiny_run.weights / "last.pt", tmp_path / "other.pt", quantization=schemes)
     with pytest.raises(CheckpointError, match="fit") as error:
         restore(tmp_path / "other.pt")
     assert "other.pt" in str(error.value)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,11 +9,14 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from sparse_exp.config.schema import TrainerConfig
+from sparse_exp.data.loader import make_loader
 from sparse_exp.errors import RecipeError
+from sparse_exp.quantization.quantizers import calibrate, quantizers
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.training.averaging import exponential
 from sparse_exp.training.evaluation import as_input
 from sparse_exp.training.precision import Precision, choose_precision
-from sparse_exp.yolov5 import read_checkpoint
+from sparse_exp.yolov5 import YOLOv5, read_checkpoint
 
 ONLY_EPOCHS = "training_modifiers:\n  - !EpochRangeModifier\n    start_epoch: 0.0\n    end_epoch: {}\n"
 
@@ -71,22 +75,57 @@ def test_the_start_zeros_are_in_every_checkpoint(tiny_run):
 
 def test_the_stem_reads_pixels_as_they_are(tiny_run):
     state = read_checkpoint(tiny_run.weights / "last.pt").state_dict
-    stem = "model.0.conv.quant.activation_post_process"
-    assert state[f"{stem}.scale"].item() == pytest.approx(1 / 255, rel=1e-7)
-    assert state["model.1.conv.quant.activation_post_process.scale"].item() != state[f"{stem}.scale"].item()
+    scales = [state[f"model.{layer}.conv.input_quantizer.scale"].item() for layer in (0, 1)]
+    assert scales[0] == pytest.approx(1 / 255, rel=1e-7)
+    assert scales[1] != scales[0]
+
+
+STANDSTILL = {"quantization_init_lr": 0.0, "quantization_final_lr": 0.0, "warmup_epochs": 0.5}
 
 
 def test_quantization_goes_on_from_the_averaged_weights(train_tiny, recipe_text):
-    standstill = {"quantization_init_lr": 0.0, "quantization_final_lr": 0.0}
-    run = train_tiny(
-        recipe_text, {"num_epochs": 2, "quantization_epochs": 1, "warmup_epochs": 0.5, **standstill}
-    )
+    run = train_tiny(recipe_text, {"num_epochs": 2, "quantization_epochs": 1, **STANDSTILL})
     averaged = read_checkpoint(run.best["pruned"]).state_dict
     quantized = read_checkpoint(run.weights / "last.pt").state_dict
     weights = [name for name in averaged if name.endswith("conv.weight")]
     assert len(weights) > 50
     for name in weights:
-        assert torch.equal(quantized[name.replace(".weight", ".module.weight")], averaged[name]), name
+        assert torch.equal(quantized[name], averaged[name]), name
+
+
+@pytest.mark.parametrize(("quantize_from", "epoch"), [("best", 1), ("last", 2)])
+def test_quantization_starts_from_the_best_weights_of_the_phase_before(
+    tiny_trainer, scripted, recipe_text, tmp_path, quantize_from, epoch
+):
+    scripted(0.5, 0.4, 0.3)
+    variables = {"num_epochs": 3, "quantization_epochs": 1, **STANDSTILL}
+    trainer = tiny_trainer(recipe_text, variables, quantize_from=quantize_from)
+    weights = {}
+    trainer._on_epoch = lambda record: weights.setdefault(
+        record["epoch"], read_checkpoint(tmp_path / "last.pt").state_dict["model.9.cv1.conv.weight"]
+    )
+    trainer.fit()
+    assert torch.equal(weights[3], weights[epoch])
+    assert not torch.equal(weights[1], weights[2])
+
+
+def test_ranges_are_found_on_the_calibration_images_before_the_first_step(
+    tiny_trainer, tiny_data, scripted, recipe_text, digits
+):
+    scripted(0.5)
+    images = make_loader(digits.splits["train"][8:14], 10, imgsz=64, batch_size=4, train=False)
+    variables = {"num_epochs": 2, "quantization_epochs": 1, "observer_share": 0.0, **STANDSTILL}
+    trainer = tiny_trainer(recipe_text, variables)
+    trainer._data = replace(tiny_data, calibration=images)
+    result = trainer.fit()
+    model = YOLOv5("n", 10)
+    model.load_state_dict(read_checkpoint(result.best["pruned"]).state_dict)
+    Recipe(recipe_text, variables).apply_structure(model.to(memory_format=torch.channels_last))
+    calibrate(model, (as_input(batch.images, torch.channels_last) for batch in images))
+    found, expected = quantizers(trainer.model), quantizers(model)
+    assert len(expected) > 100
+    for name, quantizer in expected.items():
+        assert torch.equal(found[name].scale, quantizer.scale), name
 
 
 DETERMINED = ("phase", "epoch", "loss/box", "loss/obj", "loss/cls", "lr", "val/map50", "val/map50_95")
@@ -153,13 +192,10 @@ def test_images_become_floats_in_0_to_1_and_the_batch_stays(memory_format):
 
 def test_evaluation_changes_nothing_in_a_model_that_still_observes(tiny_run, recipe_text):
     """The validation images must not move the quantization ranges."""
-    from sparse_exp.recipes.recipe import Recipe
-    from sparse_exp.yolov5 import YOLOv5
-
     model = YOLOv5("n", 10)
     Recipe(recipe_text).apply_structure(model)
     model.load_state_dict(read_checkpoint(tiny_run.weights / "last.pt").state_dict)
-    model.train().apply(torch.ao.quantization.enable_observer)
+    model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     tiny_run.trainer._data.val.evaluate_model(model)
     after = model.state_dict()
