@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper
 
@@ -39,7 +40,10 @@ def _integer(
 ) -> list[NodeProto]:
     name, (data, weight) = conv.name or conv.output[0], (makers[tensor] for tensor in conv.input[:2])
     sums, floats = f"{name}.sums", f"{name}.floats"
-    inputs = [data.input[0], weight.input[0], data.input[2], weight.input[2]]
+    # One zero point also of weights with scales per channel: ONNX Runtime's ConvInteger takes no more.
+    zeros = np.unique(arrays[weight.input[2]])
+    zero = add_constant(graph, f"{name}.zero", zeros.reshape(())) if len(zeros) == 1 else weight.input[2]
+    inputs = [data.input[0], weight.input[0], data.input[2], zero]
     integer = helper.make_node("ConvInteger", inputs, [sums], conv.name)
     integer.attribute.extend(conv.attribute)
     nodes = [integer]

@@ -141,9 +141,8 @@ def _merge(graph: GraphProto) -> None:
     for node in graph.node:
         rename_inputs(node, names)
         if node.op_type in (QUANTIZE, DEQUANTIZE):
-            zero = arrays[node.input[2]]
-            numbers = (arrays[node.input[1]].tobytes(), zero.dtype, zero.tobytes())
-            key = (node.op_type, node.input[0], *numbers)
+            numbers = [arrays[name] for name in node.input[1:]]
+            key = (node.op_type, node.input[0], *((value.dtype, value.tobytes()) for value in numbers))
             if key in seen:
                 names[node.output[0]] = seen[key]
                 continue
