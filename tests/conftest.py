@@ -189,13 +189,14 @@ def _enliven(model, batches) -> None:
 
 
 @pytest.fixture(scope="session")
-def deployment(lively_model, made_once) -> Path:
+def deployment(lively_model, digit_images, made_once) -> Path:
     """The exported files of `lively_model`; do not change them."""
     from sparse_exp.export.exporter import export_deployment
 
-    return made_once(
-        "deployment", lambda folder: export_deployment(lively_model, folder, imgsz=IMGSZ, opset=13)
-    )
+    def fill(folder: Path) -> None:
+        export_deployment(lively_model, folder, imgsz=IMGSZ, opset=13, images=[digit_images])
+
+    return made_once("deployment", fill)
 
 
 @pytest.fixture(scope="session")

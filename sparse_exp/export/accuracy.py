@@ -4,7 +4,8 @@ Names in ``result.json``: ``deployed/<engine>/<variant>/map50`` and ``.../map50_
 the variant ``sparse``, keeps its ``deployed/<engine>/map50``. Sizes in MB of 1e6 bytes:
 
 - ``size/onnx_mb``, ``size/onnx_gzip_mb``, ``size/nonzero_mb``: of ``model.onnx``;
-- ``size/qdq/onnx_mb``, ...: of ``model.qdq.onnx``, which other engines than DeepSparse run;
+- ``size/qdq/onnx_mb``, ...: of ``model.qdq.onnx``, which OpenVINO runs;
+- ``size/onnxruntime/onnx_mb``, ...: of ``model.onnxruntime.onnx``;
 - ``size/dense_onnx_mb``, ...: of ``dense.onnx``; ``size/dense_checkpoint_mb`` of its checkpoint;
 - ``size/sparse_fp32/onnx_mb``, ...: of ``sparse.fp32.onnx``;
 - ``size/dense_int8/<engine>/onnx_mb``, ...: of the file of that engine.

@@ -229,14 +229,13 @@ class _Exports:
 
     def _form(self, network: Network) -> dict[str, Any]:
         """How a network is written: image size, operator set, and what its file says of it."""
-        run, share = self.run, zeros(network.model)
-        fetched = run.facts("fetch")
-        origins = f"{fetched.get('origin', '')} {fetched.get('grown_from', '')} {self.experiment.dataset.generator}"
+        run, fetched = self.run, self.run.facts("fetch")
+        sources = fetched.get("origin", ""), fetched.get("grown_from", ""), self.experiment.dataset.generator
         facts: dict[str, object] = {
             "version": __version__,
             "run": f"{self.experiment.name}, {run.path.parent.name}/{run.path.name}",
-            "sparsity": round(share, 6),
-            "licence": " ".join(licences_of(origins, Path(self.experiment.paths.zoo))),
+            "sparsity": round(zeros(network.model), 6),
+            "licence": " ".join(licences_of(" ".join(map(str, sources)), Path(self.experiment.paths.zoo))),
         }
         if network.checkpoint:
             facts["checkpoint_sha256"] = sha256_of(network.checkpoint)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import GraphProto, NodeProto, numpy_helper  # type: ignore[attr-defined]
+from onnx import GraphProto, NodeProto, numpy_helper
 
 from sparse_exp.sparsity.onnx_graph import constants, stored_constants
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
-from onnx import GraphProto, NodeProto, TensorProto, helper  # type: ignore[attr-defined]
+from onnx import GraphProto, NodeProto, TensorProto, helper
 
 from sparse_exp.export.graph import add_constant, drop_unused, set_nodes
 from sparse_exp.export.pairs import is_quantized
@@ -26,7 +27,8 @@ def to_integer_graph(graph: GraphProto) -> None:
     Args:
         graph: in the form that `sparse_exp.export.pairs` describes.
     """
-    arrays, makers, nodes = constants(graph), producers(graph), []
+    arrays, makers = constants(graph), producers(graph)
+    nodes: list[NodeProto] = []
     for node in graph.node:
         nodes += _integer(graph, node, makers, arrays) if is_quantized(node, makers) else [node]
     set_nodes(graph, nodes)
@@ -38,7 +40,10 @@ def _integer(
 ) -> list[NodeProto]:
     name, (data, weight) = conv.name or conv.output[0], (makers[tensor] for tensor in conv.input[:2])
     sums, floats = f"{name}.sums", f"{name}.floats"
-    inputs = [data.input[0], weight.input[0], data.input[2], weight.input[2]]
+    # One zero point also of weights with scales per channel: ONNX Runtime's ConvInteger takes no more.
+    zeros = np.unique(arrays[weight.input[2]])
+    zero = add_constant(graph, f"{name}.zero", zeros.reshape(())) if len(zeros) == 1 else weight.input[2]
+    inputs = [data.input[0], weight.input[0], data.input[2], zero]
     integer = helper.make_node("ConvInteger", inputs, [sums], conv.name)
     integer.attribute.extend(conv.attribute)
     nodes = [integer]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import io
+import copy
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import torch
-from onnx import ModelProto  # type: ignore[attr-defined]
+from onnx import ModelProto
 from torch import Tensor, nn
 
 from sparse_exp.export.integer import to_integer_graph
 from sparse_exp.export.outputs import Images, quantize_outputs
 from sparse_exp.export.pairs import keep_inputs, tidy
 from sparse_exp.files import landing
+from sparse_exp.quantization.modules import QuantizedConv2d
 from sparse_exp.runs.metadata import NO_FACTS, describe
 from sparse_exp.yolov5 import YOLOv5
 
@@ -98,7 +101,7 @@ def export_onnxruntime(
     names: Sequence[str] = (),
     facts: Mapping[str, object] = NO_FACTS,
 ) -> None:
-    """Export a QAT model for ONNX Runtime, with quantize-dequantize pairs behind all operators but the head's.
+    """Export a QAT model for ONNX Runtime; see `sparse_exp.export.outputs`.
 
     Args:
         model: as of `export_quantized`.
@@ -116,15 +119,37 @@ def export_onnxruntime(
 
 
 def _trace_quantized(model: YOLOv5, *, imgsz: int, opset: int) -> ModelProto:
-    exported = _trace(model, imgsz=imgsz, opset=opset)
+    exported = _trace(_with_rounded_weights(model), imgsz=imgsz, opset=opset)
     tidy(exported.graph)
     return exported
 
 
+@torch.no_grad()
+def _with_rounded_weights(model: YOLOv5) -> YOLOv5:
+    """A copy whose weights are those that it computes with: batch norms folded in, and rounded.
+
+    Rounding them again in 8 bits changes nothing, and PyTorch exports no range of fewer bits.
+    """
+    model = copy.deepcopy(model)
+    for conv in model.modules():
+        if isinstance(conv, QuantizedConv2d) and conv.scheme.weights:
+            weight, bias = conv.folded()
+            conv.weight, conv.bias = nn.Parameter(conv.weight_quantizer(weight)), nn.Parameter(bias)
+            conv.norm = ()
+            conv.weight_quantizer.scheme = replace(conv.scheme.weights, num_bits=8)
+    return model
+
+
 def _trace(model: YOLOv5, *, imgsz: int, opset: int) -> ModelProto:
     """The graph of a model, with any batch and sizes that are numbers."""
-    pixels, file = torch.zeros(1, 3, imgsz, imgsz, dtype=torch.uint8), io.BytesIO()
-    with model.export_mode(imgsz), warnings.catch_warnings(), torch.no_grad():
+    pixels = torch.zeros(1, 3, imgsz, imgsz, dtype=torch.uint8)
+    with (
+        model.export_mode(imgsz),
+        warnings.catch_warnings(),
+        torch.no_grad(),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        file = Path(folder) / "traced.onnx"
         # The TorchScript exporter is deprecated. The other (dynamo=True, run with torch 2.14.1 and onnxscript
         # 0.7.2) does not export these models: fake_quantize_per_tensor_affine has no kernel for its fake
         # tensors; it writes no operator set below 18, takes 10 s instead of 1.3 s for a yolov5n in fp32, and
@@ -140,8 +165,7 @@ def _trace(model: YOLOv5, *, imgsz: int, opset: int) -> ModelProto:
             output_names=[OUTPUT],
             dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
         )
-        sizes = model(pixels.float()).shape[1:]
-    exported = onnx.load_model_from_string(file.getvalue())
+        exported, sizes = onnx.load(str(file)), model(pixels.float()).shape[1:]
     for dimension, size in zip(exported.graph.output[0].type.tensor_type.shape.dim[1:], sizes, strict=True):
         dimension.dim_value = size
     return exported

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper  # type: ignore[attr-defined]
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from sparse_exp.engines import create_engine
 from sparse_exp.export.graph import (
@@ -51,11 +51,13 @@ def quantize_outputs(model: ModelProto, images: Images) -> None:
         images: batches to find ranges with, uint8 (N, 3, S, S).
     """
     graph, outputs = model.graph, quantizable_outputs(model.graph)
-    computed = {tensor: kind for tensor, kind in outputs.items() if kind not in _KEEPING}
+    computed = [tensor for tensor, kind in outputs.items() if kind not in _KEEPING]
     pairs = _pairs(graph, computed)
-    ranges = {tensor: _SIGMOID for tensor, kind in computed.items() if kind == "Sigmoid"}
-    ranges |= find_ranges(model, [name for name in computed if name not in {*pairs, *ranges}], images)
-    pairs = {tensor: _new_pair(tensor, _add_scale(graph, tensor, *ranges[tensor])) for tensor in ranges} | pairs
+    unknown = [tensor for tensor in computed if tensor not in pairs]
+    sigmoids = [tensor for tensor in unknown if outputs[tensor] == "Sigmoid"]
+    ranges = find_ranges(model, [tensor for tensor in unknown if tensor not in sigmoids], images)
+    for tensor, (low, high) in (ranges | dict.fromkeys(sigmoids, _SIGMOID)).items():
+        pairs[tensor] = _new_pair(tensor, _add_scale(graph, tensor, low, high))
     _insert(graph, outputs, pairs)
 
 
@@ -77,16 +79,28 @@ def quantizable_outputs(graph: GraphProto) -> dict[str, str]:
     return found
 
 
+def in_floating_point(graph: GraphProto) -> list[str]:
+    """Names of the quantized convolutions that ONNX Runtime could compute on integers and does not."""
+    reading, outputs = readers(graph), quantizable_outputs(graph)
+    return [
+        node.name
+        for node in graph.node
+        if node.op_type == "Conv"
+        and node.output[0] in outputs
+        and [reader.op_type for reader in reading[node.output[0]]] != [QUANTIZE]
+    ]
+
+
 def _added_in_float(graph: GraphProto) -> set[str]:
     """Tensors to which a constant is added, as the biases that int32 cannot hold."""
     arrays = constants(graph)
-    added = [node for node in graph.node if node.op_type == "Add" and not arrays.keys().isdisjoint(node.input)]
+    added = [
+        node for node in graph.node if node.op_type == "Add" and not arrays.keys().isdisjoint(node.input)
+    ]
     return {name for node in added for name in node.input}
 
 
-def find_ranges(
-    model: ModelProto, tensors: Sequence[str], images: Images
-) -> dict[str, tuple[float, float]]:
+def find_ranges(model: ModelProto, tensors: Sequence[str], images: Images) -> dict[str, tuple[float, float]]:
     """The smallest and largest value of tensors: means over the images, and 0 among them.
 
     Args:
@@ -141,8 +155,8 @@ def _new_pair(tensor: str, numbers: Sequence[str]) -> Pair:
 
 def _add_scale(graph: GraphProto, tensor: str, low: float, high: float) -> tuple[str, str]:
     """Add scale and zero point for a range that holds 0; returns their names."""
-    scale = np.float32((high - low) / 255 or 1.0)  # of a tensor that is always 0 any scale
-    zero = np.uint8(np.rint(-low / scale))
+    scale = np.array((high - low) / 255 or 1.0, np.float32)  # of a tensor that is always 0 any scale
+    zero = np.rint(-low / scale).astype(np.uint8)
     return add_constant(graph, f"{tensor}.scale", scale), add_constant(graph, f"{tensor}.zero", zero)
 
 

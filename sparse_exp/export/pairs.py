@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import GraphProto, NodeProto, helper  # type: ignore[attr-defined]
+from onnx import GraphProto, NodeProto, helper
 
 from sparse_exp.export.graph import (
     DEQUANTIZE,
@@ -61,7 +61,7 @@ def keep_inputs(graph: GraphProto) -> None:
 
     OpenVINO and DeepSparse quantize what they must for a layer that follows; every other pair is work.
     """
-    reading, names = readers(graph), {}
+    reading, names = readers(graph), dict[str, str]()
     quantizers = {node.output[0]: node for node in graph.node if node.op_type == QUANTIZE}
     for node in graph.node:
         kinds = {reader.op_type for reader in reading.get(node.output[0], [])}
@@ -135,13 +135,14 @@ def _close(found: NDArray[Any] | None, wanted: float) -> bool:
 
 def _merge(graph: GraphProto) -> None:
     """Keep one of several nodes that quantize, or dequantize, one tensor in the same way."""
-    arrays, seen, names, kept = constants(graph), {}, {}, []
+    arrays, kept = constants(graph), []
+    seen: dict[object, str] = {}
+    names: dict[str, str] = {}
     for node in graph.node:
         rename_inputs(node, names)
         if node.op_type in (QUANTIZE, DEQUANTIZE):
-            zero = arrays[node.input[2]]
-            numbers = (arrays[node.input[1]].tobytes(), zero.dtype, zero.tobytes())
-            key = (node.op_type, node.input[0], *numbers)
+            numbers = [arrays[name] for name in node.input[1:]]
+            key = (node.op_type, node.input[0], *((value.dtype, value.tobytes()) for value in numbers))
             if key in seen:
                 names[node.output[0]] = seen[key]
                 continue
@@ -187,13 +188,13 @@ def _with_bias(
         add_constant(graph, f"{name}.bias_step", step),
     ]
     conv.input[2] = f"{name}.bias_dequantized"
-    axis = {"axis": 0} if step.size > 1 else {}
-    return [helper.make_node(DEQUANTIZE, inputs, [conv.input[2]], f"{name}.bias", **axis), conv]
+    dequantize = helper.make_node(DEQUANTIZE, inputs, [conv.input[2]], f"{name}.bias")
+    if step.size > 1:
+        dequantize.attribute.append(helper.make_attribute("axis", 0))
+    return [dequantize, conv]
 
 
-def _scale_of_empty_channels(
-    scale: NDArray[Any], weight: NDArray[Any], bias: NDArray[Any]
-) -> NDArray[Any]:
+def _scale_of_empty_channels(scale: NDArray[Any], weight: NDArray[Any], bias: NDArray[Any]) -> NDArray[Any]:
     """The layer's largest scale for channels without weights whose own is too small for their bias.
 
     Of weights that are all 0 any scale says the same.

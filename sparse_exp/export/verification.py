@@ -28,10 +28,11 @@ from sparse_exp.data.loader import Batch
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.errors import ExportError, expected
 from sparse_exp.export.differences import Differences, matched_shares
+from sparse_exp.export.outputs import in_floating_point
 from sparse_exp.quantization.reference import as_deployed
 from sparse_exp.recipes.checkpoints import restore
 from sparse_exp.recipes.recipe import is_quantized, quantized_layers
-from sparse_exp.runs.deployment import TORCH, Deployment
+from sparse_exp.runs.deployment import ONNXRUNTIME, TORCH, Deployment
 from sparse_exp.sparsity.measure import (
     LayerSparsity,
     layer_sparsity,
@@ -199,7 +200,8 @@ def check_graph(path: Path, model: YOLOv5) -> list[LayerSparsity]:
         some to those of the checkpoint, never take one.
 
     Raises:
-        ExportError: it is no valid ONNX, a convolution is missing or not quantized, or lost zeros.
+        ExportError: it is no valid ONNX, a convolution is missing or not quantized, or lost zeros; or it is
+            the file for ONNX Runtime, which would compute a convolution in floating point.
     """
     try:
         onnx.checker.check_model(str(path))
@@ -215,6 +217,9 @@ def check_graph(path: Path, model: YOLOv5) -> list[LayerSparsity]:
         raise ExportError(
             expected(f"quantized convolutions of {path.name}", f"{quantized} of {len(wanted)}", found, do)
         )
+    if path.name == ONNXRUNTIME and (slow := in_floating_point(onnx.load(str(path)).graph)):
+        do = "Their outputs are not quantized; report this with the recipe."
+        raise ExportError(expected(f"all convolutions of {path.name}", "integer", listed(slow), do))
     _check_zeros(path, layers, wanted)
     return [replace(layers[name], name=name) for name in model.prunable_convolutions()]
 

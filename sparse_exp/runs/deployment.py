@@ -197,7 +197,13 @@ def size_prefix(file: str) -> str | None:
     """
     if file.startswith("dense.int8."):
         return f"dense_int8/{file.split('.')[2]}/"
-    names = {MODEL: "", QDQ: "qdq/", ONNXRUNTIME: "onnxruntime/", DENSE: "dense_", SPARSE_FP32: "sparse_fp32/"}
+    names = {
+        MODEL: "",
+        QDQ: "qdq/",
+        ONNXRUNTIME: "onnxruntime/",
+        DENSE: "dense_",
+        SPARSE_FP32: "sparse_fp32/",
+    }
     return names.get(file)
 
 

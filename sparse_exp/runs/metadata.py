@@ -1,7 +1,7 @@
-"""What an exported file says of itself: its classes, its image size, where it comes from. Reading needs no torch.
+"""What an exported file says of itself: classes, image size, where it comes from. Reading needs no torch.
 
-It stands in the ONNX file's ``metadata_props``, in part under the names that Ultralytics' exports use. OpenVINO
-carries such entries on into its own format, as ``rt_info/framework`` of the ``.xml``.
+It stands in the ONNX file's ``metadata_props``, in part under the names that Ultralytics' exports use.
+OpenVINO carries such entries on into its own format, as ``rt_info/framework`` of the ``.xml``.
 
 =====================  ==========================================================================
 entry                  what it says
@@ -67,7 +67,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
     Returns:
         The entries as far as they are there and well formed: ``names`` a tuple of texts, pixels int, shares
-        float. Empty for files of other exporters, and for what cannot be read: that is the engine's to report.
+        float. Empty for files of other exporters, and for what cannot be read: that is the engine's to
+        report.
     """
     texts = _of_xml(path) if path.suffix == ".xml" else _of_onnx(path)
     found: dict[str, Any] = {key: texts[key] for key in _TEXTS if key in texts}

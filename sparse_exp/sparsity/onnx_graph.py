@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import GraphProto, NodeProto, TensorProto, numpy_helper  # type: ignore[attr-defined]
+from onnx import GraphProto, NodeProto, TensorProto, numpy_helper
 
 _OUTPUT_SUFFIX = re.compile(r"_output_\d+.*$|_quant$")  # how torch and SparseML continue a node's name
 _CONVOLUTION = re.compile(r"Conv|BatchNorm")
@@ -41,8 +41,8 @@ def producers(graph: GraphProto) -> dict[str, NodeProto]:
 def quantized_weight(node: NodeProto, arrays: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
     """The integers that PyTorch makes of a stored floating-point weight, which a QuantizeLinear node rounds.
 
-    PyTorch multiplies by the reciprocal of the scale, where ONNX divides: at ties, such as a tensor's smallest
-    weight, the integers differ by one.
+    PyTorch multiplies by the reciprocal of the scale, where ONNX divides: at ties, such as a tensor's
+    smallest weight may be, the integers differ by one.
 
     Args:
         node: the node; its scale and zero point are for the whole weight or for each output channel.

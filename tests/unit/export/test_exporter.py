@@ -107,7 +107,8 @@ def test_the_square_of_a_quantized_run(quantized_run, digits, baseline):
     impossible = {name for name, cell in cells.items() if cell["impossible"]}
     assert impossible == {("torch", "dense_int8"), ("torch", "sparse")}
     assert {cell["file"] for cell in cells.values()} == {
-        "model.onnx", "model.qdq.onnx", "dense.onnx", "dense.pt", "sparse.fp32.onnx", "sparse.fp32.pt", "",
+        "model.onnx", "model.qdq.onnx", "model.onnxruntime.onnx", "dense.onnx", "dense.pt",
+        "sparse.fp32.onnx", "sparse.fp32.pt", "",
         "dense.int8.deepsparse.onnx", "dense.int8.onnxruntime.onnx", "dense.int8.openvino.xml",
     }  # fmt: skip
     assert all(cell["map50"] is not None for name, cell in cells.items() if name not in impossible)
@@ -172,6 +173,7 @@ def test_what_a_quantizer_cannot_do_ends_a_cell_and_not_the_run(quantized_run, d
         exporting, "export_quantized", lambda _, a, b, **__: [a.write_text("a"), b.write_text("b")]
     )
     monkeypatch.setattr(exporting, "export_float", lambda _, path, **__: path.write_text("graph"))
+    monkeypatch.setattr(exporting, "export_onnxruntime", lambda _, path, *__, **___: path.write_text("c"))
     monkeypatch.setattr(exporting, "quantize_openvino", missing)
     monkeypatch.setattr(exporting, "quantize_onnxruntime", failing)
     (quantized_run.path / "deployment").mkdir()

@@ -4,23 +4,21 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
-from sparse_exp.engines import create_engine
 from sparse_exp.export import onnx as exporting
-from sparse_exp.export import quantized
-from sparse_exp.export.exporter import DENSE, MODEL, QDQ
 from sparse_exp.export.onnx import export_float, export_quantized
-from sparse_exp.export.quantized import keep_large_biases, store_integers, unsign_activations
+from sparse_exp.recipes.recipe import Recipe
+from sparse_exp.runs.deployment import DENSE, MODEL, ONNXRUNTIME, QDQ
 from sparse_exp.sparsity.measure import layer_sparsity, onnx_facts, overall
-from sparse_exp.sparsity.onnx_graph import layer_name
+from sparse_exp.sparsity.onnx_graph import constants, layer_name
 from sparse_exp.yolov5 import YOLOv5
 
 IMGSZ = 64
-FILES = (MODEL, QDQ, DENSE)
+QUANTIZED = (MODEL, QDQ, ONNXRUNTIME)
+FILES = (*QUANTIZED, DENSE)
 # What a graph needs only when it computes shapes from data, which keeps engines from planning memory.
 DATA_DEPENDENT = {
     "Shape",
@@ -54,10 +52,12 @@ def test_files_are_valid_onnx_with_static_shapes_and_a_free_batch(deployment, na
     batch, *sizes = image.type.tensor_type.shape.dim
     assert batch.dim_param == "batch"
     assert [size.dim_value for size in sizes] == [3, IMGSZ, IMGSZ]
-    assert predictions.type.tensor_type.shape.dim[0].dim_param == "batch"
+    batch, *sizes = predictions.type.tensor_type.shape.dim
+    assert batch.dim_param == "batch"
+    assert [size.dim_value for size in sizes] == [3 * (8 * 8 + 4 * 4 + 2 * 2), 15]
 
 
-@pytest.mark.parametrize("name", [MODEL, QDQ])
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_every_convolution_is_quantized(deployment, model, name):
     facts = onnx_facts(deployment / name)
     assert facts.quantized == facts.convolutions == len(model.quantizable_convolutions()) == 60
@@ -69,7 +69,7 @@ def test_the_dense_file_is_floating_point_and_not_sparse(deployment):
     assert overall(facts.layers) < 1e-4
 
 
-@pytest.mark.parametrize("name", [MODEL, QDQ])
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_each_layer_is_as_sparse_as_its_weights_rounded_to_8_bits(deployment, model, name):
     exported = {layer_name(layer.name): layer for layer in onnx_facts(deployment / name).layers}
     convs = model.quantizable_convolutions()
@@ -77,9 +77,9 @@ def test_each_layer_is_as_sparse_as_its_weights_rounded_to_8_bits(deployment, mo
     for conv_name, conv in convs.items():
         weight = conv.weight.detach().numpy()
         # What is rounded is the weight with its batch norm folded in.
-        norm = getattr(conv, "bn", None)
+        norm = conv.norm[0] if conv.norm else None
         factor = norm.weight / (norm.running_var + norm.eps).sqrt() if norm else torch.ones(len(weight))
-        steps = weight * factor.detach().numpy().reshape(-1, 1, 1, 1) / conv.weight_fake_quant.scale.item()
+        steps = weight * factor.detach().numpy().reshape(-1, 1, 1, 1) / conv.weight_quantizer.scale.item()
         assert exported[conv_name].weights == weight.size
         ties = abs(np.abs(steps) - 0.5) < 1e-4
         assert abs(exported[conv_name].zeros - (np.rint(steps) == 0).sum()) <= ties.sum()
@@ -112,132 +112,49 @@ def test_a_float_export_that_fails_leaves_no_file(tmp_path, monkeypatch):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("failing", ["unsign_activations", "store_integers", "to_integer_graph"])
-def test_a_quantized_export_that_fails_leaves_no_file(tmp_path, monkeypatch, failing):
+@pytest.mark.parametrize("failing", ["tidy", "keep_inputs", "to_integer_graph"])
+def test_a_quantized_export_that_fails_leaves_no_file(tmp_path, lively_model, monkeypatch, failing):
     def fail(*_arguments):
         raise RuntimeError("no such graph")
 
-    monkeypatch.setattr(exporting, "_write", lambda _model, _sample, path, _opset: path.write_bytes(b"graph"))
-    for name in ("unsign_activations", "store_integers"):
-        monkeypatch.setattr(quantized, name, lambda _path: None)
-    monkeypatch.setattr(quantized, failing, fail)
+    monkeypatch.setattr(exporting, failing, fail)
     with pytest.raises(RuntimeError, match="no such graph"):
-        export_quantized(YOLOv5("n", 1), tmp_path / MODEL, tmp_path / QDQ, imgsz=IMGSZ, opset=13)
+        export_quantized(lively_model, tmp_path / MODEL, tmp_path / QDQ, imgsz=IMGSZ, opset=13)
     assert list(tmp_path.iterdir()) == []
 
 
-def node(kind: str, inputs: str, output: str, **attributes) -> onnx.NodeProto:
-    return helper.make_node(kind, inputs.split(), [output], name=f"{output}_{kind}", **attributes)
+def test_the_file_format_is_one_that_deepsparses_onnx_reads(deployment):
+    models = [onnx.load(str(deployment / name)) for name in FILES]
+    assert {(model.ir_version, model.opset_import[0].version) for model in models} == {(8, 13)}
 
 
-def pair_graph(bias: float, scale: float) -> onnx.ModelProto:
-    """A 1x1 convolution of int8 activations and int8 weights, quantized again; shaped as predictions."""
-    nodes = [
-        node("QuantizeLinear", "x sx zx", "xq"),
-        node("DequantizeLinear", "xq sx zx", "xd"),
-        node("QuantizeLinear", "w sw zw", "wq"),
-        node("DequantizeLinear", "wq sw zw", "wd"),
-        node("Conv", "xd wd b", "c"),
-        node("QuantizeLinear", "c sc zx", "cq"),
-        node("DequantizeLinear", "cq sc zx", "yd"),
-        node("Reshape", "yd shape", "y"),
-    ]
-    values = {
-        "sx": np.float32(scale),
-        "zx": np.int8(-118),
-        "w": np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3, 1, 1),
-        "sw": np.float32(1 / 127),
-        "zw": np.int8(0),
-        "b": np.array([bias, 0.0, -bias, 0.1], np.float32),
-        "sc": np.float32(0.05),
-        "shape": np.array([0, 4, 64]),
-    }
-    graph = helper.make_graph(
-        nodes,
-        "pairs",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 8, 8])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4, 64])],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+@pytest.mark.parametrize("opset", [13, 15])
+@pytest.mark.parametrize("strategy", ["tensor", "channel"])
+def test_weights_of_seven_bits_are_exported_as_they_are_computed_with(
+    tmp_path, strategy, opset, digit_images
+):
+    """For CPUs without 8-bit dot products, whose kernels overflow where both factors have 8 bits."""
+    torch.manual_seed(0)
+    model = YOLOv5("n", 2).eval()
+    recipe = SEVEN_BITS.format(strategy=strategy)
+    Recipe(recipe).apply_at_once(model, [torch.from_numpy(digit_images).float() / 255])
+    export_quantized(model, tmp_path / MODEL, tmp_path / QDQ, imgsz=IMGSZ, opset=opset)
+    arrays = constants(onnx.load(str(tmp_path / QDQ)).graph)
+    weights = [value for value in arrays.values() if value.dtype == np.int8 and value.ndim == 4]
+    assert len(weights) == 60
+    assert (min(w.min() for w in weights), max(w.max() for w in weights)) == (-64, 63)
+    graph = onnx.load(str(tmp_path / MODEL)).graph
+    assert [node.op_type for node in graph.node].count("ConvInteger") == 60
 
 
-def run(model: onnx.ModelProto, images: np.ndarray) -> np.ndarray:
-    onnx.checker.check_model(model, full_check=True)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # As written: optimized, ONNX Runtime itself rounds biases to int32 where it fuses a convolution.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(model.SerializeToString(), options).run(None, {"x": images})[0]
-
-
-def test_unsigned_activations_compute_the_same_and_weights_stay_signed(tmp_path):
-    model = pair_graph(bias=0.5, scale=0.01)
-    onnx.save(model, str(tmp_path / "m.onnx"))
-    unsign_activations(tmp_path / "m.onnx")
-    changed = onnx.load(str(tmp_path / "m.onnx"))
-    images = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
-    np.testing.assert_array_equal(run(changed, images), run(model, images))
-    constants = {item.name: numpy_helper.to_array(item) for item in changed.graph.initializer}
-    zeros = {n.name: constants[n.input[2]] for n in changed.graph.node if n.op_type.endswith("Linear")}
-    for name, zero in zeros.items():
-        signed = name.startswith("w")
-        assert (zero.dtype, int(zero)) == ((np.int8, 0) if signed else (np.uint8, 10)), name
-
-
-def test_unsigned_activations_twice_is_once(tmp_path):
-    path = tmp_path / "m.onnx"
-    onnx.save(pair_graph(bias=0.5, scale=0.01), str(path))
-    unsign_activations(path)
-    once = path.read_bytes()
-    unsign_activations(path)
-    assert path.read_bytes() == once
-
-
-@pytest.mark.parametrize("scale", [1 / 127, [1 / 127, 0.004, 0.02, 1.0]], ids=["per tensor", "per channel"])
-def test_weights_stored_as_integers_compute_the_same(tmp_path, scale):
-    model = pair_graph(bias=0.5, scale=0.01)
-    constants = {item.name: item for item in model.graph.initializer}
-    constants["sw"].CopyFrom(numpy_helper.from_array(np.array(scale, np.float32), "sw"))
-    constants["zw"].CopyFrom(numpy_helper.from_array(np.zeros(np.shape(scale), np.int8), "zw"))
-    for linear in [n for n in model.graph.node if n.name.startswith("w")]:
-        linear.attribute.append(helper.make_attribute("axis", 0))
-    onnx.save(model, str(tmp_path / "m.onnx"))
-    store_integers(tmp_path / "m.onnx")
-    changed = onnx.load(str(tmp_path / "m.onnx"))
-    images = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)
-    np.testing.assert_array_equal(run(changed, images), run(model, images))
-    stored = {item.name: numpy_helper.to_array(item) for item in changed.graph.initializer}
-    rounded = numpy_helper.to_array(constants["w"]) / np.reshape(scale, (-1, 1, 1, 1)).astype(np.float32)
-    np.testing.assert_array_equal(stored["wq"], rounded.round().clip(-128, 127))
-    assert (stored["wq"].dtype, "w" in stored) == (np.int8, False)
-
-
-def test_only_biases_beyond_32_bits_are_split_off():
-    small, large = pair_graph(bias=0.5, scale=0.01), pair_graph(bias=5.0, scale=1e-8)
-    images = np.random.default_rng(0).normal(size=(1, 3, 8, 8)).astype(np.float32)
-    wanted = run(large, images)
-    assert [n.op_type for n in keep_large_biases(small).graph.node].count("Add") == 0
-    changed = keep_large_biases(large)
-    conv = next(n for n in changed.graph.node if n.op_type == "Conv")
-    assert len(conv.input) == 2
-    assert [n.op_type for n in changed.graph.node].count("Add") == 1
-    np.testing.assert_array_equal(run(changed, images), wanted)
-
-
-@pytest.mark.parametrize("engine", ["deepsparse", "onnxruntime"])
-def test_the_integer_graph_of_a_hardly_active_layer_keeps_its_bias(tmp_path, engine):
-    model = pair_graph(bias=5.0, scale=1e-8)
-    images = np.full((1, 3, 8, 8), 0.5e-6, np.float32)
-    wanted = run(model, images)
-    onnx.save(model, str(tmp_path / "m.onnx"))
-    quantized.to_integer_graph(tmp_path / "m.onnx", tmp_path / "m.onnx")
-    integer = onnx.load(str(tmp_path / "m.onnx"))
-    assert [n.op_type for n in integer.graph.node].count("ConvInteger") == 1
-    stored = np.clip(np.rint(images / np.float32(1e-8)) + 10, 0, 255).astype(np.uint8)
-    runtime = create_engine(engine)
-    runtime.load(tmp_path / "m.onnx", batch_size=1, cores=1)
-    # Within one step of the output. In int32 the bias would wrap around and turn its sign.
-    np.testing.assert_allclose(runtime.run(stored)[0], wanted, atol=0.051)
-    runtime.close()
-    assert np.abs(wanted[:, 0]).min() > 1
+SEVEN_BITS = """modifiers:
+  - !EpochRangeModifier
+    start_epoch: 0.0
+    end_epoch: 1.0
+  - !QuantizationModifier
+    start_epoch: 0.0
+    scheme:
+      input_activations: {{num_bits: 8, symmetric: False}}
+      weights: {{num_bits: 7, symmetric: True, strategy: {strategy}}}
+    ignore: [SiLU, BatchNorm2d, MaxPool2d, Upsample, Concat]
+"""

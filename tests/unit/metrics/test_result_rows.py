@@ -70,6 +70,7 @@ def test_sizes_of_each_network_the_dense_first():
         "size/onnx_gzip_mb": 2.0,
         "size/nonzero_mb": 1.5,
         "size/qdq/onnx_mb": 28.5,
+        "size/onnxruntime/onnx_mb": 28.6,
         "size/sparse_fp32/nonzero_mb": 6.0,
         "size/dense_onnx_mb": 28.0,
         "size/dense_nonzero_mb": 27.9,
@@ -84,6 +85,7 @@ def test_sizes_of_each_network_the_dense_first():
         ("sparse fp32", [None, None, None, 6.0]),
         ("deployed", [29.0, 7.0, 2.0, 1.5]),
         ("deployed, as QDQ graph", [None, 28.5, None, None]),
+        ("deployed, for ONNX Runtime", [None, 28.6, None, None]),
     ]
     assert sizes({"val/map50": 0.5}) == []
 

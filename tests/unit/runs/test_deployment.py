@@ -8,7 +8,7 @@ import pytest
 
 from sparse_exp.config.schema import ENGINES, VARIANTS
 from sparse_exp.errors import Impossible
-from sparse_exp.runs.deployment import MODEL, QDQ, TORCH, Deployment, wanted_files
+from sparse_exp.runs.deployment import MODEL, ONNXRUNTIME, QDQ, TORCH, Deployment, wanted_files
 from sparse_exp.runs.directory import Run, StageRecord
 
 ALL = list(VARIANTS)
@@ -36,19 +36,19 @@ def test_only_what_is_asked_for_is_made():
 
 
 @pytest.mark.parametrize(
-    ("there", "deepsparse", "others"),
+    ("there", "deepsparse", "onnxruntime", "openvino"),
     [
-        ([MODEL, QDQ], MODEL, QDQ),  # DeepSparse takes the integer graph, and who is slow with it the pairs
-        ([MODEL], MODEL, MODEL),  # a network that was not quantized
-        ([QDQ], QDQ, QDQ),  # each takes what there is
-        ([], MODEL, MODEL),  # which a message can name
+        ([MODEL, QDQ, ONNXRUNTIME], MODEL, ONNXRUNTIME, QDQ),  # each takes the graph that it runs fast
+        ([MODEL, QDQ], MODEL, QDQ, QDQ),  # of versions before 0.2, or without images to find ranges with
+        ([MODEL], MODEL, MODEL, MODEL),  # a network that was not quantized
+        ([QDQ], QDQ, QDQ, QDQ),  # each takes what there is
+        ([], MODEL, MODEL, MODEL),  # which a message can name
     ],
 )
-def test_each_engine_gets_the_graph_that_it_runs_fast(tmp_path, there, deepsparse, others):
+def test_each_engine_gets_the_graph_that_it_runs_fast(tmp_path, there, deepsparse, onnxruntime, openvino):
     deployment = filled(tmp_path / "deployment", *there, checkpoint=tmp_path / "best.pt")
-    for engine in ENGINES:
-        wanted = "best.pt" if engine == TORCH else deepsparse if engine == "deepsparse" else others
-        assert deployment.deployed(engine).name == wanted
+    wanted = {"deepsparse": deepsparse, "onnxruntime": onnxruntime, "openvino": openvino, TORCH: "best.pt"}
+    assert {engine: deployment.deployed(engine).name for engine in ENGINES} == wanted
     assert deployment.quantized == (QDQ in there)
     assert [path.name for path in deployment.deployed_files] == there
 
@@ -113,7 +113,8 @@ def test_graphs_are_counted_without_openvinos_weights_and_checkpoints(tmp_path):
 
 
 def test_clearing_leaves_what_no_export_has_made(tmp_path):
-    made = ["model.onnx", "model.qdq.onnx", "dense.onnx", "dense.pt", "dense.int8.openvino.xml",
+    made = ["model.onnx", "model.qdq.onnx", "model.onnxruntime.onnx", "dense.onnx",
+            "dense.pt", "dense.int8.openvino.xml",
             "dense.int8.openvino.bin", "sparse.fp32.onnx", "sparse.fp32.pt"]  # fmt: skip
     deployment = filled(tmp_path / "deployment", *made, "notes.txt", "class_names.json")
     deployment.clear()

@@ -27,8 +27,12 @@ def file(tmp_path):
 
 def test_what_is_written_is_read(file):
     write_metadata(file, {"by": "others", "imgsz": "1"})
-    write_metadata(file, describe(NAMES, 320))
-    assert read_metadata(file) == {"names": NAMES, "imgsz": 320, "stride": 32, "task": "detect"}
+    facts = {"run": "a, 2026-11-30/15-30-a", "sparsity": 0.75, "checkpoint_sha256": "c3b1", "licence": "MIT."}
+    write_metadata(file, describe(NAMES, 320, {**facts, "recipe": "transfer_quant", "version": "0.2.0"}))
+    assert read_metadata(file) == {
+        "names": NAMES, "imgsz": 320, "stride": 32, "task": "detect", "conf": 0.25, "iou": 0.45,
+        "recipe": "transfer_quant", "version": "0.2.0", **facts,
+    }  # fmt: skip
     texts = {item.key: item.value for item in onnx.load(str(file)).metadata_props}
     assert texts["by"] == "others"
     assert json.loads(texts["names"]) == list(NAMES)
@@ -36,7 +40,7 @@ def test_what_is_written_is_read(file):
 
 @pytest.mark.parametrize("names", ["{0: 'person'}", "[1, 2]", "null", "[]", "not json"])
 def test_names_of_other_exporters_are_not_guessed(file, names):
-    write_metadata(file, {"names": names, "imgsz": "[640, 640]", "stride": "32"})
+    write_metadata(file, {"names": names, "imgsz": "[640, 640]", "stride": "32", "conf": "1.5", "iou": "x"})
     assert read_metadata(file) == {"stride": 32}
 
 

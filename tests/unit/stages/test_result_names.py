@@ -66,8 +66,10 @@ def test_each_measured_name_is_expected(tmp_path):
     assert set().union(*(speeds_of(cell) for cell in cells)) <= certain
     files = {name: FileSizes(1.0, 1.0, 1.0) for name in ("model.onnx", "dense.onnx")}
     assert set(size_metrics(files)) <= certain
-    quantized = set(size_metrics({"model.qdq.onnx": FileSizes(1.0, 1.0, 1.0)}))
-    assert quantized == {"size/qdq/onnx_mb", "size/qdq/onnx_gzip_mb", "size/qdq/nonzero_mb"}
+    names = {"qdq": "model.qdq.onnx", "onnxruntime": "model.onnxruntime.onnx"}
+    quantized = set(size_metrics(dict.fromkeys(names.values(), FileSizes(1.0, 1.0, 1.0))))
+    kinds = ("onnx_mb", "onnx_gzip_mb", "nonzero_mb")
+    assert quantized == {f"size/{name}/{kind}" for name in names for kind in kinds}
     assert quantized <= expected_names(experiment()) - certain
     compared = {**Differences().result(), **matched_shares([], [])}
     assert {f"verify/deepsparse/{name}" for name in compared} <= certain
