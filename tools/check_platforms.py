@@ -1,4 +1,4 @@
-"""Check that all of the base can be installed on every platform and Python that it is for, without having them.
+"""Check that all of the base can be installed on every platform and Python that it is for, from here.
 
     python tools/check_platforms.py                       all of them (minutes each)
     python tools/check_platforms.py --python 3.13 --platform macos-arm64

@@ -37,7 +37,8 @@ class Letterbox:
         """Map boxes from the square to the original image, clipped to it; the inverse of `boxes`."""
         back = (boxes - self._shift()) / self._scale()
         limits = np.array([*self.size, *self.size], np.float32)
-        return np.clip(back, 0, limits)
+        clipped: NDArray[np.float32] = np.clip(back, 0, limits)
+        return clipped
 
     def _scale(self) -> NDArray[np.float32]:
         return np.array([self.scale_x, self.scale_y] * 2, np.float32)

@@ -2,9 +2,8 @@
 
 Each process sees its share of every batch. What one process computes over the whole batch - the mean and
 variance of a batch norm, the range of a quantizer, the number of matches that divides a loss - is computed
-over all shares here. Gradients are added up by torch's DistributedDataParallel, see
-`sparse_exp.training.parallel`; its batch norm for several processes (``SyncBatchNorm``, torch 2.14) does not run
-on CPUs.
+over all shares here: torch's batch norm for several processes (``SyncBatchNorm``, version 2.14) does not run
+on CPUs. Gradients are added up by its DistributedDataParallel, see `sparse_exp.training.parallel`.
 
 The processes are those of torch's default process group, which `sparse_exp.training.processes` sets up.
 Where there is no group, the process trains alone: then sums over all processes are the values themselves,

@@ -167,6 +167,6 @@ def opencv() -> Any:
         do = "Run: pip install opencv-python-headless, or leave the videos out."
         what = expected("OpenCV, which reads videos,", "installed", first_line(error), do)
         raise MissingDependency(what) from error
-    cv2.setLogLevel(0)
+    cv2.utils.logging.setLogLevel(0)
     cv2.setNumThreads(1)
     return cv2

@@ -205,14 +205,15 @@ def _is_gradual(modifier: Any) -> bool:
 def _pin_input(model: nn.Module) -> None:
     """Fix the quantizer of the input so that a pixel value v of 0..255 becomes exactly step v."""
     stem = getattr(model, "stem", "")
-    wrapper = model.get_submodule(stem) if isinstance(stem, str) else None
+    wrapper: Any = model.get_submodule(stem) if isinstance(stem, str) else None
     quantizer: Any = getattr(getattr(wrapper, "quant", None), "activation_post_process", None)
     if isinstance(quantizer, FakeQuantizeBase):
-        observer: Any = quantizer.activation_post_process
+        pinned: Any = quantizer
+        observer: Any = pinned.activation_post_process
         with torch.no_grad():
-            quantizer.scale.fill_(1.0 / 255.0)
-            quantizer.zero_point.fill_(quantizer.quant_min)
-            quantizer.observer_enabled[0] = 0
+            pinned.scale.fill_(1.0 / 255.0)
+            pinned.zero_point.fill_(pinned.quant_min)
+            pinned.observer_enabled[0] = 0
             observer.min_val.fill_(0.0)
             observer.max_val.fill_(1.0)
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import NodeProto  # type: ignore[attr-defined]
+from onnx import NodeProto
 from torch import nn
 
 from sparse_exp.errors import SparsityError, expected

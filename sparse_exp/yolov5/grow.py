@@ -213,7 +213,7 @@ class _Spread(NamedTuple):
     @classmethod
     def after(cls, norm: nn.BatchNorm2d) -> _Spread:
         """The distribution after a batch norm and SiLU, if the batch norm's input is normally distributed."""
-        points, weights = np.polynomial.hermite_e.hermegauss(_POINTS)  # type: ignore[no-untyped-call]
+        points, weights = np.polynomial.hermite_e.hermegauss(_POINTS)
         variance = cast(Tensor, norm.running_var)
         deviation = norm.weight * (variance / (variance + norm.eps)).sqrt()
         values = norm.bias[:, None] + deviation[:, None] * torch.from_numpy(points).float()
