@@ -207,14 +207,15 @@ def _pin_input(model: nn.Module) -> None:
     stem = getattr(model, "stem", "")
     wrapper = model.get_submodule(stem) if isinstance(stem, str) else None
     quantizer: Any = getattr(getattr(wrapper, "quant", None), "activation_post_process", None)
-    if isinstance(quantizer, FakeQuantizeBase):
-        observer: Any = quantizer.activation_post_process
-        with torch.no_grad():
-            quantizer.scale.fill_(1.0 / 255.0)
-            quantizer.zero_point.fill_(quantizer.quant_min)
-            quantizer.observer_enabled[0] = 0
-            observer.min_val.fill_(0.0)
-            observer.max_val.fill_(1.0)
+    if not isinstance(quantizer, FakeQuantizeBase):
+        return
+    fixed: Any = quantizer
+    with torch.no_grad():
+        fixed.scale.fill_(1.0 / 255.0)
+        fixed.zero_point.fill_(fixed.quant_min)
+        fixed.observer_enabled[0] = 0
+        fixed.activation_post_process.min_val.fill_(0.0)
+        fixed.activation_post_process.max_val.fill_(1.0)
 
 
 def _silent_logger() -> Any:
