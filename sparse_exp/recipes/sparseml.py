@@ -205,17 +205,17 @@ def _is_gradual(modifier: Any) -> bool:
 def _pin_input(model: nn.Module) -> None:
     """Fix the quantizer of the input so that a pixel value v of 0..255 becomes exactly step v."""
     stem = getattr(model, "stem", "")
-    wrapper: Any = model.get_submodule(stem) if isinstance(stem, str) else None
+    wrapper = model.get_submodule(stem) if isinstance(stem, str) else None
     quantizer: Any = getattr(getattr(wrapper, "quant", None), "activation_post_process", None)
-    if isinstance(quantizer, FakeQuantizeBase):
-        pinned: Any = quantizer
-        observer: Any = pinned.activation_post_process
-        with torch.no_grad():
-            pinned.scale.fill_(1.0 / 255.0)
-            pinned.zero_point.fill_(pinned.quant_min)
-            pinned.observer_enabled[0] = 0
-            observer.min_val.fill_(0.0)
-            observer.max_val.fill_(1.0)
+    if not isinstance(quantizer, FakeQuantizeBase):
+        return
+    fixed: Any = quantizer
+    with torch.no_grad():
+        fixed.scale.fill_(1.0 / 255.0)
+        fixed.zero_point.fill_(fixed.quant_min)
+        fixed.observer_enabled[0] = 0
+        fixed.activation_post_process.min_val.fill_(0.0)
+        fixed.activation_post_process.max_val.fill_(1.0)
 
 
 def _silent_logger() -> Any:

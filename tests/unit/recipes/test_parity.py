@@ -103,7 +103,8 @@ def test_a_stretched_schedule_has_no_step_of_no_length_and_ends_where_it_did(sch
         sparsifier.step(step / steps)
     assert all(0 < later <= earlier for earlier, later in pairwise(rates))
     slowest = {"ExponentialLR": 0.97 ** (100 / length), "StepLR": 0.5 ** max(1, 10 / length / steps)}
-    assert last / 1.001 <= rates[-1] <= last / min(slowest.get(schedule, 0.1), 0.97) * 1.001
+    rounded = 0.25 if schedule == "StepLR" else 0.999  # 1.2 steps become 1, as in SparseML
+    assert last * rounded <= rates[-1] <= last / min(slowest.get(schedule, 0.1), 0.97) * 1.001
 
 
 def test_restarts_of_a_length_that_is_no_whole_number_come_where_they_should():
