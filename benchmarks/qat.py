@@ -1,11 +1,11 @@
 """Compare the time of a step of quantization-aware training (QAT) with that of a step of dense training.
 
-The dense step computes in fp32, and where the CPU multiplies bfloat16 in hardware, also in that, as a run does
-there. QAT computes in fp32: with scales per tensor and per output channel, and with ranges and batch norms that
-move, or are frozen as in the later part of the phase. A step is forward pass, loss, backward pass, clipping and
-AdamW on one fixed batch, channels_last. Masks, averaged weights and the loading of batches are left out. All
-steps are measured in turns; what counts is CPU time, of all threads of this process, which other work on the
-machine hardly changes.
+The dense step computes in fp32, and where the CPU multiplies bfloat16 in hardware, also in that, as a run
+does there. QAT computes in fp32: with scales per tensor and per output channel, and with ranges and batch
+norms that move, or are frozen as in the later part of the phase. A step is forward pass, loss, backward pass,
+clipping and AdamW on one fixed batch, channels_last. Masks, averaged weights and the loading of batches are
+left out. All steps are measured in turns; what counts is CPU time, of all threads of this process, which
+other work on the machine hardly changes.
 
     python benchmarks/qat.py --size s --imgsz 320 --batch 8
 """

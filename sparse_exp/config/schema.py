@@ -34,6 +34,7 @@ GENERATORS = ("trees", "digits", "coco128", "voc")
 OPTIMIZERS = ("adamw", "sgd")
 PATTERNS = ("unstructured", "block4")
 SHARES = ("adaptive", "uniform")
+RECIPE_ENGINES = ("native", "sparseml")
 RERUN = ("failed", "all")
 MISSING: Any = "???"
 
@@ -122,7 +123,7 @@ class DatasetConfig:
 
 @dataclass
 class RecipeConfig:
-    """A SparseML recipe and the values of its variables."""
+    """A recipe in SparseML's language and the values of its variables."""
 
     name: str = MISSING
     file: str = documented(MISSING, "recipe beside this option in conf/recipe, or any path")
@@ -132,6 +133,10 @@ class RecipeConfig:
     num_epochs: Optional[float] = bounded(
         None, above=0.0, high=10000.0, unit="epochs",
         help="stretch or squeeze the whole schedule to this length, each phase keeping at least one epoch",
+    )  # fmt: skip
+    engine: str = one_of(
+        "native", RECIPE_ENGINES,
+        "what runs the recipe; sparseml: SparseML itself, with all its modifiers, where it is installed",
     )  # fmt: skip
     optimizer: str = one_of("adamw", OPTIMIZERS, "what the recipe's learning rates are made for")
     prune_dense_start: bool = documented(
@@ -149,6 +154,14 @@ class RecipeConfig:
     oneshot: bool = documented(False, "apply the recipe at once, with calibration, without training")
     calibration_images: int = bounded(
         64, 1, 100000, unit="images", help="on which the first ranges of quantization are found"
+    )
+    weight_scales: str = one_of(
+        "auto", ("auto", "tensor", "channel"),
+        "of quantized weights: one for a layer or one for each output channel; auto: one for a layer where "
+        "DeepSparse is among the engines, unless the recipe names a strategy",
+    )  # fmt: skip
+    weight_bits: str = one_of(
+        "auto", ("auto", "8", "7"), "of quantized weights, at most; auto: 7 where an x86 target has no VNNI"
     )
 
 

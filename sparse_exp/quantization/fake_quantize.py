@@ -35,9 +35,9 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, first: int, last
     if scale.numel() == 1:
         zero = int(zero_point)
         return cast(Tensor, _PerTensor.apply(x, float(scale), first - zero, last - zero))
-    shape = (-1, *(1,) * (x.ndim - 1))
-    zeros = zero_point.view(shape)
-    return cast(Tensor, _PerChannel.apply(x, scale.view(shape), first - zeros, last - zeros))
+    if zero_point.any():  # no scheme of ours that people use
+        return torch.fake_quantize_per_channel_affine(x, scale, zero_point, 0, first, last)
+    return cast(Tensor, _PerChannel.apply(x, scale.view(-1, *(1,) * (x.ndim - 1)), first, last))
 
 
 def is_exporting() -> bool:
@@ -65,20 +65,22 @@ class _PerTensor(torch.autograd.Function):
 
 
 class _PerChannel(torch.autograd.Function):
-    """The same with a scale, a first and a last step of each channel, shaped so that they meet ``x``."""
+    """The same with a scale for each channel, shaped so that it meets ``x``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """``x`` (C, ...); the others (C, 1, ...)."""
-        ctx.save_for_backward(x, scale, low, high)
-        return torch.clamp((x * (1.0 / scale)).round_(), low, high).mul_(scale)
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+        """``x`` (C, ...); ``scale`` (C, 1, ...)."""
+        in_steps = x * (1.0 / scale)
+        ctx.save_for_backward(in_steps)
+        ctx.open_interval = (-_first_above(-low, 1.0), _first_above(high, 1.0))
+        return in_steps.round().clamp_(low, high).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         """The gradient, and 0 where a value was clamped."""
-        x, scale, low, high = ctx.saved_tensors
-        steps = (x * (1.0 / scale)).round_()
-        return gradients[0] * ((steps >= low) & (steps <= high)), None, None, None
+        (in_steps,) = ctx.saved_tensors
+        gradient: Any = torch.ops.aten.hardtanh_backward(*gradients, in_steps, *ctx.open_interval)
+        return gradient, None, None, None
 
 
 def _first_above(step: int, scale: float) -> float:

@@ -301,13 +301,15 @@ class Masks(Effect[_ModifierT]):
     def _activate(self, *, active: bool) -> None:
         for hook in self._hooks:
             hook.remove()
-        self.active, self._hooks = active, []
-        for index, (_, parameter) in enumerate(self._chosen if active else ()):
-            trained = parameter.requires_grad
-            parameter.requires_grad_()
-            hook: Any = parameter.register_hook(lambda grad, i=index: grad * self.masks[i])  # type: ignore[no-untyped-call]
-            parameter.requires_grad_(trained)
-            self._hooks.append(hook)
+        chosen = self._chosen if active else ()
+        self.active, self._hooks = active, [self._hook(index, p) for index, (_, p) in enumerate(chosen)]
+
+    def _hook(self, index: int, parameter: Any) -> Any:
+        """Mask a parameter's gradients from now on, also where it is not trained before later."""
+        trained = parameter.requires_grad
+        hook = parameter.requires_grad_().register_hook(lambda grad: grad * self.masks[index])
+        parameter.requires_grad_(trained)
+        return hook
 
     @torch.no_grad()
     def mask(self) -> None:

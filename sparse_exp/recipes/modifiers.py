@@ -661,12 +661,21 @@ def as_list(value: Any) -> list[Any]:
 
 def in_order(modifiers: Iterable[Modifier]) -> list[Modifier]:
     """The order in which modifiers act within a step, as in SparseML: what ends later acts later."""
-    return sorted(modifiers, key=_place)
+    return sorted(modifiers, key=lambda m: _place(m.end_epoch, m.start_epoch, _identifier(m)))
 
 
-def _place(modifier: Modifier) -> tuple[float, float, str]:
-    end = math.inf if modifier.end_epoch == -1 else modifier.end_epoch
-    return end, modifier.start_epoch, _identifier(modifier)
+def stages_in_order(stages: Mapping[str, list[Modifier]]) -> dict[str, list[Modifier]]:
+    """The order in which stages act within a step, as in SparseML: by their last end and first start."""
+
+    def place(listed: list[Modifier]) -> tuple[float, float, str]:
+        end, start = max(m.end_epoch for m in listed), min(m.start_epoch for m in listed)
+        return _place(end, start, max(map(_identifier, listed)))
+
+    return dict(sorted(stages.items(), key=lambda item: place(item[1])))
+
+
+def _place(end: float, start: float, identifier: str) -> tuple[float, float, str]:
+    return math.inf if end == -1 else end, start, identifier
 
 
 def _identifier(modifier: Modifier) -> str:
