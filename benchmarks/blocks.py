@@ -72,7 +72,7 @@ def main() -> int:
     options = _options()
     imgsz = _imgsz(options)
     with tempfile.TemporaryDirectory() as scratch:
-        images = _images(Path(scratch), imgsz)
+        images = digit_images(Path(scratch), imgsz)
         given = [Pair("given", *options.files)] if options.files else None
         pairs = given or _build(options, images, Path(scratch))
         rows, conditions = _measure(pairs, images, options)
@@ -113,7 +113,7 @@ def _imgsz(options: argparse.Namespace) -> int:
     return size
 
 
-def _images(scratch: Path, imgsz: int) -> NDArray[np.uint8]:
+def digit_images(scratch: Path, imgsz: int) -> NDArray[np.uint8]:
     """Eight images of the digits: uint8 (8, 3, imgsz, imgsz)."""
     dataset = load_dataset(
         digits.materialize(scratch / "digits", imgsz=imgsz, train=1, val=8, test=1), "digits"
@@ -125,7 +125,7 @@ def _images(scratch: Path, imgsz: int) -> NDArray[np.uint8]:
 
 def _build(options: argparse.Namespace, images: NDArray[np.uint8], folder: Path) -> list[Pair]:
     """Prune, quantize by calibration and export a pair for each sparsity and each way to share it out."""
-    dense, pairs = _dense(options.size), []
+    dense, pairs = start_network(options.size), []
     batches = [torch.from_numpy(images).float() / 255]
     recipe = CONF_DIRECTORY / "recipe" / "quant.md"
     for sparsity in options.sparsity:
@@ -142,7 +142,7 @@ def _build(options: argparse.Namespace, images: NDArray[np.uint8], folder: Path)
     return pairs
 
 
-def _dense(size: str) -> YOLOv5:
+def start_network(size: str) -> YOLOv5:
     """The detector with its start weights if they are in the cache, else with random ones."""
     torch.manual_seed(_SEED)
     model = YOLOv5(size, _COCO_CLASSES)

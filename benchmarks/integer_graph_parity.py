@@ -1,6 +1,6 @@
 """Record the integer graphs that SparseML 1.8.0 makes, for tests/unit/export/test_integer.py.
 
-    python tools/record_integer_graph.py         writes tests/data/integer-graph/
+    python benchmarks/integer_graph_parity.py         writes tests/data/integer-graph/
 
 It runs where SparseML is installed. Of a small network with each kind of layer that a detector has, once
 with scales per tensor and once per channel, it writes two files: ``*.pairs.onnx``, the graph of
