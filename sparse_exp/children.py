@@ -29,7 +29,7 @@ def start_child(code: str, *words: str) -> tuple[subprocess.Popen[bytes], Connec
 
 
 def start_process(
-    command: Sequence[str], *words: str, pipes: int = 1
+    command: Sequence[str], *words: str, pipes: int = 1, files: Sequence[int] = ()
 ) -> tuple[subprocess.Popen[bytes], list[Connection[Any, Any]], IO[bytes]]:
     """Start a program at the other end of pipes.
 
@@ -38,6 +38,7 @@ def start_process(
             of the pipes, joined by commas, and the words.
         words: its arguments after those.
         pipes: how many.
+        files: file descriptors that it has, too.
 
     Returns:
         The process, this end of each pipe, and the file that the process prints to. The caller closes all.
@@ -51,7 +52,7 @@ def start_process(
     try:
         process = subprocess.Popen(
             [*command, ",".join(map(str, descriptors)), *words],
-            pass_fds=descriptors, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            pass_fds=[*descriptors, *files], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
         )  # fmt: skip
     finally:
         for _, end in pairs:  # only the child may hold its ends, or nobody would notice its death

@@ -6,6 +6,7 @@ interpreter that `sparse_exp.hardware.deepsparse` finds.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +18,7 @@ import numpy as np
 
 from sparse_exp.children import start_process
 from sparse_exp.engines.base import Execute, LocalEngine, Setup, not_loaded
-from sparse_exp.engines.deepsparse_worker import receive, send
+from sparse_exp.engines.deepsparse_worker import Channel
 from sparse_exp.engines.process import EngineProcess
 from sparse_exp.engines.profile import RUNS, Profile, merged
 from sparse_exp.engines.timing import Timing
@@ -126,7 +127,7 @@ class DeepSparseEngine(LocalEngine):
 
 
 class _Worker:
-    """The process of `sparse_exp.engines.deepsparse_worker`, with a pipe for questions and one for each lane.
+    """The process of `sparse_exp.engines.deepsparse_worker`, a channel for questions and one for each lane.
 
     Args:
         python: interpreter that has DeepSparse.
@@ -136,8 +137,11 @@ class _Worker:
 
     def __init__(self, python: Path, pin: str, lanes: int) -> None:
         command = [str(python), "-I", str(_WORKER)]  # -I: neither this folder nor PYTHONPATH is searched
-        process, pipes, output = start_process(command, pin, pipes=1 + lanes)
-        self.process = EngineProcess(DeepSparseEngine.name, process, pipes, output)
+        memories = [os.memfd_create("batch") for _ in range(1 + lanes)]
+        words = ",".join(map(str, memories)), pin
+        process, pipes, output = start_process(command, *words, pipes=len(memories), files=memories)
+        channels = [Channel(pipe, memory) for pipe, memory in zip(pipes, memories, strict=True)]
+        self.process = EngineProcess(DeepSparseEngine.name, process, channels, output)
 
     def ask(self, method: str, *arrays: np.ndarray, **settings: Any) -> Any:
         """The answer to a question; see `sparse_exp.engines.deepsparse_worker.Worker`.
@@ -154,13 +158,13 @@ class _Worker:
         return self._exchange(1 + lane, None, [batch])[1]
 
     def _exchange(
-        self, pipe: int, message: Any, arrays: Sequence[np.ndarray]
+        self, channel: int, message: Any, arrays: Sequence[np.ndarray]
     ) -> tuple[Any, list[np.ndarray]]:
-        def dialogue(pipe: Any) -> Any:
-            send(pipe, message, arrays)
-            return receive(pipe)
+        def dialogue(channel: Channel) -> Any:
+            channel.send(message, arrays)
+            return channel.receive()
 
-        (kind, value), outputs = self.process.talk(dialogue, pipe)
+        (kind, value), outputs = self.process.talk(dialogue, channel)
         if kind == "value":
             return value, outputs
         raise {"ImportError": ImportError, "OSError": OSError}.get(kind, RuntimeError)(value)

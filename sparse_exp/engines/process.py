@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
 from typing import IO, Any, TypeVar
 
 from sparse_exp.children import obituary
@@ -21,7 +20,7 @@ class EngineProcess:
     Args:
         name: of the engine.
         process: the child.
-        pipes: this process's ends.
+        pipes: this process's ends; each is closed with the child.
         output: the file that the child prints to.
     """
 
@@ -29,7 +28,7 @@ class EngineProcess:
         self,
         name: str,
         process: subprocess.Popen[bytes],
-        pipes: Sequence[Connection[Any, Any]],
+        pipes: Sequence[Any],
         output: IO[bytes],
     ) -> None:
         self._name, self._process, self._pipes, self._output = name, process, list(pipes), output
@@ -41,7 +40,7 @@ class EngineProcess:
         """Process id of the child."""
         return self._process.pid
 
-    def talk(self, dialogue: Callable[[Connection[Any, Any]], T], pipe: int = 0) -> T:
+    def talk(self, dialogue: Callable[[Any], T], pipe: int = 0) -> T:
         """Ask, and wait for the answer.
 
         Args:

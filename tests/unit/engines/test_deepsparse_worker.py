@@ -16,7 +16,7 @@ from available import needs
 
 from sparse_exp.children import start_process
 from sparse_exp.engines import deepsparse, deepsparse_worker, timing
-from sparse_exp.engines.deepsparse_worker import receive, send
+from sparse_exp.engines.deepsparse_worker import Channel
 from sparse_exp.engines.process import EngineProcess
 from sparse_exp.errors import EngineError
 from sparse_exp.hardware.deepsparse import find_deepsparse
@@ -30,14 +30,14 @@ import numpy as np
 spec = importlib.util.spec_from_file_location("worker", sys.argv[2])
 worker = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(worker)
-pipe = Connection(int(sys.argv[1]))
+channel = worker.Channel(Connection(int(sys.argv[1])), int(sys.argv[3]))
 while True:
     try:
-        message, arrays = worker.receive(pipe)
+        message, arrays = channel.receive()
     except EOFError:
         break
     own = all(array.dtype is np.dtype(array.dtype.name) for array in arrays)
-    worker.send(pipe, (message, np.__version__, own), [array * np.ones_like(array) for array in arrays])
+    channel.send((message, np.__version__, own), [array * np.ones_like(array) for array in arrays])
 """
 PYTHONS = [
     pytest.param(lambda: sys.executable, id="this"),
@@ -48,8 +48,10 @@ PYTHONS = [
 @pytest.fixture(params=PYTHONS)
 def echo(request):
     """A process that sends back what it gets."""
-    process, (pipe,), output = start_process([str(request.param()), "-I", "-c", ECHO], str(WORKER))
-    child = EngineProcess("echo", process, [pipe], output)
+    memory = os.memfd_create("echo")
+    words = str(WORKER), str(memory)
+    process, (pipe,), output = start_process([str(request.param()), "-I", "-c", ECHO], *words, files=[memory])
+    child = EngineProcess("echo", process, [Channel(pipe, memory)], output)
     yield child
     child.close()
 
@@ -60,25 +62,31 @@ def test_arrays_and_plain_data_travel_between_interpreters_and_versions_of_numpy
         rng.integers(0, 256, (2, 3, 8, 8), dtype=np.uint8),
         rng.normal(size=(4, 5)).astype(np.float32)[::2, 1:],  # not contiguous
         np.arange(6).reshape(2, 3),
-        rng.normal(size=1_000_000),  # more than a pipe holds
+        rng.normal(size=1_000_000),
     ]
     message = ("run", {"seconds": 0.5, "none": None, "pin": (1, 2)})
-    (back, version, own), returned = echo.talk(lambda pipe: (send(pipe, message, arrays), receive(pipe))[1])
-    assert back == message
-    assert version[0] in "12"
-    assert own  # DeepSparse compares dtypes by identity
-    for array, one in zip(arrays, returned, strict=True):
-        assert one.dtype == array.dtype
-        np.testing.assert_array_equal(one, array)
+    for sent in (arrays[:2], [], arrays, arrays[:1]):  # the memory grows, and is used again
+        (back, version, own), returned = echo.talk(
+            lambda one, sent=sent: (one.send(message, sent), one.receive())[1]
+        )
+        assert back == message
+        assert version[0] in "12"
+        assert own  # DeepSparse compares dtypes by identity
+        for array, one in zip(sent, returned, strict=True):
+            assert one.dtype == array.dtype
+            np.testing.assert_array_equal(one, array)
+    kept = returned[0].copy()
+    echo.talk(lambda one: (one.send(message, [arrays[0] + 1]), one.receive())[1])
+    np.testing.assert_array_equal(returned[0], kept)  # what was received is the receiver's
 
 
 def test_the_end_of_the_process_is_an_error_with_what_it_said():
     process, pipes, output = start_process([sys.executable, "-c", "raise SystemExit('no such luck')"])
     child = EngineProcess("mine", process, pipes, output)
     with pytest.raises(EngineError, match=r"engine mine died \(exit code 1, it said: no such luck\)"):
-        child.talk(receive)
+        child.talk(lambda pipe: pipe.recv())
     with pytest.raises(EngineError, match="load"):
-        child.talk(receive)
+        child.talk(lambda pipe: pipe.recv())
     child.close()
 
 
@@ -193,7 +201,8 @@ def test_the_process_ends_with_this_one(stub_library, tmp_path):
     stub_library(ENGINE)
     code = (
         "import os, sys; from sparse_exp.children import start_process\n"
-        "process, pipes, output = start_process(sys.argv[1:], '')\n"
+        "memory = os.memfd_create('x')\n"
+        "process, *_ = start_process(sys.argv[1:], str(memory), '', files=[memory])\n"
         "print(process.pid, flush=True); os._exit(0)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "python"), "-I", str(WORKER)]
