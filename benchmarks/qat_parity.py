@@ -5,7 +5,8 @@
 It runs where SparseML is installed. The tests compare with the records, and need no SparseML:
 
 - ``quantization-schemes.json.xz``: which layers are quantized, and how. The arguments of the
-  QuantizationModifier are those of every recipe below conf/, and some that are drawn at random in both dialects.
+  QuantizationModifier are those of every recipe below conf/, and some that are drawn at random in both
+  dialects.
 - ``quantized-by-sparseml.pt.xz``: a checkpoint as our versions before 0.2 wrote them, one as Neural Magic's
   fork did, and what the two models predict; and the scales and zero points of all quantizers after some steps
   of training on the digits. There weights and sums are float64: in float32 the order of a sum decides where a
@@ -106,13 +107,9 @@ def _trained() -> dict[str, Any]:
         checkpoints[kind] = _checkpoint(kind, model.state_dict(), text)
         with torch.no_grad():
             outputs[kind] = model(images[:1].float() / 255)[0]
-    train = {"start": start, "images": images, "targets": targets}
-    return {
-        **train,
-        "scales": scales(_quantized(start, KINDS["0.1"]), images, targets),
-        **checkpoints,
-        "outputs": outputs,
-    }
+    found = scales(_quantized(start, KINDS["0.1"]), images, targets)
+    train = {"start": start, "images": images, "targets": targets, "steps": STEPS, "scales": found}
+    return {**train, **checkpoints, "outputs": outputs}
 
 
 KINDS = {
@@ -144,10 +141,10 @@ def _start() -> dict[str, Tensor]:
 
 
 def _digits() -> tuple[Tensor, Tensor]:
-    """Four images, uint8 (4, 3, 64, 64), and their boxes (M, 6)."""
+    """Two images, uint8 (2, 3, 64, 64), and their boxes (M, 6)."""
     with tempfile.TemporaryDirectory() as folder:
-        data = load_dataset(materialize(Path(folder) / "digits", imgsz=64, train=4, val=1, test=1), "digits")
-        loader = make_loader(data.splits["train"], len(data.names), imgsz=64, batch_size=4, train=False)
+        data = load_dataset(materialize(Path(folder) / "digits", imgsz=64, train=2, val=1, test=1), "digits")
+        loader = make_loader(data.splits["train"], len(data.names), imgsz=64, batch_size=2, train=False)
         images, targets = next(iter(loader))
     targets[:, 1] %= CLASSES
     return images, targets
@@ -197,7 +194,9 @@ def scales(model: Any, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         if isinstance(module, torch.ao.quantization.FakeQuantize):
             layer, part = _place(name)
-            found[f"{layer} {part}"] = torch.cat([module.scale, module.zero_point.to(module.scale.dtype)])
+            which = re.search(r"input_quant_stubs\.(\d)", name)
+            own = f"input_quantizers.{which[1]}" if which else f"{part.removesuffix('s')}_quantizer"
+            found[f"{layer}.{own}"] = torch.cat([module.scale, module.zero_point.to(module.scale.dtype)])
     return found
 
 

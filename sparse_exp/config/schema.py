@@ -155,6 +155,14 @@ class RecipeConfig:
     calibration_images: int = bounded(
         64, 1, 100000, unit="images", help="on which the first ranges of quantization are found"
     )
+    weight_scales: str = one_of(
+        "auto", ("auto", "tensor", "channel"),
+        "of quantized weights: one for a layer or one for each output channel; auto: one for a layer where "
+        "DeepSparse is among the engines, unless the recipe names a strategy",
+    )  # fmt: skip
+    weight_bits: str = one_of(
+        "auto", ("auto", "8", "7"), "of quantized weights, at most; auto: 7 where an x86 target has no VNNI"
+    )
 
 
 @dataclass

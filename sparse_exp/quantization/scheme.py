@@ -113,24 +113,6 @@ def layer_schemes(arguments: Mapping[str, Any], model: nn.Module) -> Schemes:
     return _Older(arguments, model).schemes() if older else _Newer(arguments, model).schemes()
 
 
-def with_weights(
-    schemes: Schemes, *, per_channel: bool | None = None, num_bits: int | None = None
-) -> Schemes:
-    """The same schemes with other scales or steps of the weights.
-
-    Args:
-        schemes: of a model's layers.
-        per_channel: whether each output channel has a scale of its own; None: as it is.
-        num_bits: 2 to 8; None: as it is.
-    """
-    changes: dict[str, Any] = {"per_channel": per_channel, "num_bits": num_bits}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    return {
-        name: replace(scheme, weights=replace(scheme.weights, **changes)) if scheme.weights else scheme
-        for name, scheme in schemes.items()
-    }
-
-
 def as_data(schemes: Mapping[str, LayerScheme]) -> dict[str, Any]:
     """Schemes as builtin types, as a checkpoint stores them."""
     return {name: asdict(scheme) for name, scheme in schemes.items()}

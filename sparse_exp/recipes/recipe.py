@@ -22,6 +22,7 @@ from sparse_exp.quantization.quantizers import (
     quantized_layers,
 )
 from sparse_exp.quantization.scheme import Schemes, layer_schemes
+from sparse_exp.quantization.weights import AS_THE_RECIPE_SAYS, WeightChoice
 from sparse_exp.recipes.distillation import Distiller, terms_of
 from sparse_exp.recipes.effects import effects_of, prune_at_once
 from sparse_exp.recipes.language import (
@@ -91,10 +92,12 @@ class Recipe:
         num_epochs: length to which the whole schedule is stretched or squeezed (see
             `sparse_exp.recipes.schedule.time_map`), more than 0; None keeps its length.
         engine: what runs it: ``native``, or ``sparseml``, which has more kinds of modifiers.
+        weights: how quantized weights are rounded.
 
     Attributes:
         name: as given.
         modifiers: in the order in which they act.
+        weights: as given.
 
     Raises:
         RecipeError: the text is no recipe, has no such variable, or has a modifier that the engine does not
@@ -108,8 +111,9 @@ class Recipe:
         name: str = "recipe",
         num_epochs: float | None = None,
         engine: str = "native",
+        weights: WeightChoice = AS_THE_RECIPE_SAYS,
     ) -> None:
-        self.name, self._engine = name, engine
+        self.name, self._engine, self.weights = name, engine, weights
         body = body_of(text)
         check_variables(read_body(body, name), variables or {}, name)
         given = {key: value for key, value in (variables or {}).items() if value is not None}
@@ -135,6 +139,7 @@ class Recipe:
         variables: Mapping[str, float | None] | None = None,
         num_epochs: float | None = None,
         engine: str = "native",
+        weights: WeightChoice = AS_THE_RECIPE_SAYS,
     ) -> Recipe:
         """Read a recipe from a file: ``.md`` with front matter, or ``.yaml``.
 
@@ -143,6 +148,7 @@ class Recipe:
             variables: see `Recipe`.
             num_epochs: see `Recipe`.
             engine: see `Recipe`.
+            weights: see `Recipe`.
 
         Raises:
             RecipeError: the file cannot be read, or see `Recipe`.
@@ -151,7 +157,7 @@ class Recipe:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"Cannot read the recipe {path}: {error}. Check recipe.file.") from error
-        return cls(text, variables, name=path.name, num_epochs=num_epochs, engine=engine)
+        return cls(text, variables, path.name, num_epochs, engine, weights)
 
     @property
     def text(self) -> str:
@@ -478,7 +484,10 @@ class Recipe:
 
     def _schemes(self, model: nn.Module) -> Schemes:
         """What of a model the recipe quantizes; nothing without a QuantizationModifier."""
-        return next((layer_schemes(m.arguments, model) for m in self._quantizations()), {})
+        for modifier in self._quantizations():
+            schemes = layer_schemes(modifier.arguments, model)
+            return self.weights.applied_to(schemes, modifier.arguments)
+        return {}
 
 
 def _overlaps(modifier: Modifier, phase: Phase) -> bool:

@@ -42,8 +42,10 @@ def _events(context: Context, facts: dict[str, Any]) -> list[Event]:
 def _marks(context: Context) -> dict[str, Any]:
     """The recipe as it runs, whatever it is called and however its variables came to their values."""
     config = as_dict(context.experiment)["recipe"]
-    in_the_text = ("name", "file", "variables", "num_epochs")
-    rest = {key: value for key, value in config.items() if key not in in_the_text}
+    resolved = ("name", "file", "variables", "num_epochs", "weight_scales", "weight_bits")
+    rest = {key: value for key, value in config.items() if key not in resolved}
+    if context.recipe.quantization_start is not None:
+        rest["weights"] = [context.recipe.weights.per_channel, context.recipe.weights.num_bits]
     return {"recipe": {"text": context.recipe.text, **rest}}
 
 

@@ -159,13 +159,11 @@ def test_an_unknown_start_is_not_called_dense(plan):
     assert {row["sparsity"] for row in phase_rows(without)} == {"that of the start"}
 
 
-@pytest.mark.parametrize(
-    ("name", "why"), [("transfer_quant", "would quantize it again"), ("dense", "in floating point")]
-)
-def test_a_quantized_start_is_refused(plan, name, why):
-    with pytest.raises(RecipeError, match=f"quantized already.*{why}") as raised:
-        plan(name, Start("best_pruned_quant.pt", 0.75, quantized=True))
-    assert "best_pruned.pt" in str(raised.value)
+@pytest.mark.parametrize("name", ["transfer_quant", "dense"])
+def test_a_quantized_start_is_a_float_one_with_its_zeros(plan, sparse, name):
+    laid_out = plan(name, Start("best_pruned_quant.pt", 0.75, quantized=True), model=sparse)
+    assert laid_out.prune_to is None
+    assert laid_out.phases[0].quantized is False
 
 
 def test_distillation_needs_a_teacher(plan):

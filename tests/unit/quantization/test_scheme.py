@@ -12,11 +12,9 @@ from sparse_exp.errors import RecipeError
 from sparse_exp.quantization.quantizers import begin, prepare
 from sparse_exp.quantization.scheme import (
     LayerScheme,
-    TensorScheme,
     as_data,
     from_data,
     layer_schemes,
-    with_weights,
 )
 from sparse_exp.yolov5 import YOLOv5
 
@@ -67,14 +65,6 @@ def test_a_model_with_quantizers_gives_the_same_schemes(model):
 def test_schemes_survive_as_plain_data(model):
     schemes = layer_schemes({"scheme": {"output_activations": {"num_bits": 7}}, "ignore": LEAVE_OUT}, model)
     assert from_data(json.loads(json.dumps(as_data(schemes)))) == schemes
-
-
-def test_weights_are_changed_without_their_inputs():
-    head = LayerScheme(TensorScheme(), TensorScheme(symmetric=True))
-    changed = with_weights({"head": head, "add": LayerScheme(TensorScheme())}, per_channel=True, num_bits=7)
-    assert changed["head"].weights == TensorScheme(7, symmetric=True, per_channel=True)
-    assert changed["head"].inputs == head.inputs
-    assert changed["add"] == LayerScheme(TensorScheme())
 
 
 @pytest.mark.parametrize(

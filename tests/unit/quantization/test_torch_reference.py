@@ -9,11 +9,14 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from torch import nn
 
 from sparse_exp.engines import create_engine
 from sparse_exp.export.exporter import MODEL, QDQ
 from sparse_exp.export.verification import predict
+from sparse_exp.quantization.quantizers import begin, freeze_quantizers, prepare
 from sparse_exp.quantization.reference import IntegerConv, as_deployed
+from sparse_exp.quantization.scheme import LayerScheme, TensorScheme
 from sparse_exp.sparsity.onnx_graph import layer_name
 from sparse_exp.yolov5 import YOLOv5
 
@@ -79,33 +82,39 @@ def test_both_files_are_nearer_to_it_than_the_checkpoint_as_trained(
     assert (deployed - expected).abs().mean() < 0.7 * (as_trained - expected).abs().mean()
 
 
+def quantized(conv: nn.Conv2d, *, per_channel: bool = False, scale: float = 1.0) -> nn.Conv2d:
+    """The convolution, quantized, with input steps of one size and ranges frozen."""
+    scheme = LayerScheme(TensorScheme(), TensorScheme(symmetric=True, per_channel=per_channel))
+    layer = begin(prepare(nn.Sequential(conv), {"0": scheme}))
+    layer(torch.ones(1, conv.in_channels, 4, 4))
+    conv.input_quantizer.set_range(0.0, 255.0 * scale)
+    freeze_quantizers(layer).eval()
+    return conv
+
+
 def test_sums_that_float32_cannot_hold_are_float64():
-    conv = torch.ao.nn.qat.Conv2d(4096, 1, 3, qconfig=torch.ao.quantization.get_default_qat_qconfig())
+    conv = nn.Conv2d(4096, 1, 3)
     with torch.no_grad():
         conv.weight.fill_(1.0)
         conv.weight[0, 0, 0, 0] = 0.999
-    conv(torch.ones(1, 4096, 3, 3))
-    quantizer = torch.ao.quantization.FakeQuantize()
-    integer = IntegerConv(quantizer, conv.eval())
+    integer = IntegerConv(quantized(conv))
     assert integer.weight.dtype == torch.float64
     steps = torch.randint(0, 256, (1, 4096, 3, 3), generator=torch.Generator().manual_seed(0))
     exact = (steps.long() * integer.weight.long()).sum() + integer.bias.long()
     assert float(integer(steps.float())) == float((exact.float() * integer.step).item())
 
 
-def test_scales_of_each_channel(lively_model):
+def test_scales_of_each_channel():
     """A weight may have a scale for each output channel; the integers are then those of the channel."""
-    conv = torch.ao.nn.qat.Conv2d(2, 3, 1, qconfig=torch.ao.quantization.get_default_qat_qconfig("fbgemm"))
+    conv = nn.Conv2d(2, 3, 1)
     with torch.no_grad():
         conv.weight.copy_(torch.tensor([[1.0, -0.5], [0.1, 0.05], [8.0, 2.0]]).reshape(3, 2, 1, 1))
-    conv(torch.ones(1, 2, 4, 4))
-    conv.apply(torch.ao.quantization.disable_observer).eval()
-    quantizer = torch.ao.quantization.FakeQuantize()
-    quantizer.scale.fill_(0.5)
-    assert conv.weight_fake_quant.scale.shape == (3,)
+    quantized(conv, per_channel=True, scale=0.5)
+    scale = conv.weight_quantizer.scale
+    assert scale.tolist() == pytest.approx([1 / 127.5, 0.1 / 127.5, 8 / 127.5])
     x = torch.randint(0, 100, (1, 2, 4, 4)).float() * 0.5
-    difference = (IntegerConv(quantizer, conv)(x) - conv(x)).abs().amax((0, 2, 3))
-    assert (difference <= 0.5 * 0.5 * conv.weight_fake_quant.scale + 1e-4).all()  # of the bias
+    difference = (IntegerConv(conv)(x) - conv(x)).abs().amax((0, 2, 3))
+    assert (difference <= 0.5 * 0.5 * scale + 1e-4).all()  # of the bias
 
 
 def test_the_model_itself_is_left_as_it_is(lively_model, reference):

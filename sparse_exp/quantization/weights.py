@@ -1,0 +1,85 @@
+"""How weights are rounded where the recipe leaves it open: as suits the engines and the CPU of the target."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sparse_exp.config.schema import HardwareConfig, RecipeConfig
+from sparse_exp.quantization.scheme import Schemes
+
+_X86 = ("x86_64", "AMD64")
+
+
+@dataclass(frozen=True)
+class WeightChoice:
+    """What is chosen for the weights of all quantized layers.
+
+    Attributes:
+        per_channel: each output channel gets a scale of its own, or each layer one; None: as the recipe says.
+        num_bits: at most so many; None: as the recipe says.
+        why: in words.
+    """
+
+    per_channel: bool | None = None
+    num_bits: int | None = None
+    why: str = "as the recipe says"
+
+    def applied_to(self, schemes: Schemes, arguments: Mapping[str, Any]) -> Schemes:
+        """The schemes of a recipe with this choice.
+
+        Args:
+            schemes: of a model's layers.
+            arguments: of the modifier that they come from. A strategy that it names holds.
+        """
+        named = "strategy" in set(_keys(arguments))
+        found = {}
+        for name, scheme in schemes.items():
+            if weights := scheme.weights:
+                if self.per_channel is not None and not named:
+                    weights = replace(weights, per_channel=self.per_channel)
+                if self.num_bits is not None:
+                    weights = replace(weights, num_bits=min(weights.num_bits, self.num_bits))
+            found[name] = replace(scheme, weights=weights)
+        return found
+
+
+AS_THE_RECIPE_SAYS = WeightChoice()
+
+
+def choose_weights(recipe: RecipeConfig, hardware: HardwareConfig, host_isa: Sequence[str]) -> WeightChoice:
+    """Choose scales and bits of weights.
+
+    A scale for each output channel is more accurate, and as fast in ONNX Runtime and OpenVINO, but halves the
+    speed of DeepSparse's sparse convolutions. On x86 CPUs without VNNI sums of 8-bit products saturate in 16
+    bits; with 7-bit weights they do not.
+
+    Args:
+        recipe: its ``weight_scales`` and ``weight_bits``, which hold unless they are ``auto``.
+        hardware: the target, with the engines that are here.
+        host_isa: instruction sets of this machine, which count where the target names none.
+    """
+    if recipe.weight_scales == "auto":
+        per_channel = "deepsparse" not in hardware.engines
+        scales = f"DeepSparse is {'not ' if per_channel else ''}among the engines"
+    else:
+        per_channel, scales = recipe.weight_scales == "channel", "recipe.weight_scales"
+    if recipe.weight_bits == "auto":
+        isa = hardware.isa or host_isa
+        saturates = "vnni" not in isa and (bool(hardware.isa) or platform.machine() in _X86)
+        num_bits, bits = (
+            (7, "the CPU has no VNNI") if saturates else (8, "the CPU multiplies them as they are")
+        )
+    else:
+        num_bits, bits = int(recipe.weight_bits), "recipe.weight_bits"
+    scope = "a scale for each output channel" if per_channel else "one scale for a layer"
+    return WeightChoice(per_channel, num_bits, f"{scope} ({scales}), {num_bits} bits ({bits})")
+
+
+def _keys(tree: Any) -> Iterator[str]:
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield key
+            yield from _keys(value)
