@@ -35,6 +35,7 @@ from sparse_exp.engines.signature import read_signature
 from sparse_exp.errors import ConfigError, EngineError, expected, first_line
 from sparse_exp.files import write_json
 from sparse_exp.hardware import host_facts, physical_cpus
+from sparse_exp.hardware.deepsparse import require_python
 from sparse_exp.locks import default_lock_path, measuring_alone
 
 _WITHIN = 0.05
@@ -185,7 +186,7 @@ def _deepsparse_benchmark(
         *("--num_streams", case.streams, "--time", seconds, "--warmup_time", _WARMUP_S),
         *("--thread_pinning", "core", "--export_path", report, "--quiet"),
     ]
-    _run("deepsparse.benchmark.benchmark_model", "torch", cpus, arguments)
+    _run(require_python(), "deepsparse.benchmark.benchmark_model", "torch", cpus, arguments)
     result = json.loads(report.read_text(encoding="utf-8"))["benchmark_result"]
     return float(result["items_per_sec"])
 
@@ -198,15 +199,17 @@ def _benchmark_app(case: ParityCase, model: Path, cpus: Sequence[int], seconds: 
         *("-hint", "none", "-nthreads", len(cpus), "-nstreams", case.streams, "-nireq", case.streams),
         *("-api", case.scenario, "-t", seconds),
     ]
-    output = _run("openvino.tools.benchmark.main", "openvino_telemetry", cpus, arguments)
+    output = _run(sys.executable, "openvino.tools.benchmark.main", "openvino_telemetry", cpus, arguments)
     found = re.search(r"Throughput:\s*([\d.]+) FPS", output)
     if found is None:
         raise EngineError(f"benchmark_app printed no throughput: {first_line(ValueError(output[-200:]))}")
     return float(found[1])
 
 
-def _run(module: str, without: str, cpus: Sequence[int], arguments: Sequence[object]) -> str:
-    command = [sys.executable, "-c", _RUN, ",".join(map(str, cpus)), without, module, *map(str, arguments)]
+def _run(
+    python: Path | str, module: str, without: str, cpus: Sequence[int], arguments: Sequence[object]
+) -> str:
+    command = [str(python), "-c", _RUN, ",".join(map(str, cpus)), without, module, *map(str, arguments)]
     ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if ended.returncode:
         lines = ended.stdout.strip().splitlines() or ["nothing"]

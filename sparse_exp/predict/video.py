@@ -164,7 +164,7 @@ def opencv() -> Any:
     try:
         import cv2
     except ImportError as error:
-        do = "Run: pip install opencv-python-headless, or leave the videos out."
+        do = "Run: pip install 'sparse-exp[video]', or leave the videos out."
         what = expected("OpenCV, which reads videos,", "installed", first_line(error), do)
         raise MissingDependency(what) from error
     cv2.utils.logging.setLogLevel(0)

@@ -17,6 +17,7 @@ CONF, IOU = 0.05, 0.6
 
 @pytest.mark.slow
 def test_it_finds_what_the_evaluation_finds(deployment, lively_model, digit_images, tmp_path):
+    pytest.importorskip("deepsparse", reason="the pipeline runs where the extra neuralmagic is installed")
     pytest.importorskip("cv2", reason="DeepSparse's pipeline for YOLO imports OpenCV")
     from deepsparse import Pipeline
 

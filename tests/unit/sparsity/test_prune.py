@@ -149,6 +149,7 @@ def test_adaptive_blocks_go_by_the_score_of_their_squared_norm():
 
 
 def test_blocks_are_those_of_sparseml():
+    pytest.importorskip("sparseml", reason="it is there where the extra neuralmagic is installed")
     from sparseml.pytorch.sparsification.pruning.mask_creator import FourBlockMaskCreator
 
     torch.manual_seed(1)
