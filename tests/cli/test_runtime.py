@@ -106,7 +106,7 @@ def test_load(place):
     ("words", "said"),
     [
         (["best.pt", "a.png"], "best.pt needs torch, which is not installed. Run: pip install 'torch"),
-        (["model.onnx", "clip.mp4", *ENGINE], r"Run: pip install 'sparse-exp\[video\]'"),
+        (["model.onnx", "clip.mp4", *ENGINE], r"Run: pip install 'sparse-exp[video]'"),
         (["model.onnx", "a.png", "--engine", "openvino"], "Run: pip install 'openvino"),
     ],
 )
