@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,14 +112,9 @@ def without_quantizers(model: YOLOv5) -> YOLOv5:
         A detector in evaluation mode.
     """
     plain = YOLOv5(model.size, model.num_classes).eval()
-    state = {_published(name): value for name, value in model.state_dict().items()}
+    state = model.state_dict()
     plain.load_state_dict({name: state[name] for name in plain.state_dict()})
     return plain
-
-
-def _published(name: str) -> str:
-    """Of a tensor of a wrapped convolution, into which SparseML has moved its batch norm."""
-    return re.sub(r"\.module\b", "", re.sub(r"\.conv\.module\.bn\.", ".bn.", name))
 
 
 def zeros(model: YOLOv5) -> float:

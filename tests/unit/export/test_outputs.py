@@ -116,6 +116,23 @@ def test_each_scale_is_where_it_comes_from():
     assert quantizers["p"] == quantizers["m"]  # of what is pooled no value is new
 
 
+def test_what_silu_makes_0_of_takes_no_steps_from_the_rest():
+    model = small()
+    weights = next(item for item in model.graph.initializer if item.name == "w1")
+    values = np.full_like(onnx.numpy_helper.to_array(weights), -127)
+    values[:2] = 127
+    weights.CopyFrom(onnx.numpy_helper.from_array(values, "w1"))
+    low, high = find_ranges(model, ["c"], [IMAGES])["c"]
+    assert low < -8
+    quantize_outputs(model, [IMAGES])
+    arrays = constants(model.graph)
+    scale, zero = float(arrays["c.scale"]), int(arrays["c.zero"])
+    assert (-zero * scale, (255 - zero) * scale) == (
+        pytest.approx(-8, abs=scale),
+        pytest.approx(high, abs=scale),
+    )
+
+
 def test_it_is_the_same_network():
     model = small()
     wanted = run(model, IMAGES)

