@@ -126,7 +126,7 @@ def test_a_run_by_path_name_and_id(run, tmp_path, monkeypatch):
 
 def test_the_file_suits_the_engine(run):
     assert find_model(str(run), engine="deepsparse").path.name == "model.onnx"
-    assert find_model(str(run), engine="onnxruntime").path.name == "model.qdq.onnx"
+    assert find_model(str(run), engine="onnxruntime").path.name == "model.onnxruntime.onnx"
 
 
 def test_names_in_the_file_win(run):
