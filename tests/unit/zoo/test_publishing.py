@@ -63,7 +63,8 @@ def test_what_a_published_run_holds(published_model, finished_run, lively_model)
     assert listed >= {
         "model.onnx", "model.md", "model.json", "metrics.yaml", "recipe.md", "training/model.pt",
         "training/checkpoint_preqat.pt", "deployment/model.onnx", "deployment/model.qdq.onnx",
-        "deployment/model.onnxruntime.onnx", "deployment/class_names.json", "logs/config.yaml", "sample-inputs/inp-0000.npz",
+        "deployment/model.onnxruntime.onnx", "deployment/class_names.json", "logs/config.yaml",
+        "sample-inputs/inp-0000.npz",
         "sample-outputs_onnxruntime/out-0000.npz", "sample-originals/0000-000.png",
     }  # fmt: skip
     assert (directory / "training/model.pt").read_bytes() == (
