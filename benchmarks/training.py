@@ -22,8 +22,6 @@ from typing import NamedTuple
 import psutil
 import torch
 import yaml
-from torch.ao.nn.intrinsic.qat import freeze_bn_stats, update_bn_stats
-from torch.ao.quantization import disable_observer, enable_observer
 
 from sparse_exp.command import Parser, run_command, share, whole
 from sparse_exp.config.plain import CONF_DIRECTORY
@@ -33,6 +31,7 @@ from sparse_exp.data.loader import Batch, DetectionLoader, make_loader
 from sparse_exp.hardware import has_bf16, host_facts
 from sparse_exp.locks import default_lock_path, measuring_alone
 from sparse_exp.progress import progress
+from sparse_exp.quantization.quantizers import freeze_batch_norms, freeze_quantizers
 from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sources.cache import cache_directory
 from sparse_exp.sparsity.prune import prune_by_magnitude
@@ -128,10 +127,9 @@ def plain_steps(
     config: TrainerConfig,
     options: argparse.Namespace,
 ) -> Steps:
-    """Eager training as one would write it first; in QAT with torch's modules as the recipe inserts them."""
+    """Eager training as one would write it first; in QAT with the quantizers that the recipe puts in."""
     if stretch.quantized:
         _recipe(stretch).apply_structure(model)
-        model.apply(enable_observer).apply(update_bn_stats)
     model.train()
     loss_of = DetectionLoss(model.anchors, model.num_classes, config.loss, options.imgsz)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
@@ -147,7 +145,7 @@ def plain_steps(
 
     if stretch.frozen:
         steps(_WARMUP_STEPS)  # observers need some values before they are frozen
-        model.apply(disable_observer).apply(freeze_bn_stats)
+        freeze_batch_norms(freeze_quantizers(model))
     return steps
 
 

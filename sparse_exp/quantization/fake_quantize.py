@@ -28,7 +28,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, first: int, last
         As ``torch.fake_quantize_per_{tensor,channel}_affine``: ``scale * (clamp(round(x / scale) +
         zero_point) - zero_point)``. The gradient passes where nothing was clamped.
     """
-    if is_exporting() or x.dtype != torch.float32 or not x.is_cpu:
+    if _by_torch(x):
         if scale.numel() == 1:
             return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, first, last)
         return torch.fake_quantize_per_channel_affine(x, scale, zero_point, 0, first, last)
@@ -38,6 +38,30 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, first: int, last
     if zero_point.any():  # no scheme of ours that people use
         return torch.fake_quantize_per_channel_affine(x, scale, zero_point, 0, first, last)
     return cast(Tensor, _PerChannel.apply(x, scale.view(-1, *(1,) * (x.ndim - 1)), first, last))
+
+
+def fake_quantize_scaled(
+    weight: Tensor, factor: Tensor, scale: Tensor, zero_point: Tensor, first: int, last: int
+) -> Tensor:
+    """Round a weight after each of its filters is multiplied by a factor, and divide it by that factor again.
+
+    Args:
+        weight: (C, ...).
+        factor: (C,); a filter whose factor is 0 becomes 0.
+        scale: of the multiplied weight, see `fake_quantize`.
+        zero_point: likewise.
+        first: the first step.
+        last: the last step.
+    """
+    factor, scales = (values.view(-1, *(1,) * (weight.ndim - 1)) for values in (factor, scale))
+    if _by_torch(weight) or zero_point.any():
+        rounded = fake_quantize(weight * factor, scale, zero_point, first, last)
+        return rounded / torch.where(factor == 0, 1.0, factor)
+    return cast(Tensor, _Scaled.apply(weight, factor, scales, first, last))
+
+
+def _by_torch(x: Tensor) -> bool:
+    return is_exporting() or x.dtype != torch.float32 or not x.is_cpu
 
 
 def is_exporting() -> bool:
@@ -81,6 +105,37 @@ class _PerChannel(torch.autograd.Function):
         (in_steps,) = ctx.saved_tensors
         gradient: Any = torch.ops.aten.hardtanh_backward(*gradients, in_steps, *ctx.open_interval)
         return gradient, None, None, None
+
+
+class _Scaled(torch.autograd.Function):
+    """Multiply, round and divide in one, so that in the gradient of the weight the factor cancels out."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, factor: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+        """``weight`` (C, ...); ``factor`` (C, 1, ...); ``scale`` of the same shape, or of one element."""
+        divisor = torch.where(factor == 0, 1.0, factor)
+        in_steps = (weight * factor).mul_(1.0 / scale)
+        rounded = in_steps.round().clamp_(low, high).mul_(scale).div_(divisor)
+        ctx.save_for_backward(weight, factor, in_steps, rounded)
+        ctx.open_interval = (-_first_above(-low, 1.0), _first_above(high, 1.0))
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        """The gradient of the weight, 0 where a value was clamped, and that of the factor."""
+        weight, factor, in_steps, rounded = ctx.saved_tensors
+        passed: Any = torch.ops.aten.hardtanh_backward(*gradients, in_steps, *ctx.open_interval)
+        dead = factor == 0
+        of_factor = _dot(passed, weight) - _dot(gradients[0], rounded)
+        of_factor = of_factor.view_as(factor) / torch.where(dead, 1.0, factor)
+        return passed.mul_(~dead) if dead.any() else passed, of_factor, None, None, None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """(C,) the products of two tensors (C, ...), summed for each channel."""
+    order = (0, *range(2, a.ndim), 1)  # makes channels_last contiguous, without a copy
+    rows = [x.permute(order).reshape(len(x), 1, -1) for x in (a, b)]
+    return torch.bmm(rows[0], rows[1].transpose(1, 2)).view(-1)
 
 
 def _first_above(step: int, scale: float) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_exp.distributed import collectives
-from sparse_exp.quantization.fake_quantize import fake_quantize
+from sparse_exp.quantization.fake_quantize import fake_quantize, fake_quantize_scaled
 from sparse_exp.quantization.scheme import LayerScheme, TensorScheme
 from sparse_exp.yolov5.model import Add
 
@@ -69,11 +69,22 @@ class Quantizer(nn.Module):
             _, rounded, left = self._last
             self._last = (x, rounded, left - 1) if left > 1 else None
             return rounded
-        if not self.pinned and (self._calibrated is not None or (self.observing and self.training)):
+        if self._follows():
             self.observe(x.detach())
         rounded = fake_quantize(x, self.scale, self.zero_point, *self.scheme.steps)
         self._last = (x, rounded, self.readers - 1) if self.readers > 1 else None
         return rounded
+
+    def round_scaled(self, weight: Tensor, factor: Tensor) -> Tensor:
+        """The weight, rounded after its filters are multiplied by factors (C,), and divided by them again."""
+        if not self.enabled:
+            return weight
+        if self._follows():
+            self.observe(weight.detach() * factor.detach().view(-1, 1, 1, 1))
+        return fake_quantize_scaled(weight, factor, self.scale, self.zero_point, *self.scheme.steps)
+
+    def _follows(self) -> bool:
+        return not self.pinned and (self._calibrated is not None or (self.observing and self.training))
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
@@ -207,10 +218,7 @@ class QuantizedConv2d(nn.Conv2d):
         if not norm.training:
             weight, bias = self.folded()
             return self.weight_quantizer(weight), bias
-        factor = norm.factor().view(-1, 1, 1, 1)
-        # a factor of 0 makes the weights 0, which stay so
-        divisor = torch.where(factor == 0, 1.0, factor)
-        return self.weight_quantizer(self.weight * factor) / divisor, self.bias
+        return self.weight_quantizer.round_scaled(self.weight, norm.factor()), self.bias
 
 
 class QuantizedBatchNorm2d(nn.BatchNorm2d):

@@ -19,7 +19,7 @@ from torch.ao.quantization import (
 )
 
 from sparse_exp.distributed import collectives
-from sparse_exp.quantization.fake_quantize import fake_quantize
+from sparse_exp.quantization.fake_quantize import fake_quantize, fake_quantize_scaled
 from sparse_exp.quantization.modules import Quantizer
 from sparse_exp.quantization.quantizers import (
     begin,
@@ -168,6 +168,40 @@ def test_other_precisions_are_left_to_torch():
     quantizer.set_range(-1.0, 1.0)
     expected = torch.fake_quantize_per_tensor_affine(x, quantizer.scale, quantizer.zero_point, -128, 127)
     assert torch.equal(quantizer(x), expected)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [1, 6])
+def test_scaled_weights_are_those_that_torch_multiplies_rounds_and_divides(channels, memory_format):
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 5, 3, 3, generator=random).to(memory_format=memory_format)
+    factor = torch.tensor([0.5, -2.0, 0.0, 1e-3, 7.0, 1.0])
+    scale = 0.01 * (
+        1 + torch.arange(channels)
+    )  # clamps some values in each channel but those of small factors
+    zero = torch.zeros(channels, dtype=torch.int32)
+    upstream = torch.randn(6, 5, 3, 3, generator=random)
+
+    def by_torch(weight, factor):
+        scaled = weight * factor.view(-1, 1, 1, 1)
+        if channels == 1:
+            rounded = torch.fake_quantize_per_tensor_affine(scaled, scale, zero, -64, 63)
+        else:
+            rounded = torch.fake_quantize_per_channel_affine(scaled, scale, zero, 0, -64, 63)
+        return rounded / torch.where(factor == 0, 1.0, factor).view(-1, 1, 1, 1)
+
+    results = []
+    for function in (by_torch, lambda *given: fake_quantize_scaled(*given, scale, zero, -64, 63)):
+        inputs = [weight.clone().requires_grad_(), factor.clone().requires_grad_()]
+        outputs = function(*inputs)
+        (outputs * upstream).sum().backward()
+        results.append((outputs.detach(), *(value.grad for value in inputs)))
+    (values, of_weight, of_factor), (own, own_of_weight, own_of_factor) = results
+    assert torch.equal(own, values)
+    torch.testing.assert_close(own_of_weight, of_weight, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        own_of_factor, of_factor, rtol=1e-4, atol=1e-2
+    )  # 1 / 0.001 enlarges what rounding leaves
 
 
 class Convolution(nn.Module):
