@@ -17,6 +17,7 @@ import torch
 from command import Ended, command_line
 
 from sparse_exp.data.digits import materialize
+from sparse_exp.hardware.deepsparse import DeepSparse
 from sparse_exp.yolov5 import YOLOv5, save_checkpoint
 
 __all__ = ["command_line"]
@@ -178,10 +179,18 @@ def test_a_target_that_does_not_fit_is_planned_all_the_same_where_that_is_asked_
     assert not list(cwd.iterdir())
 
 
-@pytest.mark.parametrize("engine", ["deepsparse", "onnxruntime", "openvino"])
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_engine_that_is_not_installed(sx, cwd, monkeypatch, engine):
     monkeypatch.setitem(sys.modules, engine, None)
     refused(sx("experiment=smoke"), cwd, engine, "pip install", "hardware.engines")
+
+
+def test_without_deepsparse_the_plan_says_how_to_get_it(sx, monkeypatch):
+    gone = DeepSparse(problem="gone", do="Get it.")
+    monkeypatch.setattr("sparse_exp.hardware.targets.find_deepsparse", lambda *_: gone)
+    ended = sx("experiment=smoke", "dry_run=true")
+    assert ended.code == 0, ended.error
+    assert "Get it." in ended.output
 
 
 @pytest.mark.parametrize(
@@ -380,12 +389,7 @@ def no_checkpoint(path: Path) -> list[str]:
     return [str(path), "PyTorch checkpoint"]
 
 
-def quantized(path: Path) -> list[str]:
-    checkpoint(path, extra={"model.0.conv.quant.fake_quant.scale": torch.ones(1)})
-    return ["quantized already", "best_pruned.pt"]
-
-
-BAD_CHECKPOINTS = [another_size, another_architecture, code, damaged, no_checkpoint, quantized]
+BAD_CHECKPOINTS = [another_size, another_architecture, code, damaged, no_checkpoint]
 
 
 @pytest.mark.parametrize("make", BAD_CHECKPOINTS)

@@ -31,7 +31,8 @@ FILES = {
     "report.md", "history.json", "benchmark.json", "benchmark.csv", "why.json", "sparsity.csv",
     ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml",
     "weights/last.pt", "weights/best_pruned.pt", "weights/best_pruned_quant.pt",
-    "deployment/model.onnx", "deployment/model.qdq.onnx", "deployment/dense.onnx",
+    "deployment/model.onnx", "deployment/model.qdq.onnx", "deployment/model.onnxruntime.onnx",
+    "deployment/dense.onnx",
 }  # fmt: skip
 PICTURES = {
     "training", "precision_recall", "layer_sparsity", "sizes", "throughput", "latency", "accuracy_speed",
@@ -134,7 +135,9 @@ def test_the_names_of_the_result_are_known_before(smoke):
     experiment, _ = rebuild((run / "config.yaml").read_text(encoding="utf-8"), [])
     measured = set(load(run / "result.json"))
     assert certain_names(experiment) <= measured <= expected_names(experiment)
-    not_sure = {name for name in measured if name.startswith(("test/map50", "size/qdq/"))}
+    not_sure = {
+        name for name in measured if name.startswith(("test/map50", "size/qdq/", "size/onnxruntime/"))
+    }
     assert measured - certain_names(experiment) == not_sure
 
 
@@ -312,7 +315,9 @@ def test_mlflow_has_the_artifacts(smoke, client):
         "result.json",
         "manifest.json",
     } <= found
-    assert {f"deployment/{name}.onnx" for name in ("model", "model.qdq", "dense")} <= found
+    assert {
+        f"deployment/{name}.onnx" for name in ("model", "model.qdq", "model.onnxruntime", "dense")
+    } <= found
     assert {f"plots/{name}.png" for name in PICTURES} <= found
     kept = Path(client.download_artifacts(run_id, "deployment/model.onnx"))
     assert sha256_of(kept) == sha256_of(run / "deployment/model.onnx")

@@ -136,7 +136,7 @@ def test_without_a_choice_the_first_engine_that_can_run_here(run, monkeypatch, a
 
 def test_the_file_suits_the_engine(run):
     assert find_model(str(run), engine="deepsparse").path.name == "model.onnx"
-    assert find_model(str(run), engine="onnxruntime").path.name == "model.qdq.onnx"
+    assert find_model(str(run), engine="onnxruntime").path.name == "model.onnxruntime.onnx"
 
 
 def test_names_in_the_file_win(run):

@@ -63,7 +63,8 @@ def test_what_a_published_run_holds(published_model, finished_run, lively_model)
     assert listed >= {
         "model.onnx", "model.md", "model.json", "metrics.yaml", "recipe.md", "training/model.pt",
         "training/checkpoint_preqat.pt", "deployment/model.onnx", "deployment/model.qdq.onnx",
-        "deployment/class_names.json", "logs/config.yaml", "sample-inputs/inp-0000.npz",
+        "deployment/model.onnxruntime.onnx", "deployment/class_names.json", "logs/config.yaml",
+        "sample-inputs/inp-0000.npz",
         "sample-outputs_onnxruntime/out-0000.npz", "sample-originals/0000-000.png",
     }  # fmt: skip
     assert (directory / "training/model.pt").read_bytes() == (
@@ -374,14 +375,18 @@ def test_a_checkpoint_is_wrapped(tmp_path, dense_file):
     assert (model.metadata["sparsity"], model.metadata["quantized"]) == (0.0, False)
     assert checkpoint_in(model.directory).read_bytes() == dense_file.read_bytes()
     assert list(verify(model.directory)) == []
-    pytest.importorskip("sparsezoo", reason="its client is there where the extra neuralmagic is installed")
-    from sparsezoo import Model
-
-    assert Path(Model(str(model.directory)).training.default.path) == model.directory / "training"
     (tmp_path / "noise.pt").write_bytes(b"noise")
     with pytest.raises(CheckpointError):
         import_checkpoint(tmp_path / "noise.pt", tmp_path / "zoo")
     assert len(everything(tmp_path / "zoo")) == 5
+
+
+def test_sparsezoo_opens_a_wrapped_checkpoint(tmp_path, dense_file):
+    model = import_checkpoint(dense_file, tmp_path / "zoo")
+    pytest.importorskip("sparsezoo", reason="its client is there where the extra neuralmagic is installed")
+    from sparsezoo import Model
+
+    assert Path(Model(str(model.directory)).training.default.path) == model.directory / "training"
 
 
 def test_a_directory_of_sparsezoo_is_taken_over(tmp_path, digits):
