@@ -153,7 +153,7 @@ def _table(runs: Sequence[tuple[int, dict[str, Any]]], baseline: dict[int, dict[
         "dense torch",
         "sparse torch",
         *engines,
-        f"kept in {engines[0]}",
+        *(f"kept in {name}" for name in engines),
         "sparsity",
         "ONNX gzip",
     ]
@@ -169,13 +169,14 @@ def _table(runs: Sequence[tuple[int, dict[str, Any]]], baseline: dict[int, dict[
     yield _row("**mean**", means, runs[-1][1])
     if len(columns) > 1:
         spreads = [statistics.stdev(values) for values in zip(*columns, strict=True)]
-        yield f"| standard deviation | {' | '.join(f'{value:.3f}' for value in spreads)} | | | |"
+        yield f"| standard deviation | {' | '.join(f'{value:.3f}' for value in spreads)}{' |' * (len(engines) + 3)}"
 
 
 def _row(label: str, numbers: Sequence[float], result: dict[str, Any]) -> str:
-    kept = numbers[2] / numbers[0] if numbers[0] else float("nan")
+    dense, _, *deployed = numbers
     cells = [f"{value:.4f}" for value in numbers]
-    cells += [f"{kept:.1%}", f"{result['sparsity/onnx']:.2%}", f"{result['size/onnx_gzip_mb']:.2f} MB"]
+    cells += [f"{value / dense if dense else float('nan'):.1%}" for value in deployed]
+    cells += [f"{result['sparsity/onnx']:.2%}", f"{result['size/onnx_gzip_mb']:.2f} MB"]
     return f"| {label} | {' | '.join(cells)} |"
 
 
