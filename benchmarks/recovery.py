@@ -169,7 +169,8 @@ def _table(runs: Sequence[tuple[int, dict[str, Any]]], baseline: dict[int, dict[
     yield _row("**mean**", means, runs[-1][1])
     if len(columns) > 1:
         spreads = [statistics.stdev(values) for values in zip(*columns, strict=True)]
-        yield f"| standard deviation | {' | '.join(f'{value:.3f}' for value in spreads)}{' |' * (len(engines) + 3)}"
+        rest = " |" * (len(engines) + 3)
+        yield f"| standard deviation | {' | '.join(f'{value:.3f}' for value in spreads)}{rest}"
 
 
 def _row(label: str, numbers: Sequence[float], result: dict[str, Any]) -> str:
