@@ -269,9 +269,6 @@ class HardwareConfig:
         ["deepsparse", "onnxruntime", "openvino"], ENGINES,
         "runtimes to verify and to measure; the first is the one that is deployed to",
     )  # fmt: skip
-    deepsparse_python: Optional[str] = documented(
-        None, "Python of an environment that has DeepSparse; null: .venv-deepsparse, or this one"
-    )
     variants: List[str] = one_of(
         ["dense", "sparse"], VARIANTS,
         "files to measure: fp32 and not sparse, the same in int8, sparse in fp32, what the run deploys",
@@ -317,6 +314,9 @@ class HardwareConfig:
     )  # fmt: skip
     profile: bool = documented(
         True, "time the layers of what is deployed, and of the dense network, for the report"
+    )
+    deepsparse_python: Optional[str] = documented(
+        None, "Python of an environment that has DeepSparse; null: .venv-deepsparse, or this one"
     )
 
 

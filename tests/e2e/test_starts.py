@@ -22,8 +22,9 @@ from sparse_exp.config.schema import (
     TrainerConfig,
 )
 from sparse_exp.data.digits import materialize
-from sparse_exp.errors import RecipeError, SourceUnavailable
+from sparse_exp.errors import SourceUnavailable
 from sparse_exp.experiment import run
+from sparse_exp.recipes.checkpoints import restore
 from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.runs.directory import Run
 from sparse_exp.sparsity.prune import prune_by_magnitude
@@ -230,7 +231,10 @@ def test_what_is_grown_says_what_it_was_grown_from(place, data, tmp_path):
     assert f"No yolov5s can be had: its start is grown:yolov5n(digits), from {path}" in log
 
 
-def test_a_quantized_start_names_the_way_out(place, tiny_run):
+def test_a_quantized_start_is_taken_in_floating_point(place, tiny_run):
     quantized = tiny_run.best["pruned_quant"]
-    with pytest.raises(RecipeError, match=r"is quantized already.*\?checkpoint=preqat.*best_pruned\.pt"):
-        place.run(weights=str(quantized))
+    run = place.run(weights=str(quantized))
+    assert run.records["plan"].facts["start"]["quantized"]
+    assert zeros_kept(run, restore(quantized)[0])
+    log = (run.path / "sparse_exp.log").read_text()
+    assert "is quantized: its weights are taken in floating point." in log

@@ -274,7 +274,7 @@ def marks_before(experiment, recipe: Recipe) -> dict[str, str]:
     rest = {
         key: value
         for key, value in config["recipe"].items()
-        if key not in ("name", "file", "variables", "num_epochs")
+        if key not in ("name", "file", "variables", "num_epochs", "weight_scales", "weight_bits")
     }
     parts = {
         "fetch": {"model": config["model"], "dataset": config["dataset"], "start": True},
