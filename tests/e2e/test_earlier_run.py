@@ -161,6 +161,7 @@ def test_it_is_published_with_what_it_has_measured(earlier, call, monkeypatch):
         assert sha256_of(place / copy) == digests[own]
 
 
+@pytest.mark.slow
 def test_resume_goes_on_where_it_was_killed(earlier, command_line):
     """In the middle of the training. This version quantizes otherwise, and so plans and trains once more."""
     before = load(earlier / "manifest.json")

@@ -29,6 +29,9 @@ NAME = "a run=1, [it's]"  # characters that mean something to a shell or to Hydr
 QUOTED = f'"{NAME}"'
 
 
+pytestmark = pytest.mark.slow  # they share a real run
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
@@ -159,7 +162,6 @@ def test_a_full_disk(call, type_in, monkeypatch):
     assert (state(run)["status"], list(state(run)["stages"])) == ("FINISHED", ["fetch", "plan", "train"])
 
 
-@pytest.mark.slow
 def test_publishing_a_run_that_was_killed(call, type_in, run):
     forget(run, "export")
     config = yaml.safe_load((run / "config.yaml").read_text())
@@ -171,7 +173,6 @@ def test_publishing_a_run_that_was_killed(call, type_in, run):
     assert "Published zoo:" in good(publish(call, run))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("missing", [["evaluate", "export"], ["train", "evaluate", "export"]])
 def test_publishing_a_run_without_some_stages(call, type_in, run, missing):
     forget(run, *missing)
@@ -182,7 +183,6 @@ def test_publishing_a_run_without_some_stages(call, type_in, run, missing):
     assert yaml.safe_load((run / "config.yaml").read_text())["stages"] == list(UP_TO_EXPORT)
 
 
-@pytest.mark.slow
 def test_publishing_a_run_that_was_changed(call, type_in, run):
     with (run / "deployment" / "model.onnx").open("ab") as file:
         file.write(b" ")
@@ -192,7 +192,6 @@ def test_publishing_a_run_that_was_changed(call, type_in, run):
     assert "Published zoo:" in good(publish(call, run))
 
 
-@pytest.mark.slow
 def test_predicting_with_a_run_that_has_exported_nothing(call, type_in, run, photo):
     forget(run, "evaluate", "export")
     words = [str(run), str(photo), "--engine", "onnxruntime", "--out", "found"]
@@ -210,7 +209,6 @@ def photo(tmp_path) -> Path:
     return tmp_path / "photo.png"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("known", [True, False])
 def test_the_best_run_is_made_again(call, type_in, run, known):
     """By the words of its command line, or where these are not known by its record."""
@@ -229,7 +227,6 @@ def test_the_best_run_is_made_again(call, type_in, run, known):
     assert state(again).get("overrides") == (state(run)["overrides"][:-1] if known else None)
 
 
-@pytest.mark.slow
 def test_what_a_killed_run_is_finished_with(cache, tmp_path):
     """In processes of their own: a preset's run is killed while it trains, and finished by its name alone."""
     python = executable(tmp_path / "bin" / "python", f'exec {sys.executable} "$@"')

@@ -38,7 +38,18 @@ def test_all_shipped_recipes_and_two_hundred_others_were_recorded_and_are_those_
     assert all(script.generated(seed) == recorded[f"generated/{seed}"] for seed in seeds[::20])
 
 
-@pytest.mark.parametrize("group", GROUPS)
+FEW = {"generated 0", "generated 1"}  # the other generated ones take most of a minute
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        pytest.param(
+            group, marks=pytest.mark.slow if group.startswith("generated") and group not in FEW else ()
+        )
+        for group in GROUPS
+    ],
+)
 def test_masks_rates_flags_phases_and_sparsities_are_those_of_sparseml_after_every_step(group):
     for name in GROUPS[group]:
         case, outcome = RECORDED[name]
@@ -46,15 +57,9 @@ def test_masks_rates_flags_phases_and_sparsities_are_those_of_sparseml_after_eve
 
 
 def test_another_mask_rate_or_phase_is_seen():
-    case, outcome = RECORDED["generated/0"]
+    _, outcome = RECORDED["generated/0"]
     assert outcome.differs_from(outcome) == ""
     assert script.native(RECORDED["generated/1"][0]).differs_from(outcome)
-    other = script.Case(case.text.replace("learning_rate: 0", "learning_rate: 0.0"), case.steps_per_epoch)
-    changed = case.text.replace("final_sparsity: 0.", "final_sparsity: 0.1")
-    assert other == case or script.native(other).differs_from(outcome)
-    assert changed == case.text or script.native(script.Case(changed, case.steps_per_epoch)).differs_from(
-        outcome
-    )
 
 
 def test_sparseml_as_an_engine_runs_where_it_is_installed_and_says_how_where_not():
