@@ -54,11 +54,7 @@ def total(values: Tensor) -> Tensor:
     Raises:
         Disconnected: a process is gone.
     """
-    if size() == 1:
-        return values
-    summed = values.detach().clone(memory_format=torch.contiguous_format)
-    _exchange(dist.all_reduce, summed)
-    return summed
+    return _reduced(values, dist.ReduceOp.SUM)
 
 
 def greatest(values: Tensor) -> Tensor:
@@ -70,11 +66,15 @@ def greatest(values: Tensor) -> Tensor:
     Raises:
         Disconnected: a process is gone.
     """
+    return _reduced(values, dist.ReduceOp.MAX)
+
+
+def _reduced(values: Tensor, operation: Any) -> Tensor:
     if size() == 1:
         return values
-    found = values.detach().clone(memory_format=torch.contiguous_format)
-    _exchange(dist.all_reduce, found, dist.ReduceOp.MAX)
-    return found
+    reduced = values.detach().clone(memory_format=torch.contiguous_format)
+    _exchange(dist.all_reduce, reduced, operation)
+    return reduced
 
 
 def total_of(numbers: Sequence[float]) -> list[float]:
@@ -103,8 +103,7 @@ def differing_tensors(state: dict[str, Tensor]) -> list[str]:
         return []
     as_bytes = (tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in state.values())
     sums = torch.stack([values.sum(dtype=torch.int64) for values in as_bytes]).to(_device())
-    both = torch.cat([sums, -sums])
-    _exchange(dist.all_reduce, both, dist.ReduceOp.MAX)
+    both = greatest(torch.cat([sums, -sums]))
     highest, lowest = both[: len(sums)], -both[len(sums) :]
     return [name for name, differs in zip(state, (highest != lowest).tolist(), strict=True) if differs]
 

@@ -215,8 +215,12 @@ class LocalEngine:
     ) -> Timing:
         """See `sparse_exp.engines.IsolatedEngine.measure`."""
         self._check_images(images)
-        batches = batches_of(images, self._setup.batch_size)
-        return time_engine(self, batches, seconds, warmup=warmup, max_warmup=max_warmup, streams=streams)
+        times = {"seconds": seconds, "warmup": warmup, "max_warmup": max_warmup, "streams": streams}
+        return self._timed(images, times)
+
+    def _timed(self, images: np.ndarray, times: dict[str, Any]) -> Timing:
+        """Time batches of images that were checked; ``times`` are arguments of `time_engine`."""
+        return time_engine(self, batches_of(images, self._setup.batch_size), **times)
 
     def profile(self, images: np.ndarray) -> Profile:
         """See `sparse_exp.engines.IsolatedEngine.profile`."""

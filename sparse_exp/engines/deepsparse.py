@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 
 from sparse_exp.children import start_process
-from sparse_exp.engines.base import Execute, LocalEngine, Setup, not_loaded
+from sparse_exp.engines.base import Execute, LocalEngine, Setup
 from sparse_exp.engines.deepsparse_worker import Channel
 from sparse_exp.engines.process import EngineProcess
 from sparse_exp.engines.profile import RUNS, Profile, merged
 from sparse_exp.engines.timing import Timing
-from sparse_exp.errors import EngineError
 from sparse_exp.hardware.deepsparse import require_python
 
 _WORKER = Path(__file__).with_name("deepsparse_worker.py")
@@ -63,22 +62,11 @@ class DeepSparseEngine(LocalEngine):
         """Process id of the child; None while nothing is loaded."""
         return self._worker.process.pid if self._worker else None
 
-    def measure(
-        self,
-        images: np.ndarray,
-        seconds: float,
-        *,
-        warmup: float = 0.0,
-        max_warmup: float | None = None,
-        streams: int = 1,
-    ) -> Timing:
-        """See `sparse_exp.engines.IsolatedEngine.measure`; it is the worker that times."""
-        self._check_images(images)
-        if self._worker is None:
-            raise EngineError(not_loaded(self.name))
-        times = {"seconds": seconds, "warmup": warmup, "max_warmup": max_warmup, "streams": streams}
+    def _timed(self, images: np.ndarray, times: dict[str, Any]) -> Timing:
+        """See `LocalEngine`; it is the worker that times."""
+        ask = self._library_loaded.ask
         try:
-            return Timing(*self._worker.ask("measure", images, batch_size=self._setup.batch_size, **times))
+            return Timing(*ask("measure", images, batch_size=self._setup.batch_size, **times))
         except RuntimeError as error:
             raise self._failed("measure", self._setup.model, error, "Export the model again.") from error
 
