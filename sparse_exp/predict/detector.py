@@ -24,6 +24,7 @@ from sparse_exp.errors import ConfigError, DataError, EngineError, expected
 from sparse_exp.hardware import usable_physical_cores
 from sparse_exp.predict.detections import Detections
 from sparse_exp.predict.models import Model, find_model
+from sparse_exp.runs.metadata import CONF, IOU
 from sparse_exp.yolov5.postprocess import non_max_suppression
 
 __all__ = ["Detector", "Model", "find_model", "load", "prepare_process"]
@@ -64,7 +65,7 @@ class Detector:
 
     def __init__(
         self, model: Model, *, batch_size: int = 1, cores: int | None = None, streams: int = 1,
-        conf: float = 0.25, iou: float = 0.45, max_det: int = 300, multi_label: bool = False,
+        conf: float = CONF, iou: float = IOU, max_det: int = 300, multi_label: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.batch_size, self.streams = model, batch_size, streams
         self.cores = cores or usable_physical_cores()
@@ -211,7 +212,7 @@ class Detector:
 
 
 def load(
-    model: str | os.PathLike[str], *, engine: str | None = None, conf: float = 0.25, iou: float = 0.45,
+    model: str | os.PathLike[str], *, engine: str | None = None, conf: float = CONF, iou: float = IOU,
     max_det: int = 300, batch_size: int = 1, cores: int | None = None, streams: int = 1,
     zoo: str | os.PathLike[str] | None = None,
 ) -> Detector:  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 
 from sparse_exp.command import checked, share, whole
 from sparse_exp.hardware import usable_physical_cores
+from sparse_exp.runs.metadata import CONF, IOU
 
 _SETTINGS = ("batch_size", "cores", "streams", "conf", "iou", "max_det")
 
@@ -28,8 +29,8 @@ def add_detector_options(parser: argparse.ArgumentParser, *, streams: int | None
         streams: the default of ``--streams``; None: the command computes one.
     """
     add = parser.add_argument_group("detector").add_argument
-    add("--conf", type=share, default=0.25, help="lowest confidence, 0..1 (%(default)s)")
-    add("--iou", type=share, default=0.45, help="overlap at which the weaker box goes, 0..1 (%(default)s)")
+    add("--conf", type=share, default=CONF, help="lowest confidence, 0..1 (%(default)s)")
+    add("--iou", type=share, default=IOU, help="overlap at which the weaker box goes, 0..1 (%(default)s)")
     add("--max-det", metavar="N", type=whole, default=300, help="detections of an image (%(default)s)")
     images = "images of one inference (%(default)s)"
     add("--batch", metavar="N", dest="batch_size", type=whole, default=1, help=images)

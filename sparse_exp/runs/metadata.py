@@ -32,6 +32,7 @@ from xml.etree import ElementTree
 NO_FACTS: Mapping[str, object] = MappingProxyType({})
 TASK, STRIDE = "detect", 32
 CONF, IOU = 0.25, 0.45
+"""Least confidence and overlap with which a detector is used, unless others are given."""
 _WHOLE, _SHARES = ("imgsz", "stride"), ("conf", "iou", "sparsity")
 _TEXTS = ("task", "version", "run", "recipe", "checkpoint_sha256", "licence")
 

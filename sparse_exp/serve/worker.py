@@ -24,6 +24,7 @@ from sparse_exp.data.letterbox import Letterbox
 from sparse_exp.engines.isolated import answer, error_of
 from sparse_exp.errors import EngineError, first_line
 from sparse_exp.predict.models import Model
+from sparse_exp.runs.metadata import CONF, IOU
 from sparse_exp.serve.batching import Detections, Square
 
 _log = logging.getLogger(__name__)
@@ -45,8 +46,8 @@ class DetectorSettings:
     batch_size: int = 1
     cores: int | None = None
     streams: int = 1
-    conf: float = 0.25
-    iou: float = 0.45
+    conf: float = CONF
+    iou: float = IOU
     max_det: int = 300
 
 
