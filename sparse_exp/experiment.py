@@ -63,13 +63,13 @@ def run(
         SparseExpError: what stopped the run. The manifest names the stage and the reason, and the
             tracker knows the run as FAILED.
     """
-    from sparse_exp.quantization.weights import choose_weights
+    from sparse_exp.quantization.choice import choose_quantization
     from sparse_exp.recipes.recipe import Recipe
 
     chosen, file = experiment.recipe, _recipe_file(experiment)
     asked, (experiment, mismatch) = experiment, fit_to_host(experiment)
-    weights = choose_weights(chosen, experiment.hardware, host_facts().isa)
-    recipe = Recipe.from_file(file, chosen.variables, chosen.num_epochs, chosen.engine, weights)
+    quantization = choose_quantization(chosen, experiment.hardware, host_facts().isa)
+    recipe = Recipe.from_file(file, chosen.variables, chosen.num_epochs, chosen.engine, quantization)
     if experiment.dry_run:
         from sparse_exp.planning.dry_run import show
 

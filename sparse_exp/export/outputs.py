@@ -30,6 +30,7 @@ from sparse_exp.export.graph import (
 )
 from sparse_exp.export.pairs import is_quantized
 from sparse_exp.hardware import usable_physical_cores
+from sparse_exp.quantization.scheme import LOWEST_OF_SILU
 from sparse_exp.sparsity.onnx_graph import constants, producers
 
 Images = Iterable[NDArray[np.uint8]]
@@ -38,15 +39,13 @@ Pair = tuple[NodeProto, NodeProto]
 _KEEPING = ("MaxPool", "Resize")  # put out some of the values that they are given, in the same scale
 _COMPUTING = ("Add", "Concat", "Mul", "Sigmoid")
 _SIGMOID = (0.0, 255 / 256)  # the range of scale 1/256, in which 1 is missing
-_FLAT = -8.0  # SiLU of what lies below is between -0.003 and 0: finer steps above are worth more
 
 
 def quantize_outputs(model: ModelProto, images: Images) -> None:
     """Quantize what the operators of a quantized network put out, in place.
 
     The scale is that with which a later layer reads the tensor, where one does; that of sigmoids is 1/256;
-    otherwise it follows from the tensor's range in the images, which begins at -8 where SiLU reads it: what
-    lies below is worth less than finer steps (run: yolov5s of COCO on photos, a fifth less difference).
+    otherwise it follows from the tensor's range in the images, which begins at -8 at most before SiLU.
 
     Args:
         model: in the form that `sparse_exp.export.pairs` describes.
@@ -61,7 +60,7 @@ def quantize_outputs(model: ModelProto, images: Images) -> None:
     reading = readers(graph)
     for tensor, (low, high) in (ranges | dict.fromkeys(sigmoids, _SIGMOID)).items():
         is_activated = {node.op_type for node in reading[tensor]} == {"Sigmoid", "Mul"}
-        low = max(low, _FLAT) if is_activated else low
+        low = max(low, LOWEST_OF_SILU) if is_activated else low
         pairs[tensor] = _new_pair(tensor, _add_scale(graph, tensor, low, high))
     _insert(graph, outputs, pairs)
 

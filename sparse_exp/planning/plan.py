@@ -88,7 +88,7 @@ class Plan:
         trial: what the timed steps showed; None when there were none.
         waits_for_start: the time is not estimated, as data and start are not on this machine yet.
         asked_first: sources that the run asks before it grows the start; empty where it grows none.
-        weights: how quantized weights are rounded, and why; empty where nothing is quantized.
+        quantization: how layers are rounded, and why; empty where nothing is quantized.
     """
 
     experiment: Experiment
@@ -109,7 +109,7 @@ class Plan:
     trial: Trial | None = None
     waits_for_start: bool = False
     asked_first: tuple[str, ...] = ()
-    weights: str = ""
+    quantization: str = ""
 
     @property
     def seconds(self) -> float | None:
@@ -169,7 +169,7 @@ def make_plan(
         layers=first if prune_to is None or start.sparsity is not None else {},
         warnings=tuple(_warnings(experiment, recipe, start, model)),
         sizes=estimate_sizes(model, ends[-1], quantized=phases[-1].quantized, imgsz=experiment.dataset.imgsz),
-        weights=recipe.weights.why if recipe.quantization_start is not None else "",
+        quantization=recipe.quantization.why if recipe.quantization_start is not None else "",
     )
 
 

@@ -140,8 +140,8 @@ def labelled_lines(plan: Plan) -> dict[str, str]:
         lines["teacher"] = f"{experiment.recipe.teacher}"
     if not experiment.recipe.oneshot:
         lines["learning rate"] = _schedule(plan)
-    if plan.weights:
-        lines["quantized weights"] = plan.weights
+    if plan.quantization:
+        lines["quantization"] = plan.quantization
     lines["memory layout"] = "channels_last" if plan.channels_last else "contiguous"
     if baseline != "none":
         lines["baseline"] = f"{baseline} (recovery.baseline)"

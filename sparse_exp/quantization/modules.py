@@ -142,7 +142,7 @@ class Quantizer(nn.Module):
     def _set_scale(self) -> None:
         """Scale and zero point of the range, widened to hold 0.0, by the formulas of torch's observers."""
         first, last = self.scheme.steps
-        low, high = self.low.clamp(max=0.0), self.high.clamp(min=0.0)
+        low, high = self.low.clamp(self.scheme.lowest, 0.0), self.high.clamp(min=0.0)
         if self.scheme.symmetric:
             scale = torch.maximum(-low, high) / (float(last - first) / 2)
         else:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_exp.errors import RecipeError, expected
+from sparse_exp.quantization.choice import AS_THE_RECIPE_SAYS, QuantizationChoice
 from sparse_exp.quantization.quantizers import (
     begin,
     calibrate,
@@ -22,7 +23,6 @@ from sparse_exp.quantization.quantizers import (
     quantized_layers,
 )
 from sparse_exp.quantization.scheme import Schemes, layer_schemes
-from sparse_exp.quantization.weights import AS_THE_RECIPE_SAYS, WeightChoice
 from sparse_exp.recipes.distillation import Distiller, terms_of
 from sparse_exp.recipes.effects import effects_of, prune_at_once
 from sparse_exp.recipes.language import (
@@ -92,12 +92,12 @@ class Recipe:
         num_epochs: length to which the whole schedule is stretched or squeezed (see
             `sparse_exp.recipes.schedule.time_map`), more than 0; None keeps its length.
         engine: what runs it: ``native``, or ``sparseml``, which has more kinds of modifiers.
-        weights: how quantized weights are rounded.
+        quantization: what of it the recipe leaves open.
 
     Attributes:
         name: as given.
         modifiers: in the order in which they act.
-        weights: as given.
+        quantization: as given.
 
     Raises:
         RecipeError: the text is no recipe, has no such variable, or has a modifier that the engine does not
@@ -111,9 +111,9 @@ class Recipe:
         name: str = "recipe",
         num_epochs: float | None = None,
         engine: str = "native",
-        weights: WeightChoice = AS_THE_RECIPE_SAYS,
+        quantization: QuantizationChoice = AS_THE_RECIPE_SAYS,
     ) -> None:
-        self.name, self._engine, self.weights = name, engine, weights
+        self.name, self._engine, self.quantization = name, engine, quantization
         body = body_of(text)
         check_variables(read_body(body, name), variables or {}, name)
         given = {key: value for key, value in (variables or {}).items() if value is not None}
@@ -139,7 +139,7 @@ class Recipe:
         variables: Mapping[str, float | None] | None = None,
         num_epochs: float | None = None,
         engine: str = "native",
-        weights: WeightChoice = AS_THE_RECIPE_SAYS,
+        quantization: QuantizationChoice = AS_THE_RECIPE_SAYS,
     ) -> Recipe:
         """Read a recipe from a file: ``.md`` with front matter, or ``.yaml``.
 
@@ -148,7 +148,7 @@ class Recipe:
             variables: see `Recipe`.
             num_epochs: see `Recipe`.
             engine: see `Recipe`.
-            weights: see `Recipe`.
+            quantization: see `Recipe`.
 
         Raises:
             RecipeError: the file cannot be read, or see `Recipe`.
@@ -157,7 +157,7 @@ class Recipe:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"Cannot read the recipe {path}: {error}. Check recipe.file.") from error
-        return cls(text, variables, path.name, num_epochs, engine, weights)
+        return cls(text, variables, path.name, num_epochs, engine, quantization)
 
     @property
     def text(self) -> str:
@@ -486,7 +486,7 @@ class Recipe:
         """What of a model the recipe quantizes; nothing without a QuantizationModifier."""
         for modifier in self._quantizations():
             schemes = layer_schemes(modifier.arguments, model)
-            return self.weights.applied_to(schemes, modifier.arguments)
+            return self.quantization.applied_to(schemes, modifier.arguments, model)
         return {}
 
 

@@ -42,10 +42,10 @@ def _events(context: Context, facts: dict[str, Any]) -> list[Event]:
 def _marks(context: Context) -> dict[str, Any]:
     """The recipe as it runs, whatever it is called and however its variables came to their values."""
     config = as_dict(context.experiment)["recipe"]
-    resolved = ("name", "file", "variables", "num_epochs", "weight_scales", "weight_bits")
+    resolved = ("name", "file", "variables", "num_epochs", "weight_scales", "weight_bits", "train_outputs")
     rest = {key: value for key, value in config.items() if key not in resolved}
     if context.recipe.quantization_start is not None:
-        rest["weights"] = [context.recipe.weights.per_channel, context.recipe.weights.num_bits]
+        rest["quantization"] = context.recipe.quantization.decided
     return {"recipe": {"text": context.recipe.text, **rest}}
 
 

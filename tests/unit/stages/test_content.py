@@ -274,7 +274,8 @@ def marks_before(experiment, recipe: Recipe) -> dict[str, str]:
     rest = {
         key: value
         for key, value in config["recipe"].items()
-        if key not in ("name", "file", "variables", "num_epochs", "weight_scales", "weight_bits")
+        if key
+        not in ("name", "file", "variables", "num_epochs", "weight_scales", "weight_bits", "train_outputs")
     }
     parts = {
         "fetch": {"model": config["model"], "dataset": config["dataset"], "start": True},

@@ -1,4 +1,4 @@
-"""How weights are rounded where the recipe leaves it open: as suits the engines and the CPU of the target."""
+"""How layers are quantized where the recipe leaves it open: as suits the target's engines and CPU."""
 
 from __future__ import annotations
 
@@ -7,34 +7,48 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
+
 from sparse_exp.config.schema import HardwareConfig, RecipeConfig
-from sparse_exp.quantization.scheme import Schemes
+from sparse_exp.quantization.scheme import LOWEST_OF_SILU, Schemes, TensorScheme, folded_norms
 
 _X86 = ("x86_64", "AMD64")
+_BEFORE_SILU = TensorScheme(lowest=LOWEST_OF_SILU)
 
 
 @dataclass(frozen=True)
-class WeightChoice:
-    """What is chosen for the weights of all quantized layers.
+class QuantizationChoice:
+    """What is chosen for all quantized layers.
 
     Attributes:
-        per_channel: each output channel gets a scale of its own, or each layer one; None: as the recipe says.
-        num_bits: at most so many; None: as the recipe says.
+        per_channel: each output channel of a weight gets a scale of its own, or each layer one; None: as the
+            recipe says.
+        num_bits: of weights, at most; None: as the recipe says.
+        outputs: outputs of convolutions are rounded, too, behind their batch norms. Those of the head, which
+            has none, are not.
         why: in words.
     """
 
     per_channel: bool | None = None
     num_bits: int | None = None
+    outputs: bool = False
     why: str = "as the recipe says"
 
-    def applied_to(self, schemes: Schemes, arguments: Mapping[str, Any]) -> Schemes:
+    @property
+    def decided(self) -> list[bool | int | None]:
+        """What changes a training; not why."""
+        return [self.per_channel, self.num_bits, *([True] if self.outputs else [])]
+
+    def applied_to(self, schemes: Schemes, arguments: Mapping[str, Any], model: nn.Module) -> Schemes:
         """The schemes of a recipe with this choice.
 
         Args:
-            schemes: of a model's layers.
+            schemes: of the model's layers.
             arguments: of the modifier that they come from. A strategy that it names holds.
+            model: the detector; not changed.
         """
         named = "strategy" in set(_keys(arguments))
+        before_silu = folded_norms(model) if self.outputs else {}
         found = {}
         for name, scheme in schemes.items():
             if weights := scheme.weights:
@@ -42,22 +56,29 @@ class WeightChoice:
                     weights = replace(weights, per_channel=self.per_channel)
                 if self.num_bits is not None:
                     weights = replace(weights, num_bits=min(weights.num_bits, self.num_bits))
-            found[name] = replace(scheme, weights=weights)
+            outputs = scheme.outputs
+            if name in before_silu and scheme.inputs and weights:
+                outputs = outputs or _BEFORE_SILU
+            found[name] = replace(scheme, weights=weights, outputs=outputs)
         return found
 
 
-AS_THE_RECIPE_SAYS = WeightChoice()
+AS_THE_RECIPE_SAYS = QuantizationChoice()
 
 
-def choose_weights(recipe: RecipeConfig, hardware: HardwareConfig, host_isa: Sequence[str]) -> WeightChoice:
-    """Choose scales and bits of weights.
+def choose_quantization(
+    recipe: RecipeConfig, hardware: HardwareConfig, host_isa: Sequence[str]
+) -> QuantizationChoice:
+    """Choose scales and bits of weights, and whether outputs are rounded in training.
 
     A scale for each output channel is more accurate, and as fast in ONNX Runtime and OpenVINO, but halves the
     speed of DeepSparse's sparse convolutions. On x86 CPUs without VNNI sums of 8-bit products saturate in 16
-    bits; with 7-bit weights they do not.
+    bits; with 7-bit weights they do not. ONNX Runtime computes on integers only where outputs are rounded,
+    too, which a network can be trained for.
 
     Args:
-        recipe: its ``weight_scales`` and ``weight_bits``, which hold unless they are ``auto``.
+        recipe: its ``weight_scales``, ``weight_bits`` and ``train_outputs``, which hold unless they are
+            ``auto``.
         hardware: the target, with the engines that are here.
         host_isa: instruction sets of this machine, which count where the target names none.
     """
@@ -75,7 +96,14 @@ def choose_weights(recipe: RecipeConfig, hardware: HardwareConfig, host_isa: Seq
     else:
         num_bits, bits = int(recipe.weight_bits), "recipe.weight_bits"
     scope = "a scale for each output channel" if per_channel else "one scale for a layer"
-    return WeightChoice(per_channel, num_bits, f"{scope} ({scales}), {num_bits} bits ({bits})")
+    why = f"weights with {scope} ({scales}), {num_bits} bits ({bits})"
+    if recipe.train_outputs is None:
+        outputs, engine = hardware.engines[:1] == ["onnxruntime"], "ONNX Runtime is the first engine"
+    else:
+        outputs, engine = recipe.train_outputs, "recipe.train_outputs"
+    if outputs:
+        why += f"; outputs, too ({engine})"
+    return QuantizationChoice(per_channel, num_bits, outputs, why)
 
 
 def _keys(tree: Any) -> Iterator[str]:
