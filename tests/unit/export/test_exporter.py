@@ -170,10 +170,10 @@ def test_what_a_quantizer_cannot_do_ends_a_cell_and_not_the_run(quantized_run, d
         raise RuntimeError("first line\nsecond line")
 
     monkeypatch.setattr(
-        exporting, "export_quantized", lambda _, a, b, **__: [a.write_text("a"), b.write_text("b")]
+        exporting, "export_quantized", lambda _, a, b, __: [a.write_text("a"), b.write_text("b")]
     )
-    monkeypatch.setattr(exporting, "export_float", lambda _, path, **__: path.write_text("graph"))
-    monkeypatch.setattr(exporting, "export_onnxruntime", lambda _, path, *__, **___: path.write_text("c"))
+    monkeypatch.setattr(exporting, "export_float", lambda _, path, __: path.write_text("graph"))
+    monkeypatch.setattr(exporting, "export_onnxruntime", lambda _, path, *__: path.write_text("c"))
     monkeypatch.setattr(exporting, "quantize_openvino", missing)
     monkeypatch.setattr(exporting, "quantize_onnxruntime", failing)
     (quantized_run.path / "deployment").mkdir()
@@ -203,7 +203,7 @@ def test_the_export_depends_on_the_files_that_are_wanted_and_on_the_baseline(run
 
 
 def test_initial_weights_have_a_checkpoint_where_one_was_written_for_torch(run, digits, monkeypatch):
-    monkeypatch.setattr(exporting, "export_float", lambda _, path, **__: path.touch())
+    monkeypatch.setattr(exporting, "export_float", lambda _, path, __: path.touch())
     (run.path / "deployment").mkdir()
     for engines, size in ((["onnxruntime"], None), (["torch"], True)):
         context = context_of(run, digits, engines, ["dense", "sparse"])

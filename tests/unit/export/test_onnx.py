@@ -9,7 +9,7 @@ import torch
 from onnx import TensorProto
 
 from sparse_exp.export import onnx as exporting
-from sparse_exp.export.onnx import export_float, export_quantized
+from sparse_exp.export.onnx import FileForm, export_float, export_quantized
 from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.runs.deployment import DENSE, MODEL, ONNXRUNTIME, QDQ
 from sparse_exp.sparsity.measure import layer_sparsity, onnx_facts, overall
@@ -17,6 +17,7 @@ from sparse_exp.sparsity.onnx_graph import constants, layer_name
 from sparse_exp.yolov5 import YOLOv5
 
 IMGSZ = 64
+FORM = FileForm(IMGSZ, opset=13)
 QUANTIZED = (MODEL, QDQ, ONNXRUNTIME)
 FILES = (*QUANTIZED, DENSE)
 # What a graph needs only when it computes shapes from data, which keeps engines from planning memory.
@@ -95,7 +96,7 @@ def test_the_temporary_files_are_gone(deployment):
 def test_exporting_a_training_model_leaves_it_in_training(tmp_path):
     model = YOLOv5("n", 2).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    export_float(model, tmp_path / "float.onnx", imgsz=IMGSZ, opset=13)
+    export_float(model, tmp_path / "float.onnx", FORM)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.training
     assert all(module.training for module in model.modules())
@@ -108,7 +109,7 @@ def test_a_float_export_that_fails_leaves_no_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.onnx, "export", write_half)
     with pytest.raises(RuntimeError, match="disk full"):
-        export_float(YOLOv5("n", 1), tmp_path / "out" / "dense.onnx", imgsz=IMGSZ, opset=13)
+        export_float(YOLOv5("n", 1), tmp_path / "out" / "dense.onnx", FORM)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -119,7 +120,7 @@ def test_a_quantized_export_that_fails_leaves_no_file(tmp_path, lively_model, mo
 
     monkeypatch.setattr(exporting, failing, fail)
     with pytest.raises(RuntimeError, match="no such graph"):
-        export_quantized(lively_model, tmp_path / MODEL, tmp_path / QDQ, imgsz=IMGSZ, opset=13)
+        export_quantized(lively_model, tmp_path / MODEL, tmp_path / QDQ, FORM)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -138,7 +139,7 @@ def test_weights_of_seven_bits_are_exported_as_they_are_computed_with(
     model = YOLOv5("n", 2).eval()
     recipe = SEVEN_BITS.format(strategy=strategy)
     Recipe(recipe).apply_at_once(model, [torch.from_numpy(digit_images).float() / 255])
-    export_quantized(model, tmp_path / MODEL, tmp_path / QDQ, imgsz=IMGSZ, opset=opset)
+    export_quantized(model, tmp_path / MODEL, tmp_path / QDQ, FileForm(IMGSZ, opset))
     arrays = constants(onnx.load(str(tmp_path / QDQ)).graph)
     weights = [value for value in arrays.values() if value.dtype == np.int8 and value.ndim == 4]
     assert len(weights) == 60
