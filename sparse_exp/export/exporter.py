@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from onnx import ModelProto
 
 from sparse_exp import __version__
 from sparse_exp.config.schema import Experiment
@@ -20,7 +20,14 @@ from sparse_exp.data.attributions import licences_of
 from sparse_exp.engines.base import reason
 from sparse_exp.errors import Impossible
 from sparse_exp.export.networks import Network, dense_network, initial_network, sparse_network, zeros
-from sparse_exp.export.onnx import FileForm, export_float, export_onnxruntime, export_quantized
+from sparse_exp.export.onnx import (
+    FileForm,
+    export_float,
+    export_integer,
+    export_onnxruntime,
+    export_qdq,
+    trace_quantized,
+)
 from sparse_exp.export.post_training import Images, quantize_onnxruntime, quantize_openvino
 from sparse_exp.files import sha256_of
 from sparse_exp.progress import progress
@@ -106,9 +113,13 @@ def export_deployment(
         The files.
     """
     export_float(dense or initial_network(model), folder / DENSE, form)
-    files = [folder / DENSE, *_export_deployed(model, folder, form)]
-    if images and _is_quantized(model):
-        export_onnxruntime(model, folder / ONNXRUNTIME, images, form)
+    if not _is_quantized(model):
+        export_float(model, folder / MODEL, form)
+        return [folder / DENSE, folder / MODEL]
+    traced = trace_quantized(model, form)
+    files = [folder / DENSE, *_export_quantized(traced, folder)]
+    if images:
+        export_onnxruntime(traced, folder / ONNXRUNTIME, images)
         files.append(folder / ONNXRUNTIME)
     return files
 
@@ -117,11 +128,10 @@ def _is_quantized(model: YOLOv5) -> bool:
     return is_quantized(list(model.state_dict()))
 
 
-def _export_deployed(model: YOLOv5, folder: Path, form: FileForm) -> list[Path]:
-    if not _is_quantized(model):
-        export_float(model, folder / MODEL, form)
-        return [folder / MODEL]
-    export_quantized(model, folder / MODEL, folder / QDQ, form)
+def _export_quantized(traced: ModelProto, folder: Path) -> list[Path]:
+    """Write the files that need no images."""
+    export_integer(traced, folder / MODEL)
+    export_qdq(traced, folder / QDQ)
     return [folder / MODEL, folder / QDQ]
 
 
@@ -137,8 +147,7 @@ def export_dense_integer(dense: YOLOv5, destination: Path, images: Images, form:
     model = copy.deepcopy(dense)
     batches = (torch.from_numpy(batch).float() / 255 for batch in images)
     Recipe(_QUANTIZE, name="the calibration").apply_at_once(model, batches)
-    with tempfile.TemporaryDirectory() as folder:
-        export_quantized(model, destination, Path(folder) / QDQ, form)
+    export_integer(trace_quantized(model, form), destination)
 
 
 Step = Callable[[], list[Path]]
@@ -174,6 +183,11 @@ class _Exports:
         return sparse_network(self.model, self.run.before_quantization(self.file))
 
     @cached_property
+    def traced(self) -> ModelProto:
+        """The graph of the deployed network, if that is quantized."""
+        return trace_quantized(self.model, self._form(self.deployed))
+
+    @cached_property
     def images(self) -> Images:
         experiment, dataset = self.experiment, self.dataset
         if not dataset.splits.get("train"):
@@ -186,9 +200,9 @@ class _Exports:
 
     def steps(self) -> dict[str, Step]:
         """What makes each file, by its name, in an order in which a file comes after those it needs."""
-        hardware, folder = self.experiment.hardware, self.folder
+        hardware = self.experiment.hardware
         made: dict[str, Step] = {
-            MODEL: lambda: _export_deployed(self.model, folder, self._form(self.deployed)),
+            MODEL: self._model,
             ONNXRUNTIME: self._onnxruntime,
             DENSE: lambda: self._float(self.dense, DENSE),
             SPARSE_FP32: lambda: self._float(self._sparse(), SPARSE_FP32),
@@ -234,9 +248,14 @@ class _Exports:
         export_float(network.model, self.folder / name, self._form(network))
         return [self.folder / name]
 
+    def _model(self) -> list[Path]:
+        if _is_quantized(self.model):
+            return _export_quantized(self.traced, self.folder)
+        return self._float(self.deployed, MODEL)
+
     def _onnxruntime(self) -> list[Path]:
         file = self.folder / ONNXRUNTIME
-        export_onnxruntime(self.model, file, self.images, self._form(self.deployed))
+        export_onnxruntime(self.traced, file, self.images)
         return [file]
 
     def _save(self, network: Network, name: str) -> list[Path]:

@@ -72,42 +72,60 @@ def export_float(model: YOLOv5, destination: Path, form: FileForm) -> None:
         _save(_trace(model, form), temporary)
 
 
-def export_quantized(model: YOLOv5, integer: Path, qdq: Path, form: FileForm) -> None:
-    """Export a QAT model twice: with integer convolutions, and with quantize-dequantize pairs.
+def trace_quantized(model: YOLOv5, form: FileForm) -> ModelProto:
+    """The graph of a quantized model, from which the file of each engine is made.
 
     Args:
-        model: the detector after QAT, its observers frozen and its input quantizer pinned.
-        integer: file for DeepSparse (ConvInteger).
-        qdq: file for OpenVINO and others.
-        form: of both files.
+        model: the detector after QAT, its observers frozen and its input quantizer pinned; left as it was.
+        form: of the files.
+
+    Returns:
+        It, in the form that `sparse_exp.export.pairs` describes.
     """
-    with landing(qdq) as pairs, landing(integer) as integers:
-        exported = _trace_quantized(model, form)
-        keep_inputs(exported.graph)
-        _save(exported, pairs)
-        to_integer_graph(exported.graph)
-        _save(exported, integers)
+    traced = _trace(_with_rounded_weights(model), form)
+    tidy(traced.graph)
+    return traced
 
 
-def export_onnxruntime(model: YOLOv5, destination: Path, images: Images, form: FileForm) -> None:
-    """Export a QAT model for ONNX Runtime; see `sparse_exp.export.outputs`.
+def export_qdq(traced: ModelProto, destination: Path) -> None:
+    """Write a quantized model for OpenVINO and others, with quantize-dequantize pairs.
 
     Args:
-        model: as of `export_quantized`.
+        traced: of `trace_quantized`; left as it was.
         destination: ONNX file.
-        images: batches, uint8 (N, 3, imgsz, imgsz), to find the ranges with that were not trained.
-        form: of the file.
     """
     with landing(destination) as temporary:
-        exported = _trace_quantized(model, form)
-        quantize_outputs(exported, images)
+        exported = copy.deepcopy(traced)
+        keep_inputs(exported.graph)
         _save(exported, temporary)
 
 
-def _trace_quantized(model: YOLOv5, form: FileForm) -> ModelProto:
-    exported = _trace(_with_rounded_weights(model), form)
-    tidy(exported.graph)
-    return exported
+def export_integer(traced: ModelProto, destination: Path) -> None:
+    """Write a quantized model for DeepSparse, with integer convolutions (ConvInteger).
+
+    Args:
+        traced: as of `export_qdq`.
+        destination: ONNX file.
+    """
+    with landing(destination) as temporary:
+        exported = copy.deepcopy(traced)
+        keep_inputs(exported.graph)
+        to_integer_graph(exported.graph)
+        _save(exported, temporary)
+
+
+def export_onnxruntime(traced: ModelProto, destination: Path, images: Images) -> None:
+    """Write a quantized model for ONNX Runtime; see `sparse_exp.export.outputs`.
+
+    Args:
+        traced: as of `export_qdq`.
+        destination: ONNX file.
+        images: batches, uint8 (N, 3, imgsz, imgsz), to find the ranges with that were not trained.
+    """
+    with landing(destination) as temporary:
+        exported = copy.deepcopy(traced)
+        quantize_outputs(exported, images)
+        _save(exported, temporary)
 
 
 @torch.no_grad()
