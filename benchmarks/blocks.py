@@ -32,7 +32,7 @@ from sparse_exp.data import digits, load_dataset
 from sparse_exp.data.loader import make_loader
 from sparse_exp.engines.signature import read_signature
 from sparse_exp.errors import ConfigError, EngineError, expected
-from sparse_exp.export.onnx import export_quantized
+from sparse_exp.export.onnx import FileForm, export_integer, trace_quantized
 from sparse_exp.files import write_json
 from sparse_exp.hardware import usable_physical_cores
 from sparse_exp.recipes.recipe import Recipe
@@ -136,8 +136,7 @@ def _build(options: argparse.Namespace, images: NDArray[np.uint8], folder: Path)
                 model = copy.deepcopy(dense)
                 SHARES[share](model.prunable_convolutions(), sparsity, block)
                 Recipe.from_file(recipe).apply_at_once(model, batches)
-                qdq = path.with_suffix(".qdq.onnx")
-                export_quantized(model, path, qdq, imgsz=images.shape[-1], opset=_OPSET)
+                export_integer(trace_quantized(model, FileForm(images.shape[-1], _OPSET)), path)
             pairs.append(Pair(name, *files))
     return pairs
 

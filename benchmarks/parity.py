@@ -137,11 +137,11 @@ def _yolov5n(path: Path, imgsz: int) -> Path:
     """Export a YOLOv5n with random weights. Torch is imported here, since ``--model`` does without it."""
     import torch
 
-    from sparse_exp.export.onnx import export_float
+    from sparse_exp.export.onnx import FileForm, export_float
     from sparse_exp.yolov5 import YOLOv5
 
     torch.manual_seed(0)
-    export_float(YOLOv5("n", 80).eval(), path, imgsz=imgsz, opset=13)
+    export_float(YOLOv5("n", 80).eval(), path, FileForm(imgsz, opset=13))
     return path
 
 

@@ -35,6 +35,7 @@ from sparse_exp.data import prepare
 from sparse_exp.data.images import IMAGE_SUFFIXES, read_square
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.export.exporter import export_deployment
+from sparse_exp.export.onnx import FileForm
 from sparse_exp.hardware import host_facts, usable_physical_cores
 from sparse_exp.locks import default_lock_path, measuring_alone
 from sparse_exp.predict.__main__ import default_streams
@@ -92,7 +93,7 @@ def _options() -> argparse.Namespace:
 def _exported(name: str, model: Model, imgsz: int, folder: Path) -> Model:
     """Export the model's checkpoint for images of another size."""
     network, _ = restore(find_model(name, engine="torch").path)
-    export_deployment(network, folder, imgsz=imgsz, opset=13)
+    export_deployment(network, folder, FileForm(imgsz, opset=13))
     return replace(find_model(str(folder), engine=model.engine), names=model.names)
 
 

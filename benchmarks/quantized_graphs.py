@@ -32,6 +32,7 @@ from sparse_exp.config.plain import CONF_DIRECTORY
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.errors import ConfigError, MissingDependency, expected
 from sparse_exp.export.exporter import export_deployment
+from sparse_exp.export.onnx import FileForm
 from sparse_exp.export.verification import predict
 from sparse_exp.files import write_json
 from sparse_exp.hardware import host_facts
@@ -123,7 +124,7 @@ def build(options: argparse.Namespace, images: NDArray[np.uint8], folder: Path) 
     prune_by_magnitude(model.prunable_convolutions(), options.sparsity)
     recipe = Recipe.from_file(CONF_DIRECTORY / "recipe" / "quant.md")
     recipe.apply_at_once(model, [torch.from_numpy(images).float() / 255])
-    export_deployment(model, folder, imgsz=options.imgsz, opset=_OPSET, dense=dense, images=[images])
+    export_deployment(model, folder, FileForm(options.imgsz, _OPSET), dense=dense, images=[images])
     predictions: NDArray[np.float32] = predict(as_deployed(model), torch.from_numpy(images)).numpy()
     return predictions
 

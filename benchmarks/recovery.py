@@ -6,7 +6,7 @@ folder are kept, so that a measurement that was stopped goes on.
 
     python benchmarks/recovery.py --seeds 0 1 2 --jobs 2 --write docs/results.md
 
-Words after the options are overrides of every run, for example ``recipe.num_epochs=24``.
+Words of the form KEY=VALUE are overrides of every run, for example ``recipe.num_epochs=24``.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def _options() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--jobs", type=whole, default=1, help="runs at a time; they share the cores")
     parser.add_argument("--out", type=Path, default=Path("outputs/recovery"), help="folder of the runs")
     parser.add_argument("--write", type=Path, help=f"page to put the tables into, between its marks {MARK!r}")
-    return parser.parse_known_args()
+    # Taken out first: argparse would read those behind --recipes as recipes.
+    overrides = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
+    return parser.parse_args([word for word in sys.argv[1:] if word not in overrides]), overrides
 
 
 def _make_all(runs: Sequence[SeedRun], options: argparse.Namespace, overrides: list[str]) -> None:

@@ -25,12 +25,11 @@ from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.export.exporter import export_dense_integer, export_deployment
 from sparse_exp.export.networks import Network, initial_network, sparse_network
-from sparse_exp.export.onnx import export_float
+from sparse_exp.export.onnx import FileForm, export_float
 from sparse_exp.export.post_training import quantize_onnxruntime, quantize_openvino
 from sparse_exp.recipes.checkpoints import restore
 from sparse_exp.runs.deployment import DENSE, SPARSE_FP32, dense_int8
 from sparse_exp.runs.directory import Run
-from sparse_exp.runs.metadata import describe
 from sparse_exp.sources.cache import cache_directory
 from sparse_exp.training.oneshot import calibration_loader
 from sparse_exp.yolov5 import YOLOv5
@@ -50,13 +49,13 @@ def main() -> int:
     dense = restore(_read(options.dense)[1])[0] if options.dense else initial_network(model)
     images = _images(options, run) if options.int8 else []
     options.out.mkdir(parents=True, exist_ok=True)
-    form = {"imgsz": options.imgsz, "opset": OPSET, "names": checkpoint.names}
-    export_deployment(model, options.out, dense=dense, **form)
+    form = FileForm(options.imgsz, OPSET, checkpoint.names)
+    export_deployment(model, options.out, form, dense=dense)
     sparse = sparse_network(model, run.before_quantization(file))
     if isinstance(sparse, Network):
-        export_float(sparse.model, options.out / SPARSE_FP32, **form)
+        export_float(sparse.model, options.out / SPARSE_FP32, form)
     if options.int8:
-        _write_int8(options, dense, images, checkpoint.names)
+        _write_int8(options.out, dense, images, form)
     for file in sorted(options.out.iterdir()):
         print(f"{file.stat().st_size / 1e6:8.2f} MB  {file}")
     return 0
@@ -83,15 +82,9 @@ def _read(path: Path) -> tuple[Run, Path]:
     return run, run.trained_checkpoint
 
 
-def _write_int8(
-    options: argparse.Namespace, dense: YOLOv5, images: list[NDArray[np.uint8]], names: tuple[str, ...]
-) -> None:
-    out = options.out
-    export_dense_integer(
-        dense, out / dense_int8("deepsparse"), images, imgsz=options.imgsz, opset=OPSET, names=names
-    )
-    entries = describe(names, options.imgsz)
-    quantize_onnxruntime(out / DENSE, out / dense_int8("onnxruntime"), images, entries)
+def _write_int8(out: Path, dense: YOLOv5, images: list[NDArray[np.uint8]], form: FileForm) -> None:
+    export_dense_integer(dense, out / dense_int8("deepsparse"), images, form)
+    quantize_onnxruntime(out / DENSE, out / dense_int8("onnxruntime"), images, form.entries)
     quantize_openvino(out / DENSE, out / dense_int8("openvino"), images)
 
 

@@ -26,6 +26,8 @@ from sparse_exp.command import Parser, run_command, whole
 from sparse_exp.predict.detector import Detector, find_model
 from sparse_exp.yolov5 import non_max_suppression
 
+Suppress = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+
 _ANCHORS, _SIDE = 25200, 640
 _BOXES = 12  # around each object
 _SETTINGS = {
@@ -51,7 +53,7 @@ def _row(
 ) -> str:
     tensor = torch.from_numpy(predictions)
     sides = {
-        "torchvision": lambda: _by_torchvision(tensor, **chosen).numpy(),
+        "torchvision": lambda: by_torchvision(tensor, **chosen).numpy(),
         "ours": lambda: non_max_suppression(predictions[None], **chosen)[0],
     }
     found = {side: suppress() for side, suppress in sides.items()}
@@ -74,9 +76,28 @@ def _cpu_ms(action: Callable[[], Any]) -> float:
     return 1e3 * (time.process_time() - start)
 
 
-def _by_torchvision(
-    p: torch.Tensor, conf: float, iou: float, max_det: int, *, multi_label: bool
+def by_torchvision(
+    p: torch.Tensor,
+    conf: float,
+    iou: float,
+    max_det: int,
+    *,
+    multi_label: bool,
+    suppress: Suppress = batched_nms,
 ) -> torch.Tensor:
+    """One image's detections by torch and torchvision alone, as published for YOLOv5; the tests use it too.
+
+    Args:
+        p: predictions (A, 5 + nc).
+        conf: as of `sparse_exp.yolov5.non_max_suppression`.
+        iou: likewise.
+        max_det: likewise.
+        multi_label: likewise.
+        suppress: given boxes (n, 4), scores (n,), classes (n,) and ``iou``, gives the indices of those kept.
+
+    Returns:
+        Float tensor (n, 6): corners in pixels, confidence, class.
+    """
     p = p[p[:, 4] > conf]
     scores = p[:, 5:] * p[:, 4:5]
     if multi_label and scores.shape[1] > 1:
@@ -89,7 +110,7 @@ def _by_torchvision(
     order = score.argsort(descending=True, stable=True)[:30_000]
     box, label, score = box[order], label[order], score[order]
     corners = box_convert(p[box, :4], "cxcywh", "xyxy")
-    kept = batched_nms(corners, score, label, iou)[:max_det]
+    kept = suppress(corners, score, label, iou)[:max_det]
     return torch.cat([corners, score[:, None], label[:, None].float()], 1)[kept]
 
 

@@ -192,9 +192,10 @@ def _enliven(model, batches) -> None:
 def deployment(lively_model, digit_images, made_once) -> Path:
     """The exported files of `lively_model`; do not change them."""
     from sparse_exp.export.exporter import export_deployment
+    from sparse_exp.export.onnx import FileForm
 
     def fill(folder: Path) -> None:
-        export_deployment(lively_model, folder, imgsz=IMGSZ, opset=13, images=[digit_images])
+        export_deployment(lively_model, folder, FileForm(IMGSZ, opset=13), images=[digit_images])
 
     return made_once("deployment", fill)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from onnx import ModelProto
 
 from sparse_exp import __version__
 from sparse_exp.config.schema import Experiment
@@ -20,7 +20,14 @@ from sparse_exp.data.attributions import licences_of
 from sparse_exp.engines.base import reason
 from sparse_exp.errors import Impossible
 from sparse_exp.export.networks import Network, dense_network, initial_network, sparse_network, zeros
-from sparse_exp.export.onnx import export_float, export_onnxruntime, export_quantized
+from sparse_exp.export.onnx import (
+    FileForm,
+    export_float,
+    export_integer,
+    export_onnxruntime,
+    export_qdq,
+    trace_quantized,
+)
 from sparse_exp.export.post_training import Images, quantize_onnxruntime, quantize_openvino
 from sparse_exp.files import sha256_of
 from sparse_exp.progress import progress
@@ -37,7 +44,6 @@ from sparse_exp.runs.deployment import (
     wanted_files,
 )
 from sparse_exp.runs.directory import Run
-from sparse_exp.runs.metadata import NO_FACTS, describe
 from sparse_exp.training.oneshot import calibration_loader
 from sparse_exp.yolov5 import Checkpoint, YOLOv5, save_checkpoint
 
@@ -91,23 +97,14 @@ def export_run(
 
 
 def export_deployment(
-    model: YOLOv5,
-    folder: Path,
-    *,
-    imgsz: int,
-    opset: int,
-    names: Sequence[str] = (),
-    dense: YOLOv5 | None = None,
-    images: Images = (),
+    model: YOLOv5, folder: Path, form: FileForm, *, dense: YOLOv5 | None = None, images: Images = ()
 ) -> list[Path]:
     """Write ``model.onnx`` and ``dense.onnx``; for a quantized model the files of the other engines.
 
     Args:
         model: the trained detector in evaluation mode, its quantizers frozen.
         folder: where to write.
-        imgsz: side of the images in pixels.
-        opset: ONNX operator set.
-        names: of the classes.
+        form: of all files.
         dense: the fp32 baseline of the same architecture and classes; None: one with initial weights.
         images: batches, uint8 (N, 3, S, S), that ONNX Runtime's file finds ranges with; without them there
             is no such file.
@@ -115,11 +112,14 @@ def export_deployment(
     Returns:
         The files.
     """
-    form: dict[str, Any] = {"imgsz": imgsz, "opset": opset, "names": names}
-    export_float(dense or initial_network(model), folder / DENSE, **form)
-    files = [folder / DENSE, *_export_deployed(model, folder, form)]
-    if images and _is_quantized(model):
-        export_onnxruntime(model, folder / ONNXRUNTIME, images, **form)
+    export_float(dense or initial_network(model), folder / DENSE, form)
+    if not _is_quantized(model):
+        export_float(model, folder / MODEL, form)
+        return [folder / DENSE, folder / MODEL]
+    traced = trace_quantized(model, form)
+    files = [folder / DENSE, *_export_quantized(traced, folder)]
+    if images:
+        export_onnxruntime(traced, folder / ONNXRUNTIME, images)
         files.append(folder / ONNXRUNTIME)
     return files
 
@@ -128,41 +128,26 @@ def _is_quantized(model: YOLOv5) -> bool:
     return is_quantized(list(model.state_dict()))
 
 
-def _export_deployed(model: YOLOv5, folder: Path, form: dict[str, Any]) -> list[Path]:
-    if not _is_quantized(model):
-        export_float(model, folder / MODEL, **form)
-        return [folder / MODEL]
-    export_quantized(model, folder / MODEL, folder / QDQ, **form)
+def _export_quantized(traced: ModelProto, folder: Path) -> list[Path]:
+    """Write the files that need no images."""
+    export_integer(traced, folder / MODEL)
+    export_qdq(traced, folder / QDQ)
     return [folder / MODEL, folder / QDQ]
 
 
-def export_dense_integer(
-    dense: YOLOv5,
-    destination: Path,
-    images: Images,
-    *,
-    imgsz: int,
-    opset: int,
-    names: Sequence[str] = (),
-    facts: Mapping[str, object] = NO_FACTS,
-) -> None:
+def export_dense_integer(dense: YOLOv5, destination: Path, images: Images, form: FileForm) -> None:
     """Calibrate a dense network and export it with integer convolutions, for DeepSparse.
 
     Args:
         dense: in fp32 and evaluation mode; left as it is.
         destination: ONNX file to write.
         images: batches, uint8 (N, 3, S, S), to calibrate with.
-        imgsz: side of the images in pixels.
-        opset: ONNX operator set.
-        names: of the classes.
-        facts: further entries of the file; see `sparse_exp.runs.metadata`.
+        form: of the file.
     """
     model = copy.deepcopy(dense)
     batches = (torch.from_numpy(batch).float() / 255 for batch in images)
     Recipe(_QUANTIZE, name="the calibration").apply_at_once(model, batches)
-    with tempfile.TemporaryDirectory() as folder:
-        pairs = Path(folder) / QDQ
-        export_quantized(model, destination, pairs, imgsz=imgsz, opset=opset, names=names, facts=facts)
+    export_integer(trace_quantized(model, form), destination)
 
 
 Step = Callable[[], list[Path]]
@@ -198,6 +183,11 @@ class _Exports:
         return sparse_network(self.model, self.run.before_quantization(self.file))
 
     @cached_property
+    def traced(self) -> ModelProto:
+        """The graph of the deployed network, if that is quantized."""
+        return trace_quantized(self.model, self._form(self.deployed))
+
+    @cached_property
     def images(self) -> Images:
         experiment, dataset = self.experiment, self.dataset
         if not dataset.splits.get("train"):
@@ -210,9 +200,9 @@ class _Exports:
 
     def steps(self) -> dict[str, Step]:
         """What makes each file, by its name, in an order in which a file comes after those it needs."""
-        hardware, folder = self.experiment.hardware, self.folder
+        hardware = self.experiment.hardware
         made: dict[str, Step] = {
-            MODEL: lambda: _export_deployed(self.model, folder, self._form(self.deployed)),
+            MODEL: self._model,
             ONNXRUNTIME: self._onnxruntime,
             DENSE: lambda: self._float(self.dense, DENSE),
             SPARSE_FP32: lambda: self._float(self._sparse(), SPARSE_FP32),
@@ -227,8 +217,7 @@ class _Exports:
             wanted.add(ONNXRUNTIME)
         return {name: make for name, make in made.items() if name in wanted}
 
-    def _form(self, network: Network) -> dict[str, Any]:
-        """How a network is written: image size, operator set, and what its file says of it."""
+    def _form(self, network: Network) -> FileForm:
         run, fetched = self.run, self.run.facts("fetch")
         sources = fetched.get("origin", ""), fetched.get("grown_from", ""), self.experiment.dataset.generator
         facts: dict[str, object] = {
@@ -241,8 +230,7 @@ class _Exports:
             facts["checkpoint_sha256"] = sha256_of(network.checkpoint)
         if network is not self.dense:
             facts["recipe"] = self.experiment.recipe.name
-        names, opset = self.checkpoint.names, self.experiment.export.opset
-        return {"imgsz": self.imgsz, "opset": opset, "names": names, "facts": facts}
+        return FileForm(self.imgsz, self.experiment.export.opset, self.checkpoint.names, facts)
 
     def networks(self) -> dict[str, Any]:
         """Where the weights of the other networks come from, for the facts."""
@@ -257,12 +245,17 @@ class _Exports:
         return self.sparse
 
     def _float(self, network: Network, name: str) -> list[Path]:
-        export_float(network.model, self.folder / name, **self._form(network))
+        export_float(network.model, self.folder / name, self._form(network))
         return [self.folder / name]
+
+    def _model(self) -> list[Path]:
+        if _is_quantized(self.model):
+            return _export_quantized(self.traced, self.folder)
+        return self._float(self.deployed, MODEL)
 
     def _onnxruntime(self) -> list[Path]:
         file = self.folder / ONNXRUNTIME
-        export_onnxruntime(self.model, file, self.images, **self._form(self.deployed))
+        export_onnxruntime(self.traced, file, self.images)
         return [file]
 
     def _save(self, network: Network, name: str) -> list[Path]:
@@ -273,12 +266,11 @@ class _Exports:
     def _int8_deepsparse(self) -> list[Path]:
         file = self.folder / dense_int8("deepsparse")
         form = self._form(self.dense)
-        _attempt(file, lambda: export_dense_integer(self.dense.model, file, self.images, **form))
+        _attempt(file, lambda: export_dense_integer(self.dense.model, file, self.images, form))
         return [file]
 
     def _int8_onnxruntime(self) -> list[Path]:
-        file, form = self.folder / dense_int8("onnxruntime"), self._form(self.dense)
-        entries = describe(form["names"], form["imgsz"], form["facts"])
+        file, entries = self.folder / dense_int8("onnxruntime"), self._form(self.dense).entries
         _attempt(file, lambda: quantize_onnxruntime(self.folder / DENSE, file, self.images, entries))
         return [file]
 

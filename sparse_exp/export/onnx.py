@@ -6,7 +6,7 @@ import copy
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx
@@ -19,11 +19,33 @@ from sparse_exp.export.outputs import Images, quantize_outputs
 from sparse_exp.export.pairs import keep_inputs, tidy
 from sparse_exp.files import landing
 from sparse_exp.quantization.modules import QuantizedConv2d
-from sparse_exp.runs.metadata import NO_FACTS, describe
+from sparse_exp.runs.metadata import describe
 from sparse_exp.yolov5 import YOLOv5
 
 INPUT, OUTPUT = "images", "predictions"
 _IR_VERSION = 8  # of the file format; DeepSparse's onnx 1.14 reads 9 at most, and opset 13 needs 7
+
+
+@dataclass(frozen=True)
+class FileForm:
+    """How an ONNX file is written, and what it says of itself.
+
+    Attributes:
+        imgsz: side of the images in pixels.
+        opset: ONNX operator set; at least 13 for a quantized model.
+        names: of the classes.
+        facts: further entries of the file; see `sparse_exp.runs.metadata`.
+    """
+
+    imgsz: int
+    opset: int
+    names: Sequence[str] = ()
+    facts: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def entries(self) -> dict[str, str]:
+        """The file's metadata."""
+        return describe(self.names, self.imgsz, self.facts)
 
 
 class _Pixels(nn.Module):
@@ -38,90 +60,72 @@ class _Pixels(nn.Module):
         return predictions
 
 
-def export_float(
-    model: YOLOv5,
-    destination: Path,
-    *,
-    imgsz: int,
-    opset: int,
-    names: Sequence[str] = (),
-    facts: Mapping[str, object] = NO_FACTS,
-) -> None:
+def export_float(model: YOLOv5, destination: Path, form: FileForm) -> None:
     """Export a model that is not quantized.
 
     Args:
         model: the detector; left as it was.
         destination: ONNX file: uint8 images (N, 3, imgsz, imgsz) to float32 (N, A, 5 + nc).
-        imgsz: side of the images in pixels.
-        opset: ONNX operator set.
-        names: of the classes, which the file then says.
-        facts: what it says besides; see `sparse_exp.runs.metadata`.
+        form: of the file.
     """
     with landing(destination) as temporary:
-        exported = _trace(model, imgsz=imgsz, opset=opset)
-        _save(exported, temporary, describe(names, imgsz, facts))
+        _save(_trace(model, form), temporary)
 
 
-def export_quantized(
-    model: YOLOv5,
-    integer: Path,
-    qdq: Path,
-    *,
-    imgsz: int,
-    opset: int,
-    names: Sequence[str] = (),
-    facts: Mapping[str, object] = NO_FACTS,
-) -> None:
-    """Export a QAT model twice: with integer convolutions, and with quantize-dequantize pairs.
+def trace_quantized(model: YOLOv5, form: FileForm) -> ModelProto:
+    """The graph of a quantized model, from which the file of each engine is made.
 
     Args:
-        model: the detector after QAT, its observers frozen and its input quantizer pinned.
-        integer: file for DeepSparse (ConvInteger).
-        qdq: file for OpenVINO and others.
-        imgsz: side of the images in pixels.
-        opset: ONNX operator set, at least 13.
-        names: as of `export_float`.
-        facts: likewise.
+        model: the detector after QAT, its observers frozen and its input quantizer pinned; left as it was.
+        form: of the files.
+
+    Returns:
+        It, in the form that `sparse_exp.export.pairs` describes.
     """
-    with landing(qdq) as pairs, landing(integer) as integers:
-        exported = _trace_quantized(model, imgsz=imgsz, opset=opset)
-        keep_inputs(exported.graph)
-        _save(exported, pairs, describe(names, imgsz, facts))
-        to_integer_graph(exported.graph)
-        _save(exported, integers, describe(names, imgsz, facts))
+    traced = _trace(_with_rounded_weights(model), form)
+    tidy(traced.graph)
+    return traced
 
 
-def export_onnxruntime(
-    model: YOLOv5,
-    destination: Path,
-    images: Images,
-    *,
-    imgsz: int,
-    opset: int,
-    names: Sequence[str] = (),
-    facts: Mapping[str, object] = NO_FACTS,
-) -> None:
-    """Export a QAT model for ONNX Runtime; see `sparse_exp.export.outputs`.
+def export_qdq(traced: ModelProto, destination: Path) -> None:
+    """Write a quantized model for OpenVINO and others, with quantize-dequantize pairs.
 
     Args:
-        model: as of `export_quantized`.
+        traced: of `trace_quantized`; left as it was.
+        destination: ONNX file.
+    """
+    with landing(destination) as temporary:
+        exported = copy.deepcopy(traced)
+        keep_inputs(exported.graph)
+        _save(exported, temporary)
+
+
+def export_integer(traced: ModelProto, destination: Path) -> None:
+    """Write a quantized model for DeepSparse, with integer convolutions (ConvInteger).
+
+    Args:
+        traced: as of `export_qdq`.
+        destination: ONNX file.
+    """
+    with landing(destination) as temporary:
+        exported = copy.deepcopy(traced)
+        keep_inputs(exported.graph)
+        to_integer_graph(exported.graph)
+        _save(exported, temporary)
+
+
+def export_onnxruntime(traced: ModelProto, destination: Path, images: Images) -> None:
+    """Write a quantized model for ONNX Runtime; see `sparse_exp.export.outputs`.
+
+    Args:
+        traced: as of `export_qdq`.
         destination: ONNX file.
         images: batches, uint8 (N, 3, imgsz, imgsz), to find the ranges with that were not trained.
-        imgsz: as of `export_quantized`.
-        opset: likewise.
-        names: likewise.
-        facts: likewise.
     """
     with landing(destination) as temporary:
-        exported = _trace_quantized(model, imgsz=imgsz, opset=opset)
+        exported = copy.deepcopy(traced)
         quantize_outputs(exported, images)
-        _save(exported, temporary, describe(names, imgsz, facts))
-
-
-def _trace_quantized(model: YOLOv5, *, imgsz: int, opset: int) -> ModelProto:
-    exported = _trace(_with_rounded_weights(model), imgsz=imgsz, opset=opset)
-    tidy(exported.graph)
-    return exported
+        _save(exported, temporary)
 
 
 @torch.no_grad()
@@ -140,11 +144,11 @@ def _with_rounded_weights(model: YOLOv5) -> YOLOv5:
     return model
 
 
-def _trace(model: YOLOv5, *, imgsz: int, opset: int) -> ModelProto:
-    """The graph of a model, with any batch and sizes that are numbers."""
-    pixels = torch.zeros(1, 3, imgsz, imgsz, dtype=torch.uint8)
+def _trace(model: YOLOv5, form: FileForm) -> ModelProto:
+    """The graph of a model, with any batch and sizes that are numbers, and the metadata of its file."""
+    pixels = torch.zeros(1, 3, form.imgsz, form.imgsz, dtype=torch.uint8)
     with (
-        model.export_mode(imgsz),
+        model.export_mode(form.imgsz),
         warnings.catch_warnings(),
         torch.no_grad(),
         tempfile.TemporaryDirectory() as folder,
@@ -160,7 +164,7 @@ def _trace(model: YOLOv5, *, imgsz: int, opset: int) -> ModelProto:
             (pixels,),
             file,
             dynamo=False,
-            opset_version=opset,
+            opset_version=form.opset,
             input_names=[INPUT],
             output_names=[OUTPUT],
             dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
@@ -168,11 +172,11 @@ def _trace(model: YOLOv5, *, imgsz: int, opset: int) -> ModelProto:
         exported, sizes = onnx.load(str(file)), model(pixels.float()).shape[1:]
     for dimension, size in zip(exported.graph.output[0].type.tensor_type.shape.dim[1:], sizes, strict=True):
         dimension.dim_value = size
+    exported.ir_version = _IR_VERSION
+    onnx.helper.set_model_props(exported, form.entries)
     return exported
 
 
-def _save(model: ModelProto, destination: Path, entries: Mapping[str, str]) -> None:
-    model.ir_version = _IR_VERSION
-    onnx.helper.set_model_props(model, dict(entries))
+def _save(model: ModelProto, destination: Path) -> None:
     onnx.checker.check_model(model)
     onnx.save(model, str(destination))

@@ -25,11 +25,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 from xml.etree import ElementTree
 
-NO_FACTS: Mapping[str, object] = MappingProxyType({})
 TASK, STRIDE = "detect", 32
 CONF, IOU = 0.25, 0.45
 """Least confidence and overlap with which a detector is used, unless others are given."""
@@ -37,7 +35,7 @@ _WHOLE, _SHARES = ("imgsz", "stride"), ("conf", "iou", "sparsity")
 _TEXTS = ("task", "version", "run", "recipe", "checkpoint_sha256", "licence")
 
 
-def describe(names: Sequence[str], imgsz: int, facts: Mapping[str, object] = NO_FACTS) -> dict[str, str]:
+def describe(names: Sequence[str], imgsz: int, facts: Mapping[str, object]) -> dict[str, str]:
     """The entries of a detector's file.
 
     Args:

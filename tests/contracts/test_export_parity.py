@@ -20,7 +20,7 @@ from onnx import TensorProto
 from sparse_exp.config.schema import ENGINES
 from sparse_exp.engines import create_engine
 from sparse_exp.export import pairs
-from sparse_exp.export.onnx import export_quantized
+from sparse_exp.export.onnx import FileForm, export_integer, trace_quantized
 from sparse_exp.runs.deployment import DENSE, MODEL, ONNXRUNTIME, QDQ
 from sparse_exp.yolov5 import YOLOv5
 
@@ -89,7 +89,7 @@ def test_but_for_the_rounding_of_biases_the_integer_graph_is_the_network(
     monkeypatch.setattr(pairs, "_BIAS_LIMIT", 0.0)  # all biases stay in floating point
     integer = tmp_path / MODEL
     before = {name: value.clone() for name, value in lively_model.state_dict().items()}
-    export_quantized(lively_model, integer, tmp_path / QDQ, imgsz=IMGSZ, opset=13)
+    export_integer(trace_quantized(lively_model, FileForm(IMGSZ, opset=13)), integer)
     assert all(torch.equal(value, before[name]) for name, value in lively_model.state_dict().items())
     np.testing.assert_array_equal(torch_predictions(lively_model, images), reference)
     for engine in ("deepsparse", "onnxruntime"):

@@ -17,7 +17,7 @@ from command import command_line
 from sparse_exp import rerun
 from sparse_exp.compare import __main__ as compare
 from sparse_exp.export.networks import initial_network
-from sparse_exp.export.onnx import export_float
+from sparse_exp.export.onnx import FileForm, export_float
 from sparse_exp.files import sha256_of
 from sparse_exp.predict import __main__ as predict
 from sparse_exp.recipes.checkpoints import restore
@@ -47,7 +47,7 @@ def unpacked(tmp_path_factory) -> Path:
 def put_back_dense(run: Path) -> None:
     """Export the dense network with initial weights as the export stage does, and enter it as its output."""
     model, checkpoint = restore(run / "weights" / "best_pruned_quant.pt")
-    export_float(initial_network(model), run / DENSE, imgsz=96, opset=13, names=checkpoint.names)
+    export_float(initial_network(model), run / DENSE, FileForm(96, opset=13, names=checkpoint.names))
     manifest = load(run / "manifest.json")
     manifest["stages"]["export"]["outputs"][DENSE] = sha256_of(run / DENSE)
     (run / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")

@@ -14,6 +14,7 @@ from sparse_exp.config.schema import ENGINES, SourceConfig
 from sparse_exp.data.images import read_square
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.export.exporter import export_deployment
+from sparse_exp.export.onnx import FileForm
 from sparse_exp.sources.cache import cache_directory, fetch
 from sparse_exp.yolov5 import YOLOv5, non_max_suppression, read_checkpoint, transfer_weights
 
@@ -45,7 +46,7 @@ def images(photos) -> np.ndarray:
 @pytest.fixture(scope="module")
 def deployment(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("coco")
-    export_deployment(model, folder, imgsz=IMGSZ, opset=13)
+    export_deployment(model, folder, FileForm(IMGSZ, opset=13))
     return folder
 
 

@@ -80,7 +80,7 @@ class Process:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """An untrained YOLOv5n whose predictions differ from image to image, and are many."""
-    from sparse_exp.export.onnx import export_float
+    from sparse_exp.export.onnx import FileForm, export_float
     from sparse_exp.yolov5 import YOLOv5
 
     torch.manual_seed(0)
@@ -96,7 +96,7 @@ def model(tmp_path_factory) -> Path:
         for _ in range(4):
             detector.train()(torch.nn.functional.interpolate(images, SIDE))
     path = tmp_path_factory.mktemp("served") / "model.onnx"
-    export_float(detector.eval(), path, imgsz=SIDE, opset=13, names=["one", "two", "three"])
+    export_float(detector.eval(), path, FileForm(SIDE, opset=13, names=["one", "two", "three"]))
     return path
 
 

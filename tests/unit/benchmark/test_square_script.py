@@ -1,7 +1,6 @@
 """benchmarks/square.py, and that what it needs imports without the training's libraries."""
 
 import argparse
-import importlib.util
 import json
 import re
 import subprocess
@@ -10,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import BENCHMARKS, load_script
 
 from sparse_exp.errors import SparseExpError
 
-SCRIPT = Path(__file__).parents[3] / "benchmarks" / "square.py"
+SCRIPT = BENCHMARKS / "square.py"
 ABSENT = (
     "torch",
     "torchvision",
@@ -46,10 +46,7 @@ ROW = {
 
 @pytest.fixture(scope="module")
 def square():
-    spec = importlib.util.spec_from_file_location("square", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("square")
 
 
 @pytest.mark.parametrize(

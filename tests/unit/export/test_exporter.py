@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -169,11 +170,9 @@ def test_what_a_quantizer_cannot_do_ends_a_cell_and_not_the_run(quantized_run, d
     def failing(*_):
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr(
-        exporting, "export_quantized", lambda _, a, b, **__: [a.write_text("a"), b.write_text("b")]
-    )
-    monkeypatch.setattr(exporting, "export_float", lambda _, path, **__: path.write_text("graph"))
-    monkeypatch.setattr(exporting, "export_onnxruntime", lambda _, path, *__, **___: path.write_text("c"))
+    monkeypatch.setattr(exporting, "trace_quantized", lambda *_: None)
+    for name in ("export_float", "export_integer", "export_qdq", "export_onnxruntime"):
+        monkeypatch.setattr(exporting, name, lambda _, path, *__, name=name: path.write_text(name))
     monkeypatch.setattr(exporting, "quantize_openvino", missing)
     monkeypatch.setattr(exporting, "quantize_onnxruntime", failing)
     (quantized_run.path / "deployment").mkdir()
@@ -185,6 +184,14 @@ def test_what_a_quantizer_cannot_do_ends_a_cell_and_not_the_run(quantized_run, d
         context.run.deployment.file("onnxruntime", "dense_int8")
     assert context.run.deployment.file("openvino", "sparse").name == QDQ
     assert context.run.deployment.file("onnxruntime", "dense").name == "dense.onnx"
+
+
+def test_without_training_images_only_the_file_that_needs_them_is_missing(quantized_run, digits):
+    digits = replace(digits, splits={name: digits.splits[name] for name in ("val", "test")})
+    exported = do(context_of(quantized_run, digits, ["onnxruntime", "openvino"], ["dense", "sparse"]), EXPORT)
+    assert set(exported.outputs) == {f"deployment/{name}" for name in (MODEL, QDQ, "dense.onnx")}
+    reason = "The data set digits has no training images to calibrate with."
+    assert exported.facts["impossible"] == {"model.onnxruntime.onnx": reason}
 
 
 def test_the_export_depends_on_the_files_that_are_wanted_and_on_the_baseline(run, digits, baseline):
@@ -203,7 +210,7 @@ def test_the_export_depends_on_the_files_that_are_wanted_and_on_the_baseline(run
 
 
 def test_initial_weights_have_a_checkpoint_where_one_was_written_for_torch(run, digits, monkeypatch):
-    monkeypatch.setattr(exporting, "export_float", lambda _, path, **__: path.touch())
+    monkeypatch.setattr(exporting, "export_float", lambda _, path, __: path.touch())
     (run.path / "deployment").mkdir()
     for engines, size in ((["onnxruntime"], None), (["torch"], True)):
         context = context_of(run, digits, engines, ["dense", "sparse"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,14 @@ import torch
 from onnx import TensorProto
 
 from sparse_exp.export import onnx as exporting
-from sparse_exp.export.onnx import export_float, export_quantized
+from sparse_exp.export.onnx import (
+    FileForm,
+    export_float,
+    export_integer,
+    export_onnxruntime,
+    export_qdq,
+    trace_quantized,
+)
 from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.runs.deployment import DENSE, MODEL, ONNXRUNTIME, QDQ
 from sparse_exp.sparsity.measure import layer_sparsity, onnx_facts, overall
@@ -17,6 +25,7 @@ from sparse_exp.sparsity.onnx_graph import constants, layer_name
 from sparse_exp.yolov5 import YOLOv5
 
 IMGSZ = 64
+FORM = FileForm(IMGSZ, opset=13)
 QUANTIZED = (MODEL, QDQ, ONNXRUNTIME)
 FILES = (*QUANTIZED, DENSE)
 # What a graph needs only when it computes shapes from data, which keeps engines from planning memory.
@@ -95,7 +104,7 @@ def test_the_temporary_files_are_gone(deployment):
 def test_exporting_a_training_model_leaves_it_in_training(tmp_path):
     model = YOLOv5("n", 2).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    export_float(model, tmp_path / "float.onnx", imgsz=IMGSZ, opset=13)
+    export_float(model, tmp_path / "float.onnx", FORM)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.training
     assert all(module.training for module in model.modules())
@@ -108,19 +117,34 @@ def test_a_float_export_that_fails_leaves_no_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.onnx, "export", write_half)
     with pytest.raises(RuntimeError, match="disk full"):
-        export_float(YOLOv5("n", 1), tmp_path / "out" / "dense.onnx", imgsz=IMGSZ, opset=13)
+        export_float(YOLOv5("n", 1), tmp_path / "out" / "dense.onnx", FORM)
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("failing", ["tidy", "keep_inputs", "to_integer_graph"])
-def test_a_quantized_export_that_fails_leaves_no_file(tmp_path, lively_model, monkeypatch, failing):
+@pytest.fixture(scope="module")
+def traced(lively_model) -> onnx.ModelProto:
+    return trace_quantized(lively_model, FORM)
+
+
+@pytest.mark.parametrize("failing", ["keep_inputs", "to_integer_graph", "quantize_outputs"])
+def test_a_quantized_export_that_fails_leaves_no_file(tmp_path, traced, digit_images, monkeypatch, failing):
     def fail(*_arguments):
         raise RuntimeError("no such graph")
 
     monkeypatch.setattr(exporting, failing, fail)
+    needs_images = partial(export_onnxruntime, images=[digit_images])
+    export = needs_images if failing == "quantize_outputs" else export_integer
     with pytest.raises(RuntimeError, match="no such graph"):
-        export_quantized(lively_model, tmp_path / MODEL, tmp_path / QDQ, imgsz=IMGSZ, opset=13)
+        export(traced, tmp_path / MODEL)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_file_changes_the_graph_that_all_are_made_of(tmp_path, traced, digit_images):
+    before = traced.SerializeToString(deterministic=True)
+    export_qdq(traced, tmp_path / QDQ)
+    export_integer(traced, tmp_path / MODEL)
+    export_onnxruntime(traced, tmp_path / ONNXRUNTIME, [digit_images])
+    assert traced.SerializeToString(deterministic=True) == before
 
 
 def test_the_file_format_is_one_that_deepsparses_onnx_reads(deployment):
@@ -138,7 +162,9 @@ def test_weights_of_seven_bits_are_exported_as_they_are_computed_with(
     model = YOLOv5("n", 2).eval()
     recipe = SEVEN_BITS.format(strategy=strategy)
     Recipe(recipe).apply_at_once(model, [torch.from_numpy(digit_images).float() / 255])
-    export_quantized(model, tmp_path / MODEL, tmp_path / QDQ, imgsz=IMGSZ, opset=opset)
+    traced = trace_quantized(model, FileForm(IMGSZ, opset))
+    export_qdq(traced, tmp_path / QDQ)
+    export_integer(traced, tmp_path / MODEL)
     arrays = constants(onnx.load(str(tmp_path / QDQ)).graph)
     weights = [value for value in arrays.values() if value.dtype == np.int8 and value.ndim == 4]
     assert len(weights) == 60

@@ -13,13 +13,13 @@ from sparse_exp.export import post_training
 from sparse_exp.export.exporter import export_dense_integer
 from sparse_exp.export.graph import decoding_nodes
 from sparse_exp.export.networks import without_quantizers
-from sparse_exp.export.onnx import export_float
+from sparse_exp.export.onnx import FileForm, export_float
 from sparse_exp.export.post_training import quantize_onnxruntime, quantize_openvino
-from sparse_exp.runs.metadata import describe, read_metadata
+from sparse_exp.runs.metadata import read_metadata
 from sparse_exp.sparsity.measure import onnx_facts
 
 IMGSZ, NAMES = 64, tuple("0123456789")
-FORM = {"imgsz": IMGSZ, "opset": 13, "names": NAMES, "facts": {"run": "x"}}
+FORM = FileForm(IMGSZ, opset=13, names=NAMES, facts={"run": "x"})
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def network(lively_model):
 @pytest.fixture(scope="module")
 def dense(network, tmp_path_factory):
     file = tmp_path_factory.mktemp("dense") / "dense.onnx"
-    export_float(network, file, **FORM)
+    export_float(network, file, FORM)
     return file
 
 
@@ -50,9 +50,9 @@ def int8(dense, network, digit_images):
             file = dense.with_name(f"{engine}.{'xml' if engine == 'openvino' else 'onnx'}")
             images = [digit_images[:4], digit_images[4:]]
             if engine == "deepsparse":
-                export_dense_integer(network, file, images, **FORM)
+                export_dense_integer(network, file, images, FORM)
             elif engine == "onnxruntime":
-                quantize_onnxruntime(dense, file, images, describe(NAMES, IMGSZ, FORM["facts"]))
+                quantize_onnxruntime(dense, file, images, FORM.entries)
             else:
                 quantize_openvino(dense, file, images)
             made[engine] = file

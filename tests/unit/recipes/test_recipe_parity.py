@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import load_script
 
 from sparse_exp.errors import MissingDependency
 from sparse_exp.recipes.recipe import Recipe
@@ -16,14 +16,7 @@ from sparse_exp.recipes.recipe import Recipe
 ROOT = Path(__file__).parents[3]
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("recipe_parity", ROOT / "benchmarks" / "recipe_parity.py")
-    sys.modules["recipe_parity"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = load_script("recipe_parity")
 RECORDED = script.read(ROOT / "tests" / "data" / "recipe-parity.npz")
 GROUPS: dict[str, list[str]] = {}
 for index, name in enumerate(RECORDED):

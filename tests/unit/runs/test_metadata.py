@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from sparse_exp.export.onnx import export_float
+from sparse_exp.export.onnx import FileForm, export_float
 from sparse_exp.runs.metadata import describe, read_metadata, write_metadata
 from sparse_exp.yolov5 import YOLOv5
 
@@ -54,7 +54,7 @@ def test_files_without_entries_and_no_files(file, tmp_path):
 
 
 def test_an_export_says_its_classes_and_reading_them_needs_no_torch(tmp_path):
-    export_float(YOLOv5("n", 2), tmp_path / "m.onnx", imgsz=64, opset=13, names=NAMES)
+    export_float(YOLOv5("n", 2), tmp_path / "m.onnx", FileForm(64, opset=13, names=NAMES))
     code = (
         "import sys; from pathlib import Path; from sparse_exp.runs.metadata import read_metadata\n"
         "print(ascii(read_metadata(Path(sys.argv[1]))['names']), 'torch' in sys.modules, sep=';')"

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_exp.export.onnx import export_float
+from sparse_exp.export.onnx import FileForm, export_float
 from sparse_exp.sparsity.measure import gzip_bytes, layer_sparsity
 from sparse_exp.sparsity.prune import prune_by_magnitude
 from sparse_exp.sparsity.sizes import estimate_sizes
@@ -29,7 +29,7 @@ def test_the_files_of_a_float_export(tmp_path):
     torch.manual_seed(0)
     model, file = YOLOv5("n", 3).eval(), tmp_path / "model.onnx"
     prune_by_magnitude(model.prunable_convolutions(), 0.8)
-    export_float(model, file, imgsz=IMGSZ, opset=13)
+    export_float(model, file, FileForm(IMGSZ, opset=13))
     estimated = estimate_sizes(model, shares(model), quantized=False, imgsz=IMGSZ)
     assert estimated.onnx_mb == pytest.approx(file.stat().st_size / 1e6, rel=0.05)
     assert estimated.onnx_gzip_mb == pytest.approx(gzip_bytes(file) / 1e6, rel=0.25)

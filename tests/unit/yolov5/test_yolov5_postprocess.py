@@ -3,9 +3,12 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from scripts import load_script
 from torchvision.ops import batched_nms, nms
 
 from sparse_exp.yolov5.postprocess import non_max_suppression
+
+script = load_script("suppression")
 
 
 def boxes(*rows):
@@ -73,23 +76,10 @@ def test_a_box_without_area_suppresses_nothing_and_warns_of_nothing(recwarn):
     assert not recwarn.list
 
 
-def by_torchvision(p, conf, iou, max_det, multi_label, suppress):
-    """One image's detections by torch and torchvision alone, as published for YOLOv5."""
-    p = torch.from_numpy(p)
-    p = p[p[:, 4] > conf]
-    scores = p[:, 5:] * p[:, 4:5]
-    if multi_label and scores.shape[1] > 1:
-        box, label = (scores > conf).nonzero(as_tuple=True)
-    else:
-        best, label = scores.max(1)
-        box = (best > conf).nonzero()[:, 0]
-        label = label[box]
-    xy, wh, score = p[box, :2], p[box, 2:4], scores[box, label]
-    corners = torch.cat([xy - wh / 2, xy + wh / 2], 1)
-    order = score.argsort(descending=True, stable=True)
-    corners, score, label = corners[order], score[order], label[order]
-    kept = suppress(corners, score, label, iou)[:max_det]
-    return torch.cat([corners, score[:, None], label[:, None].float()], 1)[kept].numpy()
+def by_torchvision(p, conf, iou, max_det, multi_label, suppress=batched_nms):
+    tensor = torch.from_numpy(p)
+    found = script.by_torchvision(tensor, conf, iou, max_det, multi_label=multi_label, suppress=suppress)
+    return found.numpy()
 
 
 def class_by_class(corners, scores, labels, iou):
@@ -128,7 +118,7 @@ OVERLAP_06 = np.array([[10, 10, 20, 10, 1, 1], [15, 10, 20, 10, 1, 0.5]], np.flo
 @example(OVERLAP_06, 0.25, 0.6, 10, False)  # 0.6 as float32 is above 0.6
 def test_ties_fall_as_in_torchvision(p, conf, iou, max_det, multi_label):
     """Equal boxes, equal scores, overlaps of exactly the threshold; coordinates that no shift rounds."""
-    wanted = by_torchvision(p, conf, iou, max_det, multi_label, batched_nms)
+    wanted = by_torchvision(p, conf, iou, max_det, multi_label)
     (found,) = non_max_suppression(p[None], conf, iou, max_det, multi_label=multi_label)
     np.testing.assert_array_equal(found, wanted)
 
@@ -147,6 +137,6 @@ def test_thousands_of_boxes_are_kept_as_by_torchvision():
     p = random.uniform(0, 1, (3000, 7)).astype(np.float32)
     p[:, :4] *= [640, 640, 80, 80]
     for iou in (0.45, 0.6):
-        wanted = by_torchvision(p, 0.1, iou, 300, True, batched_nms)
+        wanted = by_torchvision(p, 0.1, iou, 300, True)
         (found,) = non_max_suppression(p[None], 0.1, iou, 300)
         np.testing.assert_array_equal(found, wanted)
