@@ -163,10 +163,8 @@ class RecipeConfig:
     weight_bits: str = one_of(
         "auto", ("auto", "8", "7"), "of quantized weights, at most; auto: 7 where an x86 target has no VNNI"
     )
-    train_outputs: Optional[bool] = documented(
-        None,
-        "QAT also rounds what convolutions put out, as ONNX Runtime's file alone does; null: where ONNX "
-        "Runtime is the first of hardware.engines",
+    train_outputs: bool = documented(
+        False, "QAT also rounds what convolutions put out, as ONNX Runtime's file alone does"
     )
 
 

@@ -73,12 +73,11 @@ def choose_quantization(
 
     A scale for each output channel is more accurate, and as fast in ONNX Runtime and OpenVINO, but halves the
     speed of DeepSparse's sparse convolutions. On x86 CPUs without VNNI sums of 8-bit products saturate in 16
-    bits; with 7-bit weights they do not. ONNX Runtime computes on integers only where outputs are rounded,
-    too, which a network can be trained for.
+    bits; with 7-bit weights they do not.
 
     Args:
-        recipe: its ``weight_scales``, ``weight_bits`` and ``train_outputs``, which hold unless they are
-            ``auto``.
+        recipe: its ``weight_scales`` and ``weight_bits``, which hold unless they are ``auto``, and
+            ``train_outputs``.
         hardware: the target, with the engines that are here.
         host_isa: instruction sets of this machine, which count where the target names none.
     """
@@ -97,13 +96,9 @@ def choose_quantization(
         num_bits, bits = int(recipe.weight_bits), "recipe.weight_bits"
     scope = "a scale for each output channel" if per_channel else "one scale for a layer"
     why = f"weights with {scope} ({scales}), {num_bits} bits ({bits})"
-    if recipe.train_outputs is None:
-        outputs, engine = hardware.engines[:1] == ["onnxruntime"], "ONNX Runtime is the first engine"
-    else:
-        outputs, engine = recipe.train_outputs, "recipe.train_outputs"
-    if outputs:
-        why += f"; outputs, too ({engine})"
-    return QuantizationChoice(per_channel, num_bits, outputs, why)
+    if recipe.train_outputs:
+        why += "; outputs, too (recipe.train_outputs)"
+    return QuantizationChoice(per_channel, num_bits, recipe.train_outputs, why)
 
 
 def _keys(tree: Any) -> Iterator[str]:
