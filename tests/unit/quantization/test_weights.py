@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import lzma
+from pathlib import Path
+
 import pytest
 
 from sparse_exp.config.schema import HardwareConfig, RecipeConfig
+from sparse_exp.errors import RecipeError
 from sparse_exp.quantization import weights
-from sparse_exp.quantization.scheme import LayerScheme, TensorScheme
+from sparse_exp.quantization.scheme import LayerScheme, TensorScheme, is_older, layer_schemes
 from sparse_exp.quantization.weights import AS_THE_RECIPE_SAYS, WeightChoice, choose_weights
 from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.yolov5 import YOLOv5
 
+_DATA = Path(__file__).resolve().parents[2] / "data"
+RECORD = json.loads(lzma.decompress((_DATA / "quantization-schemes.json.xz").read_bytes()))
 ALL, OTHERS = ["openvino", "deepsparse"], ["openvino", "onnxruntime"]
 SCHEMES = {
     "conv": LayerScheme(TensorScheme(), TensorScheme(symmetric=True)),
@@ -62,3 +69,48 @@ def test_a_recipe_quantizes_as_was_chosen(recipe_text):
     quantizer = model.get_submodule("model.3.conv.weight_quantizer")
     assert quantizer.scale.shape == (64,) == (model.model[3].conv.out_channels,)
     assert quantizer.scheme.steps == (-64, 63)
+
+
+ALIASES = [
+    {},
+    {"scheme": "deepsparse", "scheme_overrides": {"model.3": "default"}},
+    {"scheme": {"weights": {"num_bits": 6}}, "scheme_overrides": {"model.3": "deepsparse"}},
+    {"scheme_overrides": {"model.3": {"weights": None}, "model.4": {}, "model.5": None}},
+]
+ARGUMENTS = [
+    *(r["arguments"] for r in RECORD["records"][::3]),
+    *({"ignore": ["Concat"], **a} for a in ALIASES),
+]
+
+
+@pytest.mark.parametrize(("per_channel", "num_bits"), [(None, 7), (True, None), (True, 7), (False, 8)])
+def test_a_choice_written_into_the_arguments_is_the_choice_applied(per_channel, num_bits):
+    choice, model = WeightChoice(per_channel, num_bits), YOLOv5("n", 2)
+    assert {is_older(arguments) for arguments in ARGUMENTS} == {True, False}
+    for arguments in ARGUMENTS:
+        if per_channel and is_older(arguments):
+            with pytest.raises(RecipeError, match=r"recipe\.weight_scales=tensor"):
+                choice.written_into(arguments)
+            continue
+        written = choice.written_into(arguments)
+        wanted = choice.applied_to(layer_schemes(arguments, model), arguments)
+        assert layer_schemes(written, model) == wanted, arguments
+        assert choice.written_into(written) == written
+
+
+def test_the_text_that_sparseml_runs_says_what_was_chosen(recipe_text):
+    choice = WeightChoice(per_channel=True, num_bits=7)
+    run = Recipe(recipe_text, engine="sparseml", weights=choice)
+    again = Recipe(run.text, engine="sparseml")  # as a checkpoint's is read
+    for recipe in (run, again):
+        model = recipe.apply_structure(YOLOv5("n", 2))
+        scheme = model.get_submodule("model.3.conv.weight_quantizer").scheme
+        assert scheme == TensorScheme(7, symmetric=True, per_channel=True)
+    assert Recipe(recipe_text, weights=choice).text == Recipe(recipe_text).text
+
+
+@pytest.mark.parametrize("scheme", [{"weights": {"num_bits": "8"}}, {"weights": 8}, "tensorrt"])
+def test_what_is_not_allowed_is_left_to_be_refused(scheme):
+    written = WeightChoice(num_bits=7).written_into({"scheme": scheme})
+    with pytest.raises(RecipeError):
+        layer_schemes(written, YOLOv5("n", 2))
