@@ -1,6 +1,8 @@
-"""Engines as parameters of tests: those that are not here are skipped, with the reason."""
+"""Engines and SparseML for tests: what is not here is skipped, with the reason."""
 
 from __future__ import annotations
+
+from importlib.util import find_spec
 
 import pytest
 
@@ -18,3 +20,8 @@ def needs(name: str) -> pytest.MarkDecorator:
     """Skips a test where an engine is not here."""
     why = unusable(name, host_facts())
     return pytest.mark.skipif(why is not None, reason=f"{name}: {why}")
+
+
+needs_sparseml = pytest.mark.skipif(
+    find_spec("sparseml") is None, reason="sparseml: it is there where the extra neuralmagic is installed"
+)

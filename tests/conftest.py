@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import os
@@ -124,24 +125,34 @@ def tiny_run(train_tiny, recipe_text) -> TinyRun:
 
 
 @pytest.fixture(scope="session")
-def lively_model(digits):
-    """A pruned yolov5n after some steps of QAT whose outputs depend on the image as a trained one's do.
+def lively_start(digits):
+    """A pruned yolov5n in floating point whose outputs depend on the image as a trained one's do.
 
     Of a detector that was trained for a minute the scores are all the same, and an engine that
     computes them wrongly would not be noticed: so batch norms get random weights and the statistics
-    of real images, and the head larger weights and no bias towards "nothing here".
+    of real images, and the head larger weights and no bias towards "nothing here". Do not change it.
     """
-    from sparse_exp.config.schema import LossConfig
-    from sparse_exp.recipes.recipe import Recipe, freeze_quantizers, pin_input_quantizer
     from sparse_exp.sparsity.prune import prune_by_magnitude
-    from sparse_exp.yolov5 import DetectionLoss, YOLOv5
+    from sparse_exp.yolov5 import YOLOv5
 
     loader = make_loader(digits.splits["train"], CLASSES, imgsz=IMGSZ, batch_size=8, train=False)
-    batches = [(batch.images.float() / 255, batch.targets) for batch in loader] * 2
     torch.manual_seed(0)
     model = YOLOv5("n", CLASSES).train()
     prune_by_magnitude(model.prunable_convolutions(), 0.75)
-    _enliven(model, [images for images, _ in batches])
+    _enliven(model, [batch.images.float() / 255 for batch in loader] * 2)
+    return model
+
+
+@pytest.fixture(scope="session")
+def lively_model(digits, lively_start):
+    """`lively_start` after some steps of QAT."""
+    from sparse_exp.config.schema import LossConfig
+    from sparse_exp.recipes.recipe import Recipe, freeze_quantizers, pin_input_quantizer
+    from sparse_exp.yolov5 import DetectionLoss
+
+    loader = make_loader(digits.splits["train"], CLASSES, imgsz=IMGSZ, batch_size=8, train=False)
+    batches = [(batch.images.float() / 255, batch.targets) for batch in loader] * 2
+    model = copy.deepcopy(lively_start)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     sparsifier = Recipe(HOLD_AND_QUANTIZE).attach(model, optimizer, len(batches))
     sparsifier.before_step(0.0)

@@ -10,9 +10,11 @@ from typing import Any
 from torch import nn
 
 from sparse_exp.config.schema import HardwareConfig, RecipeConfig
-from sparse_exp.quantization.scheme import LOWEST_OF_SILU, Schemes, TensorScheme, folded_norms
+from sparse_exp.errors import RecipeError
+from sparse_exp.quantization.scheme import LOWEST_OF_SILU, Schemes, TensorScheme, folded_norms, is_older
 
 _X86 = ("x86_64", "AMD64")
+_ALIASES = (None, "default", "deepsparse")  # of the usual scheme
 _BEFORE_SILU = TensorScheme(lowest=LOWEST_OF_SILU)
 
 
@@ -61,6 +63,59 @@ class QuantizationChoice:
                 outputs = outputs or _BEFORE_SILU
             found[name] = replace(scheme, weights=weights, outputs=outputs)
         return found
+
+    def written_into(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments that say themselves what `applied_to` does, for SparseML, which reads nothing else.
+
+        Args:
+            arguments: of a QuantizationModifier, in either dialect. What is not allowed in them stays.
+
+        Raises:
+            RecipeError: the older dialect has no word for a scale for each output channel; or outputs are to
+                be rounded.
+        """
+        written = dict(arguments)
+        if self == AS_THE_RECIPE_SAYS:
+            return written
+        if self.outputs:
+            raise RecipeError(
+                "recipe.train_outputs is for recipe.engine=native only. Leave out one of the two."
+            )
+        if is_older(arguments):
+            if self.per_channel:
+                raise RecipeError(
+                    "SparseML cannot give each output channel its own scale where a QuantizationModifier has "
+                    "arguments of the older dialect, such as submodules. Set recipe.weight_scales=tensor, or "
+                    "recipe.engine=native."
+                )
+            bits, options = arguments.get("weight_bits"), arguments.get("weight_qconfig_kwargs")
+            return {**written, "weight_bits": self._bits(8 if bits is None else bits, options)}
+        named = "strategy" in set(_keys(arguments))
+        usual = {} if arguments.get("scheme") in _ALIASES else arguments["scheme"]
+        written["scheme"] = self._scheme(usual, named=named)
+        if isinstance(overrides := arguments.get("scheme_overrides"), Mapping):
+            written["scheme_overrides"] = {
+                layer: self._scheme({} if scheme == "deepsparse" else scheme, named=named)
+                for layer, scheme in overrides.items()
+            }
+        return written
+
+    def _scheme(self, scheme: Any, *, named: bool) -> Any:
+        """A scheme of the newer dialect with this choice; one that stands for the modifier's own stays."""
+        weights = scheme.get("weights", {"symmetric": True}) if isinstance(scheme, Mapping) else None
+        if not isinstance(weights, Mapping):  # left in floating point, or refused later
+            return scheme
+        weights = {**weights, "num_bits": self._bits(weights.get("num_bits", 8), weights.get("kwargs"))}
+        if self.per_channel is not None and not named:
+            weights["strategy"] = "channel" if self.per_channel else "tensor"
+        return {**scheme, "weights": weights}
+
+    def _bits(self, bits: Any, options: Any) -> Any:
+        """Bits as they are to be said, of which ``reduce_range`` among an observer's options takes one."""
+        if self.num_bits is None or type(bits) is not int:
+            return bits
+        reduced = isinstance(options, Mapping) and bool(options.get("reduce_range"))
+        return min(bits, self.num_bits + reduced)
 
 
 AS_THE_RECIPE_SAYS = QuantizationChoice()

@@ -120,7 +120,12 @@ def layer_schemes(arguments: Mapping[str, Any], model: nn.Module) -> Schemes:
         do = "Keep those of one dialect."
         raise RecipeError(expected("the arguments of a QuantizationModifier", "of one dialect", both, do))
     _check_fusing(arguments.get("model_fuse_fn_name"))
-    return _Older(arguments, model).schemes() if older else _Newer(arguments, model).schemes()
+    return _Older(arguments, model).schemes() if is_older(arguments) else _Newer(arguments, model).schemes()
+
+
+def is_older(arguments: Mapping[str, Any]) -> bool:
+    """Whether the arguments of a QuantizationModifier are of the older dialect; with none of either: no."""
+    return not _OLDER.isdisjoint(arguments)
 
 
 def as_data(schemes: Mapping[str, LayerScheme]) -> dict[str, Any]:

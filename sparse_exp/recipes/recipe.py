@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -124,13 +124,16 @@ class Recipe:
             self._set(filled_in(read_body(new, name), {}, name))
 
     def _set(self, stages: Mapping[str, list[Tagged]]) -> None:
-        others = self._engine == "sparseml"
-        made = {
-            stage: in_order(make(data, self.name, others=others) for data in listed)
-            for stage, listed in stages.items()
-        }
+        made = {stage: in_order(self._made(data) for data in listed) for stage, listed in stages.items()}
         self._stages = stages_in_order(made)
         self.modifiers = [modifier for listed in self._stages.values() for modifier in listed]
+
+    def _made(self, data: Tagged) -> Modifier:
+        by_sparseml = self._engine == "sparseml"
+        modifier = make(data, self.name, others=by_sparseml)
+        if by_sparseml and isinstance(modifier, QuantizationModifier):
+            return replace(modifier, options=self.quantization.written_into(modifier.options))
+        return modifier
 
     @classmethod
     def from_file(

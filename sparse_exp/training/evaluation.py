@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,9 +116,24 @@ class Validation:
             return output[0].cpu()
 
         try:
-            return self.evaluate(predict, description=description)
+            with _observing_nothing(model):
+                return self.evaluate(predict, description=description)
         finally:
             model.train(was_training)
+
+
+@contextmanager
+def _observing_nothing(model: YOLOv5) -> Iterator[None]:
+    """Hold the ranges of torch's quantizers, which SparseML trains with: they observe in evaluation, too."""
+    own: list[Any] = [m for m in model.modules() if hasattr(m, "observer_enabled")]
+    observing = [quantizer for quantizer in own if quantizer.observer_enabled[0]]
+    for quantizer in observing:
+        quantizer.disable_observer()
+    try:
+        yield
+    finally:
+        for quantizer in observing:
+            quantizer.enable_observer()
 
 
 def as_input(images: Tensor, memory_format: torch.memory_format) -> Tensor:

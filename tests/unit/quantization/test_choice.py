@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import lzma
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from sparse_exp.config.schema import HardwareConfig, RecipeConfig
+from sparse_exp.errors import RecipeError
 from sparse_exp.quantization import choice
 from sparse_exp.quantization.choice import AS_THE_RECIPE_SAYS, QuantizationChoice, choose_quantization
 from sparse_exp.quantization.quantizers import schemes_of
-from sparse_exp.quantization.scheme import LayerScheme, TensorScheme
+from sparse_exp.quantization.scheme import LayerScheme, TensorScheme, is_older, layer_schemes
 from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.yolov5 import YOLOv5
 
+_DATA = Path(__file__).resolve().parents[2] / "data"
+RECORD = json.loads(lzma.decompress((_DATA / "quantization-schemes.json.xz").read_bytes()))
 ALL, OTHERS = ["openvino", "deepsparse"], ["openvino", "onnxruntime"]
 SCHEMES = {
     "conv": LayerScheme(TensorScheme(), TensorScheme(symmetric=True)),
@@ -101,3 +107,53 @@ def test_outputs_that_the_recipe_rounds_stay_as_it_says():
     schemes = {"model.3.conv": own, "model.24.m.0": replace(own, outputs=None)}
     changed = QuantizationChoice(outputs=True).applied_to(schemes, {}, model)
     assert changed == schemes
+
+
+ALIASES = [
+    {},
+    {"scheme": "deepsparse", "scheme_overrides": {"model.3": "default"}},
+    {"scheme": {"weights": {"num_bits": 6}}, "scheme_overrides": {"model.3": "deepsparse"}},
+    {"scheme_overrides": {"model.3": {"weights": None}, "model.4": {}, "model.5": None}},
+]
+ARGUMENTS = [
+    *(r["arguments"] for r in RECORD["records"][::3]),
+    *({"ignore": ["Concat"], **a} for a in ALIASES),
+]
+
+
+@pytest.mark.parametrize(("per_channel", "num_bits"), [(None, 7), (True, None), (True, 7), (False, 8)])
+def test_a_choice_written_into_the_arguments_is_the_choice_applied(per_channel, num_bits):
+    chosen, model = QuantizationChoice(per_channel, num_bits), YOLOv5("n", 2)
+    assert {is_older(arguments) for arguments in ARGUMENTS} == {True, False}
+    for arguments in ARGUMENTS:
+        if per_channel and is_older(arguments):
+            with pytest.raises(RecipeError, match=r"recipe\.weight_scales=tensor"):
+                chosen.written_into(arguments)
+            continue
+        written = chosen.written_into(arguments)
+        wanted = chosen.applied_to(layer_schemes(arguments, model), arguments, model)
+        assert layer_schemes(written, model) == wanted, arguments
+        assert chosen.written_into(written) == written
+
+
+def test_the_text_that_sparseml_runs_says_what_was_chosen(recipe_text):
+    chosen = QuantizationChoice(per_channel=True, num_bits=7)
+    run = Recipe(recipe_text, engine="sparseml", quantization=chosen)
+    again = Recipe(run.text, engine="sparseml")  # as a checkpoint's is read
+    for recipe in (run, again):
+        model = recipe.apply_structure(YOLOv5("n", 2))
+        scheme = model.get_submodule("model.3.conv.weight_quantizer").scheme
+        assert scheme == TensorScheme(7, symmetric=True, per_channel=True)
+    assert Recipe(recipe_text, quantization=chosen).text == Recipe(recipe_text).text
+
+
+@pytest.mark.parametrize("scheme", [{"weights": {"num_bits": "8"}}, {"weights": 8}, "tensorrt"])
+def test_what_is_not_allowed_is_left_to_be_refused(scheme):
+    written = QuantizationChoice(num_bits=7).written_into({"scheme": scheme})
+    with pytest.raises(RecipeError):
+        layer_schemes(written, YOLOv5("n", 2))
+
+
+def test_outputs_are_not_trained_by_sparseml():
+    with pytest.raises(RecipeError, match=r"recipe\.engine=native only"):
+        QuantizationChoice(outputs=True).written_into({})

@@ -34,13 +34,15 @@ def tiny_data(digits) -> loop.TrainingData:
 def tiny_trainer(tiny_data, tmp_path):
     """A function that makes a trainer of yolov5n; its checkpoints go to ``tmp_path``."""
 
-    def make(text: str, variables=None, sparsity: float = 0.5, options=None, **config) -> loop.Trainer:
+    def make(
+        text: str, variables=None, sparsity: float = 0.5, options=None, engine: str = "native", **config
+    ) -> loop.Trainer:
         torch.manual_seed(0)
         model = YOLOv5("n", CLASSES)
         prune_by_magnitude(model.prunable_convolutions(), sparsity)
         precision = Precision(autocast=False, channels_last=True)
         trainer_config = TrainerConfig(batch_size=BATCH, **config)
-        recipe = Recipe(text, variables)
+        recipe = Recipe(text, variables, engine=engine)
         return loop.Trainer(model, recipe, tiny_data, trainer_config, precision, weights=tmp_path, seed=3,
                             **(options or {}))  # fmt: skip
 

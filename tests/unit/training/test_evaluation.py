@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparse_exp.data.loader import Batch
 from sparse_exp.training.evaluation import Evaluation, Validation
+from sparse_exp.yolov5 import YOLOv5
 
 SIZE = 320
 Box = tuple[float, float, float, float]
@@ -138,3 +139,21 @@ def test_wrong_shape_is_refused() -> None:
     batch = Batch(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.zeros(0, 6))
     with pytest.raises(ValueError, match=r"\(1, 'A', 7\), but got \(1, 4, 6\)"):
         Validation([batch], 2).evaluate(lambda images: torch.zeros(1, 4, 6))
+
+
+def test_ranges_of_torchs_quantizers_which_sparseml_trains_with_do_not_move() -> None:
+    model, quantizer = YOLOv5("n", 1), torch.ao.quantization.FakeQuantize()
+    model.model[0].register_forward_pre_hook(lambda _, images: quantizer(*images))
+    model.quantizer = quantizer
+    frozen = torch.ao.quantization.FakeQuantize()
+    frozen.disable_observer()
+    model.frozen = frozen
+    model(torch.full((1, 3, 64, 64), 0.25))
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    batch = Batch(torch.full((1, 3, 64, 64), 255, dtype=torch.uint8), torch.zeros(0, 6))
+    Validation([batch], 1).evaluate_model(model)
+    after = quantizer.state_dict()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert (quantizer.observer_enabled[0], frozen.observer_enabled[0]) == (1, 0)
+    model(torch.ones(1, 3, 64, 64))
+    assert float(quantizer.activation_post_process.max_val) == pytest.approx(0.25 + 0.01 * 0.75)

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from available import needs_sparseml
 
 from sparse_exp.config.schema import DatasetConfig, Experiment, ModelConfig, RecipeConfig, TrainerConfig
+from sparse_exp.quantization.choice import QuantizationChoice
 from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.runs.directory import Run
 from sparse_exp.runs.replay import told_of
@@ -190,6 +192,15 @@ def text_of(name: str) -> str:
 )
 def test_a_training_that_is_killed_ends_as_an_undisturbed_one(whole_and_cut, name, kills):
     whole_and_cut(text_of(name), kills, **CASES[name][1])
+
+
+@needs_sparseml
+@pytest.mark.slow
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_so_does_qat_under_sparseml(whole_and_cut, per_channel):
+    chosen = QuantizationChoice(per_channel, 7)
+    recipe = Recipe.from_file(RECIPES / "transfer_quant.md", QAT, engine="sparseml", quantization=chosen)
+    whole_and_cut(recipe.text, [2, 1, 1], engine="sparseml", sparsity=0.5)
 
 
 @pytest.mark.slow
