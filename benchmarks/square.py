@@ -77,7 +77,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=whole, default=defaults.repeats)
     parser.add_argument("--warmup", type=amount, default=defaults.warmup_s, help="seconds at least")
     parser.add_argument("--max-warmup", type=amount, default=defaults.max_warmup_s, help="seconds at most")
-    parser.add_argument("--max-spread", type=amount, default=defaults.max_spread)
+    parser.add_argument("--precision", type=amount, default=defaults.precision, help="of ratios, a share")
+    parser.add_argument("--budget-s", type=amount, default=defaults.budget_s, help="seconds of all turns")
     parser.add_argument(
         "--tune-s", type=amount, default=defaults.tune_s, help="seconds of each try; 0: no tries"
     )
@@ -155,7 +156,8 @@ def _hardware(options: argparse.Namespace) -> HardwareConfig:
         max_warmup_s=options.max_warmup,
         duration_s=options.seconds,
         repeats=options.repeats,
-        max_spread=options.max_spread,
+        precision=options.precision,
+        budget_s=options.budget_s,
     )
 
 
@@ -197,9 +199,10 @@ def _conditions(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         before: dict[str, Any] = row["before"]
         sentence = (
-            f"{row['cpu']} ({', '.join(row['isa'])}), {row['imgsz']} px, median of {row['repeats']} repeats "
-            f"in turns of {row['duration_s']:g} s; before: load average {before['load_average']}, other "
-            f"programs on {before['busy_cores']} cores; {row['started'][:16]} to {row['ended'][:16]} UTC."
+            f"{row['cpu']} ({', '.join(row['isa'])}), {row['imgsz']} px, median of at "
+            f"least {row['repeats']} repeats in turns of {row['duration_s']:g} s; before: load average "
+            f"{before['load_average']}, other programs on {before['busy_cores']} cores; "
+            f"{row['started'][:16]} to {row['ended'][:16]} UTC."
         )
         engines.setdefault(sentence, {})[f"{row['engine']} {row['version']}"] = None
     return [f"{', '.join(names)}; {sentence}" for sentence, names in engines.items()]

@@ -34,8 +34,8 @@ import math
 import os
 import platform
 import shlex
+import stat
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -45,6 +45,10 @@ from pathlib import Path
 
 from sparse_exp.errors import ConfigError, EngineError, expected
 
+LOCKS_VARIABLE = "SPARSE_EXP_LOCKS"
+"""Environment variable: directory of the host-wide lock."""
+
+_SHARED = (Path("/run/lock"), Path("/dev/shm"), Path("/tmp"))
 _log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_TRIES = 0.2
 _SECONDS_BEFORE_A_LINE = 1.0
@@ -264,8 +268,22 @@ def _lock(descriptor: int, kind: int, line: Callable[[], str], patience: float =
 
 
 def default_lock_path() -> Path:
-    """The turnstile that all users of this host share, in the directory for temporary files."""
-    return Path(tempfile.gettempdir()) / "sparse_exp-benchmark.lock"
+    """The turnstile that all users of this host share, in a directory that all may write to.
+
+    It does not follow TMPDIR, which jobs and services of one host have different values of.
+    `LOCKS_VARIABLE` names another directory, for containers that share one.
+    """
+    places = [Path(given)] if (given := os.environ.get(LOCKS_VARIABLE)) else _SHARED
+    folder = next((place for place in places if _is_shared(place)), places[-1])
+    return folder / "sparse_exp-benchmark.lock"
+
+
+def _is_shared(folder: Path) -> bool:
+    """Whether all users may write to a directory, each to files of its own (as to /tmp)."""
+    try:
+        return stat.S_IMODE(folder.stat().st_mode) == 0o1777
+    except OSError:
+        return False
 
 
 @contextmanager
@@ -379,7 +397,7 @@ def measuring_alone(path: Path) -> Iterator[None]:
     try:
         turnstile, room = _open_doors(path)
     except OSError as error:
-        do = "Set TMPDIR to a directory that you may write to."
+        do = f"Set {LOCKS_VARIABLE} to a directory that you may write to."
         raise EngineError(expected(f"the lock file {path}", "writable", error.strerror, do)) from error
 
     def others_measure() -> str:

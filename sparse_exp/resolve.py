@@ -26,6 +26,8 @@ from sparse_exp.sources.start import SCRATCH, require_place
 from sparse_exp.sources.stub import STUB_PREFIX, parse_stub
 from sparse_exp.stages.registry import check_stages, wanted_stages
 
+_GONE = ("hardware.max_spread",)  # keys that earlier versions had
+
 
 def resolve(config: DictConfig) -> Experiment:
     """Check a composed configuration and turn it into plain dataclasses.
@@ -59,6 +61,8 @@ def resolve(config: DictConfig) -> Experiment:
 def read_record(text: str) -> DictConfig:
     """The configuration that a run recorded in its ``config.yaml``; what it does not have has its default.
 
+    Keys of earlier versions that only said how to measure are left out.
+
     How the run was started is no part of it: ``resume`` and ``dry_run`` are off.
 
     Args:
@@ -71,6 +75,10 @@ def read_record(text: str) -> DictConfig:
     OmegaConf.set_struct(schema.recipe.variables, False)
     try:
         recorded = OmegaConf.create(text)
+        for key in _GONE:
+            where, _, name = key.rpartition(".")
+            if OmegaConf.select(recorded, key) is not None:
+                del OmegaConf.select(recorded, where)[name]
         # Places have no default in the schema; those that came after the record are where they are now.
         places = {"paths": OmegaConf.load(CONF_DIRECTORY / "paths" / "default.yaml")}
         config = OmegaConf.merge(schema, places, recorded, {"resume": None, "dry_run": False})

@@ -98,7 +98,7 @@ contradict each other are refused before anything starts, all in one message.
 | `SPARSE_EXP_ZOO` | the local zoo; `paths.zoo` wins over it |
 | `XDG_CACHE_HOME` | where the user's cache lies, if neither is set; `~/.cache` by default |
 | `MLFLOW_TRACKING_URI` | tracking server or database; wins over `tracker.uri` |
-| `TMPDIR` | holds the host-wide lock of the benchmark |
+| `SPARSE_EXP_LOCKS` | holds the host-wide lock of the benchmark; else `/run/lock`, `/dev/shm` or `/tmp` do |
 | `HYDRA_FULL_ERROR=1` | show the traceback of an error in the configuration |
 """
 

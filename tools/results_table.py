@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_exp.benchmark.measurements import measured
+from sparse_exp.benchmark.speed_table import noisy_labels, vague_labels
 from sparse_exp.command import Parser, run_command
 from sparse_exp.errors import ConfigError
 from sparse_exp.metrics.result_rows import SIZES, SPARSITIES, accuracies, number, throughputs
@@ -63,7 +64,7 @@ def numbers(run: Path) -> str:
         _introduction(manifest, result, facts),
         _accuracy(result),
         _zeros_and_sizes(result),
-        _throughput(result),
+        _throughput(result, rows),
         _conditions(rows),
         _times(result),
     ]
@@ -109,14 +110,15 @@ def _zeros_and_sizes(result: dict[str, Any]) -> str:
     return _numbers_table(("", "measured"), rows)
 
 
-def _throughput(result: dict[str, Any]) -> str:
-    rows = [
-        (
-            row.engine, row.variant, row.load, decimal(row.items_per_s, 1), percent(row.spread),
-            decimal(row.p50, 1), decimal(row.p90, 1), decimal(row.p99, 1), decimal(row.speedup, 2),
-        )
-        for row in throughputs(result)
-    ]  # fmt: skip
+def _throughput(result: dict[str, Any], measurements: list[dict[str, Any]]) -> str:
+    noisy, vague = noisy_labels(measurements), vague_labels(measurements)
+    rows = []
+    for row in throughputs(result):
+        label = f"{row.engine}/{row.variant}/{row.load}"
+        spread, gain = percent(row.spread) + " !" * (label in noisy), "~" * (label in vague)
+        times = [decimal(row.p50, 1), decimal(row.p90, 1), decimal(row.p99, 1)]
+        named = row.engine, row.variant, row.load, decimal(row.items_per_s, 1), spread
+        rows.append((*named, *times, gain + decimal(row.speedup, 2)))
     columns = (
         "engine",
         "variant",
@@ -128,7 +130,8 @@ def _throughput(result: dict[str, Any]) -> str:
         "p99 ms",
         "x best dense",
     )
-    return _numbers_table(columns, rows)
+    legend = "`!`: noisy. `~`: within noise of the fastest dense network." if noisy or vague else ""
+    return "\n\n".join(filter(None, (_numbers_table(columns, rows), legend)))
 
 
 def _conditions(rows: list[dict[str, Any]]) -> str:
@@ -141,9 +144,9 @@ def _conditions(rows: list[dict[str, Any]]) -> str:
     return (
         f"Conditions: {', '.join(versions)}; {one['cpu']} with {', '.join(one['isa']) or 'no vector sets'}, "
         f"{one['cores']} cores; {one['imgsz']} px, uint8, of the validation split; one batch after the other "
-        f"({one['scenario']}); median of {one['repeats']} repeats of {one['duration_s']:g} s in turns, each "
-        f"after {one['warmup_s']:g} s of warm-up; spread = (largest - smallest) / median of the repeats; "
-        f"{busy:g} cores busy with other programs just before. `dense` is the fp32 network of "
+        f"({one['scenario']}); median of at least {one['repeats']} repeats of {one['duration_s']:g} s in "
+        f"turns, each after {one['warmup_s']:g} s of warm-up; spread = (largest - smallest) / median of the "
+        f"repeats; {busy:g} cores busy with other programs just before. `dense` is the fp32 network of "
         "the same architecture, `sparse` what the run deploys. 1 MB = 1e6 bytes; compressed: gzip."
     )
 

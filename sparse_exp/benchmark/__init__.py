@@ -9,7 +9,18 @@ Nothing here needs more than numpy, psutil and the engines.
 from __future__ import annotations
 
 from sparse_exp.benchmark.cells import Cell, Load, cells_of, loads_of
-from sparse_exp.benchmark.measurements import NUMBERS, Measurement, Row, write_rows
+from sparse_exp.benchmark.measurements import CERTAIN_NUMBERS, NUMBERS, Measurement, Row, write_rows
 from sparse_exp.benchmark.rounds import benchmark
 
-__all__ = ["NUMBERS", "Cell", "Load", "Measurement", "Row", "benchmark", "cells_of", "loads_of", "write_rows"]
+__all__ = [
+    "CERTAIN_NUMBERS",
+    "NUMBERS",
+    "Cell",
+    "Load",
+    "Measurement",
+    "Row",
+    "benchmark",
+    "cells_of",
+    "loads_of",
+    "write_rows",
+]

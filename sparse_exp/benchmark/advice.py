@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from sparse_exp.benchmark.gain import CORES, INT8, ZEROS, Gain
 from sparse_exp.benchmark.layers import Costs
 from sparse_exp.benchmark.measurements import Row
+from sparse_exp.benchmark.ratios import Ratio, ratio_of_rows
 
 # Shares of the time from which a kind of layer is worth a sentence.
 _LAYOUT = 0.15
@@ -40,14 +41,13 @@ def _faster_engine(rows: Sequence[Row], engine: str) -> Iterator[str]:
     deployed = _deployed(rows, engine)
     same = [row for row in rows if _load_of(row) == _load_of(deployed)]
     best = max(same, key=lambda row: float(row["items_per_s"]))
-    times, name = best["items_per_s"] / float(deployed["items_per_s"]), best["engine"]
-    if name != engine and times > _LITTLE:
+    times, name = ratio_of_rows(best, deployed), best["engine"]
+    if name != engine and times.value > _LITTLE and times.low > 1:
         do = f"put {name} first in hardware.engines"
         if best["variant"] != "sparse":
             do = f"deploy {best.get('model')} with {name} instead, if its accuracy suffices"
         yield (
-            f"{name} runs {best['variant']} {times:.2f} times as fast as {engine} runs what is "
-            f"deployed: {do}."
+            f"{name} runs {best['variant']} {times} times as fast as {engine} runs what is deployed: {do}."
         )
 
 
@@ -55,11 +55,11 @@ def _quantization(rows: Sequence[Row], engine: str, gains: Sequence[Gain]) -> It
     """8 bits gain little."""
     row = _deployed(rows, engine)
     factor = _factor(gains, INT8)
-    if row.get("precision") == "fp32" or factor is None or factor >= _LITTLE:
+    if row.get("precision") == "fp32" or factor is None or factor.high >= _LITTLE:
         return
     lacks = "" if "vnni" in row.get("isa", ()) else ", on a CPU without 8-bit dot products (VNNI)"
     yield (
-        f"8 bits make it only {factor:.2f} times as fast{lacks}: recipe=transfer stays in floating point and "
+        f"8 bits make it only {factor} times as fast{lacks}: recipe=transfer stays in floating point and "
         "keeps its accuracy."
     )
 
@@ -67,9 +67,9 @@ def _quantization(rows: Sequence[Row], engine: str, gains: Sequence[Gain]) -> It
 def _sparsity(gains: Sequence[Gain]) -> Iterator[str]:
     """Zeros gain little."""
     factor = _factor(gains, ZEROS)
-    if factor is not None and factor < _LITTLE:
+    if factor is not None and factor.high < _LITTLE:
         yield (
-            f"Zeros make it only {factor:.2f} times as fast: raise model.sparsity, and look at sparsity.csv "
+            f"Zeros make it only {factor} times as fast: raise model.sparsity, and look at sparsity.csv "
             "for large layers with few of them."
         )
 
@@ -112,10 +112,10 @@ def _batches(rows: Sequence[Row], engine: str) -> Iterator[str]:
     large = max(mine, key=lambda row: int(row["batch"]), default=None)
     if single is None or large is None or large["batch"] == 1 or engine != "deepsparse":
         return
-    gain = large["items_per_s"] / single["items_per_s"]
-    if gain < _LITTLE and single.get("precision") == "int8":
+    gain = ratio_of_rows(large, single)
+    if gain.high < _LITTLE and single.get("precision") == "int8":
         yield (
-            f"Batch {large['batch']} gives {gain:.2f} times the images per second of batch 1: batches gain "
+            f"Batch {large['batch']} gives {gain} times the images per second of batch 1: batches gain "
             "from zeros in blocks of 4, recipe=transfer_quant_vnni (most where the CPU has VNNI)."
         )
 
@@ -125,9 +125,9 @@ def _cores(gains: Sequence[Gain]) -> Iterator[str]:
     for gain in gains:
         few, many = gain.cores
         factor = _factor([gain], CORES)
-        if factor is not None and factor < _EFFICIENT * many / few:
+        if factor is not None and factor.high < _EFFICIENT * many / few:
             yield (
-                f"{many} cores are {factor:.2f} times as fast as {few} ({gain.load}): for throughput let "
+                f"{many} cores are {factor} times as fast as {few} ({gain.load}): for throughput let "
                 "several inferences run at once, hardware=throughput."
             )
             return
@@ -139,10 +139,9 @@ def _int8_elsewhere(rows: Sequence[Row], engine: str) -> Iterator[str]:
         if row["engine"] == engine or row["variant"] != "sparse" or row.get("precision") != "int8":
             continue
         dense = next((r for r in rows if _is_dense_beside(r, row)), None)
-        if dense and row["items_per_s"] < dense["items_per_s"] and _load_of(row) == _load_of(rows[0]):
-            share = row["items_per_s"] / dense["items_per_s"]
+        if dense and _load_of(row) == _load_of(rows[0]) and (share := ratio_of_rows(row, dense)).high < 1:
             yield (
-                f"{row['engine']} runs the quantized network at {share:.2f} of the speed of its dense fp32: "
+                f"{row['engine']} runs the quantized network at {share} of the speed of its dense fp32: "
                 "there deploy a network in floating point, or one that it quantized itself."
             )
 
@@ -171,6 +170,6 @@ def _load_of(row: Row) -> tuple[object, ...]:
     return row["scenario"], row["batch"], row["cores"], row.get("key")
 
 
-def _factor(gains: Sequence[Gain], cause: str) -> float | None:
+def _factor(gains: Sequence[Gain], cause: str) -> Ratio | None:
     """The factor of a cause under the first load for which it is known; None where it is for none."""
     return next((step.factor for gain in gains for step in gain.steps if step.cause == cause), None)

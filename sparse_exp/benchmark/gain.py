@@ -11,13 +11,13 @@ So neither order is preferred.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sparse_exp.benchmark.measurements import Row
+from sparse_exp.benchmark.ratios import Ratio, mean_ratio, ratio_of_rows, speeds_of
 
 RUNTIME, ZEROS, INT8, CORES = "runtime", "sparsity", "8 bits", "cores"
 # Causes that cannot be told apart, as rows between them are missing.
@@ -39,7 +39,7 @@ class Step:
     """
 
     cause: str
-    factor: float
+    factor: Ratio
     measured: tuple[str, ...]
 
 
@@ -51,7 +51,8 @@ class Gain:
         load: in words: ``sync, batch 1, 2 cores``.
         start: what the chain begins with: engine, variant, cores.
         end: what is deployed, likewise.
-        total: how many times faster the end is than the start: the product of the factors.
+        total: how many times faster the end is than the start. The factors multiply to it, as far as their
+            rows were measured in the same turns.
         steps: the causes, in order.
         missing: rows that were not measured, and what is unknown without them.
         against_dense: gain over the fastest dense fp32 of all engines on as many cores; None: not measured.
@@ -62,11 +63,11 @@ class Gain:
     load: str
     start: str
     end: str
-    total: float
+    total: Ratio
     steps: tuple[Step, ...]
     missing: tuple[str, ...]
-    against_dense: float | None
-    against_int8: float | None
+    against_dense: Ratio | None
+    against_int8: Ratio | None
     cores: tuple[int, int]
 
 
@@ -102,43 +103,45 @@ def gain_of(rows: Sequence[Row], engine: str) -> Gain | None:
     speeds = _Speeds(rows, engine)
     few, many = speeds.few, speeds.many
     end, last = speeds.own("sparse", few), speeds.own("sparse", many)
-    other, baseline = speeds.fastest("dense", few, but=engine)
+    baseline = speeds.fastest("dense", few, but=engine)
     own = speeds.own("dense", few)
     start = baseline or own
     if end is None or last is None or start is None:
         return None
-    steps = list(_steps(speeds, other, baseline, own, end))
+    steps = list(_steps(speeds, baseline, own, end))
     if many > few:
-        link = f"{engine} sparse on {few} -> {many} cores {last / end:.2f}"
-        steps.append(Step(CORES, last / end, (link,)))
-    dense, int8 = (speeds.fastest(variant, many)[1] for variant in ("dense", "dense_int8"))
+        factor = ratio_of_rows(last, end)
+        steps.append(Step(CORES, factor, (f"{engine} sparse on {few} -> {many} cores {factor}",)))
+    dense, int8 = (speeds.fastest(variant, many) for variant in ("dense", "dense_int8"))
     return Gain(
         load=_load_in_words(rows[0], many),
-        start=f"{other if baseline else engine} dense, {_cores_in_words(few)}",
+        start=f"{start['engine']} dense, {_cores_in_words(few)}",
         end=f"{engine} sparse, {_cores_in_words(many)}",
-        total=last / start,
+        total=ratio_of_rows(last, start),
         steps=tuple(steps),
         missing=tuple(_missing(speeds, baseline, own)),
-        against_dense=last / dense if dense else None,
-        against_int8=last / int8 if int8 else None,
+        against_dense=ratio_of_rows(last, dense) if dense else None,
+        against_int8=ratio_of_rows(last, int8) if int8 else None,
         cores=(few, many),
     )
 
 
 def headline(gain: Gain) -> str:
-    """The gain and its causes in a sentence."""
-    causes = " x ".join(f"{step.factor:.2f} ({step.cause})" for step in gain.steps)
+    """The gain and its causes in a sentence; a factor that cannot be told from 1 stands after a tilde."""
+    causes = " x ".join(f"{step.factor} ({step.cause})" for step in gain.steps)
     fair = [
-        f"{value:.2f} times the fastest {what}"
+        f"{value} times the fastest {what}"
         for value, what in ((gain.against_dense, "dense fp32"), (gain.against_int8, "dense int8"))
         if value is not None
     ]
     tail = f"; {' and '.join(fair)} of all engines" if fair else ""
-    return f"{gain.end} is {gain.total:.2f} times as fast as {gain.start}: {causes}{tail}."
+    if gain.total.is_noise:
+        return f"{gain.end} is within noise of {gain.start} ({gain.total.value:.2f}): {causes}{tail}."
+    return f"{gain.end} is {gain.total} times as fast as {gain.start}: {causes}{tail}."
 
 
 class _Speeds:
-    """Images per second of the rows of one load, and the cores on which the deployed network was measured.
+    """The rows of one load, and the cores on which the deployed network was measured.
 
     Attributes:
         engine: that is deployed to.
@@ -154,73 +157,73 @@ class _Speeds:
         self.many: int = max((row["cores"] for row in deployed), default=0)
         self.quantized = bool(deployed) and deployed[0].get("precision") != "fp32"
 
-    def own(self, variant: str, cores: int) -> float | None:
-        """That of the deployed engine; None where it was not measured."""
-        found = [speed for name, speed in self._of(variant, cores) if name == self.engine]
-        return max(found, default=None)
+    def own(self, variant: str, cores: int) -> Row | None:
+        """The fastest row of the deployed engine; None where there is none."""
+        return _fastest(row for row in self._of(variant, cores) if row["engine"] == self.engine)
 
-    def fastest(self, variant: str, cores: int, but: str = "") -> tuple[str, float | None]:
-        """The fastest engine except ``but``, and its speed; None where none was measured."""
-        found = [(speed, name) for name, speed in self._of(variant, cores) if name != but]
-        speed, name = max(found, default=(None, ""))
-        return name, speed
+    def fastest(self, variant: str, cores: int, but: str = "") -> Row | None:
+        """The fastest row of all engines except ``but``; None where there is none."""
+        return _fastest(row for row in self._of(variant, cores) if row["engine"] != but)
 
-    def _of(self, variant: str, cores: int) -> Iterator[tuple[str, float]]:
-        for row in self._rows:
-            if row["variant"] == variant and row["cores"] == cores:
-                yield str(row["engine"]), float(row["items_per_s"])
+    def _of(self, variant: str, cores: int) -> Iterator[Row]:
+        return (row for row in self._rows if row["variant"] == variant and row["cores"] == cores)
 
 
-def _steps(
-    speeds: _Speeds, other: str, baseline: float | None, own: float | None, end: float
-) -> Iterator[Step]:
+def _fastest(rows: Iterable[Row]) -> Row | None:
+    return max(rows, key=lambda row: float(row["items_per_s"]), default=None)
+
+
+def _steps(speeds: _Speeds, baseline: Row | None, own: Row | None, end: Row) -> Iterator[Step]:
     """From the dense network in another engine to what is deployed, on the fewest cores.
 
     Args:
         speeds: of the load.
-        other: the fastest of the other engines with the dense network.
-        baseline: its speed; None where no other engine was measured.
-        own: speed of the dense network in the deployed engine; None where it was not measured.
-        end: speed of what is deployed.
+        baseline: the dense network in the fastest of the other engines; None where none was measured.
+        own: the dense network in the deployed engine; None where it was not measured.
+        end: what is deployed.
     """
-    engine = speeds.engine
     if own is None:
         assert baseline is not None
         cause = ALL if speeds.quantized else RUNTIME_AND_ZEROS
-        yield Step(cause, end / baseline, (f"{other} dense -> {engine} sparse {end / baseline:.2f}",))
+        yield _mean_step(cause, [(baseline, end)])
         return
     if baseline is not None:
-        yield Step(RUNTIME, own / baseline, (f"{other} dense -> {engine} dense {own / baseline:.2f}",))
+        yield _mean_step(RUNTIME, [(baseline, own)])
     if speeds.quantized:
         yield from _zeros_and_int8(speeds, own, end)
     else:
-        yield _mean_step(engine, ZEROS, [("dense", "sparse", end / own)])
+        yield _mean_step(ZEROS, [(own, end)])
 
 
-def _zeros_and_int8(speeds: _Speeds, dense: float, end: float) -> Iterator[Step]:
+def _zeros_and_int8(speeds: _Speeds, dense: Row, end: Row) -> Iterator[Step]:
     """The factors of zeros and of 8 bits, over whichever of the two ways between them were measured."""
     pruned, int8 = speeds.own("sparse_fp32", speeds.few), speeds.own("dense_int8", speeds.few)
     if pruned is None and int8 is None:
-        yield _mean_step(speeds.engine, ZEROS_AND_INT8, [("dense", "sparse", end / dense)])
+        yield _mean_step(ZEROS_AND_INT8, [(dense, end)])
         return
     zeros, bits = [], []
     if pruned is not None:
-        zeros.append(("dense", "sparse_fp32", pruned / dense))
-        bits.append(("sparse_fp32", "sparse", end / pruned))
+        zeros.append((dense, pruned))
+        bits.append((pruned, end))
     if int8 is not None:
-        bits.insert(0, ("dense", "dense_int8", int8 / dense))
-        zeros.append(("dense_int8", "sparse", end / int8))
-    yield _mean_step(speeds.engine, ZEROS, zeros)
-    yield _mean_step(speeds.engine, INT8, bits)
+        bits.insert(0, (dense, int8))
+        zeros.append((int8, end))
+    yield _mean_step(ZEROS, zeros)
+    yield _mean_step(INT8, bits)
 
 
-def _mean_step(engine: str, cause: str, links: Sequence[tuple[str, str, float]]) -> Step:
-    """The geometric mean of the factors that a cause has between two variants."""
-    factor = math.prod(value for _, _, value in links) ** (1 / len(links))
-    return Step(cause, factor, tuple(f"{engine} {start} -> {end} {value:.2f}" for start, end, value in links))
+def _mean_step(cause: str, links: Sequence[tuple[Row, Row]]) -> Step:
+    """The geometric mean of the factors that a cause has between rows."""
+    factor = mean_ratio([(speeds_of(end), speeds_of(start)) for start, end in links])
+    return Step(cause, factor, tuple(_in_words(start, end) for start, end in links))
 
 
-def _missing(speeds: _Speeds, baseline: float | None, own: float | None) -> Iterator[str]:
+def _in_words(start: Row, end: Row) -> str:
+    engine = "" if end["engine"] == start["engine"] else f"{end['engine']} "
+    return f"{start['engine']} {start['variant']} -> {engine}{end['variant']} {ratio_of_rows(end, start)}"
+
+
+def _missing(speeds: _Speeds, baseline: Row | None, own: Row | None) -> Iterator[str]:
     if baseline is None:
         yield "dense in an engine other than the deployed one: without it the runtime's part is unknown"
     if own is None:
@@ -231,7 +234,7 @@ def _missing(speeds: _Speeds, baseline: float | None, own: float | None) -> Iter
             "zeros and 8 bits cannot be told apart" if len(absent) == 2 else "one order of the two is known"
         )
         yield from (f"{speeds.engine} {name}: {known}" for name in absent)
-    if speeds.fastest("dense_int8", speeds.many)[1] is None:
+    if speeds.fastest("dense_int8", speeds.many) is None:
         yield "dense_int8 in any engine: the fairest thing to compare with"
 
 

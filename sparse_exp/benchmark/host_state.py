@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
 
 from sparse_exp.hardware import usable_cpus
-from sparse_exp.hardware.cgroups import memory_limits
+from sparse_exp.hardware.cgroups import memory_limits, throttled_seconds
 
 _WINDOW_S = 0.5
 
@@ -47,16 +48,50 @@ def look_around() -> HostState:
 
 
 class Steal:
-    """Watches the time that a hypervisor gives to other machines, from the creation of this object on."""
+    """Watches the time that a hypervisor gives to other machines, from the creation of this object on.
 
-    def __init__(self) -> None:
-        self._before = psutil.cpu_times()
+    Args:
+        cpus: numbers of the CPUs that count; None: those that this process may use.
+    """
+
+    def __init__(self, cpus: Iterable[int] | None = None) -> None:
+        self._cpus = None if cpus is None else frozenset(cpus)
+        self._before = self._times()
 
     def share(self) -> float:
-        """Share of the host's time, 0..1; 0 where the system does not tell."""
-        now, before = psutil.cpu_times(), self._before
-        total = sum(now[: len(before)]) - sum(before)
-        return (getattr(now, "steal", 0.0) - getattr(before, "steal", 0.0)) / total if total > 0 else 0.0
+        """Share of the time of these CPUs, 0..1; 0 where the system does not tell."""
+        total, steal = (now - before for now, before in zip(self._times(), self._before, strict=True))
+        return steal / total if total > 0 else 0.0
+
+    def _times(self) -> tuple[float, float]:
+        """Seconds of these CPUs so far, all and stolen."""
+        times = psutil.cpu_times(percpu=True)
+        own = [times[cpu] for cpu in _own_cpus(len(times)) if self._cpus is None or cpu in self._cpus]
+        return sum(map(sum, own)), sum(getattr(one, "steal", 0.0) for one in own)
+
+
+class Throttling:
+    """Watches how long a quota keeps this process from running, from the creation of this object on."""
+
+    def __init__(self) -> None:
+        self._began, self._before = time.monotonic(), throttled_seconds()
+
+    def share(self) -> float:
+        """Share of the time, 0..1."""
+        passed = time.monotonic() - self._began
+        return min(1.0, (throttled_seconds() - self._before) / passed) if passed > 0 else 0.0
+
+
+def free_cpus(cpus: Sequence[int], count: int) -> list[int]:
+    """Those of some CPUs that other programs use least, sorted; the first where all are as free.
+
+    Args:
+        cpus: numbers to choose from.
+        count: how many; all where there are fewer.
+    """
+    shares = psutil.cpu_percent(_WINDOW_S, percpu=True)
+    busy = {cpu: round(shares[cpu], -1) if cpu < len(shares) else 0.0 for cpu in cpus}  # steps of 10 %
+    return sorted(sorted(cpus, key=lambda cpu: (busy[cpu], cpu))[:count])
 
 
 def free_memory_share() -> float:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparse_exp.benchmark.cells import Cell
+from sparse_exp.benchmark.ratios import Speeds
 from sparse_exp.engines.base import files_of
 from sparse_exp.files import write_json, write_text
 
@@ -29,6 +30,9 @@ PERCENTILES = {
     "latency_p99_ms": 99.0,
     "latency_p999_ms": 99.9,
 }
+_BEYOND = 10  # latencies beyond a percentile, without which it says nothing
+_CAUSES = ("waited", "throttled", "steal")
+CERTAIN_NUMBERS = ("items_per_s", "latency_p25_ms", "latency_p50_ms", "spread", "peak_rss_mb")
 NUMBERS = ("items_per_s", *PERCENTILES, "spread", "peak_rss_mb")
 
 
@@ -40,6 +44,9 @@ class Round(NamedTuple):
         wall: seconds from the first call to the last result.
         warmed: seconds of warm-up before.
         stable: latencies were stable when it began; also True where the warm-up had a fixed length.
+        turn: its number, which the repeats of all cells share that were measured after one another.
+        waited: share of its threads' time, 0..1, that they could have run and had no CPU.
+        throttled: share of the time, 0..1, that a quota kept it from running.
         steal: share of the time, 0..1, that a hypervisor gave to other machines.
     """
 
@@ -47,7 +54,15 @@ class Round(NamedTuple):
     wall: float
     warmed: float = 0.0
     stable: bool = True
+    turn: int = 0
+    waited: float = 0.0
+    throttled: float = 0.0
     steal: float = 0.0
+
+    @property
+    def disturbance(self) -> float:
+        """Share of the time that something else took, 0..1."""
+        return max(self.waited, self.throttled, self.steal)
 
 
 @dataclass(frozen=True)
@@ -58,7 +73,9 @@ class Measurement:
         cell: what was measured.
         rounds: its repeats; empty for a cell that is impossible.
         peak_rss_mb: most memory that the engine's process held, in units of 1e6 bytes.
-        noisy: the repeats spread more than ``hardware.max_spread``, also when measured again.
+        noisy: something else disturbed the repeats, or its ratio to the dense network is not known to
+            ``hardware.precision``.
+        dropped: repeats that something else disturbed, and that others were measured for.
         conditions: version and setting of the engine, the host, the protocol.
     """
 
@@ -66,27 +83,40 @@ class Measurement:
     rounds: Sequence[Round] = ()
     peak_rss_mb: float = 0.0
     noisy: bool = False
+    dropped: Sequence[Round] = ()
     conditions: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def each(self) -> list[float]:
         """Images per second of each repeat."""
-        batch = self.cell.load.batch_size
-        return [batch * len(one.latencies) / one.wall for one in self.rounds]
+        return [self._speed(one) for one in self.rounds]
+
+    @property
+    def speeds(self) -> Speeds:
+        """Images per second by the number of the turn."""
+        return {one.turn: self._speed(one) for one in self.rounds}
+
+    def _speed(self, one: Round) -> float:
+        return self.cell.load.batch_size * len(one.latencies) / one.wall
 
     def numbers(self) -> dict[str, float]:
         """Those of `NUMBERS`, by name; empty for a cell that is impossible.
 
         ``items_per_s`` is the median of the repeats, ``spread`` see `spread`; the percentiles are taken
-        over the latencies of all repeats together.
+        over the latencies of all repeats together, those beyond which at least ten of them lie.
         """
         if not self.rounds:
             return {}
         milliseconds = 1e3 * np.concatenate([np.asarray(one.latencies) for one in self.rounds])
-        found = np.percentile(milliseconds, list(PERCENTILES.values()))
+        known = {
+            name: at
+            for name, at in PERCENTILES.items()
+            if at <= 50 or round(len(milliseconds) * (1 - at / 100), 6) >= _BEYOND
+        }
+        found = np.percentile(milliseconds, list(known.values()))
         return {
             "items_per_s": float(np.median(self.each)),
-            **dict(zip(PERCENTILES, map(float, found), strict=True)),
+            **dict(zip(known, map(float, found), strict=True)),
             "spread": spread(self.each),
             "peak_rss_mb": self.peak_rss_mb,
         }
@@ -115,11 +145,16 @@ class Measurement:
             **row,
             **self.numbers(),
             "each": self.each,
+            "turns": [one.turn for one in self.rounds],
             "runs": sum(len(one.latencies) for one in self.rounds),
             "noisy": self.noisy,
             "warmed_s": [round(one.warmed, 3) for one in self.rounds],
             "stable": all(one.stable for one in self.rounds),
-            "steal": round(max(one.steal for one in self.rounds), 4),
+            **{name: round(max(getattr(one, name) for one in self.rounds), 4) for name in _CAUSES},
+            "dropped": [
+                {"items_per_s": self._speed(one), "disturbance": round(one.disturbance, 4)}
+                for one in self.dropped
+            ],
             **self.conditions,
         }
 

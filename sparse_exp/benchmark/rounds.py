@@ -5,15 +5,20 @@ So that two numbers can be compared:
 - only one run of this program measures on a host at a time, and no other run works meanwhile
   (`sparse_exp.locks`);
 - every cell is tuned before, the baselines too (`sparse_exp.benchmark.tuning`);
-- the repeats of a cell do not follow one another: each round goes once through all cells, so that a drift of
-  the machine hits them all;
-- a cell whose repeats spread too much is measured again, and marked if they still do.
+- the repeats of a cell do not follow one another: each turn goes once through all cells, so that a drift of
+  the machine hits them all, and begins with another cell;
+- each repeat knows how long its threads could have run and had no CPU. One that something else disturbed does
+  not count, and is measured anew;
+- turns go on until each ratio to the dense network is known well enough, or the time is over; what is not
+  known well enough then is marked.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,8 +27,16 @@ from typing import Any
 import numpy as np
 
 from sparse_exp.benchmark.cells import Cell
-from sparse_exp.benchmark.host_state import HostState, Steal, free_memory_share, look_around
-from sparse_exp.benchmark.measurements import Measurement, Round, megabytes, spread
+from sparse_exp.benchmark.host_state import (
+    HostState,
+    Steal,
+    Throttling,
+    free_cpus,
+    free_memory_share,
+    look_around,
+)
+from sparse_exp.benchmark.measurements import Measurement, Round, megabytes
+from sparse_exp.benchmark.ratios import Speeds, ratio_of
 from sparse_exp.benchmark.tuning import Setting, Tuned, tune
 from sparse_exp.config.schema import HardwareConfig
 from sparse_exp.engines import IsolatedEngine, search_space
@@ -34,7 +47,8 @@ from sparse_exp.progress import progress
 
 _log = logging.getLogger(__name__)
 _BUSY_CORES = 0.2  # of other programs, from which a warning is due
-_STOLEN = 0.02  # share of the time that a hypervisor took, likewise
+_MENTIONED = 0.02  # share of the time that something else took, from which a warning is due
+_TRIES = 3  # of a repeat that something else disturbs, in one turn
 _SPARE_MEMORY = 0.3  # share of the memory; if less is free, engines are loaded anew for each turn
 _INT8_NODES = frozenset(("ConvInteger", "QLinearConv", "QuantizeLinear", "MatMulInteger"))
 
@@ -48,15 +62,18 @@ def benchmark(
 ) -> list[Measurement]:
     """Measure cells on this host.
 
-    First each cell is tuned (`tune`). Then come ``hardware.repeats`` rounds, in each of which every cell
+    First each cell is tuned (`tune`). Then come ``hardware.repeats`` turns, in each of which every cell
     warms up and is timed for ``hardware.duration_s`` seconds. The first warm-up of a cell goes on until its
-    latencies are stable, later ones take ``hardware.warmup_s`` seconds. Cells whose repeats spread more than
-    ``hardware.max_spread`` are measured once more; if they still do, they are noisy.
+    latencies are stable, later ones take ``hardware.warmup_s`` seconds. A repeat of which more than
+    ``hardware.max_disturbance`` was taken by something else is dropped, and measured again. Further turns
+    follow, until the ratio of each cell to the fastest dense one is known within ``hardware.precision``, or
+    all turns took ``hardware.budget_s`` seconds. A cell of which it is not known then is noisy.
 
     Args:
         cells: what to measure; impossible ones stay impossible.
         images: real photos, uint8 (N, 3, H, W); batches are taken from them in turn.
-        hardware: tune, tune_s, pinning, warmup_s, max_warmup_s, duration_s, repeats and max_spread.
+        hardware: tune, tune_s, pinning, warmup_s, max_warmup_s, duration_s, repeats, precision, budget_s and
+            max_disturbance.
         lock_path: file of the host-wide lock; None: `default_lock_path`.
 
     Returns:
@@ -67,10 +84,12 @@ def benchmark(
         MissingDependency: nothing could be measured, and an engine is not installed.
         EngineError: nothing could be measured.
     """
-    slots = [_Slot(cell, images, hardware) for cell in cells]
-    with measuring_alone(lock_path or default_lock_path()):
+    lock = lock_path or default_lock_path()
+    with measuring_alone(lock):
         started = datetime.now(UTC)
         before = look_around()
+        most = max((cell.cores for cell in cells), default=1)
+        slots = [_Slot(cell, images, hardware, free_cpus(physical_cpus(), most)) for cell in cells]
         if before.busy_cores > _BUSY_CORES:
             message = "Other programs keep %.1f cores busy: close them, or the numbers are too low."
             _log.warning(message, before.busy_cores)
@@ -87,8 +106,10 @@ def benchmark(
         **_conditions(before, after, hardware, images),
         "started": started.isoformat(),
         "ended": ended.isoformat(),
+        "lock": str(lock),
     }
-    measurements = [slot.measurement(conditions) for slot in slots]
+    unsettled = _unsettled(slots, hardware)
+    measurements = [slot.measurement(conditions, settled=slot not in unsettled) for slot in slots]
     _require_any(slots)
     _warn_of_noise(measurements)
     return measurements
@@ -97,12 +118,12 @@ def benchmark(
 class _Slot:
     """A cell, its engine, and its repeats so far."""
 
-    def __init__(self, cell: Cell, images: np.ndarray, hardware: HardwareConfig) -> None:
-        self.cell, self._images, self._hardware = cell, images, hardware
+    def __init__(self, cell: Cell, images: np.ndarray, hardware: HardwareConfig, cpus: Sequence[int]) -> None:
+        self.cell, self._images, self._hardware, self._cpus = cell, images, hardware, cpus
         self.error: SparseExpError | None = None
         self.tuned = Tuned()
-        self.rounds: list[Round] = []
-        self.discarded: list[float] = []
+        self.taken: list[Round] = []
+        self.dropped: list[Round] = []
         self._peak, self._version = 0.0, ""
 
     @property
@@ -111,11 +132,26 @@ class _Slot:
         return not self.cell.impossible and self.error is None
 
     @property
-    def spreads_too_much(self) -> bool:
-        return self.alive and self._spread(self.rounds) > self._hardware.max_spread
+    def clean(self) -> list[Round]:
+        """The repeats that nothing disturbed."""
+        return [one for one in self.taken if self._is_clean(one)]
 
-    def _spread(self, rounds: list[Round]) -> float:
-        return spread(Measurement(self.cell, rounds).each)
+    @property
+    def rounds(self) -> list[Round]:
+        """The repeats that count: those that nothing disturbed; of too few, the least disturbed."""
+        clean, least = self.clean, self._hardware.repeats
+        if len(clean) >= min(least, len(self.taken)):
+            return clean
+        chosen = sorted(self.taken, key=lambda one: one.disturbance)[:least]
+        return sorted(chosen, key=lambda one: one.turn)
+
+    @property
+    def speeds(self) -> Speeds:
+        """Images per second of the repeats that count, by the number of their turn."""
+        return Measurement(self.cell, self.rounds).speeds
+
+    def _is_clean(self, one: Round) -> bool:
+        return one.disturbance <= self._hardware.max_disturbance
 
     def prepare(self) -> None:
         """Tune the cell; its engine is loaded then."""
@@ -141,30 +177,27 @@ class _Slot:
             self.tuned.engine.close()
             self.tuned.engine = None
 
-    def measure(self) -> None:
-        """Take one repeat."""
+    def measure(self, turn: int) -> None:
+        """Take the repeat of a turn; again at once, a few times, while something else disturbs it."""
         try:
-            self.rounds.append(self._round())
+            tries = [self._round(turn)]
+            while not self._is_clean(tries[-1]) and len(tries) < _TRIES:
+                tries.append(self._round(turn))
         except SparseExpError as error:
             self.error = error
             _log.warning("%s cannot be measured: %s", self.cell.name, error)
             self.release()
+        else:
+            best = min(tries, key=lambda one: one.disturbance)
+            self.taken.append(best)
+            self.dropped += [one for one in tries if one is not best]
 
-    def settle(self, earlier: list[Round]) -> None:
-        """Keep the steadier set of repeats, and the speeds of the other; the earlier set if the cell died."""
-        later, self.rounds = self.rounds, earlier
-        if self.error is not None:
-            self.error = None
-            return
-        self.rounds, other = sorted((earlier, later), key=self._spread)
-        self.discarded = Measurement(self.cell, other).each
-
-    def _round(self) -> Round:
+    def _round(self, turn: int) -> Round:
         setting, hardware = self.tuned.setting or Setting(), self._hardware
-        fresh = self.tuned.engine is None or not self.rounds
+        fresh = self.tuned.engine is None or not self.taken
         if self.tuned.engine is None:
             self.tuned.engine = self._opened(setting)
-        engine, steal = self.tuned.engine, Steal()
+        engine, steal, throttling = self.tuned.engine, Steal(), Throttling()
         timing = engine.measure(
             self._images,
             hardware.duration_s,
@@ -174,7 +207,8 @@ class _Slot:
         )
         self._peak, self._version = max(self._peak, engine.peak_rss_mb()), engine.version
         stable = timing.stable or not fresh  # later warm-ups have a fixed length
-        return Round(timing.latencies, timing.wall, timing.warmed, stable, steal.share())
+        taken = timing.waited, throttling.share(), steal.share()
+        return Round(timing.latencies, timing.wall, timing.warmed, stable, turn, *taken)
 
     def _opened(self, setting: Setting) -> IsolatedEngine:
         assert self.cell.model is not None
@@ -186,12 +220,12 @@ class _Slot:
             cores=load.cores,
             streams=setting.streams,
             options=dict(setting.options),
-            pin=physical_cpus()[: load.cores] if self._hardware.pinning else None,
+            pin=self._cpus[: load.cores] if self._hardware.pinning else None,
         )
         return engine
 
-    def measurement(self, conditions: dict[str, Any]) -> Measurement:
-        """The cell's repeats with their conditions."""
+    def measurement(self, conditions: dict[str, Any], *, settled: bool) -> Measurement:
+        """The cell's repeats with their conditions; ``settled``: its ratio is known well enough."""
         if not self.alive:
             cell = replace(self.cell, impossible=self.cell.impossible or str(self.error))
             tries = {"tries": self.tuned.tries} if self.tuned.tries else {}
@@ -203,12 +237,12 @@ class _Slot:
             "streams": setting.streams,
             "options": dict(setting.options),
             "tries": self.tuned.tries,
-            "discarded": self.discarded,
             "size_mb": round(megabytes(self.cell.model or Path()), 3),
         }
-        return Measurement(
-            self.cell, self.rounds, self._peak, self.spreads_too_much, conditions={**own, **conditions}
-        )
+        kept = self.rounds
+        dropped = [*self.dropped, *(one for one in self.taken if one not in kept)]
+        noisy = not settled or not all(map(self._is_clean, kept))
+        return Measurement(self.cell, kept, self._peak, noisy, dropped, {**own, **conditions})
 
 
 def _measure(slots: list[_Slot], hardware: HardwareConfig) -> None:
@@ -219,8 +253,54 @@ def _measure(slots: list[_Slot], hardware: HardwareConfig) -> None:
             slot.prepare()
             keep = _keep_loaded(slots, keep=keep)
             bar.advance()
-        keep = _in_turns(slots, hardware.repeats, keep=keep, bar=bar)
-    _repeat_noisy(slots, hardware.repeats, keep=keep)
+        ends = time.monotonic() + hardware.budget_s
+        for turn in itertools.count():
+            due = [slot for slot in slots if slot.alive]
+            if turn >= hardware.repeats:
+                due = _with_baselines(slots, _unsettled(slots, hardware))
+                if not due or time.monotonic() >= ends:
+                    return
+            for slot in _rotated(due, turn):
+                bar.advance(0, note=slot.cell.name)
+                slot.measure(turn)
+                keep = _keep_loaded(slots, keep=keep)  # some take most of their memory when they first run
+                bar.advance(1 if turn < hardware.repeats else 0)
+            for slot in slots:  # an engine that is done would keep memory, and threads that spin
+                if turn + 1 >= hardware.repeats and slot not in due:
+                    slot.release()
+
+
+def _rotated(slots: Sequence[_Slot], turn: int) -> Iterable[_Slot]:
+    first = turn % max(1, len(slots))
+    return [*slots[first:], *slots[:first]]
+
+
+def _unsettled(slots: Sequence[_Slot], hardware: HardwareConfig) -> list[_Slot]:
+    """Cells that need further turns: with too few clean repeats, or a ratio that is not known well enough."""
+    found = []
+    for slot in [slot for slot in slots if slot.alive]:
+        baseline = _baseline_of(slot, slots)
+        ratio = ratio_of(slot.speeds, baseline.speeds)
+        is_vague = baseline is not slot and ratio.error > hardware.precision
+        if is_vague or len(slot.clean) < hardware.repeats:
+            found.append(slot)
+    return found
+
+
+def _baseline_of(slot: _Slot, slots: Iterable[_Slot]) -> _Slot:
+    """The fastest dense cell under the load of another; that itself where there is none."""
+
+    def alike(other: _Slot) -> bool:
+        return (other.cell.network, other.cell.load) == (slot.cell.network, slot.cell.load)
+
+    dense = [other for other in slots if other.alive and other.cell.variant == "dense" and alike(other)]
+    return max(dense, key=lambda one: float(np.median([*one.speeds.values()])), default=slot)
+
+
+def _with_baselines(slots: Sequence[_Slot], some: Sequence[_Slot]) -> list[_Slot]:
+    """Some of the cells and the baselines that they are compared with, in the order of all."""
+    wanted = {id(one) for slot in some for one in (slot, _baseline_of(slot, slots))}
+    return [slot for slot in slots if id(slot) in wanted]
 
 
 def _keep_loaded(slots: Sequence[_Slot], *, keep: bool) -> bool:
@@ -230,35 +310,6 @@ def _keep_loaded(slots: Sequence[_Slot], *, keep: bool) -> bool:
         for slot in slots:
             slot.release()
     return keep
-
-
-def _in_turns(slots: Sequence[_Slot], repeats: int, *, keep: bool, bar: Any) -> bool:
-    """Measure each cell ``repeats`` times; returns whether engines still stay loaded."""
-    for _ in range(repeats):
-        for slot in slots:
-            bar.advance(0, note=slot.cell.name)
-            if slot.alive:
-                slot.measure()
-                keep = _keep_loaded(slots, keep=keep)  # some take most of their memory when they first run
-            bar.advance()
-    return keep
-
-
-def _repeat_noisy(all_slots: Sequence[_Slot], repeats: int, *, keep: bool) -> None:
-    """Measure cells again that spread too much, and keep what spreads less, whether it is faster or not."""
-    slots = [slot for slot in all_slots if slot.spreads_too_much]
-    for done in (slot for slot in all_slots if slot not in slots):
-        done.release()
-    if not slots:
-        return
-    _log.info("Measuring again what spread too much: %s.", ", ".join(slot.cell.name for slot in slots))
-    before = [slot.rounds for slot in slots]
-    for slot in slots:
-        slot.rounds = []
-    with progress("Again", total=len(slots) * repeats, unit="measurements") as bar:
-        _in_turns(slots, repeats, keep=keep, bar=bar)
-    for slot, rounds in zip(slots, before, strict=True):
-        slot.settle(rounds)
 
 
 def precision(variant: str, model: Path | None) -> str:
@@ -305,7 +356,9 @@ def _conditions(
         "max_warmup_s": hardware.max_warmup_s,
         "duration_s": hardware.duration_s,
         "repeats": hardware.repeats,
-        "max_spread": hardware.max_spread,
+        "precision_of_ratios": hardware.precision,
+        "budget_s": hardware.budget_s,
+        "max_disturbance": hardware.max_disturbance,
     }
 
 
@@ -313,6 +366,18 @@ def _warn_of_noise(measurements: Sequence[Measurement]) -> None:
     noisy = [one.cell.name for one in measurements if one.noisy]
     if noisy:
         _log.warning("Noisy, though measured again: %s. Let nothing else run.", ", ".join(noisy))
-    stolen = max((one.steal for each in measurements for one in each.rounds), default=0.0)
-    if stolen > _STOLEN:
-        _log.warning("A hypervisor took up to %.0f %% of the time: this host is shared.", 100 * stolen)
+    for cause, share in _disturbances(measurements):
+        _log.warning("%s up to %.0f %% of the time.", cause, 100 * share)
+
+
+def _disturbances(measurements: Sequence[Measurement]) -> Iterator[tuple[str, float]]:
+    """What took more time from repeats that count than it may, in words, and the largest share."""
+    words = {
+        "waited": "Other programs kept engines from running",
+        "throttled": "A quota kept engines from running",
+        "steal": "A hypervisor gave the CPUs to other machines",
+    }
+    for name, said in words.items():
+        share = max((getattr(one, name) for each in measurements for one in each.rounds), default=0.0)
+        if share > _MENTIONED:
+            yield said, share

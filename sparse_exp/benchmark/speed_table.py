@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from sparse_exp.benchmark.measurements import Row, measured
+from sparse_exp.benchmark.ratios import SAME, Ratio, ratio_of_rows
 
 Table = tuple[list[str], list[list[str]]]
 NOISY = "noisy"
@@ -53,7 +54,8 @@ def speed_table(rows: Sequence[Row]) -> Table:
     """What was measured, with the ratios to the dense baselines of the same load.
 
     ``x ORT fp32`` compares with ONNX Runtime's dense fp32, ``x best fp32`` with the fastest dense fp32 of all
-    engines, ``x best int8`` with the fastest dense int8. A noisy row says so in the last column.
+    engines, ``x best int8`` with the fastest dense int8. A ratio that cannot be told from 1 stands after a
+    tilde. A noisy row says so in the last column.
 
     Args:
         rows: see docs/benchmark.md; those of impossible cells are left out.
@@ -66,7 +68,7 @@ def speed_table(rows: Sequence[Row]) -> Table:
         title: [shown(row) for row in found] for title, shown in _COLUMNS.items()
     }
     for title in _BASELINES:
-        columns[title] = [_decimal(ratio(rows, row, title)) for row in found]
+        columns[title] = [_shown(ratio(rows, row, title)) for row in found]
     columns[""] = [NOISY if row.get("noisy") else "" for row in found]
     droppable = (*_OPTIONAL, *_BASELINES, "")
     kept = {
@@ -75,7 +77,7 @@ def speed_table(rows: Sequence[Row]) -> Table:
     return list(kept), [list(cells) for cells in zip(*kept.values(), strict=True)]
 
 
-def ratio(rows: Iterable[Row], row: Row, baseline: str) -> float | None:
+def ratio(rows: Iterable[Row], row: Row, baseline: str) -> Ratio | None:
     """How many times faster a row is than a baseline under the same conditions.
 
     Args:
@@ -86,12 +88,26 @@ def ratio(rows: Iterable[Row], row: Row, baseline: str) -> float | None:
     Returns:
         None where the baseline was not measured.
     """
-    speeds = [
-        other["items_per_s"]
+    others = [
+        other
         for other in measured(rows)
         if _conditions(other) == _conditions(row) and _BASELINES[baseline](other)
     ]
-    return row["items_per_s"] / max(speeds) if speeds else None
+    fastest = max(others, key=lambda other: float(other["items_per_s"]), default=None)
+    if fastest is None:
+        return None
+    return SAME if fastest is row else ratio_of_rows(row, fastest)
+
+
+def noisy_labels(rows: Iterable[Row]) -> set[str]:
+    """The `label` of each row that is noisy."""
+    return {label(row) for row in rows if row.get("noisy")}
+
+
+def vague_labels(rows: Sequence[Row]) -> set[str]:
+    """The `label` of each row that cannot be told from the fastest dense fp32, but for that itself."""
+    ratios = {label(row): ratio(rows, row, "x best fp32") for row in measured(rows)}
+    return {name for name, found in ratios.items() if found and found is not SAME and found.is_noise}
 
 
 def options_table(rows: Sequence[Row]) -> Table:
@@ -171,6 +187,10 @@ def _failures(row: Row) -> str:
 def _conditions(row: Row) -> tuple[Any, ...]:
     """What two rows must share to be compared; of a network's name the part before the first hyphen."""
     return str(row.get("network", "")).split("-")[0], key(row), row["cores"], row["imgsz"], row.get("cpu")
+
+
+def _shown(found: Ratio | None) -> str:
+    return "-" if found is None else "1.00" if found is SAME else str(found)
 
 
 def _decimal(value: float | None) -> str:

@@ -14,8 +14,10 @@ from sparse_exp.config.schema import HardwareConfig
 from sparse_exp.errors import SparseExpError
 
 _log = logging.getLogger(__name__)
-_BETTER = 1.02  # ratio from which a candidate is faster; less is noise, and the plainer setting stays
-_TURNS = 3  # another program that wakes up spoils one of them, not the choice
+_BETTER = 1.02  # mean ratio from which a candidate is faster; less is noise, and the plainer setting stays
+_TURNS, _LAST_TURNS = 3, 5  # all of which a candidate must win: of each try, and against the defaults at last
+_TRIES = 3  # of a turn that something else disturbs
+_INFERENCES = 20  # in each turn, as far as four times its seconds suffice
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,11 @@ def tune(cell: Cell, images: np.ndarray, hardware: HardwareConfig, open_engine: 
     """Find the setting with which a cell is fastest: first its streams, then its options.
 
     Each candidate is measured in turns with the fastest so far, so that a drift of the machine hits both. It
-    takes that one's place if it is clearly faster in most turns. Batch 1 in the scenario sync counts by its
-    median latency, any other load by items per second. If ``hardware.tune`` is off, or there is a single
-    candidate, the engine is loaded and nothing is measured.
+    takes that one's place if it is faster in every turn, and clearly so in the mean. Options are added to
+    those that have won. At last the winner must beat the first setting that works, the engine's defaults, in
+    every one of some more turns; else that one is chosen. Batch 1 in the scenario sync counts by its median
+    latency, any other load by items per second. If ``hardware.tune`` is off, or there is a single candidate,
+    the engine is loaded and nothing is measured.
 
     Args:
         cell: engine, model and load.
@@ -87,7 +91,9 @@ def tune(cell: Cell, images: np.ndarray, hardware: HardwareConfig, open_engine: 
         return search.found
     chosen = search.found.setting.streams if search.found.setting else streams[0]
     for options in list(space(chosen))[1:]:
-        search.attempt(Setting(chosen, options), timed=True)
+        won = search.found.setting.options if search.found.setting else {}
+        search.attempt(Setting(chosen, {**won, **options}), timed=True)
+    search.confirm()
     return search.found
 
 
@@ -110,6 +116,8 @@ class _Search:
 
     def __init__(self, cell: Cell, images: np.ndarray, hardware: HardwareConfig, open_engine: Open) -> None:
         self.found = Tuned()
+        self._first: Setting | None = None
+        self._latency = 0.0
         self._cell, self._images, self._hardware, self._open = cell, images, hardware, open_engine
 
     def attempt(self, setting: Setting, *, timed: bool) -> None:
@@ -131,28 +139,63 @@ class _Search:
         if loser is not None:
             loser.close()
         if better:
+            self._first = self._first or setting
             self.found.setting, self.found.engine = setting, engine
+
+    def confirm(self) -> None:
+        """Go back to the first setting that worked, unless the winner beats it in every one of some turns."""
+        winner, first = self.found.setting, self._first
+        if winner is None or first is None or winner == first:
+            return
+        try:
+            engine = self._open(first)
+        except SparseExpError as error:  # it worked before; memory may be short now
+            _log.debug("%s with %s: %s", self._cell.name, first, error)
+            return
+        try:
+            pairs = [self._pair(engine, first, warm=turn > 0) for turn in range(_LAST_TURNS)]
+        except BaseException:
+            engine.close()
+            raise
+        if _is_faster([self._speed(best) / self._speed(mine) for mine, best in pairs]):
+            engine.close()
+            return
+        _log.debug("%s: %s was no faster than %s after all.", self._cell.name, winner, first)
+        self.found.engine.close()
+        self.found.setting, self.found.engine = first, engine
+
+    def _pair(self, engine: Ready, setting: Setting, *, warm: bool) -> tuple[Any, Any]:
+        """Times of an engine, and of the fastest so far."""
+        assert self.found.setting is not None
+        mine = self._timing(engine, setting, warm=warm)
+        return mine, self._timing(self.found.engine, self.found.setting, warm=True)
 
     def _is_better(self, engine: Ready, setting: Setting, note: dict[str, Any]) -> bool:
         """Whether an engine is clearly faster than the fastest so far, measured in turns with it."""
         mine, ratios = [], []
         for turn in range(_TURNS):
-            mine.append(self._timing(engine, setting, warm=turn > 0))
-            if self.found.setting is not None:
-                best = self._timing(self.found.engine, self.found.setting, warm=True)
-                ratios.append(self._speed(mine[-1]) / self._speed(best))
-            if mine[-1].wall > self._hardware.tune_s:  # a single inference takes longer than a try should
-                break
+            if self.found.setting is None:
+                mine.append(self._timing(engine, setting, warm=turn > 0))
+            else:
+                timing, best = self._pair(engine, setting, warm=turn > 0)
+                mine.append(timing)
+                ratios.append(self._speed(timing) / self._speed(best))
         latencies = np.concatenate([timing.latencies for timing in mine])
         items = self._cell.load.batch_size * len(latencies) / sum(timing.wall for timing in mine)
         median = float(np.median(latencies))
         note.update(items_per_s=round(items, 3), latency_p50_ms=round(1e3 * median, 4))
-        return not ratios or float(np.median(ratios)) > _BETTER
+        return not ratios or _is_faster(ratios)
 
     def _timing(self, engine: Ready, setting: Setting, *, warm: bool) -> Any:
-        seconds = self._hardware.tune_s / _TURNS
+        least = self._hardware.tune_s / _TURNS
+        seconds = min(max(least, _INFERENCES * self._latency / setting.streams), 4 * least)
         warmup = 0.0 if warm else min(self._hardware.warmup_s, self._hardware.tune_s)
-        return engine.measure(self._images, seconds, warmup=warmup, streams=setting.streams)
+        for _ in range(_TRIES):
+            timing = engine.measure(self._images, seconds, warmup=warmup, streams=setting.streams)
+            if timing.waited <= self._hardware.max_disturbance:
+                break
+        self._latency = float(np.median(timing.latencies))
+        return timing
 
     def _speed(self, timing: Any) -> float:
         """A number of which more is better."""
@@ -160,3 +203,8 @@ class _Search:
         if load.scenario == "sync" and load.batch_size == 1:
             return 1 / float(np.median(timing.latencies))
         return len(timing.latencies) / float(timing.wall)
+
+
+def _is_faster(ratios: Sequence[float]) -> bool:
+    """Whether all ratios are above 1, and their geometric mean clearly."""
+    return min(ratios) > 1 and float(np.exp(np.mean(np.log(ratios)))) > _BETTER

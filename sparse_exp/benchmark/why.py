@@ -34,7 +34,8 @@ class Why:
     def as_dict(self) -> dict[str, Any]:
         """As plain data, for ``why.json``, which calls the gains ``splits``."""
         data = asdict(self)
-        return {"splits": data.pop("gains"), **data}
+        del data["gains"]
+        return {"splits": [_plain(gain) for gain in self.gains], **data}
 
 
 def explain(rows: Sequence[Row], profiles: Profiles | None = None) -> Why:
@@ -52,6 +53,13 @@ def explain(rows: Sequence[Row], profiles: Profiles | None = None) -> Why:
         return Why((), costs, ())
     gains = [gain for load in by_load(found) if (gain := gain_of(load, engine))]
     return Why(tuple(gains), costs, tuple(advise(found, engine, gains, costs)))
+
+
+def _plain(gain: Gain) -> dict[str, Any]:
+    """A gain as plain data: a ratio as its value and its bounds."""
+    ratios = {name: getattr(gain, name) for name in ("total", "against_dense", "against_int8")}
+    steps = [{**asdict(step), "factor": step.factor.as_dict()} for step in gain.steps]
+    return {**asdict(gain), **{name: one and one.as_dict() for name, one in ratios.items()}, "steps": steps}
 
 
 def console_lines(why: Why) -> list[str]:

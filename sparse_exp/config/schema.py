@@ -309,11 +309,20 @@ class HardwareConfig:
     max_warmup_s: float = bounded(
         10.0, 0.0, 3600.0, unit="s", help="most, where latencies have not become stable before"
     )
-    duration_s: float = bounded(3.0, above=0.0, high=3600.0, unit="s", help="of one measurement")
-    repeats: int = bounded(5, 1, 1000, help="measurements of each cell, in turns")
-    max_spread: float = bounded(
-        0.15, above=0.0, high=10.0,
-        help="(max - min) / median over the repeats from which a cell is measured again, then marked noisy",
+    duration_s: float = bounded(1.0, above=0.0, high=3600.0, unit="s", help="of one measurement")
+    repeats: int = bounded(8, 1, 1000, help="least measurements of each cell, in turns")
+    precision: float = bounded(
+        0.03, above=0.0, high=10.0,
+        help="within which the ratio of each cell to the fastest dense one is to be known (half of a 99.9 % "
+        "interval); until then turns go on",
+    )  # fmt: skip
+    budget_s: float = bounded(
+        180.0, 0.0, 86400.0, unit="s", help="of all turns, from which no further one begins"
+    )
+    max_disturbance: float = bounded(
+        0.02, 0.0, 1.0,
+        help="share of a measurement's time that other programs, a quota or a hypervisor may take; with more "
+        "it is repeated",
     )  # fmt: skip
     profile: bool = documented(
         True, "time the layers of what is deployed, and of the dense network, for the report"

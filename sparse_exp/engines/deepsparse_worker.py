@@ -120,7 +120,7 @@ class Worker:
         timing = _timing()
         batches = timing.batches_of(arrays[0], batch_size)
         time = timing.time_engine(self, batches, **settings)
-        return time.latencies, time.wall, time.warmed, time.stable
+        return time.latencies, time.wall, time.warmed, time.stable, time.waited
 
     def profile(self, arrays: Sequence[np.ndarray], **settings: Any) -> list[tuple[str, str, float]]:
         """The layers by the library's own analysis: its name, the node's name, and milliseconds of each."""

@@ -8,12 +8,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 STABLE = 0.03  # relative difference that the medians of successive windows of a warm-up may have
 _WINDOWS = 20  # most windows of a warm-up
+_THREADS = "/proc/self/task"
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,15 @@ class Timing:
         warmed: seconds that the warm-up took.
         stable: the median latencies of the last two windows of the warm-up differed by at most `STABLE`;
             False where there was no warm-up.
+        waited: share of the time in which threads of this process could have run, 0..1, that they had no CPU
+            meanwhile; 0 where the system does not tell.
     """
 
     latencies: tuple[float, ...]
     wall: float
     warmed: float
     stable: bool
+    waited: float = 0.0
 
 
 class _Runs(Protocol):
@@ -64,8 +69,10 @@ def time_engine(
     with ThreadPoolExecutor(streams) as pool:
         loops = _Loops(engine, batches, pool, streams)
         warmed, stable = _warm(loops, warmup, max(warmup, max_warmup or 0.0))
+        before = _times_of_threads()
         latencies, wall = loops.run(seconds)
-    return Timing(tuple(latencies), wall, warmed, stable)
+        waited = _waited(before, _times_of_threads())
+    return Timing(tuple(latencies), wall, warmed, stable, waited)
 
 
 def batches_of(images: np.ndarray, batch_size: int) -> list[np.ndarray]:
@@ -123,3 +130,28 @@ def _warm(loops: _Loops, least: float, most: float) -> tuple[float, bool]:
         if stable and spent >= least:
             return spent, True
     return spent, False
+
+
+def _times_of_threads() -> dict[str, tuple[int, int]]:
+    """Of each thread of this process the nanoseconds on a CPU, and those it could have run and had none.
+
+    Linux counts both (https://docs.kernel.org/scheduler/sched-stats.html); elsewhere there is nothing.
+    """
+    found = {}
+    for file in Path(_THREADS).glob("*/schedstat"):
+        try:
+            ran, waited, _ = map(int, file.read_text().split())
+        except (OSError, ValueError):  # the thread has ended; or the kernel does not count
+            continue
+        found[file.parent.name] = ran, waited
+    return found
+
+
+def _waited(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> float:
+    """The share of the threads' time that they had no CPU, 0..1, between two looks at their times."""
+    spent = [
+        (ran - before.get(thread, (0, 0))[0], waited - before.get(thread, (0, 0))[1])
+        for thread, (ran, waited) in after.items()
+    ]
+    ran, waited = (sum(times) for times in zip(*spent)) if spent else (0, 0)  # noqa: B905 - Python 3.8
+    return waited / (ran + waited) if ran + waited > 0 else 0.0

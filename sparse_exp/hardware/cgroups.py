@@ -70,6 +70,16 @@ def cpu_quota() -> float | None:
     return min(quotas, default=None)
 
 
+def throttled_seconds() -> float:
+    """Seconds so far in which a quota kept this process's groups from running; 0 where there is none."""
+    found = [0.0]
+    for group in _groups("cpu"):
+        stat = dict(line.split()[:2] for line in _read(group / "cpu.stat").splitlines())
+        found.append(int(stat.get("throttled_usec", 0)) / 1e6)  # version 2
+        found.append(int(stat.get("throttled_time", 0)) / 1e9)  # version 1
+    return max(found)
+
+
 def _groups(controller: str) -> Iterator[Path]:
     """Directories of this process's groups and of those around them, some of them twice."""
     yield from (_GROUPS, _GROUPS / controller)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparse_exp.benchmark.measurements import measured
+from sparse_exp.benchmark.measurements import Row, measured
 from sparse_exp.benchmark.speed_table import label
 from sparse_exp.config.schema import ENGINES, Experiment
 from sparse_exp.data import DetectionDataset, evenly_spread
@@ -271,11 +271,11 @@ def _conditions(source: _Source) -> dict[str, str]:
         "does not fit the target": "; ".join(first.get("mismatch", ())) or "nothing",
         "images": f"{first['imgsz']} px, uint8, of the validation split",
         "scenarios": "; ".join(_SCENARIOS[name] for name in dict.fromkeys(row["scenario"] for row in found)),
-        "protocol": f"{first['repeats']} repeats in turns of {first['duration_s']:g} s each after at least "
-        f"{first['warmup_s']:g} s of warm-up; median, spread = (max - min) / median over the repeats",
+        "protocol": f"at least {first['repeats']} repeats in turns of {first['duration_s']:g} s each after "
+        f"{first['warmup_s']:g} s of warm-up or more; median, spread = (max - min) / median over the repeats",
         "other load before": _state(first["before"]),
         "other load after": _state(first["after"]),
-        "stolen meanwhile": f"at most {max(row['steal'] for row in found):.1%} of the time",
+        "taken by others": f"at most {max(map(_disturbance, found)):.1%} of the time of a repeat",
         "variants": "; ".join(_VARIANTS[name] for name in dict.fromkeys(row["variant"] for row in found)),
         **_dense(source, found),
     }
@@ -288,6 +288,11 @@ def _dense(source: _Source, rows: list[dict[str, Any]]) -> dict[str, str]:
         return {}
     untrained = "; its speed and size count, and it has no accuracy: recovery.baseline=auto trains it"
     return {"weights of the dense network": dense["origin"] + ("" if dense["trained"] else untrained)}
+
+
+def _disturbance(row: Row) -> float:
+    """Share of a repeat's time that other programs, a quota or a hypervisor took at most."""
+    return max(float(row.get(name, 0.0)) for name in ("waited", "throttled", "steal"))
 
 
 def _state(state: dict[str, Any]) -> str:
@@ -306,8 +311,8 @@ def _warnings(source: _Source) -> list[str]:
         warnings.append(mismatch_sentence(source.experiment.hardware.name, mismatch))
     noisy = [row for row in source.rows if row.get("noisy")]
     if noisy:
-        limit, cells = noisy[0]["max_spread"], ", ".join(label(row) for row in noisy)
-        warnings.append(f"The machine was not quiet: repeats differ by more than {limit:.0%} in {cells}.")
+        cells = ", ".join(label(row) for row in noisy)
+        warnings.append(f"The machine was not quiet: speeds are not known well enough in {cells}.")
     if source.dataset.splits.get("val"):
         warnings.append(
             "The checkpoint was chosen by mAP50 on the validation split that the accuracies are reported on, "

@@ -340,10 +340,14 @@ def latencies(rows: Sequence[Row], path: Path) -> None:
 
 def _latency_line(axes: Axes, place: int, row: Row) -> None:
     colour = _variant_colour(str(row["variant"]))
-    p25, p50, p75, *tail = (float(row[name]) for name in PERCENTILES)
-    axes.plot([p25, tail[-1]], [place, place], color=colour, linewidth=1.4, solid_capstyle="butt")
+    known = [float(row[name]) for name in PERCENTILES if row.get(name) is not None]
+    p25, p50, *higher = known  # of few inferences the higher ones are not known
+    tail = higher[1:]
+    axes.plot([p25, known[-1]], [place, place], color=colour, linewidth=1.4, solid_capstyle="butt")
     axes.plot(tail, [place] * len(tail), color=colour, linewidth=0, marker="|", markersize=6)
-    axes.plot([p25, p75], [place, place], color=colour, linewidth=5, solid_capstyle="butt")
+    axes.plot(
+        [p25, higher[0] if higher else p50], [place, place], color=colour, linewidth=5, solid_capstyle="butt"
+    )
     axes.plot(p50, place, color=INK, marker="o", markersize=4, markerfacecolor="white")
 
 

@@ -9,8 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparse_exp.benchmark.measurements import Row
-from sparse_exp.benchmark.speed_table import impossible_lines
-from sparse_exp.benchmark.speed_table import label as label_of
+from sparse_exp.benchmark.speed_table import impossible_lines, noisy_labels, vague_labels
 from sparse_exp.metrics.result_rows import (
     SIZES,
     SPARSITIES,
@@ -63,7 +62,7 @@ def _files(result: Result) -> Table:
 
 
 def _benchmark(result: Result, rows: Sequence[Row]) -> Table:
-    noisy = {label_of(row) for row in rows if row.get("noisy")}
+    noisy, vague = noisy_labels(rows), vague_labels(rows)
     found = throughputs(result)
     best = {one.load: max(r.items_per_s for r in found if r.load == one.load) for one in found}
     cells = [
@@ -74,7 +73,7 @@ def _benchmark(result: Result, rows: Sequence[Row]) -> Table:
             decimal(one.items_per_s, 1),
             decimal(one.p50, 1),
             percent(one.spread) + (" !" if f"{one.engine}/{one.variant}/{one.load}" in noisy else ""),
-            decimal(one.speedup, 2),
+            "~" * (f"{one.engine}/{one.variant}/{one.load}" in vague) + decimal(one.speedup, 2),
         )
         for one in found
     ]
@@ -85,8 +84,9 @@ def _benchmark(result: Result, rows: Sequence[Row]) -> Table:
 
 def _remarks(rows: Sequence[Row]) -> list[str]:
     """The lines below the speeds."""
-    noisy = ["! noisy: the repeats differ too much."] if any(row.get("noisy") for row in rows) else []
-    return noisy + [f"Not measured: {line}" for line in impossible_lines(rows)]
+    marks = ["! noisy: the machine was not quiet."] if noisy_labels(rows) else []
+    marks += ["~ within noise of the fastest dense network."] if vague_labels(rows) else []
+    return marks + [f"Not measured: {line}" for line in impossible_lines(rows)]
 
 
 def _table(

@@ -35,8 +35,8 @@ def layers_in_words(names: str) -> str:
 
 def _gain_part(gain: Gain) -> str:
     """The factors of one gain, and what was not measured."""
-    rows = [(step.cause, f"{step.factor:.2f}", "; ".join(step.measured)) for step in gain.steps]
-    rows.append(("all together", f"{gain.total:.2f}", f"{gain.start} -> {gain.end}"))
+    rows = [(step.cause, str(step.factor), "; ".join(step.measured)) for step in gain.steps]
+    rows.append(("all together", str(gain.total), f"{gain.start} -> {gain.end}"))
     table = markdown_table(("cause", "times faster", "measured"), rows)
     missing = "\n".join(f"- Not measured: {line}." for line in gain.missing)
     return f"**{gain.load}**: {headline(gain)}\n\n{table}\n\n{missing}".rstrip()

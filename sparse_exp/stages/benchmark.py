@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sparse_exp.benchmark import NUMBERS, cells_of, loads_of, write_rows
+from sparse_exp.benchmark import CERTAIN_NUMBERS, NUMBERS, cells_of, loads_of, write_rows
 from sparse_exp.benchmark import benchmark as measure
 from sparse_exp.benchmark.layers import profiles_of
 from sparse_exp.benchmark.why import console_lines, explain
@@ -57,19 +57,21 @@ def _certain_names(experiment: Experiment) -> Iterator[str]:
     hardware = experiment.hardware
     engines = [name for name in hardware.engines if name != TORCH]
     variants = [name for name in hardware.variants if name in ("dense", "sparse")]
-    yield from _speeds(experiment, engines, variants)
+    yield from _speeds(experiment, engines, variants, CERTAIN_NUMBERS)
 
 
 def _possible_names(experiment: Experiment) -> Iterator[str]:
-    """Names of files that may turn out to be impossible."""
-    yield from _speeds(experiment, experiment.hardware.engines, experiment.hardware.variants)
+    """Names of files that may turn out to be impossible, and of percentiles of too few inferences."""
+    yield from _speeds(experiment, experiment.hardware.engines, experiment.hardware.variants, NUMBERS)
 
 
-def _speeds(experiment: Experiment, engines: Sequence[str], variants: Sequence[str]) -> Iterator[str]:
+def _speeds(
+    experiment: Experiment, engines: Sequence[str], variants: Sequence[str], numbers: Sequence[str]
+) -> Iterator[str]:
     for load in loads_of(experiment.hardware, usable_physical_cores()):
         for engine in engines:
             for variant in variants:
-                yield from (f"benchmark/{engine}/{variant}/{load.key}/{name}" for name in NUMBERS)
+                yield from (f"benchmark/{engine}/{variant}/{load.key}/{name}" for name in numbers)
 
 
 STAGE = Stage(

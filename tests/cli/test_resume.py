@@ -172,7 +172,7 @@ def test_of_a_preset_counts_what_it_changes(run, start, tmp_path):
         (tmp_path / "conf" / f"{name}.yaml").write_text(text)
     again = start("--config-dir", "conf", "experiment=mine", "export.opset=14", RESUME)
     assert changes(run, again) == {
-        "hardware.repeats": (2, 9),  # hardware.tune_s is 0.5 anyway
+        "hardware.repeats": (3, 9),  # hardware.tune_s is 0.5 anyway
         "export.opset": (13, 14),
         "export.box_atol": (1.0, 2.0),
     }

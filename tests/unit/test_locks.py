@@ -19,6 +19,7 @@ import pytest
 from sparse_exp import locks
 from sparse_exp.errors import ConfigError, EngineError
 from sparse_exp.locks import (
+    default_lock_path,
     exclusive,
     give_way,
     is_held,
@@ -158,8 +159,23 @@ def test_the_locks_are_for_all_users_whatever_the_umask(lock):
 
 
 def test_a_lock_that_cannot_be_opened_is_an_error_of_the_benchmark_that_says_what_to_do(tmp_path):
-    with pytest.raises(EngineError, match="TMPDIR"), measuring_alone(tmp_path / "missing" / "lock"):
+    with pytest.raises(EngineError, match="SPARSE_EXP_LOCKS"), measuring_alone(tmp_path / "missing" / "lock"):
         pass
+
+
+def test_the_lock_of_the_host_is_in_one_place_wherever_temporary_files_are(tmp_path, monkeypatch):
+    monkeypatch.delenv("SPARSE_EXP_LOCKS", raising=False)
+    here = default_lock_path()
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert default_lock_path() == here
+    mine, all_may = tmp_path / "mine", tmp_path / "all"
+    mine.mkdir()
+    all_may.mkdir()
+    all_may.chmod(0o1777)
+    monkeypatch.setattr(locks, "_SHARED", (tmp_path / "none", mine, all_may, tmp_path))
+    assert default_lock_path().parent == all_may
+    monkeypatch.setenv("SPARSE_EXP_LOCKS", str(mine))
+    assert default_lock_path().parent == mine
 
 
 def test_work_goes_on_without_the_lock_after_one_warning(tmp_path, monkeypatch, caplog):

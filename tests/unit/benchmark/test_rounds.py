@@ -6,9 +6,9 @@ import logging
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,11 +16,15 @@ import pytest
 from sparse_exp.benchmark import Cell, Load, benchmark, rounds
 from sparse_exp.benchmark.host_state import HostState
 from sparse_exp.config.schema import HardwareConfig
+from sparse_exp.engines.timing import Timing
 from sparse_exp.errors import EngineError, MissingDependency
 
 IMAGES = np.zeros((3, 3, 32, 32), np.uint8)
 QUIET = HostState(0.1, 0.0, 2000.0, 0.0)
-PROTOCOL = {"repeats": 2, "warmup_s": 0.5, "max_warmup_s": 3.0, "duration_s": 2.0, "tune": False}
+PROTOCOL = {
+    "repeats": 2, "warmup_s": 0.5, "max_warmup_s": 3.0, "duration_s": 2.0, "tune": False, "budget_s": 0.0,
+    "precision": 10.0,
+}  # fmt: skip
 
 
 class Lab:
@@ -53,10 +57,9 @@ class Lab:
                 latency = script.pop(0) if len(script) > 1 else script[0]
                 if isinstance(latency, Exception):
                     raise latency
+                latency, waited = latency if isinstance(latency, tuple) else (latency, 0.0)
                 stable = lab.stable["for a while" if max_warmup is None else "until stable"]
-                return SimpleNamespace(
-                    latencies=(latency,) * 4, wall=4 * latency, warmed=warmup, stable=stable
-                )
+                return Timing((latency,) * 4, 4 * latency, warmup, stable, waited)
 
             def peak_rss_mb(self):
                 return 100.0 + len([what for what in lab.log if what[0] == "measure"])
@@ -78,6 +81,7 @@ def lab(monkeypatch):
     monkeypatch.setattr(rounds, "search_space", lambda name, **_: lab.space)
     monkeypatch.setattr(rounds, "look_around", lambda: QUIET)
     monkeypatch.setattr(rounds, "physical_cpus", lambda: [0, 2, 4, 6])
+    monkeypatch.setattr(rounds, "free_cpus", lambda cpus, count: [2, 6])
     monkeypatch.setattr(rounds, "free_memory_share", lambda: 1.0)
     return lab
 
@@ -103,12 +107,12 @@ def test_cells_are_all_loaded_then_measured_in_turns_then_closed(lab, measure):
     assert lab.log == [
         ("load", "a"), ("load", "b"),
         ("measure", "a", *until_stable), ("measure", "b", *until_stable),
-        ("measure", "a", *then), ("measure", "b", *then),
+        ("measure", "b", *then), ("measure", "a", *then),  # each turn begins with another
         ("close", "a"), ("close", "b"),
     ]  # fmt: skip
     assert first.numbers()["items_per_s"] == pytest.approx(2)
     assert second.numbers()["items_per_s"] == pytest.approx(8)
-    assert lab.settings == [(1, 2, 1, {}, [0, 2]), (2, 2, 1, {}, [0, 2])]
+    assert lab.settings == [(1, 2, 1, {}, [2, 6]), (2, 2, 1, {}, [2, 6])]
 
 
 def test_without_pinning_an_engine_may_run_anywhere(lab, measure):
@@ -117,7 +121,8 @@ def test_without_pinning_an_engine_may_run_anywhere(lab, measure):
 
 
 def test_the_setting_that_the_search_found_is_measured_and_recorded(lab, measure):
-    lab.space, lab.speeds = [{}, {"fast": True}], {"a": [0.5, *[0.1, 0.5] * 3, 0.2]}  # in turns
+    in_turns = [*[0.5] * 3, *[0.1, 0.5] * 3, *[0.5, 0.1] * 5]
+    lab.space, lab.speeds = [{}, {"fast": True}], {"a": [*in_turns, 0.2]}
     (found,) = measure(cell("a"), tune=True, repeats=1)
     row = found.row()
     assert row["options"] == {"fast": True}
@@ -131,7 +136,7 @@ def test_where_memory_is_short_an_engine_is_loaded_for_each_turn_and_warmed_anew
     measure(cell("a"), cell("b"))
     assert lab.most == 1
     assert [entry[4] for entry in lab.log if entry[0] == "measure"] == [3.0] * 4
-    assert lab.measured() == ["a", "b", "a", "b"]
+    assert lab.measured() == ["a", "b", "b", "a"]
     assert not lab.loaded
 
 
@@ -153,34 +158,66 @@ def test_only_a_warm_up_that_goes_on_until_latencies_are_stable_can_fail_to_get_
     assert found.row()["stable"] is expected
 
 
-def test_what_spreads_too_much_is_measured_again_and_the_steadier_set_counts(lab, measure, caplog):
-    lab.speeds = {"a": [0.5], "b": [0.5, 0.25, 0.4, 0.41]}
-    steady, again = measure(cell("a"), cell("b"), max_spread=0.1)
-    assert lab.measured() == ["a", "b", "a", "b", "b", "b"]
-    assert again.row()["each"] == pytest.approx([1 / 0.4, 1 / 0.41])
-    assert again.row()["discarded"] == pytest.approx([2.0, 4.0])
+def test_a_repeat_that_something_disturbed_is_measured_again_and_does_not_count(lab, measure, caplog):
+    lab.speeds = {"a": [0.5], "b": [0.4, (0.9, 0.5), (0.8, 0.03), (0.4, 0.02), 0.4]}
+    quiet, again = measure(cell("a"), cell("b", batch=2))
+    assert lab.measured() == ["a", "b", "b", "b", "b", "a"]
+    assert again.row()["each"] == pytest.approx([5.0, 5.0])
+    assert again.row()["turns"] == [0, 1]
+    assert again.row()["waited"] == 0.02
+    assert [one["disturbance"] for one in again.row()["dropped"]] == [0.5, 0.03]
+    assert [one["items_per_s"] for one in again.row()["dropped"]] == pytest.approx([2 / 0.9, 2 / 0.8])
     assert not again.noisy
-    assert steady.row()["discarded"] == []
+    assert quiet.row()["dropped"] == []
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_what_still_spreads_too_much_is_noisy(lab, measure, caplog):
-    lab.speeds = {"b": [0.5, 0.25, 0.5, 0.4]}
-    (noisy,) = measure(cell("b"), max_spread=0.1)
-    assert len(lab.measured()) == 4
+def test_which_repeats_count_is_decided_by_their_disturbance_and_never_by_their_spread(lab, measure):
+    even = [(1.0, 0.3), (1.0, 0.3), (1.0, 0.3)]  # slowed down evenly, as by a busy neighbour
+    lab.speeds = {"b": [0.5, *even, 0.4, 0.6]}
+    (found,) = measure(cell("b"), budget_s=60.0)
+    assert found.row()["each"] == pytest.approx([2.0, 2.5])
+    assert found.row()["turns"] == [0, 2]
+    assert not found.noisy
+
+
+def test_where_nothing_is_undisturbed_the_least_disturbed_counts_and_is_marked(lab, measure, caplog):
+    lab.speeds = {"b": [(0.9, 0.5), (0.5, 0.1), (0.8, 0.4), (0.8, 0.3), (0.6, 0.2), (0.7, 0.25), (9.0, 0.9)]}
+    (noisy,) = measure(cell("b"))
+    assert len(lab.measured()) == 6  # of each turn the best of three
+    assert noisy.row()["each"] == pytest.approx([2.0, 1 / 0.6])
     assert noisy.row()["noisy"]
-    assert noisy.row()["each"] == pytest.approx([2.0, 2.5])  # of two sets the steadier
-    assert noisy.row()["discarded"] == pytest.approx([2.0, 4.0])
-    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert "openvino/dense/b1" in warning
+    first, second = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "openvino/dense/b1" in first
+    assert "kept engines from running up to 20 %" in second
 
 
-def test_an_engine_that_dies_when_measured_again_keeps_what_it_gave_before(lab, measure):
-    lab.speeds = {"b": [0.5, 0.25, 0.4, EngineError("out of memory")]}
-    lab.space = [{}]
-    (noisy,) = measure(cell("b"), max_spread=0.1)
-    assert noisy.row()["each"] == pytest.approx([2.0, 4.0])
-    assert noisy.noisy
+def test_turns_go_on_until_the_ratio_to_the_fastest_dense_network_is_known(lab, measure):
+    lab.speeds = {"slow": [1.0], "dense": [0.5], "fast": [0.3, 0.2, 0.25, *[0.25] * 20], "other": [0.1, 0.2]}
+    other = replace(cell("other"), variant="sparse", load=Load("b2", "sync", 2, 1, 2))  # has no baseline
+    cells = [cell("slow"), cell("dense", engine="torch"), replace(cell("fast"), variant="sparse"), other]
+    *_, fast, alone = measure(*cells, precision=0.10, budget_s=60.0, repeats=4)
+    turns = lab.measured().count("fast")
+    assert 4 < turns < 20
+    assert lab.measured().count("dense") == turns  # both in every turn
+    assert lab.measured().count("slow") == lab.measured().count("other") == 4
+    assert not fast.noisy
+    assert not alone.noisy
+
+
+def test_what_is_not_known_well_enough_when_the_time_is_over_is_noisy(lab, measure, caplog):
+    lab.speeds = {"a": [0.5], "b": [0.3, 0.2, 0.25, 0.4]}
+    exact, vague = measure(cell("a"), replace(cell("b"), variant="sparse"), precision=0.01, repeats=4)
+    assert lab.measured().count("b") == 4
+    assert vague.noisy
+    assert not exact.noisy
+    assert "openvino/sparse/b1" in caplog.text
+
+
+def test_an_engine_that_dies_when_it_is_measured_again_is_impossible(lab, measure):
+    lab.speeds = {"b": [0.5, (0.5, 0.9), EngineError("out of memory")]}
+    (dead, _) = measure(cell("b"), cell("a"))
+    assert dead.row()["impossible"] == "out of memory"
 
 
 def test_a_cell_that_cannot_be_loaded_says_why_and_the_others_are_measured(lab, measure):
@@ -226,6 +263,7 @@ def test_a_row_carries_its_conditions(lab, measure):
         "warmup_s": 0.5, "duration_s": 2.0, "peak_rss_mb": 102.0,
     }  # fmt: skip
     assert row["before"] == row["after"] == QUIET.as_dict()
+    assert row["lock"].endswith("/lock")
     assert datetime.fromisoformat(row["started"]) <= datetime.fromisoformat(row["ended"])
     assert row["warmed_s"] == [0.5, 0.5]
 

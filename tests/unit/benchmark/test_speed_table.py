@@ -5,7 +5,16 @@ from sparse_exp.benchmark.speed_table import impossible_lines, load_text, option
 
 def row(engine, variant, items, **more):
     load = {"key": "b1", "scenario": "sync", "batch": 1, "streams": 1, "cores": 2, "imgsz": 320}
-    return {"engine": engine, "variant": variant, "items_per_s": items, "spread": 0.034, **load, **more}
+    each = [items] * 8
+    return {
+        "engine": engine,
+        "variant": variant,
+        "items_per_s": items,
+        "each": each,
+        "spread": 0.034,
+        **load,
+        **more,
+    }
 
 
 SQUARE = [
@@ -58,7 +67,18 @@ def test_networks_are_compared_up_to_the_first_hyphen():
         row("deepsparse", "sparse", 30.0, network="s-85-block4"),
         row("deepsparse", "sparse", 9.0, network="m-70"),
     ]
-    assert [ratio(rows, one, "x ORT fp32") for one in rows] == [1.0, 1.0, pytest.approx(3), None]
+    ratios = [ratio(rows, one, "x ORT fp32") for one in rows]
+    assert [one and one.value for one in ratios] == [1.0, 1.0, pytest.approx(3), None]
+
+
+def test_a_ratio_that_cannot_be_told_from_one_stands_after_a_tilde():
+    shaky = row("deepsparse", "sparse", 10.2, each=[10.2, 9.8, 10.9, 10.2, 9.9, 10.3, 9.7, 10.6])
+    (first, second) = by_title([row("onnxruntime", "dense", 10.0), shaky])
+    assert (first["x best fp32"], second["x best fp32"]) == ("1.00", "~1.02")
+    once = by_title(
+        [row("onnxruntime", "dense", 10.0, each=[10.0]), row("deepsparse", "sparse", 20.0, each=[20.0])]
+    )
+    assert once[1]["x best fp32"] == "~2.00"  # one measurement says little
 
 
 @pytest.mark.parametrize("other", [{"cores": 1}, {"imgsz": 640}, {"key": "b1_throughput"}, {"cpu": "Z80"}])

@@ -38,7 +38,7 @@ STATE = {"load_average": 0.1, "busy_cores": 0.0, "frequency_mhz": None, "steal":
 ROW = {
     "engine": "onnxruntime", "variant": "dense", "key": "b1", "scenario": "sync", "batch": 1, "streams": 1,
     "cores": 2, "imgsz": 320, "items_per_s": 10.0, "spread": 0.01, "version": "1.26", "cpu": "Z80",
-    "isa": ["avx2"],
+    "isa": ["avx2"], "each": [10.0] * 5,
     "repeats": 5, "duration_s": 3.0, "before": STATE, "started": "2026-11-23T04:54:00", "network": "s",
     "ended": "2026-11-23T04:58:00",
 }  # fmt: skip
@@ -75,6 +75,7 @@ def test_a_cell_may_have_colons_and_equals_signs_in_its_file(square):
 
 def test_tables_of_several_files_are_one_and_need_none_of_the_trainings_libraries(tmp_path):
     sparse = {**ROW, "engine": "deepsparse", "variant": "sparse", "network": "s-85", "items_per_s": 35.0}
+    sparse["each"] = [35.0] * 5
     none = {**ROW, "engine": "torch", "impossible": "It has none."}
     for name, rows in (("a", [ROW]), ("b", [sparse, none])):
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))

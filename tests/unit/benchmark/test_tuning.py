@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 from sparse_exp.benchmark import Cell, Load
 from sparse_exp.benchmark.tuning import Setting, stream_counts, tune
 from sparse_exp.config.schema import HardwareConfig
+from sparse_exp.engines.timing import Timing
 from sparse_exp.errors import EngineError
 
 IMAGES = np.zeros((1, 3, 32, 32), np.uint8)
@@ -28,7 +30,7 @@ class Bench:
 
         def measure(images, seconds, *, warmup, streams):
             self.calls.append((seconds, warmup, streams))
-            return SimpleNamespace(latencies=(found,) * round(streams * self.wall / found), wall=self.wall)
+            return Timing((found,) * round(streams * self.wall / found), self.wall, 0.0, stable=True)
 
         engine.measure = measure
         self.open.append(engine)
@@ -52,37 +54,82 @@ def test_the_fastest_option_is_chosen_and_only_its_engine_stays_open():
     ]
     assert found.tries[1]["items_per_s"] == pytest.approx(100)
     cold, warm = (1.0, 3.0, 1), (1.0, 0.0, 1)  # a third of a try each; the warm-up is no longer than the try
-    beside_the_best = [cold, *[warm] * 5]
-    assert bench.calls == [cold, warm, warm, *beside_the_best, *beside_the_best]
+    beside_the_best, beside_the_defaults = [cold, *[warm] * 5], [cold, *[warm] * 9]
+    assert bench.calls == [cold, warm, warm, *beside_the_best, *beside_the_best, *beside_the_defaults]
 
 
-def test_where_one_inference_is_longer_than_a_try_one_turn_is_enough():
-    bench = Bench({(1, None): 4.0, (1, 1): 3.5}, wall=7.0)
-    assert search(SYNC, bench, [{}, {"a": 1}]).setting == Setting(1, {"a": 1})
-    assert len(bench.calls) == 1 + 2
+def test_a_turn_has_twenty_inferences_as_far_as_four_times_its_seconds_suffice():
+    bench = Bench(dict.fromkeys([(1, None), (1, 9)], 0.1))
+    search(SYNC, bench, [{}, {"a": 9}], HardwareConfig("x", tune_s=3.0))
+    assert [seconds for seconds, *_ in bench.calls[:3]] == [1.0, pytest.approx(2.0), pytest.approx(2.0)]
+    bench = Bench(dict.fromkeys([(1, None), (1, 9)], 0.9))
+    search(SYNC, bench, [{}, {"a": 9}], HardwareConfig("x", tune_s=3.0))
+    assert [seconds for seconds, *_ in bench.calls[:3]] == [1.0, 4.0, 4.0]
 
 
-@pytest.mark.parametrize("slow_turns", [{1}, {2}, {3, 4, 5, 6, 7, 8}])
-def test_neither_a_disturbance_nor_a_drift_of_the_machine_changes_the_choice(slow_turns):
-    bench = Bench({(1, None): 0.02, (1, 1): 0.015})
-    opened, turns = bench.__call__, []
+def speeding(bench, factor):
+    """Engines as those of a bench, with latencies times a factor and a share waited: of setting and call."""
+    calls = []
 
-    def drifting(setting):
-        engine = opened(setting)
+    def opened(setting):
+        engine = bench(setting)
         quiet = engine.measure
 
         def measure(*arguments, **options):
-            turns.append(setting)
+            slower, waited = factor(setting, len(calls))
+            calls.append(setting)
             timing = quiet(*arguments, **options)
-            slower = 2.0 if len(turns) - 1 in slow_turns else 1.0
-            timing.latencies = tuple(slower * latency for latency in timing.latencies)
-            return timing
+            latencies = tuple(slower * latency for latency in timing.latencies)
+            return replace(timing, latencies=latencies, waited=waited)
 
         engine.measure = measure
         return engine
 
+    return opened
+
+
+def tuned(opened, *options):
     cell = Cell("openvino", "dense", Path("m.onnx"), SYNC)
-    assert tune(cell, IMAGES, HARDWARE, drifting, lambda _: [{}, {"a": 1}]).setting == Setting(1, {"a": 1})
+    return tune(cell, IMAGES, HARDWARE, opened, lambda _: [{}, *options]).setting
+
+
+@pytest.mark.parametrize("slow_calls", [{1}, {3}, {5, 6}, {9, 12}])
+def test_a_turn_that_something_disturbs_is_measured_again(slow_calls):
+    disturbed = speeding(
+        Bench({(1, None): 0.02, (1, 1): 0.015}),
+        lambda _, call: (2.0, 0.4) if call in slow_calls else (1.0, 0.0),
+    )
+    assert tuned(disturbed, {"a": 1}) == Setting(1, {"a": 1})
+
+
+def test_a_drift_of_the_machine_does_not_change_the_choice():
+    drifting = speeding(Bench({(1, None): 0.02, (1, 1): 0.015}), lambda _, call: (1.0 + call / 20, 0.0))
+    assert tuned(drifting, {"a": 1}) == Setting(1, {"a": 1})
+
+
+def test_of_equal_settings_the_defaults_are_chosen_whatever_the_noise():
+    draw, chosen = np.random.default_rng(0), []
+    for _ in range(200):
+        noisy = speeding(
+            Bench({(1, None): 0.02, (1, 1): 0.02, (1, 2): 0.02}), lambda *_: (draw.lognormal(0, 0.1), 0.0)
+        )
+        chosen.append(tuned(noisy, {"a": 1}, {"a": 2}))
+    assert sum(bool(setting.options) for setting in chosen) <= 6  # 3 % at 10 % noise
+
+
+def test_what_won_by_chance_loses_the_last_round():
+    lucky = speeding(
+        Bench({(1, None): 0.02, (1, 1): 0.02}),
+        lambda setting, call: (0.8 if setting.options and call < 9 else 1.0, 0.0),
+    )
+    assert tuned(lucky, {"a": 1}) == Setting(1, {})
+
+
+def test_options_are_added_to_those_that_have_won():
+    seconds = {(1, None): 0.02, (1, 1): 0.015}
+    bench = Bench(seconds)
+    both = speeding(bench, lambda setting, _: (0.8 if setting.options.get("b") else 1.0, 0.0))
+    assert tuned(both, {"a": 1}, {"b": True}) == Setting(1, {"a": 1, "b": True})
 
 
 def test_the_defaults_stay_where_nothing_is_clearly_faster():

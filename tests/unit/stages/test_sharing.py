@@ -466,7 +466,7 @@ test_sharing.run(test_sharing.job(int(sys.argv[1])))
 @pytest.mark.slow  # two interpreters with all libraries
 def test_two_real_jobs_with_the_same_training_train_once(tmp_path):
     modules = os.pathsep.join(map(str, Path(__file__).parents[:3]))  # this one, and what it imports
-    environment = {**os.environ, "PYTHONPATH": modules, "TMPDIR": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": modules, "SPARSE_EXP_LOCKS": str(tmp_path)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
     processes = [subprocess.Popen([sys.executable, "-c", CHILD, str(number)], **pipes) for number in range(2)]
     logs = [process.communicate(timeout=300)[0] for process in processes]
