@@ -31,8 +31,8 @@ _HOW_VERIFIED = (
 _HOW_MEASURED = (
     "A row's accuracy, size and speed are those of one file in one engine. x ORT fp32: times as many items "
     "per second as ONNX Runtime has with the dense network in fp32 under the same load; x best fp32, x best "
-    "int8: than the fastest of the engines with the dense network in fp32, in 8 bits. What stands after a tilde "
-    "cannot be told from 1. All percentiles are in benchmark.csv."
+    "int8: than the fastest of the engines with the dense network in fp32, in 8 bits. What stands after a "
+    "tilde cannot be told from 1. All percentiles are in benchmark.csv."
 )
 
 
