@@ -28,7 +28,7 @@ def start(deployment, tmp_path):
             f"--cell=n={engine}:dense:{deployment / 'dense.onnx'}" for engine in ("openvino", "onnxruntime")
         ]
         words += ["--seconds", str(seconds), "--repeats", "2", "--warmup", "0", "--max-warmup", "0"]
-        words += ["--tune-s", "0", "--precision", "10", "--out", str(tmp_path / f"{name}.json")]
+        words += ["--tune-s", "0", "--budget-s", "0", "--out", str(tmp_path / f"{name}.json")]
         with (tmp_path / f"{name}.log").open("w") as log:
             process = subprocess.Popen(
                 [sys.executable, SQUARE, *words],
