@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 CONFIDENCE = 0.999  # of an interval: of 1000 pairs of equal cells one is told apart
-_LEAST = 3  # turns from which an interval says anything
+LEAST_TURNS = 3
+"""From which an interval says anything."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def _interval(logs: NDArray[np.float64]) -> tuple[float, float]:
     0.2 % (run: eight turns, normal noise), as no mean of drawn values lies beyond the values.
     """
     count = len(logs)
-    if count < _LEAST:
+    if count < LEAST_TURNS:
         return 0.0, math.inf
     error = float(logs.std(ddof=1)) / math.sqrt(count) * float(stdtrit(count - 1, (1 + CONFIDENCE) / 2))
     return math.exp(logs.mean() - error), math.exp(logs.mean() + error)

@@ -36,7 +36,7 @@ from sparse_exp.benchmark.host_state import (
     look_around,
 )
 from sparse_exp.benchmark.measurements import Measurement, Round, megabytes
-from sparse_exp.benchmark.ratios import Speeds, ratio_of
+from sparse_exp.benchmark.ratios import LEAST_TURNS, Speeds, ratio_of
 from sparse_exp.benchmark.tuning import Setting, Tuned, tune
 from sparse_exp.config.schema import HardwareConfig
 from sparse_exp.engines import IsolatedEngine, search_space
@@ -67,7 +67,8 @@ def benchmark(
     latencies are stable, later ones take ``hardware.warmup_s`` seconds. A repeat of which more than
     ``hardware.max_disturbance`` was taken by something else is dropped, and measured again. Further turns
     follow, until the ratio of each cell to the fastest dense one is known within ``hardware.precision``, or
-    all turns took ``hardware.budget_s`` seconds. A cell of which it is not known then is noisy.
+    all turns took ``hardware.budget_s`` seconds; but none where fewer turns were asked for than an interval
+    needs. A cell of which it is not known then is noisy.
 
     Args:
         cells: what to measure; impossible ones stay impossible.
@@ -177,11 +178,16 @@ class _Slot:
             self.tuned.engine.close()
             self.tuned.engine = None
 
-    def measure(self, turn: int) -> None:
-        """Take the repeat of a turn; again at once, a few times, while something else disturbs it."""
+    def measure(self, turn: int, until: float) -> None:
+        """Take the repeat of a turn; again at once, a few times, while something else disturbs it.
+
+        Args:
+            turn: its number.
+            until: on the monotonic clock; nothing is measured again after it.
+        """
         try:
             tries = [self._round(turn)]
-            while not self._is_clean(tries[-1]) and len(tries) < _TRIES:
+            while not self._is_clean(tries[-1]) and len(tries) < _TRIES and time.monotonic() < until:
                 tries.append(self._round(turn))
         except SparseExpError as error:
             self.error = error
@@ -258,11 +264,11 @@ def _measure(slots: list[_Slot], hardware: HardwareConfig) -> None:
             due = [slot for slot in slots if slot.alive]
             if turn >= hardware.repeats:
                 due = _with_baselines(slots, _unsettled(slots, hardware))
-                if not due or time.monotonic() >= ends:
+                if not due or time.monotonic() >= ends or hardware.repeats < LEAST_TURNS:  # a quick look
                     return
             for slot in _rotated(due, turn):
                 bar.advance(0, note=slot.cell.name)
-                slot.measure(turn)
+                slot.measure(turn, ends)
                 keep = _keep_loaded(slots, keep=keep)  # some take most of their memory when they first run
                 bar.advance(1 if turn < hardware.repeats else 0)
             for slot in slots:  # an engine that is done would keep memory, and threads that spin
