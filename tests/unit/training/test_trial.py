@@ -187,8 +187,9 @@ import torch
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data.loader import Batch
 from sparse_exp.errors import ConfigError
+from sparse_exp.planning import trial
 from sparse_exp.recipes.recipe import Recipe
-from sparse_exp.training import memory, trial
+from sparse_exp.training import memory
 from sparse_exp.training.precision import Precision
 from sparse_exp.yolov5 import YOLOv5
 
