@@ -90,7 +90,8 @@ def benchmark(
         started = datetime.now(UTC)
         before = look_around()
         most = max((cell.cores for cell in cells), default=1)
-        slots = [_Slot(cell, images, hardware, free_cpus(physical_cpus(), most)) for cell in cells]
+        cpus = free_cpus(physical_cpus(), most)
+        slots = [_Slot(cell, images, hardware, cpus) for cell in cells]
         if before.busy_cores > _BUSY_CORES:
             message = "Other programs keep %.1f cores busy: close them, or the numbers are too low."
             _log.warning(message, before.busy_cores)
@@ -122,6 +123,7 @@ class _Slot:
     def __init__(self, cell: Cell, images: np.ndarray, hardware: HardwareConfig, cpus: Sequence[int]) -> None:
         self.cell, self._images, self._hardware, self._cpus = cell, images, hardware, cpus
         self.error: SparseExpError | None = None
+        self.over = False  # it cannot be measured any more; what was measured counts
         self.tuned = Tuned()
         self.taken: list[Round] = []
         self.dropped: list[Round] = []
@@ -190,8 +192,10 @@ class _Slot:
             while not self._is_clean(tries[-1]) and len(tries) < _TRIES and time.monotonic() < until:
                 tries.append(self._round(turn))
         except SparseExpError as error:
-            self.error = error
-            _log.warning("%s cannot be measured: %s", self.cell.name, error)
+            self.over = True
+            if len(self.taken) < self._hardware.repeats:
+                self.error = error
+            _log.warning("%s cannot be measured%s: %s", self.cell.name, "" if self.error else " again", error)
             self.release()
         else:
             best = min(tries, key=lambda one: one.disturbance)
@@ -263,7 +267,8 @@ def _measure(slots: list[_Slot], hardware: HardwareConfig) -> None:
         for turn in itertools.count():
             due = [slot for slot in slots if slot.alive]
             if turn >= hardware.repeats:
-                due = _with_baselines(slots, _unsettled(slots, hardware))
+                vague = [slot for slot in _unsettled(slots, hardware) if not slot.over]
+                due = [slot for slot in _with_baselines(slots, vague) if not slot.over]
                 if not due or time.monotonic() >= ends or hardware.repeats < LEAST_TURNS:  # a quick look
                     return
             for slot in _rotated(due, turn):

@@ -217,6 +217,18 @@ def test_what_is_not_known_well_enough_when_the_time_is_over_is_noisy(lab, measu
     assert "openvino/sparse/b1" in caplog.text
 
 
+def test_an_engine_that_dies_in_a_further_turn_keeps_what_it_gave_before(lab, measure, caplog):
+    lab.speeds = {"a": [0.5], "b": [0.3, 0.2, 0.4, EngineError("out of memory")]}
+    _, vague = measure(
+        cell("a"), replace(cell("b"), variant="sparse"), precision=0.01, repeats=3, budget_s=60.0
+    )
+    assert vague.row()["each"] == pytest.approx([1 / 0.3, 5.0, 2.5])
+    assert vague.noisy
+    assert lab.measured().count("b") == 4
+    assert "cannot be measured again: out of memory" in caplog.text
+    assert not lab.loaded
+
+
 def test_an_engine_that_dies_when_it_is_measured_again_is_impossible(lab, measure):
     lab.speeds = {"b": [0.5, (0.5, 0.9), EngineError("out of memory")]}
     (dead, _) = measure(cell("b"), cell("a"), budget_s=60.0)
