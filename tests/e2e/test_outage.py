@@ -26,6 +26,8 @@ SMALL = [
 # Of a run, not of what it measured: they differ between two undisturbed runs too.
 OWN = re.compile(r"time/|benchmark/|images_per_s|seconds|run\.directory|overrides|mlflow\.runName|paths\.run")
 
+PERCENTILE = re.compile(r"/latency_p(75|9\d+)_ms$")  # there where inferences were enough
+
 
 class Server:
     """A real tracking server that can be killed and started again."""
@@ -92,7 +94,7 @@ def known(client, run_id: str) -> dict:
     keys = [key for key in run.data.metrics if not OWN.search(key)]
     return {
         "metrics": {key: [(m.step, m.value) for m in client.get_metric_history(run_id, key)] for key in keys},
-        "names": set(run.data.metrics) | set(run.data.params),
+        "names": {name for name in (*run.data.metrics, *run.data.params) if not PERCENTILE.search(name)},
         "params": {key: value for key, value in run.data.params.items() if not OWN.search(key)},
         "tags": {key: value for key, value in run.data.tags.items() if not OWN.search(key)},
         "inputs": sorted((i.dataset.name, i.dataset.digest) for i in run.inputs.dataset_inputs),

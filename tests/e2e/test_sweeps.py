@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -174,7 +175,10 @@ def test_params_metrics_and_tags_of_children_are_uniform(serial):
             "deployed/onnxruntime/dense/",
             "size/dense_checkpoint_mb",
         )
-        assert not [key for key in own if not key.startswith(expected)], table
+        percentiles = {
+            key for key in own if re.search(r"/latency_p(75|9\d+)_ms$", key)
+        }  # of enough inferences
+        assert not [key for key in own - percentiles if not key.startswith(expected)], table
 
 
 def test_again_all_are_kept(serial):
