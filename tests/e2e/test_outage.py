@@ -23,8 +23,8 @@ SMALL = [
     "hardware.warmup_s=0", "hardware.repeats=1", "tracker.system_metrics=false",
     "tracker.register=digits", "tracker.alias=candidate",
 ]  # fmt: skip
-# Of a run, not of what it measured: they differ between two undisturbed runs too.
-OWN = re.compile(r"time/|benchmark/|images_per_s|seconds|run\.directory|overrides|mlflow\.runName|paths\.run")
+# Of a run, as its name is, which its files hold, too: they differ between two undisturbed runs.
+OWN = re.compile(r"time/|size/|benchmark/|images_per_s|seconds|run\.directory|overrides|mlflow\.runName|paths\.run")
 
 PERCENTILE = re.compile(r"/latency_p(75|9\d+)_ms$")  # there where inferences were enough
 
