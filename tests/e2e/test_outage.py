@@ -24,7 +24,9 @@ SMALL = [
     "tracker.register=digits", "tracker.alias=candidate",
 ]  # fmt: skip
 # Of a run, as its name is, which its files hold, too: they differ between two undisturbed runs.
-OWN = re.compile(r"time/|size/|benchmark/|images_per_s|seconds|run\.directory|overrides|mlflow\.runName|paths\.run")
+OWN = re.compile(
+    r"time/|size/|benchmark/|images_per_s|seconds|run\.directory|overrides|mlflow\.runName|paths\.run"
+)
 
 PERCENTILE = re.compile(r"/latency_p(75|9\d+)_ms$")  # there where inferences were enough
 
