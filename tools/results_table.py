@@ -114,8 +114,7 @@ def _throughput(result: dict[str, Any], measurements: list[dict[str, Any]]) -> s
     noisy, vague = noisy_labels(measurements), vague_labels(measurements)
     rows = []
     for row in throughputs(result):
-        label = f"{row.engine}/{row.variant}/{row.load}"
-        spread, gain = percent(row.spread) + " !" * (label in noisy), "~" * (label in vague)
+        spread, gain = percent(row.spread) + " !" * (row.label in noisy), "~" * (row.label in vague)
         times = [decimal(row.p50, 1), decimal(row.p90, 1), decimal(row.p99, 1)]
         named = row.engine, row.variant, row.load, decimal(row.items_per_s, 1), spread
         rows.append((*named, *times, gain + decimal(row.speedup, 2)))

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparse_exp.benchmark.measurements import Row
+from sparse_exp.benchmark.measurements import Row, fastest
 from sparse_exp.benchmark.ratios import Ratio, mean_ratio, ratio_of_rows, speeds_of
 
 RUNTIME, ZEROS, INT8, CORES = "runtime", "sparsity", "8 bits", "cores"
@@ -159,18 +159,14 @@ class _Speeds:
 
     def own(self, variant: str, cores: int) -> Row | None:
         """The fastest row of the deployed engine; None where there is none."""
-        return _fastest(row for row in self._of(variant, cores) if row["engine"] == self.engine)
+        return fastest(row for row in self._of(variant, cores) if row["engine"] == self.engine)
 
     def fastest(self, variant: str, cores: int, but: str = "") -> Row | None:
         """The fastest row of all engines except ``but``; None where there is none."""
-        return _fastest(row for row in self._of(variant, cores) if row["engine"] != but)
+        return fastest(row for row in self._of(variant, cores) if row["engine"] != but)
 
     def _of(self, variant: str, cores: int) -> Iterator[Row]:
         return (row for row in self._rows if row["variant"] == variant and row["cores"] == cores)
-
-
-def _fastest(rows: Iterable[Row]) -> Row | None:
-    return max(rows, key=lambda row: float(row["items_per_s"]), default=None)
 
 
 def _steps(speeds: _Speeds, baseline: Row | None, own: Row | None, end: Row) -> Iterator[Step]:

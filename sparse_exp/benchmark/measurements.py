@@ -31,7 +31,7 @@ PERCENTILES = {
     "latency_p999_ms": 99.9,
 }
 _BEYOND = 10  # latencies beyond a percentile, without which it says nothing
-_CAUSES = ("waited", "throttled", "steal")
+CAUSES = ("waited", "throttled", "steal")  # of a disturbance; see `Round`
 CERTAIN_NUMBERS = ("items_per_s", "latency_p25_ms", "latency_p50_ms", "spread", "peak_rss_mb")
 NUMBERS = ("items_per_s", *PERCENTILES, "spread", "peak_rss_mb")
 
@@ -150,7 +150,7 @@ class Measurement:
             "noisy": self.noisy,
             "warmed_s": [round(one.warmed, 3) for one in self.rounds],
             "stable": all(one.stable for one in self.rounds),
-            **{name: round(max(getattr(one, name) for one in self.rounds), 4) for name in _CAUSES},
+            **{name: round(max(getattr(one, name) for one in self.rounds), 4) for name in CAUSES},
             "dropped": [
                 {"items_per_s": self._speed(one), "disturbance": round(one.disturbance, 4)}
                 for one in self.dropped
@@ -162,6 +162,11 @@ class Measurement:
 def measured(rows: Iterable[Row]) -> list[Row]:
     """The rows that have numbers: all but those of impossible cells."""
     return [row for row in rows if "impossible" not in row and row.get("items_per_s")]
+
+
+def fastest(rows: Iterable[Row]) -> Row | None:
+    """The row with the most items per second; None of none."""
+    return max(rows, key=lambda row: float(row["items_per_s"]), default=None)
 
 
 def spread(values: Sequence[float]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from sparse_exp.benchmark.measurements import Row, measured
+from sparse_exp.benchmark.measurements import Row, fastest, measured
 from sparse_exp.benchmark.ratios import SAME, Ratio, ratio_of_rows
 
 Table = tuple[list[str], list[list[str]]]
@@ -93,10 +93,10 @@ def ratio(rows: Iterable[Row], row: Row, baseline: str) -> Ratio | None:
         for other in measured(rows)
         if _conditions(other) == _conditions(row) and _BASELINES[baseline](other)
     ]
-    fastest = max(others, key=lambda other: float(other["items_per_s"]), default=None)
-    if fastest is None:
+    best = fastest(others)
+    if best is None:
         return None
-    return SAME if fastest is row else ratio_of_rows(row, fastest)
+    return SAME if best is row else ratio_of_rows(row, best)
 
 
 def noisy_labels(rows: Iterable[Row]) -> set[str]:

@@ -33,9 +33,8 @@ class Why:
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data, for ``why.json``, which calls the gains ``splits``."""
-        data = asdict(self)
-        del data["gains"]
-        return {"splits": [_plain(gain) for gain in self.gains], **data}
+        splits, costs = map(_plain, self.gains), map(asdict, self.costs)
+        return {"splits": list(splits), "costs": list(costs), "advice": list(self.advice)}
 
 
 def explain(rows: Sequence[Row], profiles: Profiles | None = None) -> Why:

@@ -68,6 +68,11 @@ class Throughput:
     spread: float | None
     speedup: float | None
 
+    @property
+    def label(self) -> str:
+        """As `sparse_exp.benchmark.speed_table.label` calls its row."""
+        return f"{self.engine}/{self.variant}/{self.load}"
+
 
 def number(result: Result, key: str) -> float | None:
     """The number under a name of the result; None where there is none, or a text."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparse_exp.benchmark.measurements import Row, measured
+from sparse_exp.benchmark.measurements import CAUSES, Row, measured
 from sparse_exp.benchmark.speed_table import label
 from sparse_exp.config.schema import ENGINES, Experiment
 from sparse_exp.data import DetectionDataset, evenly_spread
@@ -292,7 +292,7 @@ def _dense(source: _Source, rows: list[dict[str, Any]]) -> dict[str, str]:
 
 def _disturbance(row: Row) -> float:
     """Share of a repeat's time that other programs, a quota or a hypervisor took at most."""
-    return max(float(row.get(name, 0.0)) for name in ("waited", "throttled", "steal"))
+    return max(float(row.get(name, 0.0)) for name in CAUSES)
 
 
 def _state(state: dict[str, Any]) -> str:

@@ -72,8 +72,8 @@ def _benchmark(result: Result, rows: Sequence[Row]) -> Table:
             one.load,
             decimal(one.items_per_s, 1),
             decimal(one.p50, 1),
-            percent(one.spread) + (" !" if f"{one.engine}/{one.variant}/{one.load}" in noisy else ""),
-            "~" * (f"{one.engine}/{one.variant}/{one.load}" in vague) + decimal(one.speedup, 2),
+            percent(one.spread) + (" !" if one.label in noisy else ""),
+            "~" * (one.label in vague) + decimal(one.speedup, 2),
         )
         for one in found
     ]

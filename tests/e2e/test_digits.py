@@ -18,6 +18,7 @@ from pathlib import Path
 import onnx
 import psutil
 import pytest
+from percentiles import needs_many_inferences
 
 from sparse_exp import cli
 from sparse_exp.files import sha256_of
@@ -139,9 +140,7 @@ def test_the_names_of_the_result_are_known_before(smoke):
     not_sure = {
         name for name in measured if name.startswith(("test/map50", "size/qdq/", "size/onnxruntime/"))
     }
-    percentiles = {
-        name for name in measured if re.search(r"/latency_p(75|9\d+)_ms$", name)
-    }  # of enough inferences
+    percentiles = set(filter(needs_many_inferences, measured))
     assert measured - certain_names(experiment) == not_sure | percentiles
 
 

@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from percentiles import needs_many_inferences
 
 from sparse_exp.runs.directory import Run
 from sparse_exp.tracking.dashboard import free_port
@@ -27,8 +28,6 @@ SMALL = [
 OWN = re.compile(
     r"time/|size/|benchmark/|images_per_s|seconds|run\.directory|overrides|mlflow\.runName|paths\.run"
 )
-
-PERCENTILE = re.compile(r"/latency_p(75|9\d+)_ms$")  # there where inferences were enough
 
 
 class Server:
@@ -96,7 +95,7 @@ def known(client, run_id: str) -> dict:
     keys = [key for key in run.data.metrics if not OWN.search(key)]
     return {
         "metrics": {key: [(m.step, m.value) for m in client.get_metric_history(run_id, key)] for key in keys},
-        "names": {name for name in (*run.data.metrics, *run.data.params) if not PERCENTILE.search(name)},
+        "names": {name for name in (*run.data.metrics, *run.data.params) if not needs_many_inferences(name)},
         "params": {key: value for key, value in run.data.params.items() if not OWN.search(key)},
         "tags": {key: value for key, value in run.data.tags.items() if not OWN.search(key)},
         "inputs": sorted((i.dataset.name, i.dataset.digest) for i in run.inputs.dataset_inputs),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 import signal
 import sqlite3
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from percentiles import needs_many_inferences
 
 pytestmark = pytest.mark.slow
 
@@ -175,9 +175,7 @@ def test_params_metrics_and_tags_of_children_are_uniform(serial):
             "deployed/onnxruntime/dense/",
             "size/dense_checkpoint_mb",
         )
-        percentiles = {
-            key for key in own if re.search(r"/latency_p(75|9\d+)_ms$", key)
-        }  # of enough inferences
+        percentiles = set(filter(needs_many_inferences, own))
         assert not [key for key in own - percentiles if not key.startswith(expected)], table
 
 
