@@ -18,13 +18,14 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sparse_exp.benchmark.cells import Cell
 from sparse_exp.benchmark.host_state import (
@@ -37,6 +38,7 @@ from sparse_exp.benchmark.host_state import (
 )
 from sparse_exp.benchmark.measurements import Measurement, Round, megabytes
 from sparse_exp.benchmark.ratios import LEAST_TURNS, Speeds, ratio_of
+from sparse_exp.benchmark.remembered import file_of, keep, recall
 from sparse_exp.benchmark.tuning import Setting, Tuned, tune
 from sparse_exp.config.schema import HardwareConfig
 from sparse_exp.engines import IsolatedEngine, search_space
@@ -53,28 +55,42 @@ _SPARE_MEMORY = 0.3  # share of the memory; if less is free, engines are loaded 
 _INT8_NODES = frozenset(("ConvInteger", "QLinearConv", "QuantizeLinear", "MatMulInteger"))
 
 
+Check = Callable[[Cell, NDArray[np.float32]], Mapping[str, Any]]
+
+
+def _no_check(_: Cell, __: NDArray[np.float32]) -> Mapping[str, Any]:
+    return {}
+
+
 def benchmark(
     cells: Sequence[Cell],
     images: np.ndarray,
     *,
     hardware: HardwareConfig,
+    settings: Path | None = None,
+    check: Check = _no_check,
     lock_path: Path | None = None,
 ) -> list[Measurement]:
     """Measure cells on this host.
 
-    First each cell is tuned (`tune`). Then come ``hardware.repeats`` turns, in each of which every cell
-    warms up and is timed for ``hardware.duration_s`` seconds. The first warm-up of a cell goes on until its
-    latencies are stable, later ones take ``hardware.warmup_s`` seconds. A repeat of which more than
-    ``hardware.max_disturbance`` was taken by something else is dropped, and measured again. Further turns
-    follow, until the ratio of each cell to the fastest dense one is known within ``hardware.precision``, or
-    all turns took ``hardware.budget_s`` seconds; but none where fewer turns were asked for than an interval
-    needs. A cell of which it is not known then is noisy.
+    First each cell is tuned (`tune`), or gets the setting that was found before. Then come
+    ``hardware.repeats`` turns, in each of which every cell warms up and is timed for ``hardware.duration_s``
+    seconds. The first warm-up of a cell goes on until its latencies are stable, later ones take
+    ``hardware.warmup_s`` seconds. A repeat of which more than ``hardware.max_disturbance`` was taken by
+    something else is dropped, and measured again. Further turns follow, until the ratio of each cell to the
+    fastest dense one is known within ``hardware.precision``, or all turns took ``hardware.budget_s`` seconds;
+    but none where fewer turns were asked for than an interval needs. A cell of which it is not known then is
+    noisy.
 
     Args:
         cells: what to measure; impossible ones stay impossible.
         images: real photos, uint8 (N, 3, H, W); batches are taken from them in turn.
         hardware: tune, tune_s, pinning, warmup_s, max_warmup_s, duration_s, repeats, precision, budget_s and
             max_disturbance.
+        settings: folder in which the settings that tuning finds are kept; None: they are not.
+        check: is given each cell and what it puts out for its first batch, in the setting that is measured;
+            returns what there is to say of it, for the row. A cell for which it raises an `EngineError` is
+            impossible.
         lock_path: file of the host-wide lock; None: `default_lock_path`.
 
     Returns:
@@ -97,7 +113,7 @@ def benchmark(
             _log.warning(message, before.busy_cores)
         _log.info("Measuring %d cells alone on this host.", sum(not cell.impossible for cell in cells))
         try:
-            _measure(slots, hardware)
+            _measure(slots, hardware, settings, check)
         finally:
             for slot in slots:
                 slot.release()
@@ -128,6 +144,7 @@ class _Slot:
         self.taken: list[Round] = []
         self.dropped: list[Round] = []
         self._peak, self._version = 0.0, ""
+        self._outputs: Mapping[str, Any] = {}
 
     @property
     def alive(self) -> bool:
@@ -156,23 +173,57 @@ class _Slot:
     def _is_clean(self, one: Round) -> bool:
         return one.disturbance <= self._hardware.max_disturbance
 
-    def prepare(self) -> None:
-        """Tune the cell; its engine is loaded then."""
+    def prepare(self, settings: Path | None) -> None:
+        """Tune the cell, or take the setting that was found before; its engine is loaded then.
+
+        Args:
+            settings: folder in which they are kept; None: they are not.
+        """
         if not self.alive:
             return
-        load = self.cell.load
-        self.tuned = tune(
-            self.cell,
-            self._images,
-            self._hardware,
-            self._opened,
-            lambda streams: search_space(
-                self.cell.engine, batch_size=load.batch_size, cores=load.cores, streams=streams
-            ),
-        )
+        file = None
+        if settings is not None and self._hardware.tune:
+            file = file_of(settings, self.cell, self._hardware, self._images.shape[-1], self._space)
+            if not self._hardware.tune_again and self._recalled(file):
+                return
+        self.tuned = tune(self.cell, self._images, self._hardware, self._opened, self._space)
         if self.tuned.setting is None:
             self.error = self.tuned.error
             _log.warning("%s cannot be measured: %s", self.cell.name, self.error)
+        elif file is not None:
+            keep(file, self.tuned, self.tuned.engine.version)
+
+    def check(self, check: Check) -> None:
+        """Look at what the cell puts out in the setting that is measured."""
+        engine = self.tuned.engine
+        if not self.alive or engine is None:
+            return
+        try:
+            self._outputs = check(self.cell, engine.run(self._images[: self.cell.batch_size])[0])
+        except SparseExpError as error:
+            self.error = error
+            _log.warning("%s is not measured: %s", self.cell.name, error)
+            self.release()
+
+    def _space(self, streams: int) -> Sequence[Mapping[str, Any]]:
+        load = self.cell.load
+        return search_space(self.cell.engine, batch_size=load.batch_size, cores=load.cores, streams=streams)
+
+    def _recalled(self, file: Path) -> bool:
+        """Take the setting that a file holds, if the engine is still the same and loads with it."""
+        known = recall(file)
+        if known is None:
+            return False
+        try:
+            engine = self._opened(known.setting)
+        except SparseExpError as error:
+            _log.debug("%s with %s: %s", self.cell.name, known.setting, error)
+            return False
+        if engine.version != known.version:
+            engine.close()
+            return False
+        self.tuned = Tuned(known.setting, engine, known.tries, searched=known.searched)
+        return True
 
     def release(self) -> None:
         """Free the engine; the next repeat loads it again."""
@@ -247,6 +298,8 @@ class _Slot:
             "streams": setting.streams,
             "options": dict(setting.options),
             "tries": self.tuned.tries,
+            **({"searched": self.tuned.searched} if self.tuned.searched else {}),
+            **({"outputs": dict(self._outputs)} if self._outputs else {}),
             "size_mb": round(megabytes(self.cell.model or Path()), 3),
         }
         kept = self.rounds
@@ -255,12 +308,13 @@ class _Slot:
         return Measurement(self.cell, kept, self._peak, noisy, dropped, {**own, **conditions})
 
 
-def _measure(slots: list[_Slot], hardware: HardwareConfig) -> None:
+def _measure(slots: list[_Slot], hardware: HardwareConfig, settings: Path | None, check: Check) -> None:
     with progress("Benchmark", total=len(slots) * (1 + hardware.repeats), unit="measurements") as bar:
         keep = True
         for slot in slots:
             bar.advance(0, note=f"preparing {slot.cell.name}")
-            slot.prepare()
+            slot.prepare(settings)
+            slot.check(check)
             keep = _keep_loaded(slots, keep=keep)
             bar.advance()
         ends = time.monotonic() + hardware.budget_s

@@ -132,13 +132,18 @@ def options_table(rows: Sequence[Row]) -> Table:
 
 
 def _gain(row: Row) -> float | None:
-    """Items per second of the chosen setting over those of the first try, where both were measured."""
+    """How many times faster the chosen setting is than the first; None where neither was measured.
+
+    Old rows only say how fast each was when it was tried.
+    """
     first, *_ = row["tries"]
     chosen = next(
         one
         for one in row["tries"]
         if one["streams"] == row["streams"] and one["options"] == row["options"] and "failed" not in one
     )
+    if "gain" in chosen:
+        return float(chosen["gain"])
     if "items_per_s" not in first or "items_per_s" not in chosen:
         return None
     return float(chosen["items_per_s"] / first["items_per_s"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -51,14 +51,17 @@ class Tuned:
         setting: the fastest; None if none works.
         engine: loaded with that setting; None if none works.
         tries: every setting that was tried, in the order of the search: ``streams`` and ``options``, then
-            ``items_per_s`` and ``latency_p50_ms``, or ``failed`` with the reason.
+            ``items_per_s`` and ``latency_p50_ms``, or ``failed`` with the reason; of a winner other than the
+            defaults also ``gain``, how many times faster it was than these in the last turns.
         error: of the last setting that did not work.
+        searched: when the search was made, as ISO 8601; empty: just now, or not at all.
     """
 
     setting: Setting | None = None
     engine: Any = None
     tries: list[dict[str, Any]] = field(default_factory=list)
     error: SparseExpError | None = None
+    searched: str = ""
 
 
 Open = Callable[[Setting], Any]
@@ -69,11 +72,11 @@ def tune(cell: Cell, images: np.ndarray, hardware: HardwareConfig, open_engine: 
     """Find the setting with which a cell is fastest: first its streams, then its options.
 
     Each candidate is measured in turns with the fastest so far, so that a drift of the machine hits both. It
-    takes that one's place if it is faster in every turn, and clearly so in the mean. Options are added to
-    those that have won. At last the winner must beat the first setting that works, the engine's defaults, in
-    every one of some more turns; else that one is chosen. Batch 1 in the scenario sync counts by its median
-    latency, any other load by items per second. If ``hardware.tune`` is off, or there is a single candidate,
-    the engine is loaded and nothing is measured.
+    takes that one's place if it is faster in every turn, and clearly so in the mean; after a turn that it
+    loses it is given up. Options are added to those that have won. At last the winner must beat the first
+    setting that works, the engine's defaults, in every one of some more turns; else that one is chosen. Batch
+    1 in the scenario sync counts by its median latency, any other load by items per second. If
+    ``hardware.tune`` is off, or there is a single candidate, the engine is loaded and nothing is measured.
 
     Args:
         cell: engine, model and load.
@@ -153,38 +156,48 @@ class _Search:
             _log.debug("%s with %s: %s", self._cell.name, first, error)
             return
         try:
-            pairs = [self._pair(engine, first, warm=turn > 0) for turn in range(_LAST_TURNS)]
+            gain = _gain(1 / self._pair(engine, first, warm=turn > 0)[1] for turn in range(_LAST_TURNS))
         except BaseException:
             engine.close()
             raise
-        if _is_faster([self._speed(best) / self._speed(mine) for mine, best in pairs]):
+        if gain > _BETTER:
             engine.close()
+            self._note_of(winner)["gain"] = round(gain, 4)
             return
         _log.debug("%s: %s was no faster than %s after all.", self._cell.name, winner, first)
         self.found.engine.close()
         self.found.setting, self.found.engine = first, engine
 
-    def _pair(self, engine: Ready, setting: Setting, *, warm: bool) -> tuple[Any, Any]:
-        """Times of an engine, and of the fastest so far."""
+    def _note_of(self, setting: Setting) -> dict[str, Any]:
+        wanted = setting.streams, dict(setting.options)
+        return next(one for one in self.found.tries if (one["streams"], one["options"]) == wanted)
+
+    def _pair(self, engine: Ready, setting: Setting, *, warm: bool) -> tuple[Any, float]:
+        """Times of an engine, and how many times faster it is than the fastest so far."""
         assert self.found.setting is not None
         mine = self._timing(engine, setting, warm=warm)
-        return mine, self._timing(self.found.engine, self.found.setting, warm=True)
+        best = self._timing(self.found.engine, self.found.setting, warm=True)
+        return mine, self._speed(mine) / self._speed(best)
 
     def _is_better(self, engine: Ready, setting: Setting, note: dict[str, Any]) -> bool:
         """Whether an engine is clearly faster than the fastest so far, measured in turns with it."""
-        mine, ratios = [], []
-        for turn in range(_TURNS):
-            if self.found.setting is None:
-                mine.append(self._timing(engine, setting, warm=turn > 0))
-            else:
-                timing, best = self._pair(engine, setting, warm=turn > 0)
+        mine: list[Any] = []
+
+        def ratios() -> Iterator[float]:
+            for turn in range(_TURNS):
+                timing, ratio = self._pair(engine, setting, warm=turn > 0)
                 mine.append(timing)
-                ratios.append(self._speed(timing) / self._speed(best))
+                yield ratio
+
+        if self.found.setting is None:
+            mine, better = [self._timing(engine, setting, warm=False)], True
+        else:
+            better = _gain(ratios()) > _BETTER
         latencies = np.concatenate([timing.latencies for timing in mine])
         items = self._cell.load.batch_size * len(latencies) / sum(timing.wall for timing in mine)
         median = float(np.median(latencies))
         note.update(items_per_s=round(items, 3), latency_p50_ms=round(1e3 * median, 4))
-        return not ratios or _is_faster(ratios)
+        return better
 
     def _timing(self, engine: Ready, setting: Setting, *, warm: bool) -> Any:
         least = self._hardware.tune_s / _TURNS
@@ -205,6 +218,11 @@ class _Search:
         return len(timing.latencies) / float(timing.wall)
 
 
-def _is_faster(ratios: Sequence[float]) -> bool:
-    """Whether all ratios are above 1, and their geometric mean clearly."""
-    return min(ratios) > 1 and float(np.exp(np.mean(np.log(ratios)))) > _BETTER
+def _gain(ratios: Iterable[float]) -> float:
+    """The geometric mean of ratios that are all above 1; 1 at the first that is not, and no further is taken."""
+    logs = []
+    for ratio in ratios:
+        if ratio <= 1:
+            return 1.0
+        logs.append(np.log(ratio))
+    return float(np.exp(np.mean(logs)))

@@ -303,6 +303,10 @@ class HardwareConfig:
         True, "refuse what does not fit this host; false: measure all the same, and state the mismatch"
     )
     tune: bool = documented(True, "try each engine's own options before measuring; false: its defaults")
+    tune_again: bool = documented(
+        False,
+        "search again, though the fastest options were found before for this host, engine and kind of file",
+    )
     tune_s: float = bounded(0.5, above=0.0, high=600.0, unit="s", help="of each try")
     pinning: bool = documented(True, "keep each engine on the first so many of the usable cores")
     warmup_s: float = bounded(1.0, 0.0, 600.0, unit="s", help="least, before each measurement")

@@ -27,6 +27,7 @@ from sparse_exp.config.schema import Experiment
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.engines.base import files_of
 from sparse_exp.errors import EngineError, Impossible, MissingDependency
+from sparse_exp.export.first_outputs import FirstOutputs
 from sparse_exp.runs.deployment import Deployment, accuracy_prefix, size_prefix
 from sparse_exp.sparsity.measure import MEGABYTE, gzip_bytes, nonzero_bytes
 from sparse_exp.training.evaluation import Evaluation, Validation
@@ -80,6 +81,7 @@ def measure_files(
     *,
     checkpoints: Mapping[str, Any],
     cores: int,
+    first: FirstOutputs,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Evaluate the file of each engine and variant of the target in its engine, and measure its size.
 
@@ -91,6 +93,7 @@ def measure_files(
             not asked again.
         checkpoints: facts of the export stage: sizes of the checkpoints of ``dense`` and ``sparse_fp32``.
         cores: that engines run on.
+        first: takes in what each file puts out for the first images.
 
     Returns:
         Metrics for ``result.json``; and each file as plain data (see `MeasuredFile`).
@@ -106,7 +109,9 @@ def measure_files(
                 if not deployment.is_trained(variant):
                     map50 = map50_95 = None
                 elif variant != "sparse" or map50 is None:
-                    result = evaluate_file(validation, engine, file, batch_size=batch_size, cores=cores)
+                    result = evaluate_file(
+                        validation, engine, variant, file, batch_size=batch_size, cores=cores, first=first
+                    )
                     _log.info("%s in %s: mAP50 %.4f (%s)", variant, engine, result.map50, file.name)
                     map50, map50_95 = result.map50, result.map50_95
             except Impossible as error:
@@ -118,16 +123,25 @@ def measure_files(
 
 
 def evaluate_file(
-    validation: Validation, engine: str, file: Path, *, batch_size: int, cores: int
+    validation: Validation,
+    engine: str,
+    variant: str,
+    file: Path,
+    *,
+    batch_size: int,
+    cores: int,
+    first: FirstOutputs,
 ) -> Evaluation:
     """Measure the mAP of a file in an engine on the validation split.
 
     Args:
         validation: how accuracies are measured.
         engine: one of `sparse_exp.config.schema.ENGINES`.
+        variant: one of `sparse_exp.config.schema.VARIANTS`.
         file: that it loads.
         batch_size: images at once, that of the split's loader.
         cores: that the engine runs on.
+        first: takes in what it puts out for the first images.
 
     Raises:
         Impossible: the engine cannot load or run it; says why.
@@ -135,10 +149,10 @@ def evaluate_file(
     try:
         with closing(IsolatedEngine(engine)) as runtime:
             runtime.load(file, batch_size=batch_size, cores=cores)
-            return validation.evaluate(
-                lambda images: torch.from_numpy(runtime.run(images.numpy())[0]),
-                description=f"Verifying {engine}, {file.name}",
+            predict = first.watching(
+                engine, variant, lambda images: torch.from_numpy(runtime.run(images.numpy())[0])
             )
+            return validation.evaluate(predict, description=f"Verifying {engine}, {file.name}")
     except (EngineError, MissingDependency) as error:
         raise Impossible(str(error)) from error
 

@@ -25,7 +25,7 @@ class Differences:
 
     def update(self, predictions: Tensor, reference: Tensor) -> None:
         """Take in one batch, float32 (N, A, 5 + nc) each: xywh in pixels, objectness, class scores."""
-        confident = torch.maximum(predictions[..., 4], reference[..., 4]) >= CONFIDENT
+        confident = ~(torch.maximum(predictions[..., 4], reference[..., 4]) < CONFIDENT)  # NaN is not below
         difference = (predictions - reference).abs()
         self._boxes.update(difference[confident][:, :4])
         self._scores.update(difference[confident][:, 4:])

@@ -28,6 +28,7 @@ from sparse_exp.data.loader import Batch
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.errors import ExportError, expected
 from sparse_exp.export.differences import Differences, matched_shares
+from sparse_exp.export.first_outputs import FirstOutputs
 from sparse_exp.export.outputs import in_floating_point
 from sparse_exp.quantization.quantizers import schemes_of
 from sparse_exp.quantization.reference import as_deployed
@@ -78,6 +79,7 @@ def verify_deployment(
     images: int,
     layout: torch.memory_format,
     cores: int,
+    first: FirstOutputs,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Check what a run deploys in each engine but torch, on the whole validation split.
 
@@ -90,6 +92,7 @@ def verify_deployment(
         images: of the validation split.
         layout: memory layout of torch's tensors.
         cores: that engines run on.
+        first: takes in what each engine puts out for the first images.
 
     Returns:
         Metrics for ``result.json``, and for each engine its precision-recall curve.
@@ -114,7 +117,7 @@ def verify_deployment(
                 boxes, scores = _COARSER * limits.box_atol, _COARSER * limits.score_atol
                 limits = replace(limits, box_atol=boxes, score_atol=scores)
             engine.load(file, batch_size=batch_size, cores=cores)
-            found, result = _try_engine(engine, name, validation, limits, reference, passes)
+            found, result = _try_engine(engine, name, validation, limits, reference, passes, first)
         metrics.update(found)
         curves[name] = {
             "recall": list(result.recall),
@@ -268,12 +271,12 @@ def _try_engine(
     limits: ExportConfig,
     reference: _Reference,
     torch_passes: list[Evaluation],
+    first: FirstOutputs,
 ) -> tuple[dict[str, float], Evaluation]:
     """Metrics of one engine that has its file loaded, and its pass over the split as it is."""
     shifts, differences, of_torch = _BRIGHTER[: len(torch_passes)], Differences(), reference.from_the_start()
 
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(engine.run(images.numpy())[0])
+    run = first.watching(name, "sparse", lambda images: torch.from_numpy(engine.run(images.numpy())[0]))
 
     def run_and_compare(images: Tensor) -> Tensor:
         predictions = run(images)

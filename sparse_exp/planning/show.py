@@ -143,11 +143,22 @@ def labelled_lines(plan: Plan) -> dict[str, str]:
     if plan.quantization:
         lines["quantization"] = plan.quantization
     lines["memory layout"] = "channels_last" if plan.channels_last else "contiguous"
-    if baseline != "none":
-        lines["baseline"] = f"{baseline} (recovery.baseline)"
+    if baseline != "none" and (plan.matches or plan.quantization or plan.distills):
+        lines["baseline"] = _baseline(plan, baseline)
     for modifier, layers in plan.matches.items():
         lines[modifier] = f"{len(layers)} layers: {_shortened(layers)}"
     return lines | _estimates(plan)
+
+
+def _baseline(plan: Plan, wanted: str) -> str:
+    if wanted != "auto":
+        return f"{wanted} (recovery.baseline)"
+    if plan.experiment.recipe.oneshot:
+        return "the start itself (recovery.baseline=auto)"
+    return (
+        f"the dense network, found among earlier runs or trained for {plan.epochs:g} epochs as well, up to "
+        "as long again; recovery.baseline=none does without"
+    )
 
 
 def _training(plan: Plan) -> str:

@@ -89,7 +89,7 @@ def _find_or_train(context: Context) -> dict[str, Any]:
     if wanted != "auto":
         return asdict(_given(context, Path(wanted).expanduser()))
     if not known:
-        _log.warning("No baseline: recovery.baseline=auto needs the train stage. Name a run instead.")
+        _log.info("No baseline: recovery.baseline=auto needs the stage fetch. Name a run instead.")
         return {}
     return asdict(_start_itself(context) if experiment.recipe.oneshot else _counterpart(context))
 

@@ -21,15 +21,23 @@ _log = logging.getLogger(__name__)
 
 
 def _run(context: Context) -> Outcome:
+    from sparse_exp.export.first_outputs import FILE, FirstOutputs
     from sparse_exp.export.verification import sample_images
     from sparse_exp.report.why import to_markdown
 
-    hardware = context.experiment.hardware
+    hardware, limits = context.experiment.hardware, context.experiment.export
+    first = FirstOutputs.read(context.run.path / FILE)
     cells = cells_of(hardware, usable_physical_cores(), context.run.deployment.file)
     images = sample_images(context.loader("val"), max(32, *hardware.batch_sizes))
     context.tracker.log(Pause())
     try:
-        measurements = measure(cells, images, hardware=hardware)
+        measurements = measure(
+            cells,
+            images,
+            hardware=hardware,
+            settings=context.cache / "engine-settings",
+            check=lambda cell, found: first.compare(cell.engine, cell.variant, found, limits),
+        )
         rows = [
             {**_with_accuracy_and_size(context, one.row()), "mismatch": list(context.mismatch)}
             for one in measurements

@@ -36,11 +36,12 @@ _DIFFERENCES = (
 
 def _run(context: Context) -> Outcome:
     from sparse_exp.export.accuracy import measure_files
+    from sparse_exp.export.first_outputs import FILE, FirstOutputs
     from sparse_exp.export.verification import Promise, verify_deployment
 
     experiment, validation = context.experiment, context.validation()
     promise = Promise(context.planned_sparsity, context.facts("train").get("promised", {}))
-    deployment = context.run.deployment
+    deployment, first = context.run.deployment, FirstOutputs()
     metrics, curves = verify_deployment(
         deployment,
         context.checkpoint,
@@ -50,13 +51,21 @@ def _run(context: Context) -> Outcome:
         images=len(context.dataset.splits["val"]),
         layout=context.precision.memory_format,
         cores=context.cores,
+        first=first,
     )
     measured, cells = measure_files(
-        deployment, validation, experiment, metrics, checkpoints=context.facts("export"), cores=context.cores
+        deployment,
+        validation,
+        experiment,
+        metrics,
+        checkpoints=context.facts("export"),
+        cores=context.cores,
+        first=first,
     )
     metrics |= measured
     metrics |= recovery_metrics(context.facts("baseline"), metrics, experiment.hardware.engines)
-    return Outcome(metrics=metrics, facts={"curves": curves, "cells": cells})
+    kept = first.write(context.run.path / FILE)
+    return Outcome([kept], metrics=metrics, facts={"curves": curves, "cells": cells})
 
 
 def _marks(context: Context) -> dict[str, Any]:

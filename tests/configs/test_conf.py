@@ -21,7 +21,7 @@ EXPECTED = {
     "dataset": {"custom", "digits", "trees"},
     "experiment": {"smoke", "sparsify"},
     "export": {"default"},
-    "hardware": {"avx2", "avx512_vnni", "cpu", "edge2", "latency", "production", "throughput"},
+    "hardware": {"all", "avx2", "avx512_vnni", "cpu", "edge2", "latency", "production", "throughput"},
     "hydra": {"default"},
     "launcher": {"joblib", "ray", "serial", "slurm"},
     "model": {f"yolov5{size}" for size in SIZES},

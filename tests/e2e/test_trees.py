@@ -46,6 +46,7 @@ def short(full, tmp_path_factory):
             "recipe.variables.quantization_epochs=1",
             "recipe.variables.warmup_epochs=0.5",
             "model.sparsity=0.85",
+            "recovery.baseline=none",
         ]
         words += ["hardware.engines=[deepsparse]", "hardware.batch_sizes=[1,4]", "tracker=none"]
         # What two epochs of training know is not worth comparing closely.
@@ -56,6 +57,17 @@ def test_accuracy(full):
     result, _, _ = full
     assert result["val/map50"] >= 0.50
     assert result["deployed/deepsparse/map50"] == pytest.approx(result["val/map50"], abs=0.01)
+
+
+def test_the_dense_network_is_trained_beside_and_stands_in_the_same_table(full):
+    result, manifest, _ = full
+    assert manifest["stages"]["baseline"]["facts"]["origin"] == "trained"
+    assert result["baseline/map50"] >= 0.50
+    kept = result["deployed/deepsparse/map50"] / result["baseline/map50"]
+    assert result["recovery/deepsparse/map50"] == pytest.approx(kept)
+    rows = {(row["engine"], row["variant"]): row for row in manifest["stages"]["benchmark"]["facts"]["rows"]}
+    assert rows["openvino", "dense"]["map50"] == pytest.approx(result["baseline/map50"], abs=0.005)
+    assert all(row["outputs"]["score_mean"] < 0.05 for row in rows.values() if row.get("items_per_s"))
 
 
 def test_sparsity_and_quantization(full):

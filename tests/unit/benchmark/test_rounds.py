@@ -62,6 +62,10 @@ class Lab:
                 stable = lab.stable["for a while" if max_warmup is None else "until stable"]
                 return Timing((latency,) * 4, 4 * latency, warmup, stable, waited)
 
+            def run(self, images):
+                lab.log.append(("run", self.model))
+                return [np.full((len(images), 1, 6), 0.5, np.float32)]
+
             def peak_rss_mb(self):
                 return 100.0 + len([what for what in lab.log if what[0] == "measure"])
 
@@ -108,7 +112,7 @@ def test_cells_are_all_loaded_then_measured_in_turns_then_closed(lab, measure):
     first, second = measure(cell("a"), cell("b", batch=2, engine="deepsparse"))
     until_stable, then = (2.0, 0.5, 3.0, 1), (2.0, 0.5, None, 1)
     assert lab.log == [
-        ("load", "a"), ("load", "b"),
+        ("load", "a"), ("run", "a"), ("load", "b"), ("run", "b"),
         ("measure", "a", *until_stable), ("measure", "b", *until_stable),
         ("measure", "b", *then), ("measure", "a", *then),  # each turn begins with another
         ("close", "a"), ("close", "b"),
@@ -124,7 +128,7 @@ def test_without_pinning_an_engine_may_run_anywhere(lab, measure):
 
 
 def test_the_setting_that_the_search_found_is_measured_and_recorded(lab, measure):
-    in_turns = [*[0.5] * 3, *[0.1, 0.5] * 3, *[0.5, 0.1] * 5]
+    in_turns = [0.5, *[0.1, 0.5] * 3, *[0.5, 0.1] * 5]
     lab.space, lab.speeds = [{}, {"fast": True}], {"a": [*in_turns, 0.2]}
     (found,) = measure(cell("a"), tune=True, repeats=1)
     row = found.row()
@@ -132,6 +136,85 @@ def test_the_setting_that_the_search_found_is_measured_and_recorded(lab, measure
     assert [one["latency_p50_ms"] for one in row["tries"]] == [500.0, 100.0]
     assert row["each"] == pytest.approx([5.0])
     assert row["streams"] == 1
+
+
+def test_a_batch_in_the_setting_that_is_measured_is_looked_at_first(lab, tmp_path, caplog):
+    seen = []
+
+    def check(cell, outputs):
+        seen.append((cell.name, outputs.shape))
+        if cell.model.name == "b":
+            raise EngineError("It puts out something else.")
+        return {"score_mean": 0.001}
+
+    hardware = HardwareConfig("x", **PROTOCOL)
+    cells = cell("a", batch=2), cell("b", engine="deepsparse")
+    right, wrong = benchmark(cells, IMAGES, hardware=hardware, check=check, lock_path=tmp_path / "lock")
+    assert seen == [("openvino/dense/b2", (2, 1, 6)), ("deepsparse/dense/b1", (1, 1, 6))]
+    assert right.row()["outputs"] == {"score_mean": 0.001}
+    assert lab.measured() == ["a", "a"]
+    assert wrong.row()["impossible"] == "It puts out something else."
+    assert "deepsparse/dense/b1 is not measured: It puts out something else." in caplog.text
+    assert not lab.loaded
+
+
+@pytest.fixture
+def searched(lab, tmp_path):
+    """Benchmarks that keep the settings which they find, of a file of its own; returns the row."""
+    (tmp_path / "a").write_bytes(b"weights")
+
+    def run(speeds, *, images=IMAGES, **changes):
+        lab.log.clear()
+        lab.speeds = {"a": list(speeds)}
+        hardware = HardwareConfig("x", **{**PROTOCOL, "tune": True, "repeats": 1, **changes})
+        folders = {"lock_path": tmp_path / "lock", "settings": tmp_path / "settings"}
+        (found,) = benchmark([cell(tmp_path / "a")], images, hardware=hardware, **folders)
+        return found.row()
+
+    lab.space = [{}, {"fast": True}]
+    return run
+
+
+SEARCH = [0.5, *[0.1, 0.5] * 3, *[0.5, 0.1] * 5, 0.2]
+
+
+def test_a_setting_that_was_found_before_is_not_searched_for_again(lab, searched):
+    first = searched(SEARCH)
+    again = searched([0.2])
+    assert lab.measured() == ["a"]
+    assert again["options"] == first["options"] == {"fast": True}
+    assert again["tries"] == first["tries"]
+    assert "searched" not in first
+    assert datetime.fromisoformat(again["searched"])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"tune_again": True}, {"tune_s": 2.5}, {"images": np.zeros((3, 3, 64, 64), np.uint8)}]
+)
+def test_a_setting_is_searched_for_again_where_it_is_asked_for_or_something_else_is_measured(
+    lab, searched, changes
+):
+    searched(SEARCH)
+    searched(SEARCH, **changes)
+    assert len(lab.measured()) == len(SEARCH)
+
+
+def test_a_setting_of_another_version_of_the_engine_does_not_count(lab, searched, tmp_path):
+    searched(SEARCH)
+    (kept,) = (tmp_path / "settings").iterdir()
+    kept.write_text(kept.read_text().replace("1.2.3", "1.2.2"))
+    searched(SEARCH)
+    assert len(lab.measured()) == len(SEARCH)
+    assert "1.2.3" in kept.read_text()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"streams": "x", "options": {}}'])
+def test_kept_settings_that_cannot_be_read_are_found_anew(lab, searched, tmp_path, content):
+    searched(SEARCH)
+    (kept,) = (tmp_path / "settings").iterdir()
+    kept.write_text(content)
+    assert searched(SEARCH)["options"] == {"fast": True}
+    assert len(lab.measured()) == len(SEARCH)
 
 
 def test_where_memory_is_short_an_engine_is_loaded_for_each_turn_and_warmed_anew(lab, measure, monkeypatch):
@@ -146,7 +229,7 @@ def test_where_memory_is_short_an_engine_is_loaded_for_each_turn_and_warmed_anew
 def test_an_engine_that_takes_its_memory_when_it_runs_is_released_then(lab, measure, monkeypatch):
     monkeypatch.setattr(rounds, "free_memory_share", lambda: 0.1 if lab.measured() else 1.0)
     measure(cell("a"), cell("b"))
-    assert lab.log[:5] == [
+    assert [entry for entry in lab.log if entry[0] != "run"][:5] == [
         ("load", "a"), ("load", "b"), ("measure", "a", 2.0, 0.5, 3.0, 1), ("close", "a"), ("close", "b"),
     ]  # fmt: skip
     assert [entry[4] for entry in lab.log if entry[0] == "measure"] == [3.0] * 4  # each in a fresh process

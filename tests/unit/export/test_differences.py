@@ -46,6 +46,12 @@ def test_a_prediction_that_is_no_number_does_not_vanish():
     assert all(math.isnan(value) for value in differences.result().values())
 
 
+def test_an_objectness_that_is_no_number_does_not_hide_its_prediction():
+    differences = Differences()
+    differences.update(predictions((0, 0, 1, 1, math.nan, 1)), predictions((0, 0, 1, 1, 0.9, 1)))
+    assert math.isnan(differences.result()["score_mean"])
+
+
 def detections(*rows):
     """One image: rows of x1, y1, x2, y2, confidence, class."""
     return [torch.tensor(rows, dtype=torch.float32).reshape(-1, 6)]

@@ -11,6 +11,7 @@ from sparse_exp.config.schema import ExportConfig, TrainerConfig
 from sparse_exp.data.loader import make_loader
 from sparse_exp.errors import ExportError, SparsityError
 from sparse_exp.export import verification
+from sparse_exp.export.first_outputs import FirstOutputs
 from sparse_exp.export.verification import (
     Promise,
     check_graph,
@@ -48,6 +49,7 @@ def verified(deployment, digits, lively_model, monkeypatch):
             images=len(digits.splits["val"]),
             layout=torch.contiguous_format,
             cores=1,
+            first=FirstOutputs(),
         )
 
     return run

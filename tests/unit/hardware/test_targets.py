@@ -30,7 +30,7 @@ def fitting(imgsz=None) -> set[str]:
 @pytest.mark.parametrize(
     ("flags", "siblings", "fits"),
     [
-        (ZEN3, ("0", "1"), {"cpu", "avx2", "latency", "throughput", "production", "edge2"}),
+        (ZEN3, ("0", "1"), {"all", "cpu", "avx2", "latency", "throughput", "production", "edge2"}),
         (ICE_LAKE, ("0", "1"), set(TARGETS)),
         (SAPPHIRE_RAPIDS, FOUR, set(TARGETS)),
         (ICE_LAKE, ("0-1", "0-1"), set(TARGETS) - {"edge2"}),  # two threads of one core
@@ -81,7 +81,7 @@ def test_a_target_that_asks_for_nothing_fits_any_size_and_any_cores(machine):
     assert compare(HardwareConfig(name="cpu", cores=[2, 1], imgsz=64), imgsz=64) == []
 
 
-@pytest.mark.parametrize("name", ["cpu", "avx2"])
+@pytest.mark.parametrize("name", ["all", "cpu", "avx2"])
 def test_a_cpu_without_avx2_is_told_of_once(machine, name):
     machine(OLD)
     (mismatch,) = compare(TARGETS[name])

@@ -241,6 +241,18 @@ def test_the_facts_name_origin_data_layers_and_engines(plan):
     assert "left" not in labelled_lines(plan())
 
 
+def test_what_the_dense_network_costs_is_stated(plan):
+    def line(name="transfer_quant", wanted="auto", **options):
+        laid_out = plan(name, **options)
+        laid_out.experiment.recovery.baseline = wanted
+        return labelled_lines(laid_out).get("baseline")
+
+    assert line().startswith("the dense network, found among earlier runs or trained for 10 epochs as well")
+    assert line(wanted="runs/dense") == "runs/dense (recovery.baseline)"
+    assert line(wanted="none") is None
+    assert line("dense") is None  # which is a baseline itself
+
+
 def test_whose_learning_rate_holds_is_stated(plan):
     ours = labelled_lines(plan())["learning rate"]
     assert "set by the recipe (LearningRateFunctionModifier)" in ours
