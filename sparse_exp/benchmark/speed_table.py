@@ -68,7 +68,7 @@ def speed_table(rows: Sequence[Row]) -> Table:
         title: [shown(row) for row in found] for title, shown in _COLUMNS.items()
     }
     for title in _BASELINES:
-        columns[title] = [_shown(ratio(rows, row, title)) for row in found]
+        columns[title] = [shown_ratio(ratio(rows, row, title)) for row in found]
     columns[""] = [NOISY if row.get("noisy") else "" for row in found]
     droppable = (*_OPTIONAL, *_BASELINES, "")
     kept = {
@@ -194,7 +194,8 @@ def _conditions(row: Row) -> tuple[Any, ...]:
     return str(row.get("network", "")).split("-")[0], key(row), row["cores"], row["imgsz"], row.get("cpu")
 
 
-def _shown(found: Ratio | None) -> str:
+def shown_ratio(found: Ratio | None) -> str:
+    """A ratio as tables show it."""
     return "-" if found is None else "1.00" if found is SAME else str(found)
 
 

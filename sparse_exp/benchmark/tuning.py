@@ -219,7 +219,7 @@ class _Search:
 
 
 def _gain(ratios: Iterable[float]) -> float:
-    """The geometric mean of ratios that are all above 1; 1 at the first that is not, and no further is taken."""
+    """The geometric mean of ratios that are all above 1; 1 where one is not, and none is taken then."""
     logs = []
     for ratio in ratios:
         if ratio <= 1:

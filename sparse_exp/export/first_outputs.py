@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ class FirstOutputs:
     near 0, and `Differences` does not look at them either.
     """
 
-    def __init__(self, kept: Mapping[str, NDArray[np.float32]] | None = None) -> None:
+    def __init__(self, kept: Mapping[str, NDArray[Any]] | None = None) -> None:
         self._kept = dict(kept or {})
 
     def watching(self, engine: str, variant: str, predict: Predict) -> Predict:

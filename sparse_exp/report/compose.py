@@ -25,12 +25,15 @@ from sparse_exp.hardware.targets import mismatch_sentence
 from sparse_exp.metrics.recovery import recovery_engine
 from sparse_exp.metrics.result_rows import recovery
 from sparse_exp.report import plots
+from sparse_exp.report.answer import answer
 from sparse_exp.report.markdown import ReportData, write_report
+from sparse_exp.report.page import write_page
 from sparse_exp.runs.directory import Run
 from sparse_exp.runs.past import read_run
 
 _PACKAGES = tuple(dict.fromkeys(("torch", "sparseml", *ENGINES, "mlflow", "hydra-core", "torchmetrics")))
 _SHEET_IMAGES = 8
+_FIRST = "Accuracy and speed of each file"  # the picture that belongs to the answer
 _SCENARIOS = {
     "sync": "sync: one inference after the other",
     "throughput": "throughput: several streams, each one inference after the other",
@@ -69,7 +72,7 @@ def compose_report(
     cores: int,
     mismatch: Sequence[str] = (),
 ) -> list[Path]:
-    """Draw what the finished stages have numbers for, and write ``report.md``.
+    """Draw what the finished stages have numbers for, and write ``report.md`` and ``report.html``.
 
     Args:
         experiment: of the run.
@@ -86,7 +89,8 @@ def compose_report(
     pictures: dict[str, Path] = {}
     for draw in (_sheet, _curves, _precision_recall, _layers, _sizes, _speeds):
         pictures.update(draw(source, folder))
-    write_report(run.path / "report.md", _report_data(source, pictures))
+    text = write_report(run.path / "report.md", _report_data(source, pictures))
+    write_page(run.path / "report.html", text, experiment.name)
     return list(pictures.values())
 
 
@@ -152,7 +156,7 @@ def _speeds(source: _Source, folder: Path) -> dict[str, Path]:
         pictures["Latency of one inference"] = folder / "latency.png"
     if any("map50" in row for row in rows):
         plots.accuracy_and_speed([row for row in rows if "map50" in row], folder / "accuracy_speed.png")
-        pictures["Accuracy and speed of each file"] = folder / "accuracy_speed.png"
+        pictures[_FIRST] = folder / "accuracy_speed.png"
     return pictures
 
 
@@ -194,10 +198,14 @@ def _sheet_batch(source: _Source) -> Any:
 
 def _report_data(source: _Source, pictures: dict[str, Path]) -> ReportData:
     experiment, start = source.experiment, source.run.facts("plan")
+    pictures = dict(pictures)
+    first = pictures.pop(_FIRST, None)
     fetched = source.run.facts("fetch")
     transferred = f" {start['transferred']} taken." if start.get("transferred", "none") != "none" else ""
     return ReportData(
         title=experiment.name,
+        answer=answer(source.run.result(), source.rows),
+        first=(_FIRST, first) if first else None,
         command=_command(source),
         result=source.run.result(),
         summary=_summary(source),

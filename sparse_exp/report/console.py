@@ -26,4 +26,4 @@ def show_summary(
     """
     _log.info("%s", summary_text(result, title, width=console_width(), rows=rows).rstrip())
     shown = directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else directory
-    _log.info("Report: %s", shown / "report.md")
+    _log.info("Report: %s", shown / "report.html")

@@ -1,9 +1,9 @@
-"""Write ``report.md``: one page with a run's numbers and pictures."""
+"""Write ``report.md``: one page with a run's numbers and pictures, the answer first."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -19,6 +19,7 @@ from sparse_exp.metrics.result_rows import (
     sizes,
     verifications,
 )
+from sparse_exp.report.answer import answer_table
 from sparse_exp.text import decimal, in_one_line, markdown_table, percent
 
 _HOW_VERIFIED = (
@@ -42,6 +43,8 @@ class ReportData:
 
     Args:
         title: headline.
+        answer: what the run has found, in sentences.
+        first: the picture that belongs to the answer: its caption and file; None for none.
         command: the command that makes this run again.
         result: the flat numbers and texts of ``result.json``.
         summary: facts for the top of the page, by label.
@@ -61,6 +64,8 @@ class ReportData:
 
     title: str
     command: str
+    answer: Sequence[str] = ()
+    first: tuple[str, Path] | None = None
     result: Result = field(default_factory=dict)
     summary: Mapping[str, str] = field(default_factory=dict)
     origin: str = ""
@@ -77,8 +82,8 @@ class ReportData:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def write_report(path: Path, report: ReportData) -> None:
-    """Write the report, whole or not at all.
+def write_report(path: Path, report: ReportData) -> str:
+    """Write the report, whole or not at all; returns its text.
 
     Args:
         path: file to write; links to pictures start from its directory.
@@ -89,6 +94,7 @@ def write_report(path: Path, report: ReportData) -> None:
     """
     parts = [
         f"# {in_one_line(report.title)}\n",
+        *_answer(report, path.parent),
         _section("Warnings", _bullets(report.warnings)),
         _section("Summary", _facts(report.summary)),
         _section("How to reproduce", _code(report.command)),
@@ -104,7 +110,20 @@ def write_report(path: Path, report: ReportData) -> None:
         _section("Licences and attribution", _bullets(report.attributions)),
         _section("Environment", _facts(report.environment)),
     ]
-    write_text(path, "\n".join(filter(None, parts)))
+    text = "\n".join(filter(None, parts))
+    write_text(path, text)
+    return text
+
+
+def _answer(report: ReportData, start: Path) -> Iterator[str]:
+    """The sentences, the picture, and the table of what they are about."""
+    if report.answer:
+        yield f"{_bullets(report.answer)}\n"
+    if report.first and report.first[1].is_file():
+        caption, picture = report.first
+        yield f"![{in_one_line(caption)}]({_link(picture, start)})\n"
+    if table := markdown_table(*answer_table(report.speeds), right=range(2, 6)):
+        yield f"{table}\n"
 
 
 def _section(title: str, *bodies: str) -> str:

@@ -25,11 +25,13 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from sparse_exp.benchmark.measurements import PERCENTILES, Row
+from sparse_exp.benchmark.measurements import PERCENTILES, Row, fastest
+from sparse_exp.benchmark.ratios import speeds_of
 from sparse_exp.benchmark.speed_table import load_text
 from sparse_exp.config.schema import VARIANTS
 from sparse_exp.files import landing
 from sparse_exp.metrics.pareto import Axis, Point, staircase
+from sparse_exp.report.answer import may_be_shipped
 
 DPI = 130
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
@@ -354,6 +356,9 @@ def _latency_line(axes: Axes, place: int, row: Row) -> None:
 def accuracy_and_speed(rows: Sequence[Row], path: Path) -> None:
     """Draw each file's mAP50 over its items per second: a panel for each load, a marker for each engine.
 
+    Engines that may not be used in production are hollow. A dashed line stands at the fastest dense network
+    in fp32, a thin one through each marker from the first to the third quartile of its turns.
+
     Args:
         rows: of the benchmark, at least one, all with ``map50`` (0..1).
         path: PNG to write.
@@ -365,10 +370,18 @@ def accuracy_and_speed(rows: Sequence[Row], path: Path) -> None:
         max(6.4, 1.0 + 4.2 * columns), 0.9 + 3.6 * lines, rows=lines, columns=columns, squeeze=False
     )
     for axes, (title, here) in _panels(grid, panels):
+        baseline = fastest(row for row in here if row["variant"] == "dense")
+        if baseline is not None:
+            axes.axvline(baseline["items_per_s"], color=GREY, linestyle="--", linewidth=1.2, zorder=0)
         for row in here:
+            colour, shipped = _variant_colour(row["variant"]), may_be_shipped(row["engine"])
+            axes.hlines(
+                row["map50"], *np.percentile([*speeds_of(row).values()], (25, 75)), color=colour, linewidth=1
+            )
             axes.scatter(
-                row["items_per_s"], row["map50"], s=64, color=_variant_colour(row["variant"]),
-                marker=_MARKERS[engines.index(row["engine"]) % len(_MARKERS)], edgecolors=INK, linewidths=0.6,
+                row["items_per_s"], row["map50"], s=64, facecolor=colour if shipped else "white",
+                edgecolors=INK if shipped else colour, linewidths=0.6 if shipped else 2.0, zorder=3,
+                marker=_MARKERS[engines.index(row["engine"]) % len(_MARKERS)],
             )  # fmt: skip
         axes.set_xlim(0, 1.08 * max(row["items_per_s"] for row in here))
         axes.set(xlabel="items per second", ylabel="mAP50")
@@ -376,9 +389,15 @@ def accuracy_and_speed(rows: Sequence[Row], path: Path) -> None:
         _title(axes, title)
     handles: list[Any] = [Patch(color=_variant_colour(variant), label=variant) for variant in variants]
     handles += [
-        Line2D([], [], color=INK, linewidth=0, marker=marker, label=engine)
+        Line2D(
+            [], [], color=INK, linewidth=0, marker=marker,
+            fillstyle="full" if may_be_shipped(engine) else "none",
+            label=engine if may_be_shipped(engine) else f"{engine} (not for production)",
+        )
         for engine, marker in zip(engines, _MARKERS, strict=False)
-    ]
+    ]  # fmt: skip
+    if any(row["variant"] == "dense" for row in rows):
+        handles.append(Line2D([], [], color=GREY, linestyle="--", label="fastest dense fp32"))
     figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     _save(figure, path)
 

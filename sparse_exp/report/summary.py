@@ -19,11 +19,12 @@ from sparse_exp.metrics.result_rows import (
     recovery,
     throughputs,
 )
+from sparse_exp.report.answer import answer
 from sparse_exp.text import console_table, decimal, percent, plain_text
 
 
 def summary_table(result: Result, title: str = "Result", rows: Sequence[Row] = ()) -> RenderableType:
-    """Accuracy, sparsity, sizes and throughput, for a rich console.
+    """The answer, then accuracy, sparsity, sizes and throughput, for a rich console.
 
     It fits in 80 columns, and reads well without colours or a terminal.
 
@@ -34,6 +35,8 @@ def summary_table(result: Result, title: str = "Result", rows: Sequence[Row] = (
     """
     accuracy, files, speeds = _accuracy(result), _files(result), _benchmark(result, rows)
     parts: list[RenderableType] = [Text(title, style="bold")]
+    parts += [Text(f"- {sentence}") for sentence in answer(result, rows)]
+    parts += [Text()] if len(parts) > 1 else []
     parts += [accuracy] if accuracy.row_count else []
     parts += [Text(recovery(result) + "\n")] if recovery(result) else []
     parts += [table for table in (files, speeds) if table.row_count]

@@ -17,7 +17,8 @@ def _run(context: Context) -> Outcome:
     rows = context.facts("benchmark").get("rows", [])
     show_summary(context.run.result(), experiment.name, directory, rows)
     folders = [Artifact(directory / "plots"), Artifact(context.run.deployment.folder)]
-    return Outcome([*pictures, directory / "report.md"], events=[*folders])
+    pages = [directory / "report.md", directory / "report.html"]
+    return Outcome([*pictures, *pages], events=[*folders])
 
 
 STAGE = Stage(name="report", run=_run, depends_on=("name",), takes_checkpoint=True)
