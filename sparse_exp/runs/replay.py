@@ -24,6 +24,7 @@ HISTORY = "history.json"
 AT_THE_START = (CONFIG, "recipe.md", "environment.txt")
 AT_THE_END = (
     "report.md",
+    "report.html",
     "result.json",
     MANIFEST,
     HISTORY,
