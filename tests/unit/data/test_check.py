@@ -77,8 +77,8 @@ def test_leaks_and_duplicates_are_told_apart(clean: Path) -> None:
     copy = write(clean, "val/copy", "", shade=1)
     twin = write(clean, "train/twin", "", shade=2)
     found = findings(clean)
-    assert [f.where for f in found["error leak"]] == [str(copy)]
-    assert str(clean / "images/train/a.png") in found["error leak"][0].message
+    assert [f.where for f in found["warning leak"]] == [str(copy)]
+    assert str(clean / "images/train/a.png") in found["warning leak"][0].message
     assert [f.where for f in found["warning duplicate image"]] == [str(twin)]
 
 
@@ -92,7 +92,7 @@ def test_classes_without_boxes(clean: Path) -> None:
     write(clean, "val/d", "3 0.5 0.5 0.1 0.1", shade=9)
     (clean / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [cat, dog, emu, fox]\n")
     found = findings(clean)
-    assert [f.where for f in found["error class not in train"]] == ["fox"]
+    assert [f.where for f in found["warning class not in train"]] == ["fox"]
     assert [f.where for f in found["warning class never seen"]] == ["emu"]
 
 
