@@ -204,7 +204,9 @@ def _unlearnable_classes(
     only_elsewhere = unlearnable_classes(listing.names, _usable(listing, scans), scans)
     for class_id, name in enumerate(listing.names):
         if class_id in only_elsewhere:
-            text = f"Class {class_id} is in {', '.join(only_elsewhere[class_id])} only, so it cannot be learned."
+            text = (
+                f"Class {class_id} is in {', '.join(only_elsewhere[class_id])} only, so it cannot be learned."
+            )
             yield Finding("warning", "class not in train", name, f"{text} Move images of it into train.")
         elif not any(class_id in one.classes for one in facts.values()):
             text = f"Class {class_id} has no box. Remove it from names if that is no mistake."

@@ -6,8 +6,8 @@ A data set is a yaml file with the keys ``path`` (its root; by default the yaml'
 
 The label file of ``.../images/x.jpg`` is ``.../labels/x.txt``. It has one line ``class x y w h`` per box:
 centre and size as shares of the image's width and height. A polygon ``class x1 y1 x2 y2 ...`` becomes the box
-around it; with ``kpt_shape: [count, numbers]`` in the yaml, keypoints follow each box and are left out. An image
-whose label file is empty or missing shows background.
+around it; with ``kpt_shape: [count, numbers]`` in the yaml, keypoints follow each box and are left out. An
+image whose label file is empty or missing shows background.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from sparse_exp.data.labels import read_boxes
 from sparse_exp.data.scan import EMPTY, Scan, scan_files
 from sparse_exp.errors import DataError, expected
 from sparse_exp.hints import command_line
+from sparse_exp.text import whole_text
 
 _log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
@@ -162,7 +163,7 @@ def list_dataset(yaml_path: Path) -> Listing:
     """Read a data yaml and list its samples; images and labels are not opened.
 
     Raises:
-        DataError: the yaml is missing or wrong, the path of a split does not exist, or a split holds no image.
+        DataError: the yaml is missing or wrong, the path of a split does not exist, or a split is empty.
     """
     spec = _read_yaml(yaml_path)
     names, keypoints = _read_names(spec, yaml_path), _read_keypoints(spec, yaml_path)
@@ -214,7 +215,7 @@ def without_boxes(split: str, samples: Sequence[Sample], scans: Mapping[Path, Sc
 def shared_images(
     splits: Mapping[str, Sequence[Sample]], scans: Mapping[Path, Scan]
 ) -> Iterator[tuple[str, Path, str, Path]]:
-    """Images whose content an earlier split has, too; a split that is part of ``train`` as a whole is meant so.
+    """Images whose content an earlier split has, too; not of a split that is part of ``train`` as a whole.
 
     Yields:
         The split and path of the image; the split and path of the same image in the earlier split.
@@ -298,7 +299,10 @@ def _require_images(splits: Mapping[str, tuple[Sample, ...]], yaml_path: Path) -
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        spec = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        spec = yaml.safe_load(text)
+        # Of yes, no, null, 1.0 and 2024-01-01 as names YAML would make truth values, numbers and dates.
+        written = yaml.load(text, Loader=yaml.BaseLoader)
     except FileNotFoundError:
         do = "Correct dataset.path."
         raise DataError(expected("the data yaml", "an existing file", str(path), do)) from None
@@ -308,11 +312,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(spec, dict):
         do = "Write the keys path, train, val and names."
         raise DataError(expected(f"the data yaml {path}", "a map of keys", spec, do))
-    return spec
+    return {**spec, "names as written": written.get("names")}
 
 
 def _read_names(spec: dict[str, Any], path: Path) -> tuple[str, ...]:
-    names = spec.get("names")
+    names = spec["names as written"]
     if isinstance(names, dict):
         ids = {str(class_id): name for class_id, name in names.items()}
         if set(ids) == {str(number) for number in range(len(names))}:
@@ -323,7 +327,7 @@ def _read_names(spec: dict[str, Any], path: Path) -> tuple[str, ...]:
     if spec.get("nc", len(names)) != len(names):
         do = "Leave out nc, or correct names."
         raise DataError(expected(f"nc of {path}", f"the number of names ({len(names)})", spec["nc"], do))
-    return tuple(str(name) for name in names)
+    return tuple(whole_text(str(name)) for name in names)
 
 
 def _read_keypoints(spec: dict[str, Any], path: Path) -> int:

@@ -1,6 +1,6 @@
 """Label files: per box one line ``class x y w h``, or a class and a polygon.
 
-Where the data yaml has ``kpt_shape``, as sets of keypoints do, their numbers follow each box and are left out.
+Where the data yaml has ``kpt_shape``, numbers of keypoints follow each box and are left out.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ _NO_POLYGON = (
 def _follows_a_box(numbers: list[str]) -> bool:
     """Whether the numbers behind the fourth belong to a box, so that all of them are no polygon.
 
-    A confidence and the whole number of a track do, and points in the box, each with its visibility 0, 1 or 2.
+    A confidence and the number of a track do, and points in the box, each with its visibility 0, 1 or 2.
     """
     (x, y, w, h), rest = map(float, numbers[:4]), numbers[4:]
     if not (w / 2 <= x <= 1 - w / 2 and h / 2 <= y <= 1 - h / 2):

@@ -19,6 +19,8 @@ from sparse_exp.training.precision import Precision
 from sparse_exp.training.start import Start
 from sparse_exp.yolov5 import YOLOv5
 
+_SHORT = 0.01  # share of zeros by which a start may miss model.sparsity without a word
+
 
 @dataclass(frozen=True)
 class Data:
@@ -137,8 +139,8 @@ def make_plan(
     prune_to = pruning_step(experiment, recipe, start)
     shares, phases = _shares(model, prune_to), recipe.phases()
     first = recipe.expected_sparsity(model, 0.0, shares)
-    ends = [recipe.expected_sparsity(model, phase.end, shares) for phase in phases]
-    promised = [_overall(model, end) for end in ends]
+    ends = [recipe.aimed_sparsity(model, phase.end, shares) for phase in phases]
+    aimed = [_overall(model, end) for end in ends]
     unknown = start.sparsity is None and prune_to is None and recipe.holds_mask
     kinds = re.findall(r"!(\w*LearningRate\w*)", recipe.text) if recipe.sets_learning_rate else []
     return Plan(
@@ -162,10 +164,10 @@ def make_plan(
                 experiment.trainer.batch_size,
                 sparsity=None if unknown else share,
             )
-            for phase, share in zip(phases, promised, strict=True)
+            for phase, share in zip(phases, aimed, strict=True)
         ),
         sparsity=_overall(model, first),
-        final_sparsity=promised[-1],
+        final_sparsity=aimed[-1],
         layers=first if prune_to is None or start.sparsity is not None else {},
         warnings=tuple(_warnings(experiment, recipe, start, model)),
         sizes=estimate_sizes(model, ends[-1], quantized=phases[-1].quantized, imgsz=experiment.dataset.imgsz),
@@ -269,6 +271,13 @@ def _warnings(experiment: Experiment, recipe: Recipe, start: Start, model: YOLOv
         found.append(
             f"The start checkpoint has {start.sparsity:.1%} zeros and {recipe.name} does not hold them: "
             "training fills them in."
+        )
+    has, wanted = start.sparsity or 0.0, experiment.model.sparsity
+    if start.is_sparse and recipe.holds_mask and has < wanted - _SHORT:
+        found.append(
+            f"The start checkpoint has {has:.1%} zeros, less than model.sparsity={wanted:g}, and "
+            f"{recipe.name} only holds them: the model will have no more. Take a recipe that prunes "
+            "(recipe=prune), or a dense start."
         )
     prunable = (conv.weight for conv in model.prunable_convolutions().values())
     if start.is_sparse and config.pattern == "block4" and not in_blocks(prunable):

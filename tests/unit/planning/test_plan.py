@@ -367,3 +367,36 @@ def test_without_a_training_the_checkpoint_is_named_and_no_recipe(caplog):
     assert any("checkpoint: runs/a/weights/last.pt" in line for line in lines)
     assert "stages: export -> benchmark" in lines
     assert not [line for line in lines if line.startswith(("recipe:", "phase", "time:", "expected sizes:"))]
+
+
+def test_pruning_of_all_layers_as_one_shows_its_target():
+    """No layer is promised anything, and in sum all of them are."""
+    text = GRADUAL.replace("GMPruningModifier", "GlobalMagnitudePruningModifier")
+    recipe = Recipe(
+        text.replace("[model.7.conv.weight, model.23.cv3.conv.weight]", "__ALL_PRUNABLE__"), name="g"
+    )
+    plan = make_plan(experiment(), recipe, DENSE, FP32, YOLOv5("n", 1))
+    assert plan.final_sparsity == pytest.approx(0.8, abs=1e-3)
+    assert [row["sparsity"] for row in phase_rows(plan)][-1] == "80.0%"
+    assert plan.sparsity == 0.0
+    # Of a few layers only, and together with others that are pruned by themselves.
+    some = Recipe(text, name="some")
+    model = YOLOv5("n", 1)
+    sizes = {name: conv.weight.numel() for name, conv in model.prunable_convolutions().items()}
+    share = 0.8 * (sizes["model.7.conv"] + sizes["model.23.cv3.conv"]) / sum(sizes.values())
+    assert make_plan(experiment(), some, DENSE, FP32, model).final_sparsity == pytest.approx(share, abs=1e-3)
+    dropped = Recipe(f"{text}    leave_enabled: False\n", name="dropped")
+    assert make_plan(experiment(), dropped, DENSE, FP32, model).final_sparsity == 0.0
+
+
+@pytest.mark.parametrize(("has", "warned"), [(0.12, True), (0.4, True), (0.895, False), (0.95, False)])
+def test_a_start_with_fewer_zeros_than_asked_for_is_said(has, warned):
+    hold = NOTHING + "  - !ConstantPruningModifier\n    start_epoch: 0.0\n    params: __ALL_PRUNABLE__\n"
+    model = YOLOv5("n", 1)
+    prune_by_magnitude(model.prunable_convolutions(), has)
+    plan = make_plan(experiment(), Recipe(hold, name="hold"), Start("zoo", has), FP32, model)
+    told = [warning for warning in plan.warnings if "model.sparsity=0.9" in warning]
+    assert bool(told) is warned
+    assert plan.final_sparsity == pytest.approx(has, abs=1e-3)
+    if warned:
+        assert f"has {has:.1%} zeros" in told[0]
