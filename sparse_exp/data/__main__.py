@@ -115,6 +115,7 @@ def _split_table(report: Report) -> Table:
     table.add_row("  small, below 32 x 32 px", *(f"{one.small:.0%}" for one in facts))
     table.add_row("  medium, below 96 x 96 px", *(f"{one.medium:.0%}" for one in facts))
     table.add_row("  large", *(f"{one.large:.0%}" for one in facts))
+    table.add_row("  with an anchor", *(f"{one.with_anchor:.1%}" for one in facts))
     table.add_row("  median side, px", *(f"{one.median_side:.0f}" for one in facts))
     return table
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparse_exp.config.schema import LossConfig
 from sparse_exp.data.detection import (
     Listing,
     Sample,
@@ -26,7 +27,9 @@ from sparse_exp.data.images import IMAGE_SUFFIXES
 from sparse_exp.data.labels import parse_labels
 from sparse_exp.data.letterbox import fitted_size
 from sparse_exp.data.scan import EMPTY, Scan
+from sparse_exp.metrics.anchors import LEAST_RECALL, PUBLISHED, best_possible_recall
 
+ANCHORS_AUTO = "They cannot be learned: set model.anchors=auto, or choose another imgsz."
 _SMALL, _MEDIUM = 32**2, 96**2  # upper bounds of a box's area, px² at imgsz, as in COCO's metrics
 _TINY = 3.0  # px at imgsz, of a box's shorter side; the finest stride of YOLOv5 is 8
 _LONG = 8.0  # ratio of an image's sides above which most of the letterboxed square is grey
@@ -62,6 +65,7 @@ class SplitFacts:
         small: share of boxes below 32 x 32 px at imgsz, 0..1.
         medium: share of boxes from there to below 96 x 96 px.
         large: share of larger boxes.
+        with_anchor: share of boxes that one of the published anchors answers for, 0..1.
         median_side: median of the boxes' sides (roots of their areas), px at imgsz; 0 without boxes.
         widest: largest ratio of an image's width to its height.
         narrowest: smallest ratio of an image's width to its height.
@@ -75,6 +79,7 @@ class SplitFacts:
     small: float = 0.0
     medium: float = 0.0
     large: float = 0.0
+    with_anchor: float = 1.0
     median_side: float = 0.0
     widest: float = 0.0
     narrowest: float = 0.0
@@ -130,6 +135,7 @@ def inspect(yaml_path: Path, imgsz: int, cache: Path | None = None) -> Report:
         *_missing_labels(listing, scans),
         *_stray_labels(listing),
         *_long_images(scans),
+        *_boxes_without_anchor(listing, facts),
     ]
     findings.sort(key=lambda finding: finding.level)  # stable: errors, then warnings
     return Report(str(yaml_path), imgsz, listing.names, facts, findings)
@@ -167,6 +173,7 @@ def _facts_of(
         areas = sides.prod(1)
         facts.small, facts.large = float((areas < _SMALL).mean()), float((areas >= _MEDIUM).mean())
         facts.medium = 1 - facts.small - facts.large
+        facts.with_anchor = best_possible_recall(sides, np.array(PUBLISHED), LossConfig().anchor_t)
         facts.median_side = float(np.median(np.sqrt(areas)))
     return facts
 
@@ -261,6 +268,15 @@ def _stray_labels(listing: Listing) -> Iterator[Finding]:
             if label.stem not in stems and label.name != "classes.txt":
                 text = f"There is no image of this name in {', '.join(map(str, sorted(images)))}."
                 yield Finding("warning", "label without image", str(label), text)
+
+
+def _boxes_without_anchor(listing: Listing, facts: Mapping[str, SplitFacts]) -> Iterator[Finding]:
+    share = facts["train"].with_anchor
+    if share < LEAST_RECALL:
+        text = f"{1 - share:.1%} of the boxes in train are so small, long or large that no published anchor answers"
+        yield Finding(
+            "warning", "boxes without anchor", str(listing.path), f"{text} for them. {ANCHORS_AUTO}"
+        )
 
 
 def _long_images(scans: Mapping[Path, Scan]) -> Iterator[Finding]:

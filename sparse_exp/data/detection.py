@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from sparse_exp.data.images import IMAGE_SUFFIXES
 from sparse_exp.data.labels import read_boxes
+from sparse_exp.data.letterbox import fitted_size
 from sparse_exp.data.scan import EMPTY, Scan, scan_files
 from sparse_exp.errors import DataError, expected
 from sparse_exp.hints import command_line
@@ -45,12 +46,14 @@ class Sample(NamedTuple):
         label: path of the label file, which need not exist.
         boxes: the boxes in it, float32 ``(M, 5)`` as bytes; None where it has not been read.
         keypoints: how many numbers of keypoints may follow a box in the file; 0: none.
+        size: width and height of the upright image, px; None where it has not been read.
     """
 
     image: Path
     label: Path
     boxes: bytes | None = None
     keypoints: int = 0
+    size: tuple[int, int] | None = None
 
     def labels_of(self, num_classes: int) -> NDArray[np.float32]:
         """Class id and x, y, w, h of each box; arguments, result and errors as of `read_boxes`."""
@@ -136,7 +139,7 @@ def load_dataset(
         _refuse_or_warn(listing, scans, corrupt, on_corrupt)
     skipped = set(corrupt)
     splits = {
-        split: tuple(s._replace(boxes=scans[s.image].boxes) for s in samples if s.image not in skipped)
+        split: tuple(_scanned(s, scans[s.image]) for s in samples if s.image not in skipped)
         for split, samples in listing.splits.items()
     }
     _require_images(splits, yaml_path)
@@ -148,6 +151,21 @@ def load_dataset(
     return DetectionDataset(
         name or yaml_path.stem, listing.root, listing.names, splits, digest, skipped=len(corrupt)
     )
+
+
+def _scanned(sample: Sample, scan: Scan) -> Sample:
+    return sample._replace(boxes=scan.boxes, size=(scan.width, scan.height))
+
+
+def box_sides(samples: Iterable[Sample], imgsz: int) -> NDArray[np.float32]:
+    """Width and height ``(M, 2)`` in px of all boxes of scanned samples, once images are scaled to ``imgsz``."""
+    scaled = [
+        np.frombuffer(sample.boxes or b"", np.float32).reshape(-1, 5)[:, 3:]
+        * np.array(fitted_size(*sample.size, imgsz), np.float32)
+        for sample in samples
+        if sample.size
+    ]
+    return np.concatenate([np.zeros((0, 2), np.float32), *scaled])
 
 
 def check_dataset(dataset: DetectionDataset) -> dict[str, int]:

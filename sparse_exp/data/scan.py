@@ -80,7 +80,9 @@ def scan_files(
     labels, reading = dict(pairs), (num_classes, keypoints)
     known = _read_cache(cache_file, reading) if cache_file else {}
     scans = {image: known[str(image)] for image in labels if str(image) in known}
-    scans = {image: scan for image, scan in scans.items() if scan.stamp == _stamp(image, labels[image])}
+    scans = {
+        image: scan for image, scan in scans.items() if scan.stamp == stamp(image) + stamp(labels[image])
+    }
     fresh = [image for image in labels if image not in scans]
     if fresh:
         with progress("Checking images", total=len(fresh), unit="images") as bar:
@@ -106,7 +108,7 @@ def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> Ite
 
 
 def _scan(image: Path, label: Path, reading: tuple[int, int]) -> Scan:
-    stamp = _stamp(image, label)  # before reading: the next scan then notices a change made meanwhile
+    seen = stamp(image) + stamp(label)  # before reading: the next scan then notices a change made meanwhile
     problems: list[tuple[str, str]] = []
     content, text = _read(image, "image", problems), b""
     width, height = 0, 0
@@ -122,7 +124,7 @@ def _scan(image: Path, label: Path, reading: tuple[int, int]) -> Scan:
     image_sha256, label_sha256 = (hashlib.sha256(data).hexdigest() for data in (content, text))
     problems.extend(labels.problems)
     boxes, repeated = labels.boxes.tobytes(), len(labels.repeated)
-    return Scan(stamp, image_sha256, label_sha256, width, height, boxes, problems, repeated)
+    return Scan(seen, image_sha256, label_sha256, width, height, boxes, problems, repeated)
 
 
 def _read(path: Path, what: str, problems: list[tuple[str, str]]) -> bytes:
@@ -136,16 +138,13 @@ def _read(path: Path, what: str, problems: list[tuple[str, str]]) -> bytes:
         return b""
 
 
-def _stamp(image: Path, label: Path) -> list[int]:
-    """Size, mtime and ctime of both files; -1, 0, 0 for a file that is not there."""
-    numbers = []
-    for path in (image, label):
-        try:
-            stat = os.stat(path)  # noqa: PTH116 - twice as fast as Path.stat over many thousand files
-            numbers += [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-        except OSError:
-            numbers += [-1, 0, 0]
-    return numbers
+def stamp(path: Path) -> list[int]:
+    """Size, mtime and ctime of a file; -1, 0, 0 for one that is not there."""
+    try:
+        stat = os.stat(path)  # noqa: PTH116 - twice as fast as Path.stat over many thousand files
+    except OSError:
+        return [-1, 0, 0]
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _read_cache(file: Path, reading: tuple[int, int]) -> dict[str, Scan]:

@@ -10,13 +10,15 @@ from dataclasses import dataclass, field, replace
 from sparse_exp.config.schema import Experiment
 from sparse_exp.errors import RecipeError
 from sparse_exp.hardware.targets import advice, measures, mismatch_sentence
+from sparse_exp.metrics.anchors import LEAST_RECALL
 from sparse_exp.planning.trial import Trial
-from sparse_exp.recipes.recipe import Phase, Recipe
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sources.start import SCRATCH
 from sparse_exp.sparsity.measure import in_blocks
 from sparse_exp.sparsity.sizes import Sizes, estimate_sizes
+from sparse_exp.training.phases import evaluated_epochs
 from sparse_exp.training.precision import Precision
-from sparse_exp.training.start import Start
+from sparse_exp.training.start import Anchors, Start
 from sparse_exp.yolov5 import YOLOv5
 
 _SHORT = 0.01  # share of zeros by which a start may miss model.sparsity without a word
@@ -91,6 +93,7 @@ class Plan:
         waits_for_start: the time is not estimated, as data and start are not on this machine yet.
         asked_first: sources that the run asks before it grows the start; empty where it grows none.
         quantization: how layers are rounded, and why; empty where nothing is quantized.
+        anchors: how well the anchors suit the training boxes; None where the data are not known.
     """
 
     experiment: Experiment
@@ -112,6 +115,7 @@ class Plan:
     waits_for_start: bool = False
     asked_first: tuple[str, ...] = ()
     quantization: str = ""
+    anchors: Anchors | None = None
 
     @property
     def seconds(self) -> float | None:
@@ -175,6 +179,19 @@ def make_plan(
     )
 
 
+def with_anchors(plan: Plan, anchors: Anchors) -> Plan:
+    """The plan with how well the anchors suit the training boxes, and a warning where they do not."""
+    warnings = plan.warnings
+    if anchors.recall < LEAST_RECALL:
+        lost = (
+            f"No anchor answers for {1 - anchors.recall:.1%} of the training boxes: they cannot be learned."
+        )
+        tried = plan.experiment.model.anchors == "auto"
+        do = "Set model.anchors=auto, or choose another dataset.imgsz."
+        warnings = (*warnings, f"{lost} {'Choose another dataset.imgsz.' if tried else do}")
+    return replace(plan, anchors=anchors, warnings=warnings)
+
+
 def plan_without_training(experiment: Experiment) -> Plan:
     """Plan a run that takes a checkpoint as it is: no recipe is applied.
 
@@ -188,7 +205,7 @@ def plan_without_training(experiment: Experiment) -> Plan:
 def with_trial(plan: Plan, trial: Trial, recipe: Recipe, data: Data) -> Plan:
     """The plan with what a few timed steps add: the split of each phase's batch, and its time.
 
-    A phase takes its steps and, after each epoch, a forward pass over the validation split.
+    A phase takes its steps and, each ``trainer.val_every`` epochs, a pass over the validation split.
 
     Args:
         plan: of the training.
@@ -200,17 +217,12 @@ def with_trial(plan: Plan, trial: Trial, recipe: Recipe, data: Data) -> Plan:
     for planned, phase in zip(plan.phases, recipe.phases(), strict=True):
         kind = "quantized" if phase.quantized else "float"
         trained = round((phase.end - phase.start) * steps) * trial.seconds[kind]
-        evaluated = _evaluations(phase) * data.val * trial.evaluation[kind]
+        evaluations = len(evaluated_epochs(phase, plan.experiment.trainer.val_every))
+        evaluated = evaluations * data.val * trial.evaluation[kind]
         split = trial.qat_split if phase.quantized else 1
         size = min(data.train, planned.batch_size) if split > 1 else planned.batch_size
         phases.append(replace(planned, split=split, batch_size=size, seconds=trained + evaluated))
     return replace(plan, phases=tuple(phases), trial=trial)
-
-
-def _evaluations(phase: Phase) -> int:
-    """How often a phase is evaluated: at each whole epoch within it, and where it ends."""
-    within = range(math.floor(phase.start) + 1, math.ceil(phase.end))
-    return len(within) + 1
 
 
 def _shares(model: YOLOv5, prune_to: float | None) -> dict[str, float]:

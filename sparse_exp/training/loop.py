@@ -274,7 +274,7 @@ class Trainer:
         self, phase: Phase, steps: int, train: Callable[[Phase, range], Record]
     ) -> Iterator[Record]:
         """Train a phase to its end, or until it stops getting better; yields a record for each evaluation."""
-        spans = evaluated_spans(phase, steps)
+        spans = evaluated_spans(phase, steps, self._config.val_every)
         for span in spans:
             if span.start < self._position.step:
                 continue

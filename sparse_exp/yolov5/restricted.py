@@ -311,6 +311,8 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> StorageRecord:
         """The record of a storage from ``("storage", type, key, location, numel)``."""
         kind, dtype, key, _, numel = pid
+        if isinstance(dtype, type) and issubclass(dtype, Inert):  # numbers of a kind that is not known
+            raise CheckpointError(_refused(self._path, dtype.name))
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
             raise CheckpointError(damaged(self._path, "it has a malformed storage"))
         _check_counts([numel])

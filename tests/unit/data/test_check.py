@@ -167,3 +167,14 @@ def test_a_wrong_yaml_is_one_line(tmp_path: Path) -> None:
     assert ended.stdout == ""
     assert ended.stderr.startswith("Error: Expected names of ")
     assert ended.stderr.count("\n") == 1
+
+
+def test_boxes_that_no_anchor_answers_for(clean: Path) -> None:
+    """One of two is 300 x 6 px at 640 px: no published anchor is both wide and low enough."""
+    write(clean, "train/a", "0 0.5 0.5 0.47 0.0094\n1 0.5 0.5 0.5 0.5\n", shade=1)
+    report = inspect(clean / "data.yaml", 640)
+    assert (report.splits["train"].with_anchor, report.splits["val"].with_anchor) == (0.5, 1.0)
+    (finding,) = [f for f in report.findings if f.kind == "boxes without anchor"]
+    assert finding.level == "warning"
+    assert "50.0% of the boxes in train" in finding.message
+    assert "model.anchors=auto" in finding.message

@@ -8,7 +8,7 @@ from sparse_exp.config.schema import Experiment, HardwareConfig, ModelConfig, Re
 from sparse_exp.errors import ConfigError, RecipeError
 from sparse_exp.hardware.targets import fit_to_host
 from sparse_exp.planning.dry_run import show
-from sparse_exp.planning.plan import Data, make_plan, with_mismatch, with_trial
+from sparse_exp.planning.plan import Data, make_plan, with_anchors, with_mismatch, with_trial
 from sparse_exp.planning.show import (
     as_facts,
     duration,
@@ -23,7 +23,7 @@ from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sparsity.measure import SPARSE_FROM
 from sparse_exp.sparsity.prune import prune_by_magnitude, prune_layer_adaptively
 from sparse_exp.training.precision import Precision
-from sparse_exp.training.start import Start
+from sparse_exp.training.start import Anchors, Start
 from sparse_exp.yolov5 import YOLOv5
 
 FP32 = Precision(autocast=False, channels_last=True)
@@ -89,8 +89,10 @@ def plan(dense):
 
     def lay_out(name="transfer_quant", start=DENSE, precision=FP32, model=None, chosen=None, **options):
         lengths = {"num_epochs": 10, **({"quantization_epochs": 3} if name == "transfer_quant" else {})}
-        used = chosen or recipe(name, **lengths)
-        return make_plan(experiment(**options), used, start, precision, model or dense)
+        used, asked = chosen or recipe(name, **lengths), experiment(**options)
+        if start.is_sparse:
+            asked.model.sparsity = start.sparsity
+        return make_plan(asked, used, start, precision, model or dense)
 
     return lay_out
 
@@ -400,3 +402,14 @@ def test_a_start_with_fewer_zeros_than_asked_for_is_said(has, warned):
     assert plan.final_sparsity == pytest.approx(has, abs=1e-3)
     if warned:
         assert f"has {has:.1%} zeros" in told[0]
+
+
+@pytest.mark.parametrize(("recall", "warned"), [(0.97, True), (0.98, False)])
+def test_boxes_without_an_anchor_are_said(plan, recall, warned):
+    laid_out = with_anchors(plan(), Anchors(recall, recall, fitted=False))
+    told = [warning for warning in laid_out.warnings if "model.anchors=auto" in warning]
+    assert bool(told) is warned
+    assert labelled_lines(laid_out)["anchors"] == f"answer for {recall:.1%} of the training boxes"
+    fitted = labelled_lines(with_anchors(plan(), Anchors(0.5, 1.0, fitted=True)))["anchors"]
+    assert fitted == "answer for 100.0% of the training boxes, fitted to them (the start's: 50.0%)"
+    assert as_facts(laid_out)["anchors"] == {"before": recall, "recall": recall, "fitted": False}
