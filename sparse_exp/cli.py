@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from sparse_exp.command import print_any_text
 from sparse_exp.config.plain import CONF_DIRECTORY, group
 from sparse_exp.config.schema import Experiment, TrackerConfig
 from sparse_exp.errors import ConfigError, SparseExpError, StageFailed, first_line, for_users
@@ -38,6 +39,7 @@ def main() -> None:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors to us instead of printing them
     _register_schema()
+    print_any_text()
     try:
         hydra.main(version_base="1.3", config_path=str(CONF_DIRECTORY), config_name="config")(task)()
     except BrokenPipeError as error:  # whoever read the output, such as head, has seen enough

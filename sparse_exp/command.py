@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -65,6 +66,13 @@ def checked(text: str, good: bool, should_be: str) -> str:  # noqa: FBT001
     return text
 
 
+def print_any_text() -> None:
+    """Let names of files that the output's encoding does not have be printed, as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run_command(command: Callable[[], int]) -> NoReturn:
     """Run a command and leave: with its exit code, or with one line for what went wrong.
 
@@ -74,6 +82,7 @@ def run_command(command: Callable[[], int]) -> NoReturn:
     Raises:
         SystemExit: always; 1 after an error for users, 130 after Ctrl-C.
     """
+    print_any_text()
     try:
         sys.exit(command())
     except SparseExpError as error:

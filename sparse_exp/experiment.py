@@ -340,7 +340,7 @@ def _failure(context: Context, stage: str, error: Exception) -> str:
 def _logging_to(path: Path) -> Iterator[None]:
     """Keep everything that is logged, debug lines and tracebacks included, in the run's log."""
     logger = logging.getLogger("sparse_exp")
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     handler.setLevel(logging.DEBUG)
     logger.addHandler(handler)

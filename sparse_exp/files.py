@@ -6,9 +6,10 @@ import ctypes
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -120,15 +121,35 @@ def _remove(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a text file whole or not at all."""
+    """Write a text file whole or not at all; bytes of names that are no UTF-8 are written as escapes."""
     with landing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path
 
 
 def write_json(path: Path, data: Any) -> Path:
-    """Write a JSON file whole or not at all."""
-    return write_text(path, json.dumps(data, indent=2, default=str) + "\n")
+    """Write a JSON file whole or not at all; see `as_json`."""
+    return write_text(path, as_json(data) + "\n")
+
+
+def as_json(data: Any) -> str:
+    """Plain data as JSON, in which numbers that are not finite are null, as JSON has none.
+
+    Args:
+        data: lists, tuples, dictionaries and scalars; anything else becomes its text.
+    """
+    try:
+        return json.dumps(data, indent=2, default=str, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(data), indent=2, default=str, allow_nan=False)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def read_json(path: Path) -> dict[str, Any]:

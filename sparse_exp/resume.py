@@ -24,8 +24,8 @@ from sparse_exp.runs.past import ABOUT_THE_PLACE
 
 # What a run is: with another value of these it would be another run, and its finished stages wrong.
 _WHAT_IT_IS = ("model", "dataset", "recipe")
-# Of these the values that say how a run computes: any number of workers gives the same images.
-_HOW_IT_COMPUTES = ("dataset.workers",)
+# Of these the values that say how a run computes: any number of workers and any cache gives the same images.
+_HOW_IT_COMPUTES = ("dataset.workers", "dataset.cache")
 # Before the data was read nothing depends on what is done with images that cannot be used.
 _UNTIL_IT_IS_READ = ("dataset.on_corrupt",)
 # Stages that have nothing to do, and so are not in the record, until the key gets a value.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 from collections.abc import Container, Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -102,6 +103,26 @@ def _cell(text: str) -> str:
 def in_one_line(text: str) -> str:
     """The text with all white space folded to single spaces."""
     return " ".join(str(text).split())
+
+
+def whole_text(text: str) -> str:
+    """A text that can be written as UTF-8: halves of letters (surrogates) are joined, lone ones replaced.
+
+    JSON spells letters beyond 16 bits as two halves, which a reader of another format leaves apart.
+    """
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def in_picture(text: str, most: int = 40) -> str:
+    """A text as a label in a picture: in one line, only what can be printed, at most ``most`` letters."""
+    shown = "".join(letter if letter.isprintable() else "\ufffd" for letter in in_one_line(text))
+    return shown if len(shown) <= most else f"{shown[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def in_markdown(text: str) -> str:
+    """A text in one line, without marks of Markdown or HTML; of cells' ``|`` `markdown_table` takes care."""
+    shown = "".join(letter if letter.isprintable() else "\ufffd" for letter in in_one_line(text))
+    return re.sub(r"([\\`*_{}\[\]<>#~$&!])", r"\\\1", shown)
 
 
 def decimal(value: float | None, digits: int) -> str:

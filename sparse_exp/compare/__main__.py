@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from sparse_exp.compare.files import write_files
 from sparse_exp.compare.table import as_data, remarks, shown_rows, terminal_table
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import ConfigError, expected
+from sparse_exp.files import as_json
 from sparse_exp.runs.past import add_store_options, select_runs
 
 _ROWS = 40
@@ -45,7 +45,7 @@ def main() -> int:
         do = "Name another directory."
         raise ConfigError(expected("--out", "a directory to write into", str(options.out), do)) from error
     if options.json:
-        print(json.dumps(as_data(comparison), indent=2))
+        print(as_json(as_data(comparison)))
     else:
         _print_table(comparison, options.rows, written)
     return 0

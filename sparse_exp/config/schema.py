@@ -92,6 +92,10 @@ class ModelConfig:
         "[#sha256=...], index:..., or 'scratch'",
     )
     sparsity: float = bounded(0.75, 0.0, 0.99, help="share of zeros that a dense start is pruned to")
+    anchors: str = one_of(
+        "start", ("start", "auto"),
+        "those of the start; auto: fitted to the training boxes where the start's answer for less than 98 %",
+    )  # fmt: skip
     num_epochs: float = bounded(
         12.0, above=0.0, high=10000.0, unit="epochs",
         help="length of the shipped recipes, unless recipe.variables.num_epochs says another",
@@ -115,6 +119,11 @@ class DatasetConfig:
         None, 0, 64,
         help="processes that decode and augment; 0: the main one; null: some, where a split does not fit "
         "into memory once it is decoded",
+    )  # fmt: skip
+    cache: str = one_of(
+        "auto", ("auto", "ram", "disk", "none"),
+        "where decoded images are kept between epochs; disk: in paths.cache, for all jobs and processes; "
+        "auto: in memory where they take a fifth of what is free, else nowhere",
     )  # fmt: skip
     on_corrupt: str = one_of(
         "fail", ("fail", "skip"), "images and labels that cannot be used: stop, or go on without them"
@@ -217,6 +226,9 @@ class TrainerConfig:
         "best", ("best", "last"), "weights of the phase before that quantization starts from"
     )
     val_batch_size: int = bounded(8, 1, 1024, unit="images")
+    val_every: int = bounded(
+        1, 1, 10000, unit="epochs", help="evaluate after so many epochs each, and where a phase ends"
+    )
     devices: int = bounded(
         1,
         1,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from pathlib import Path
 
@@ -16,9 +15,10 @@ from sparse_exp.data.archives import open_tree
 from sparse_exp.data.check import Report, inspect
 from sparse_exp.data.convert import Converted, read_coco, read_voc, split_off, write_converted
 from sparse_exp.errors import DataError, expected
-from sparse_exp.files import landing_directory
+from sparse_exp.files import as_json, landing_directory
 from sparse_exp.hints import command_line
 from sparse_exp.sources.cache import cache_directory
+from sparse_exp.text import in_picture
 
 _SHOWN = 10  # warnings of a kind; all errors are shown
 
@@ -77,7 +77,7 @@ def check(options: argparse.Namespace) -> int:
         raise DataError(expected("--imgsz", "at least 1 px", options.imgsz, "Change it."))
     report = inspect(options.yaml.expanduser(), options.imgsz, cache_directory(options.cache))
     if options.json:
-        print(json.dumps(report.as_dict(), indent=2))
+        print(as_json(report.as_dict()))
     else:
         _show(report, everything=options.all)
     return 1 if report.errors else 0
@@ -115,6 +115,7 @@ def _split_table(report: Report) -> Table:
     table.add_row("  small, below 32 x 32 px", *(f"{one.small:.0%}" for one in facts))
     table.add_row("  medium, below 96 x 96 px", *(f"{one.medium:.0%}" for one in facts))
     table.add_row("  large", *(f"{one.large:.0%}" for one in facts))
+    table.add_row("  with an anchor", *(f"{one.with_anchor:.1%}" for one in facts))
     table.add_row("  median side, px", *(f"{one.median_side:.0f}" for one in facts))
     return table
 
@@ -125,7 +126,7 @@ def _class_table(report: Report) -> Table:
         table.add_column(column, justify="left" if column == "class" else "right")
     for class_id, name in enumerate(report.names):
         counts = (str(one.classes.get(class_id, 0)) for one in report.splits.values())
-        table.add_row(str(class_id), Text(name), *counts)
+        table.add_row(str(class_id), Text(in_picture(name, 80)), *counts)
     return table
 
 
@@ -164,6 +165,13 @@ def _check_convert_options(options: argparse.Namespace, dest: Path) -> None:
         raise DataError(expected("--val-share", "above 0 and below 1", options.val_share, "For example 0.2."))
     if options.link and not options.source.expanduser().is_dir():
         raise DataError(f"--link needs a folder to link into, but {options.source} is none. Leave it out.")
+    source, place = options.source.expanduser().resolve(), dest.resolve()
+    if source == place or source in place.parents or place in source.parents:
+        raise DataError(
+            expected(
+                "DEST", f"apart from {options.source}, neither inside nor around it", str(dest), "Change it."
+            )
+        )
     if dest.exists() and not options.force:
         raise DataError(f"{dest} exists. Choose another folder, or replace the data set in it with --force.")
     is_ours = dest.is_dir() and (not any(dest.iterdir()) or (dest / "data.yaml").is_file())

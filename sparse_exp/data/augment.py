@@ -32,11 +32,22 @@ class Example(NamedTuple):
         image: uint8 RGB ``(3, S, S)``.
         boxes: float32 ``(M, 4)``: x1, y1, x2, y2 in pixels.
         classes: float32 ``(M,)``: class ids.
+        picture: left, top, right and bottom edge, px, of what is not the grey of the letterbox; None: all of it
+            is picture.
     """
 
     image: Tensor
     boxes: Tensor
     classes: Tensor
+    picture: tuple[int, int, int, int] | None = None
+
+    def without_grey(self) -> Example:
+        """The picture alone; its sides may differ."""
+        if self.picture is None:
+            return self
+        left, top, right, bottom = self.picture
+        boxes = self.boxes - torch.tensor([left, top, left, top])
+        return Example(self.image[:, top:bottom, left:right], boxes, self.classes)
 
 
 def augment_example(examples: Sequence[Example], config: AugmentConfig, draw: np.random.Generator) -> Example:
@@ -67,8 +78,11 @@ def _random_window(examples: Sequence[Example], config: AugmentConfig, draw: np.
     if len(examples) == 1:
         places, centre = [(0, 0)], np.array([size / 2, size / 2])
     else:
-        # As in the mosaic of YOLOv5, the four pictures may meet anywhere in the result.
-        places = [(-size, -size), (0, -size), (-size, 0), (0, 0)]
+        # As in the mosaic of YOLOv5, four pictures, without grey, meet with a corner anywhere in the result.
+        examples = [example.without_grey() for example in examples]
+        sides = [(example.image.shape[2], example.image.shape[1]) for example in examples]
+        signs = [(-1, -1), (0, -1), (-1, 0), (0, 0)]
+        places = [(a * width, b * height) for (a, b), (width, height) in zip(signs, sides, strict=True)]
         centre = draw.uniform(-size / 2, size / 2, 2)
     shift = draw.uniform(-config.translate, config.translate, 2) * size
     x, y = (int(edge) for edge in np.rint(centre + shift - side / 2))
@@ -124,7 +138,7 @@ def _clip(boxes: Tensor, side: int, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def _flip(example: Example, config: AugmentConfig, draw: np.random.Generator) -> Example:
-    image, boxes, classes = example
+    image, boxes, classes, _ = example
     framed = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[-2:]))
     # All three numbers are always drawn, so that switching one flip off changes no other randomness.
     leftright, updown, swap = draw.random(3)

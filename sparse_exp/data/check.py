@@ -11,12 +11,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparse_exp.data.detection import Listing, Sample, list_dataset, problems_of, scan_listing
+from sparse_exp.config.schema import LossConfig
+from sparse_exp.data.detection import (
+    Listing,
+    Sample,
+    boxes_of,
+    list_dataset,
+    problems_of,
+    scan_listing,
+    shared_images,
+    unlearnable_classes,
+    without_boxes,
+)
 from sparse_exp.data.images import IMAGE_SUFFIXES
 from sparse_exp.data.labels import parse_labels
 from sparse_exp.data.letterbox import fitted_size
 from sparse_exp.data.scan import EMPTY, Scan
+from sparse_exp.metrics.anchors import LEAST_RECALL, PUBLISHED, best_possible_recall
 
+ANCHORS_AUTO = "They cannot be learned: set model.anchors=auto, or choose another imgsz."
 _SMALL, _MEDIUM = 32**2, 96**2  # upper bounds of a box's area, px² at imgsz, as in COCO's metrics
 _TINY = 3.0  # px at imgsz, of a box's shorter side; the finest stride of YOLOv5 is 8
 _LONG = 8.0  # ratio of an image's sides above which most of the letterboxed square is grey
@@ -27,7 +40,7 @@ class Finding:
     """One problem.
 
     Attributes:
-        level: ``error``: it would harm training or make metrics wrong; ``warning``: worth a look.
+        level: ``error``: a run refuses it; ``warning``: worth a look.
         kind: name of this kind of problem.
         where: the file or, in a label file, ``file:line``; for a problem of a class, its name.
         message: what is wrong and what to do.
@@ -52,6 +65,7 @@ class SplitFacts:
         small: share of boxes below 32 x 32 px at imgsz, 0..1.
         medium: share of boxes from there to below 96 x 96 px.
         large: share of larger boxes.
+        with_anchor: share of boxes that one of the published anchors answers for, 0..1.
         median_side: median of the boxes' sides (roots of their areas), px at imgsz; 0 without boxes.
         widest: largest ratio of an image's width to its height.
         narrowest: smallest ratio of an image's width to its height.
@@ -65,6 +79,7 @@ class SplitFacts:
     small: float = 0.0
     medium: float = 0.0
     large: float = 0.0
+    with_anchor: float = 1.0
     median_side: float = 0.0
     widest: float = 0.0
     narrowest: float = 0.0
@@ -115,37 +130,41 @@ def inspect(yaml_path: Path, imgsz: int, cache: Path | None = None) -> Report:
     findings = [
         *_unusable_files(listing, scans),
         *_repeated_images(listing, scans),
-        *_unlearnable_classes(listing.names, facts),
+        *_unlearnable_classes(listing, scans, facts),
         *_odd_boxes(listing, scans, imgsz),
-        *_missing_labels(listing, scans, facts),
+        *_missing_labels(listing, scans),
         *_stray_labels(listing),
         *_long_images(scans),
+        *_boxes_without_anchor(listing, facts),
     ]
     findings.sort(key=lambda finding: finding.level)  # stable: errors, then warnings
     return Report(str(yaml_path), imgsz, listing.names, facts, findings)
-
-
-def _boxes(scan: Scan) -> NDArray[np.float32]:
-    return np.frombuffer(scan.boxes, np.float32).reshape(-1, 5)
 
 
 def _sides(scan: Scan, imgsz: int) -> NDArray[np.float32]:
     """Width and height (M, 2) of an image's boxes once the image is scaled to ``imgsz``, px."""
     if not scan.width:
         return np.zeros((0, 2), np.float32)
-    return _boxes(scan)[:, 3:] * np.array(fitted_size(scan.width, scan.height, imgsz), np.float32)
+    return boxes_of(scan)[:, 3:] * np.array(fitted_size(scan.width, scan.height, imgsz), np.float32)
+
+
+def _usable(listing: Listing, scans: Mapping[Path, Scan]) -> dict[str, list[Sample]]:
+    """The images of each split that can be read, with labels that can."""
+    return {split: _usable_of(samples, listing, scans) for split, samples in listing.splits.items()}
+
+
+def _usable_of(samples: Sequence[Sample], listing: Listing, scans: Mapping[Path, Scan]) -> list[Sample]:
+    return [s for s in samples if s.image not in listing.missing and not scans[s.image].problems]
 
 
 def _facts_of(
     samples: Sequence[Sample], listing: Listing, scans: Mapping[Path, Scan], imgsz: int
 ) -> SplitFacts:
-    usable = [
-        scans[s.image] for s in samples if s.image not in listing.missing and not scans[s.image].problems
-    ]
+    usable = [scans[sample.image] for sample in _usable_of(samples, listing, scans)]
     facts = SplitFacts(len(samples), len(samples) - len(usable), sum(not scan.boxes for scan in usable))
     if not usable:
         return facts
-    ids = np.concatenate([_boxes(scan)[:, 0] for scan in usable]).astype(int)
+    ids = np.concatenate([boxes_of(scan)[:, 0] for scan in usable]).astype(int)
     sides = np.concatenate([_sides(scan, imgsz) for scan in usable])
     ratios = [scan.width / scan.height for scan in usable]
     facts.widest, facts.narrowest = max(ratios), min(ratios)
@@ -154,6 +173,7 @@ def _facts_of(
         areas = sides.prod(1)
         facts.small, facts.large = float((areas < _SMALL).mean()), float((areas >= _MEDIUM).mean())
         facts.medium = 1 - facts.small - facts.large
+        facts.with_anchor = best_possible_recall(sides, np.array(PUBLISHED), LossConfig().anchor_t)
         facts.median_side = float(np.median(np.sqrt(areas)))
     return facts
 
@@ -169,34 +189,33 @@ def _unusable_files(listing: Listing, scans: Mapping[Path, Scan]) -> Iterator[Fi
 def _repeated_images(listing: Listing, scans: Mapping[Path, Scan]) -> Iterator[Finding]:
     """Images that are in two splits, or in one split twice."""
     trained = {sample.image for sample in listing.splits["train"]}
-    first: dict[str, tuple[str, Path]] = {}
     for split, samples in listing.splits.items():
         if split != "train" and trained.issuperset(sample.image for sample in samples):
             text = f"{split} is part of train. Its mAP says nothing about images that the model has not seen."
             yield Finding("warning", "no split of its own", str(listing.path), text)
             continue
+        first: dict[str, Path] = {}
         for sample in samples:
-            sha256 = scans[sample.image].image_sha256
-            seen_in, other = first.setdefault(sha256, (split, sample.image))
-            if sha256 == EMPTY:
-                continue
-            if seen_in != split:
-                text = f"In {split}, but the same image as {other} of {seen_in}. Keep it in one split."
-                yield Finding("error", "leak", str(sample.image), text)
-            elif other != sample.image:
+            other = first.setdefault(scans[sample.image].image_sha256, sample.image)
+            if other != sample.image and scans[sample.image].image_sha256 != EMPTY:
                 text = f"The same image as {other}, also in {split}. Remove one of them."
                 yield Finding("warning", "duplicate image", str(sample.image), text)
+    for split, image, seen_in, other in shared_images(listing.splits, scans):
+        text = f"In {split}, but the same image as {other} of {seen_in}, so that its accuracy is too good."
+        yield Finding("warning", "leak", str(image), f"{text} Keep it in one split.")
 
 
-def _unlearnable_classes(names: Sequence[str], facts: Mapping[str, SplitFacts]) -> Iterator[Finding]:
-    for class_id, name in enumerate(names):
-        splits = [split for split in facts if class_id in facts[split].classes]
-        if "train" in splits:
-            continue
-        if splits:
-            text = f"Class {class_id} is in {', '.join(splits)} only, so it cannot be learned."
-            yield Finding("error", "class not in train", name, f"{text} Move images of it into train.")
-        else:
+def _unlearnable_classes(
+    listing: Listing, scans: Mapping[Path, Scan], facts: Mapping[str, SplitFacts]
+) -> Iterator[Finding]:
+    only_elsewhere = unlearnable_classes(listing.names, _usable(listing, scans), scans)
+    for class_id, name in enumerate(listing.names):
+        if class_id in only_elsewhere:
+            text = (
+                f"Class {class_id} is in {', '.join(only_elsewhere[class_id])} only, so it cannot be learned."
+            )
+            yield Finding("warning", "class not in train", name, f"{text} Move images of it into train.")
+        elif not any(class_id in one.classes for one in facts.values()):
             text = f"Class {class_id} has no box. Remove it from names if that is no mistake."
             yield Finding("warning", "class never seen", name, text)
 
@@ -205,34 +224,28 @@ def _odd_boxes(listing: Listing, scans: Mapping[Path, Scan], imgsz: int) -> Iter
     """Boxes that stand in a label file twice, and tiny ones."""
     labels = {sample.image: sample.label for samples in listing.splits.values() for sample in samples}
     for image, scan in scans.items():
-        boxes = _boxes(scan)
-        repeated = len(boxes) - len(np.unique(boxes, axis=0)) if len(boxes) > 1 else 0
         sides = _sides(scan, imgsz)
         tiny = [index for index, side in enumerate(sides.tolist()) if min(side) < _TINY]
-        if not repeated and not tiny:
+        if not scan.repeated and not tiny:
             continue
-        lines = parse_labels(labels[image].read_bytes(), len(listing.names), labels[image]).lines
-        seen: dict[bytes, int] = {}
-        for line, box in zip(lines, boxes, strict=True):
-            before = seen.setdefault(box.tobytes(), line)
-            if before != line:
-                text = f"The box of line {before} again. Remove one of them."
-                yield Finding("warning", "duplicate box", f"{labels[image]}:{line}", text)
+        file = labels[image]
+        parsed = parse_labels(file.read_bytes(), len(listing.names), file, listing.keypoints)
+        lines = parsed.lines
+        for line, before in parsed.repeated:
+            text = f"The box of line {before} again, which counts once. Remove one of them."
+            yield Finding("warning", "duplicate box", f"{file}:{line}", text)
         for index in tiny:
             w, h = sides[index]
             text = f"{w:.1f} x {h:.1f} px at {imgsz} px: too small to learn. Use a larger imgsz, or tiles."
             yield Finding("warning", "tiny box", f"{labels[image]}:{lines[index]}", text)
 
 
-def _missing_labels(
-    listing: Listing, scans: Mapping[Path, Scan], facts: Mapping[str, SplitFacts]
-) -> Iterator[Finding]:
+def _missing_labels(listing: Listing, scans: Mapping[Path, Scan]) -> Iterator[Finding]:
     for split, samples in listing.splits.items():
         without = [sample for sample in samples if not scans[sample.image].has_label]
-        if not facts[split].boxes:
-            where = without[0].label if without else samples[0].label
-            text = f"No image of {split} has a box. Label files are expected at paths like {where}."
-            yield Finding("error", "no labels", str(listing.path), text)
+        usable = _usable_of(samples, listing, scans)
+        if problem := without_boxes(split, usable or samples, scans):
+            yield Finding("error", "no labels", str(listing.path), problem)
         elif without:
             text = f"{len(without)} of {len(samples)} images have no label file and count as background"
             yield Finding("warning", "no label file", str(without[0].image), f"{text}, this one first.")
@@ -255,6 +268,15 @@ def _stray_labels(listing: Listing) -> Iterator[Finding]:
             if label.stem not in stems and label.name != "classes.txt":
                 text = f"There is no image of this name in {', '.join(map(str, sorted(images)))}."
                 yield Finding("warning", "label without image", str(label), text)
+
+
+def _boxes_without_anchor(listing: Listing, facts: Mapping[str, SplitFacts]) -> Iterator[Finding]:
+    share = facts["train"].with_anchor
+    if share < LEAST_RECALL:
+        text = f"{1 - share:.1%} of the boxes in train are so small, long or large that no published anchor answers"
+        yield Finding(
+            "warning", "boxes without anchor", str(listing.path), f"{text} for them. {ANCHORS_AUTO}"
+        )
 
 
 def _long_images(scans: Mapping[Path, Scan]) -> Iterator[Finding]:

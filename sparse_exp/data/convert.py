@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import random
 import shutil
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
-
-from PIL import Image
+from typing import Any, NamedTuple
 
 from sparse_exp.data.archives import Tree
-from sparse_exp.data.images import IMAGE_SUFFIXES
+from sparse_exp.data.images import IMAGE_SUFFIXES, Box, Frame, read_frame
 from sparse_exp.data.voc import VocAnnotation, read_annotation
 from sparse_exp.data.writing import write_yaml
 from sparse_exp.errors import DataError, expected
 from sparse_exp.progress import progress
 
-Box = tuple[float, float, float, float]
 Row = tuple[int, float, float, float, float]
 _SMALLEST = 1e-5  # of the image's side; less would be written as 0
 _SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -145,11 +142,40 @@ def _split_of(path: PurePosixPath) -> str:
     return "train"
 
 
-def _image_size(tree: Tree, name: str) -> tuple[int, int]:
+class _Canvas(NamedTuple):
+    """What the boxes of an image are drawn on.
+
+    Attributes:
+        frame: that of the image; of one that boxes refer to as it is stored, they are turned with it.
+        size: width and height that they are shares of, in their pixels.
+    """
+
+    frame: Frame
+    size: tuple[float, float]
+
+    def row(self, class_id: int, box: Box) -> Row | None:
+        """See `_row`."""
+        return _row(class_id, self.frame.turned(box), self.size)
+
+
+def _canvas(tree: Tree, name: str, declared: tuple[float, float]) -> _Canvas:
+    """What the boxes of an image are drawn on, given its size as the annotations say it; 0 where they do not.
+
+    Of a photo that its camera has turned, some tools show what is stored, others the upright image: the size
+    tells which. Without one, or with the sides of an upright image swapped, it is the upright image. Any
+    other size is that of the image before it was scaled.
+    """
     try:
-        return Image.open(io.BytesIO(tree.read(name))).size
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"Cannot read the image {name} in {tree.place}: {error}. Remove it.") from error
+        frame = read_frame(tree.read(name), Path(name))
+    except DataError:
+        if not all(declared):
+            raise
+        return _Canvas(Frame((0, 0)), declared)
+    upright, swapped = frame.upright, frame.upright[::-1]
+    if frame.orientation != 1 and upright != frame.stored and declared == frame.stored:
+        return _Canvas(frame, upright)
+    keeps = all(declared) and declared != swapped
+    return _Canvas(Frame((0, 0)), declared if keeps else upright)
 
 
 # COCO: https://cocodataset.org/#format-data
@@ -222,7 +248,7 @@ class _ImageFinder:
         self._by_name: dict[str, list[str]] = {}
         for name in sorted(tree.readers):
             if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
-                self._by_name.setdefault(PurePosixPath(name).name, []).append(name)
+                self._by_name.setdefault(_composed(PurePosixPath(name).name), []).append(name)
 
     def find(self, file_name: str, folders: Iterable[PurePosixPath]) -> str | None:
         """The image in the first of the folders that has it, or else the only image of that name."""
@@ -230,12 +256,18 @@ class _ImageFinder:
             name = os.path.normpath(folder / file_name).replace("\\", "/")
             if name in self._names:
                 return name if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES else None
+        wanted = _composed(file_name.replace("\\", "/"))
         same = [
-            n
-            for n in self._by_name.get(PurePosixPath(file_name).name, [])
-            if f"/{n}".endswith(f"/{file_name}")
+            name
+            for name in self._by_name.get(PurePosixPath(wanted).name, [])
+            if f"/{_composed(name)}".endswith(f"/{wanted}")
         ]
         return same[0] if len(same) == 1 else None
+
+
+def _composed(name: str) -> str:
+    """A name with accents as part of their letters; macOS stores them apart."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _read_coco_part(
@@ -250,7 +282,7 @@ def _read_coco_part(
         if images
         else [path.parent, above / tag, above / "images" / tag, above / "images", above]
     )
-    found: dict[Any, tuple[str, tuple[float, float]]] = {}
+    found: dict[Any, tuple[str, _Canvas]] = {}
     for image in part["images"]:
         name = finder.find(str(image["file_name"]), folders)
         if name is None:
@@ -259,13 +291,13 @@ def _read_coco_part(
         dropped["images listed twice"] += name in rows
         rows.setdefault(name, [])
         size = (float(image.get("width") or 0), float(image.get("height") or 0))
-        found[image["id"]] = (name, size if all(size) else _image_size(tree, name))
+        found[image["id"]] = (name, _canvas(tree, name, size))
     for annotation in part["annotations"]:
         _add_coco_box(annotation, found, positions, rows, dropped)
 
 
 def _add_coco_box(
-    annotation: Mapping[str, Any], found: Mapping[Any, tuple[str, tuple[float, float]]],
+    annotation: Mapping[str, Any], found: Mapping[Any, tuple[str, _Canvas]],
     positions: Mapping[int, int], rows: dict[str, list[Row]], dropped: Counter[str],
 ) -> None:  # fmt: skip
     if annotation.get("iscrowd"):
@@ -274,9 +306,9 @@ def _add_coco_box(
     if annotation["image_id"] not in found:
         dropped["boxes without an image"] += 1
         return
-    name, size = found[annotation["image_id"]]
+    name, canvas = found[annotation["image_id"]]
     x, y, w, h = map(float, annotation["bbox"])
-    row = _row(positions[int(annotation["category_id"])], (x, y, x + w, y + h), size)
+    row = canvas.row(positions[int(annotation["category_id"])], (x, y, x + w, y + h))
     if row is None:
         dropped["empty boxes"] += 1
     elif row in rows[name]:
@@ -315,11 +347,31 @@ def read_voc(tree: Tree, sets: Mapping[str, Sequence[str]] | None = None) -> Con
     items = (item for parts in chosen.values() for _, part in parts for item in part.objects)
     names = tuple(sorted({item.name for item in items if not item.difficult}))
     converted, finder = Converted(names, {}), _ImageFinder(tree)
+    own = {name: _image_of(finder, PurePosixPath(name)) for name in sorted(xmls)}
     for split, parts in chosen.items():
         rows = converted.splits.setdefault(split, {})
         for name, part in parts:
-            _add_voc_image(tree, finder, PurePosixPath(name), part, rows, converted)
+            image = own[name] or _named_image(finder, PurePosixPath(name), part.file_name, own)
+            _add_voc_image(tree, image, part, rows, converted)
     return converted
+
+
+def _voc_folders(path: PurePosixPath) -> list[PurePosixPath]:
+    return [path.parent.parent / "JPEGImages", path.parent, path.parent.parent / "images"]
+
+
+def _image_of(finder: _ImageFinder, path: PurePosixPath) -> str | None:
+    """The image of an annotation file: the one of its name."""
+    files = (f"{path.stem}{suffix}" for suffix in (".jpg", *sorted(IMAGE_SUFFIXES)))
+    return next(filter(None, (finder.find(file, _voc_folders(path)) for file in files)), None)
+
+
+def _named_image(
+    finder: _ImageFinder, path: PurePosixPath, file_name: str, own: Mapping[str, str | None]
+) -> str | None:
+    """The image that an annotation file names, where none has its name; no image with its own annotations."""
+    found = finder.find(file_name, _voc_folders(path)) if file_name else None
+    return None if found in own.values() else found
 
 
 def _read_voc_xml(tree: Tree, name: str) -> VocAnnotation:
@@ -330,22 +382,17 @@ def _read_voc_xml(tree: Tree, name: str) -> VocAnnotation:
 
 
 def _add_voc_image(
-    tree: Tree, finder: _ImageFinder, path: PurePosixPath, part: VocAnnotation, rows: dict[str, list[Row]],
-    converted: Converted,
-) -> None:  # fmt: skip
-    folders = [path.parent.parent / "JPEGImages", path.parent, path.parent.parent / "images"]
-    files = [f"{path.stem}{suffix}" for suffix in (".jpg", *sorted(IMAGE_SUFFIXES))]
-    candidates = (finder.find(file, folders) for file in [part.file_name, *files] if file)
-    name = next((found for found in candidates if found), None)
+    tree: Tree, name: str | None, part: VocAnnotation, rows: dict[str, list[Row]], converted: Converted
+) -> None:
     if name is None:
         converted.dropped["images not found"] += 1
         return
     kept = rows.setdefault(name, [])
-    size = part.size if all(part.size) else _image_size(tree, name)
+    canvas = _canvas(tree, name, part.size)
     for item in part.objects:
         x1, y1, x2, y2 = item.box
         box = (x1 - 1, y1 - 1, x2, y2)
-        row = None if item.difficult else _row(converted.names.index(item.name), box, size)
+        row = None if item.difficult else canvas.row(converted.names.index(item.name), box)
         if row is None:
             converted.dropped["difficult objects" if item.difficult else "empty boxes"] += 1
         elif row in kept:

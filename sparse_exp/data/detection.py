@@ -6,7 +6,8 @@ A data set is a yaml file with the keys ``path`` (its root; by default the yaml'
 
 The label file of ``.../images/x.jpg`` is ``.../labels/x.txt``. It has one line ``class x y w h`` per box:
 centre and size as shares of the image's width and height. A polygon ``class x1 y1 x2 y2 ...`` becomes the box
-around it. An image whose label file is empty or missing shows background.
+around it; with ``kpt_shape: [count, numbers]`` in the yaml, keypoints follow each box and are left out. An
+image whose label file is empty or missing shows background.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +27,11 @@ from numpy.typing import NDArray
 
 from sparse_exp.data.images import IMAGE_SUFFIXES
 from sparse_exp.data.labels import read_boxes
-from sparse_exp.data.scan import Scan, scan_files
+from sparse_exp.data.letterbox import fitted_size
+from sparse_exp.data.scan import EMPTY, Scan, scan_files
 from sparse_exp.errors import DataError, expected
 from sparse_exp.hints import command_line
+from sparse_exp.text import whole_text
 
 _log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test")
@@ -41,16 +45,20 @@ class Sample(NamedTuple):
         image: path of the image.
         label: path of the label file, which need not exist.
         boxes: the boxes in it, float32 ``(M, 5)`` as bytes; None where it has not been read.
+        keypoints: how many numbers of keypoints may follow a box in the file; 0: none.
+        size: width and height of the upright image, px; None where it has not been read.
     """
 
     image: Path
     label: Path
     boxes: bytes | None = None
+    keypoints: int = 0
+    size: tuple[int, int] | None = None
 
     def labels_of(self, num_classes: int) -> NDArray[np.float32]:
         """Class id and x, y, w, h of each box; arguments, result and errors as of `read_boxes`."""
         if self.boxes is None:
-            return read_boxes(self.label, num_classes)
+            return read_boxes(self.label, num_classes, self.keypoints)
         return np.frombuffer(self.boxes, np.float32).reshape(-1, 5)
 
 
@@ -96,6 +104,7 @@ class Listing:
         names: see `DetectionDataset`.
         splits: samples by split; some may not exist.
         missing: for each image that does not exist, ``file:line`` of the list that names it.
+        keypoints: how many numbers of keypoints may follow a box in a label file; 0: none.
     """
 
     path: Path
@@ -103,6 +112,7 @@ class Listing:
     names: tuple[str, ...]
     splits: dict[str, tuple[Sample, ...]]
     missing: dict[Path, str]
+    keypoints: int = 0
 
 
 def load_dataset(
@@ -118,8 +128,8 @@ def load_dataset(
             labels cannot. Which ones those are depends only on the files, and so does the digest.
 
     Raises:
-        DataError: the yaml is missing or wrong, the path of a split does not exist, or ``train`` or ``val``
-            holds no image; or files cannot be used and are not skipped (names the first and their number).
+        DataError: the yaml is missing or wrong, the path of a split does not exist, or a split holds no image
+            or no box; or files cannot be used and are not skipped (names the first and their number).
     """
     listing = list_dataset(yaml_path)
     scans = scan_listing(listing, cache)
@@ -129,14 +139,33 @@ def load_dataset(
         _refuse_or_warn(listing, scans, corrupt, on_corrupt)
     skipped = set(corrupt)
     splits = {
-        split: tuple(s._replace(boxes=scans[s.image].boxes) for s in samples if s.image not in skipped)
+        split: tuple(_scanned(s, scans[s.image]) for s in samples if s.image not in skipped)
         for split, samples in listing.splits.items()
     }
     _require_images(splits, yaml_path)
+    for split, samples in splits.items():
+        if problem := without_boxes(split, samples, scans):
+            raise DataError(f"{problem} {advice_of(listing)}")
+    _warn(listing, splits, scans)
     digest = _digest(listing.root, listing.names, splits, scans)
     return DetectionDataset(
         name or yaml_path.stem, listing.root, listing.names, splits, digest, skipped=len(corrupt)
     )
+
+
+def _scanned(sample: Sample, scan: Scan) -> Sample:
+    return sample._replace(boxes=scan.boxes, size=(scan.width, scan.height))
+
+
+def box_sides(samples: Iterable[Sample], imgsz: int) -> NDArray[np.float32]:
+    """Width and height ``(M, 2)`` in px of all boxes of scanned samples, once images are scaled to ``imgsz``."""
+    scaled = [
+        np.frombuffer(sample.boxes or b"", np.float32).reshape(-1, 5)[:, 3:]
+        * np.array(fitted_size(*sample.size, imgsz), np.float32)
+        for sample in samples
+        if sample.size
+    ]
+    return np.concatenate([np.zeros((0, 2), np.float32), *scaled])
 
 
 def check_dataset(dataset: DetectionDataset) -> dict[str, int]:
@@ -152,28 +181,30 @@ def list_dataset(yaml_path: Path) -> Listing:
     """Read a data yaml and list its samples; images and labels are not opened.
 
     Raises:
-        DataError: the yaml is missing or wrong, the path of a split does not exist, or ``train`` or ``val``
-            holds no image.
+        DataError: the yaml is missing or wrong, the path of a split does not exist, or a split is empty.
     """
     spec = _read_yaml(yaml_path)
-    names = _read_names(spec, yaml_path)
+    names, keypoints = _read_names(spec, yaml_path), _read_keypoints(spec, yaml_path)
     root, hint = _find_root(spec, yaml_path)
     missing: dict[Path, str] = {}
     splits = {
-        split: _samples(spec[split], root, hint, f"the split {split!r} of {yaml_path}", missing)
+        split: tuple(
+            Sample(image, _label_of(image), keypoints=keypoints)
+            for image in _images_of(split, spec[split], root, hint, yaml_path, missing)
+        )
         for split in SPLITS
         if spec.get(split)
     }
     _require_images(splits, yaml_path)
-    return Listing(yaml_path, root, names, splits, missing)
+    return Listing(yaml_path, root, names, splits, missing, keypoints)
 
 
 def scan_listing(listing: Listing, cache: Path | None = None) -> dict[Path, Scan]:
     """Scan every file of a data set, each image once; see `sparse_exp.data.scan.scan_files`."""
-    key = hashlib.sha256(str(listing.path.resolve()).encode()).hexdigest()[:20]
+    key = hashlib.sha256(os.fsencode(listing.path.resolve())).hexdigest()[:20]
     place = cache / "scans" / f"{key}.json" if cache else None
-    pairs = ((image, label) for samples in listing.splits.values() for image, label, _ in samples)
-    return scan_files(pairs, len(listing.names), place)
+    pairs = ((sample.image, sample.label) for samples in listing.splits.values() for sample in samples)
+    return scan_files(pairs, len(listing.names), place, listing.keypoints)
 
 
 def problems_of(image: Path, listing: Listing, scans: Mapping[Path, Scan]) -> list[tuple[str, str]]:
@@ -184,11 +215,88 @@ def problems_of(image: Path, listing: Listing, scans: Mapping[Path, Scan]) -> li
     return list(scans[image].problems)
 
 
+def without_boxes(split: str, samples: Sequence[Sample], scans: Mapping[Path, Scan]) -> str:
+    """What is wrong with a split in which no image has a box; "" where one has.
+
+    Args:
+        split: its name.
+        samples: its images that can be used, at least one.
+        scans: of these images.
+    """
+    if any(scans[sample.image].boxes for sample in samples):
+        return ""
+    bare = next((sample for sample in samples if not scans[sample.image].has_label), samples[0])
+    text = f"No image of {split} has a box. Label files are expected at paths like {bare.label}."
+    return f"{text}{_or_leave_out(split)}"
+
+
+def shared_images(
+    splits: Mapping[str, Sequence[Sample]], scans: Mapping[Path, Scan]
+) -> Iterator[tuple[str, Path, str, Path]]:
+    """Images whose content an earlier split has, too; not of a split that is part of ``train`` as a whole.
+
+    Yields:
+        The split and path of the image; the split and path of the same image in the earlier split.
+    """
+    trained = {sample.image for sample in splits["train"]}
+    first: dict[str, tuple[str, Path]] = {}
+    for split, samples in splits.items():
+        if split != "train" and trained.issuperset(sample.image for sample in samples):
+            continue
+        for sample in samples:
+            sha256 = scans[sample.image].image_sha256
+            seen_in, other = first.setdefault(sha256, (split, sample.image))
+            if sha256 != EMPTY and seen_in != split:
+                yield split, sample.image, seen_in, other
+
+
+def unlearnable_classes(
+    names: Sequence[str], splits: Mapping[str, Sequence[Sample]], scans: Mapping[Path, Scan]
+) -> dict[int, list[str]]:
+    """Ids of classes that have boxes, but none in ``train``, and the splits where they have some."""
+    found = {
+        split: {int(row[0]) for sample in samples for row in boxes_of(scans[sample.image])}
+        for split, samples in splits.items()
+    }
+    wanted = set().union(*found.values()) - found["train"]
+    return {
+        number: [s for s in found if number in found[s]] for number in range(len(names)) if number in wanted
+    }
+
+
+def boxes_of(scan: Scan) -> NDArray[np.float32]:
+    """Class id and x, y, w, h of each box of an image, float32 ``(M, 5)``."""
+    return np.frombuffer(scan.boxes, np.float32).reshape(-1, 5)
+
+
+def advice_of(listing: Listing) -> str:
+    """The sentence that tells how to see all that is wrong with a data set."""
+    return f"All that is wrong: {command_line('check', str(listing.path), module='sparse_exp.data')}"
+
+
+def _warn(listing: Listing, splits: Mapping[str, Sequence[Sample]], scans: Mapping[Path, Scan]) -> None:
+    """Say in one line what is odd and changes the training or what is measured."""
+    repeated = sum(scans[sample.image].repeated for samples in splits.values() for sample in samples)
+    found = [f"{repeated} boxes stand in a label file twice and count once"] if repeated else []
+    if shared := list(shared_images(splits, scans)):
+        split, image, other, _ = shared[0]
+        found.append(f"{len(shared)} images are in two splits, such as {image} in {other} and {split}")
+    if classes := unlearnable_classes(listing.names, splits, scans):
+        told = ", ".join(repr(listing.names[number]) for number in classes)
+        found.append(f"train has no box of {told}, which other splits have")
+    if found:
+        _log.warning("%s: %s. %s", listing.path, "; ".join(found), advice_of(listing))
+
+
+def _or_leave_out(split: str) -> str:
+    return " Or leave the key 'test' out: a training needs only train and val." if split == "test" else ""
+
+
 def _refuse_or_warn(
     listing: Listing, scans: Mapping[Path, Scan], corrupt: list[Path], on_corrupt: str
 ) -> None:
     """Refuse files that cannot be used, or warn that they are left out."""
-    advice = f"All that is wrong: {command_line('check', str(listing.path), module='sparse_exp.data')}"
+    advice = advice_of(listing)
     if on_corrupt != "skip":
         _, first = problems_of(corrupt[0], listing, scans)[0]
         others = f" {len(corrupt)} of {len(scans)} images cannot be used." if len(corrupt) > 1 else ""
@@ -201,15 +309,18 @@ def _refuse_or_warn(
 
 
 def _require_images(splits: Mapping[str, tuple[Sample, ...]], yaml_path: Path) -> None:
-    for split in ("train", "val"):
-        if not splits.get(split):
-            do = f"Put images where the key {split!r} points."
+    for split in SPLITS:
+        if not splits.get(split) and (split in splits or split != "test"):
+            do = f"Put images where the key {split!r} points.{_or_leave_out(split)}"
             raise DataError(expected(f"the split {split!r} of {yaml_path}", "at least one image", 0, do))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        spec = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        spec = yaml.safe_load(text)
+        # Of yes, no, null, 1.0 and 2024-01-01 as names YAML would make truth values, numbers and dates.
+        written = yaml.load(text, Loader=yaml.BaseLoader)
     except FileNotFoundError:
         do = "Correct dataset.path."
         raise DataError(expected("the data yaml", "an existing file", str(path), do)) from None
@@ -219,11 +330,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(spec, dict):
         do = "Write the keys path, train, val and names."
         raise DataError(expected(f"the data yaml {path}", "a map of keys", spec, do))
-    return spec
+    return {**spec, "names as written": written.get("names")}
 
 
 def _read_names(spec: dict[str, Any], path: Path) -> tuple[str, ...]:
-    names = spec.get("names")
+    names = spec["names as written"]
     if isinstance(names, dict):
         ids = {str(class_id): name for class_id, name in names.items()}
         if set(ids) == {str(number) for number in range(len(names))}:
@@ -234,7 +345,17 @@ def _read_names(spec: dict[str, Any], path: Path) -> tuple[str, ...]:
     if spec.get("nc", len(names)) != len(names):
         do = "Leave out nc, or correct names."
         raise DataError(expected(f"nc of {path}", f"the number of names ({len(names)})", spec["nc"], do))
-    return tuple(str(name) for name in names)
+    return tuple(whole_text(str(name)) for name in names)
+
+
+def _read_keypoints(spec: dict[str, Any], path: Path) -> int:
+    shape = spec.get("kpt_shape")
+    if shape is None:
+        return 0
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
+        do = "For example [17, 3]; leave it out where no keypoints follow the boxes."
+        raise DataError(expected(f"kpt_shape of {path}", "count and numbers of keypoints", shape, do))
+    return int(shape[0] * shape[1])
 
 
 def _find_root(spec: dict[str, Any], yaml_path: Path) -> tuple[Path, str]:
@@ -249,16 +370,17 @@ def _find_root(spec: dict[str, Any], yaml_path: Path) -> tuple[Path, str]:
     return here, f" (its path {str(given)!r} is neither in the yaml's folder nor in {Path.cwd()})"
 
 
-def _samples(
-    entry: Any, root: Path, hint: str, what: str, missing: dict[Path, str]
-) -> tuple[Sample, ...]:  # fmt: skip
-    """The samples of a split.
+def _images_of(
+    split: str, entry: Any, root: Path, hint: str, yaml_path: Path, missing: dict[Path, str]
+) -> list[Path]:  # fmt: skip
+    """The images of a split, sorted.
 
     Args:
-        entry: the yaml's value for the split.
+        split: its name.
+        entry: the yaml's value for it.
         root: see `_find_root`, as ``hint``.
         hint: ends the message where ``entry`` does not exist.
-        what: names the split in messages.
+        yaml_path: for messages.
         missing: gets the listed images that do not exist.
     """
     images: set[Path] = set()
@@ -272,10 +394,10 @@ def _samples(
             images.update(_listed_images(place, root, missing))
         else:
             got = f"{root / Path(str(item)).expanduser()}{hint}"
-            raise DataError(expected(what, "an existing folder or list of images", got, "Correct the path."))
+            what, do = f"the split {split!r} of {yaml_path}", f"Correct the path.{_or_leave_out(split)}"
+            raise DataError(expected(what, "an existing folder or list of images", got, do))
     # Sort as paths, part by part. With 10 000 of them, comparing texts is faster than comparing paths.
-    ordered = sorted(images, key=lambda image: str(image).replace(os.sep, "\0"))
-    return tuple(Sample(image, _label_of(image)) for image in ordered)
+    return sorted(images, key=lambda image: str(image).replace(os.sep, "\0"))
 
 
 def _resolve(item: str, root: Path) -> Path:
@@ -307,8 +429,8 @@ def _images_below(folder: Path) -> Iterator[Path]:
 def _listed_images(listing: Path, root: Path, missing: dict[Path, str]) -> Iterator[Path]:
     """The images that a text file lists; those that do not exist are added to ``missing``."""
     try:
-        lines = listing.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = os.fsdecode(listing.read_bytes().removeprefix(BOM_UTF8)).splitlines()  # names are any bytes
+    except OSError as error:
         raise DataError(f"Cannot read the list of images {listing}: {error}. Correct it.") from error
     for number, line in enumerate(map(str.strip, lines), start=1):
         if not line:
@@ -337,11 +459,12 @@ def _digest(
     digest = hashlib.sha256(repr(names).encode())
     inside = f"{root}{os.sep}"
     for split, samples in sorted(splits.items()):
-        for image, label, _ in samples:
-            scan = scans[image]
-            for path, sha256 in ((str(image), scan.image_sha256), (str(label), scan.label_sha256)):
+        for sample in samples:
+            scan = scans[sample.image]
+            files = (str(sample.image), scan.image_sha256), (str(sample.label), scan.label_sha256)
+            for path, sha256 in files:
                 plain = path.startswith(inside) and ".." not in path
                 relative = path[len(inside) :] if plain else os.path.relpath(path, root)
-                digest.update(f"\0{split}\0{relative.replace(os.sep, '/')}\0".encode())
+                digest.update(os.fsencode(f"\0{split}\0{relative.replace(os.sep, '/')}\0"))
                 digest.update(bytes.fromhex(sha256))
     return digest.hexdigest()

@@ -6,12 +6,13 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from sparse_exp.data.letterbox import Letterbox, fitted_size, letterbox
 from sparse_exp.errors import DataError, first_line
@@ -19,12 +20,57 @@ from sparse_exp.errors import DataError, first_line
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 # Pillow's formats for photos and drawings. Some of its others start programs, so they are not read.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 # The exceptions that Pillow's decoders raise on damaged or hostile files.
 _UNREADABLE = (
     OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error,
     Image.DecompressionBombError,
 )  # fmt: skip
+
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How an image lies in its file; the one place that knows orientations.
+
+    Attributes:
+        stored: width and height as they are stored, px.
+        orientation: 1..8 as in EXIF: 1 is upright, 3 upside down, 6 and 8 are turned by 90 degrees, the
+            others mirrored.
+    """
+
+    stored: tuple[int, int]
+    orientation: int = 1
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """Width and height of the upright image, px."""
+        width, height = self.stored
+        return (height, width) if self.orientation >= 5 else (width, height)
+
+    def turned(self, box: Box) -> Box:
+        """A box x1, y1, x2, y2 on the stored image as it lies on the upright one, px."""
+        (x1, y1, x2, y2), (width, height) = box, self.stored
+        if self.orientation in (2, 3, 7, 8):  # mirrored from left to right
+            x1, x2 = width - x2, width - x1
+        if self.orientation in (3, 4, 6, 7):
+            y1, y2 = height - y2, height - y1
+        return (y1, x1, y2, x2) if self.orientation >= 5 else (x1, y1, x2, y2)
+
+
+def read_frame(content: bytes, path: Path) -> Frame:
+    """The frame of an image, of whose bytes only the header is looked at.
+
+    Args:
+        content: the file's bytes.
+        path: the file, for messages.
+
+    Raises:
+        DataError: it is no image, or its header is damaged.
+    """
+    with _opened(BytesIO(content), path) as image:
+        return _frame(image)
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
@@ -81,7 +127,7 @@ def read_picture(
         DataError: as `read_image`.
     """
     with _opened(path if content is None else BytesIO(content), path) as image:
-        size, stored = _upright_size(image), image.size
+        size, stored = _frame(image).upright, image.size
         image.draft("RGB", fitted_size(*image.size, imgsz))
         picture = _upright_rgb(image)
         square, mapping = letterbox(picture, imgsz, size)
@@ -99,7 +145,7 @@ def measure_image(content: bytes, path: Path) -> tuple[int, int]:
         DataError: it is damaged, or no image.
     """
     with _opened(BytesIO(content), path) as image:
-        size = _upright_size(image)
+        size = _frame(image).upright
         image.draft("RGB", (1, 1))  # a JPEG is read to its end, but only 1/64 of its pixels are computed
         image.load()
         _check_mode(image)
@@ -137,20 +183,29 @@ def _decoding(name: object) -> Iterator[None]:
         raise DataError(f"Cannot read the image {name}: {reason}. Replace or remove it.") from error
 
 
+def _frame(image: Image.Image) -> Frame:
+    """The frame of an image that is open and not decoded yet."""
+    size = image.size
+    if isinstance(
+        image, TiffImagePlugin.TiffImageFile
+    ):  # which Pillow itself turns upright, and its size too
+        tags = image.tag_v2
+        size = (int(tags[TiffImagePlugin.IMAGEWIDTH]), int(tags[TiffImagePlugin.IMAGELENGTH]))
+    return Frame(size, _orientation(image))
+
+
 def _orientation(image: Image.Image) -> int:
     try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        found = int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except _UNREADABLE:  # the metadata is broken, but the image may be whole
         return 1
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    width, height = image.size
-    return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
+    return found if 1 <= found <= 8 else 1
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    if _orientation(image) not in (0, 1):
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        image.load()
+    elif _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     _check_mode(image)
     if image.mode.startswith("I"):  # 16 bits; Pillow would clip at 255 instead of scaling

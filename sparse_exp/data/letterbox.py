@@ -70,14 +70,20 @@ def letterbox(
         uint8 ``(imgsz, imgsz, 3)`` and the mapping of boxes.
     """
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    width, height = size or picture.size
-    w, h = fitted_size(width, height, imgsz)
+    mapping = letterbox_of(size or picture.size, imgsz)
+    w, h = fitted_size(*mapping.size, imgsz)
     if (w, h) != picture.size:
         picture = picture.resize((w, h), Image.Resampling.BILINEAR)
-    left, top = (imgsz - w) // 2, (imgsz - h) // 2
     if (w, h) == (imgsz, imgsz):
         square = np.array(picture)
     else:
         square = np.full((imgsz, imgsz, 3), PADDING, np.uint8)
-        square[top : top + h, left : left + w] = picture
-    return square, Letterbox(w / width, h / height, left, top, (width, height))
+        square[mapping.top : mapping.top + h, mapping.left : mapping.left + w] = picture
+    return square, mapping
+
+
+def letterbox_of(size: tuple[int, int], imgsz: int) -> Letterbox:
+    """How an image of a size (width and height, px) lies in a square of side ``imgsz``; see `letterbox`."""
+    width, height = size
+    w, h = fitted_size(width, height, imgsz)
+    return Letterbox(w / width, h / height, (imgsz - w) // 2, (imgsz - h) // 2, size)

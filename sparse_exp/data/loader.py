@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,11 +17,12 @@ from sparse_exp.config.schema import AugmentConfig
 from sparse_exp.data.augment import Example, augment_example
 from sparse_exp.data.detection import Sample
 from sparse_exp.data.images import read_square
+from sparse_exp.data.letterbox import Letterbox, fitted_size, letterbox_of
 from sparse_exp.data.scan import in_threads
+from sparse_exp.data.store import Squares, choose_store
 from sparse_exp.hardware import usable_physical_cores
 from sparse_exp.progress import progress
 
-_CACHE_BYTES = 1 << 30  # a split that takes no more is decoded once and kept in memory
 _SHUFFLE, _AUGMENT = 0, 1  # part of the seeds, so that the two streams of random numbers are independent
 
 
@@ -37,29 +39,18 @@ class Batch(NamedTuple):
     targets: Tensor
 
 
-def fits_in_memory(images: int, imgsz: int) -> bool:
-    """Whether a split is decoded once and kept in memory.
-
-    Args:
-        images: of the split; up to 873 of 640 px or 3495 of 320 px fit, which is 1 GiB.
-        imgsz: side of the images, px.
-    """
-    return images * 3 * imgsz**2 <= _CACHE_BYTES
-
-
-def choose_workers(configured: int | None, images: int, imgsz: int) -> int:
+def choose_workers(configured: int | None, store: str) -> int:
     """Number of processes that decode and augment.
 
     Args:
         configured: ``dataset.workers``; None chooses: 0 for a split that is kept in memory, else one for
             every two cores, at most 8. One core decodes and augments faster than two cores train even
             YOLOv5n, see benchmarks/data.py.
-        images: of the split.
-        imgsz: side of the images, px.
+        store: see `sparse_exp.data.store.choose_store`.
     """
     if configured is not None:
         return configured
-    return 0 if fits_in_memory(images, imgsz) else min(8, max(1, usable_physical_cores() // 2))
+    return 0 if store == "ram" else min(8, max(1, usable_physical_cores() // 2))
 
 
 class DetectionImages(Dataset[Example]):
@@ -74,20 +65,26 @@ class DetectionImages(Dataset[Example]):
         imgsz: side of the square that images are scaled to, px.
         seed: of the augmentation.
         augment: probabilities and strengths of the augmentation; None: no augmentation.
+        store: where decoded images are kept: ``ram``, ``disk`` or ``none``.
+        folder: for ``disk``: where files of decoded images are kept.
 
     Raises:
-        DataError: an image or a label is damaged. For a split that is kept in memory the constructor raises
-            it, else the access to the item.
+        DataError: an image or a label is damaged. For a split that is kept the constructor raises it, else
+            the access to the item.
     """
 
     def __init__(
         self, samples: Sequence[Sample], num_classes: int, imgsz: int, seed: int = 0,
-        augment: AugmentConfig | None = None,
+        augment: AugmentConfig | None = None, store: str = "ram", folder: Path | None = None,
     ) -> None:  # fmt: skip
         self._samples, self._num_classes, self._imgsz = samples, num_classes, imgsz
         self._seed, self._augment = seed, augment
         self._in_memory: list[Example] = []
-        if fits_in_memory(len(samples), imgsz):
+        self._squares: Squares | None = None
+        if store == "disk":
+            assert folder is not None
+            self._squares = Squares([sample.image for sample in samples], imgsz, folder)
+        elif store == "ram":
             with progress("Reading images", total=len(self), unit="images") as bar:
                 for example in in_threads(self._read, range(len(self))):
                     self._in_memory.append(example)
@@ -111,13 +108,21 @@ class DetectionImages(Dataset[Example]):
 
     def _read(self, index: int) -> Example:
         sample = self._samples[index]
-        square, mapping = read_square(sample.image, self._imgsz)
+        if self._squares:
+            square, size = self._squares[index]
+            return self._labelled(sample, torch.from_numpy(square), letterbox_of(size, self._imgsz))
+        pixels, mapping = read_square(sample.image, self._imgsz)
+        return self._labelled(sample, torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), mapping)
+
+    def _labelled(self, sample: Sample, planes: Tensor, mapping: Letterbox) -> Example:
         labels = sample.labels_of(self._num_classes)
         size = np.array(mapping.size, np.float32)
         centre, half = labels[:, 1:3] * size, labels[:, 3:5] * size / 2
         boxes = mapping.boxes(np.concatenate([centre - half, centre + half], axis=1))
-        planes = torch.from_numpy(square).permute(2, 0, 1).contiguous()
-        return Example(planes, torch.from_numpy(boxes), torch.from_numpy(labels[:, 0].copy()))
+        width, height = fitted_size(*mapping.size, self._imgsz)
+        left, top = mapping.left, mapping.top
+        picture = None if (width, height) == (self._imgsz,) * 2 else (left, top, left + width, top + height)
+        return Example(planes, torch.from_numpy(boxes), torch.from_numpy(labels[:, 0].copy()), picture)
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -214,7 +219,8 @@ def _loader(
 
 def make_loader(
     samples: Sequence[Sample], num_classes: int, *, imgsz: int, batch_size: int, train: bool, seed: int = 0,
-    workers: int | None = None, augment: AugmentConfig | None = None,
+    workers: int | None = None, augment: AugmentConfig | None = None, cache: str = "auto",
+    folder: Path | None = None,
 ) -> DetectionLoader:  # fmt: skip
     """Batches of a split.
 
@@ -228,19 +234,22 @@ def make_loader(
         workers: number of processes that decode and augment; 0: this one does; None: see `choose_workers`.
             The batches do not depend on it.
         augment: probabilities and strengths of the augmentation; of use only with ``train``.
+        cache: where decoded images are kept; see `sparse_exp.data.store.choose_store`.
+        folder: for ``disk``: where files of decoded images are kept.
 
     Raises:
         DataError: an image or a label is damaged.
     """
-    images = DetectionImages(samples, num_classes, imgsz, seed, augment if train else None)
-    workers = choose_workers(workers, len(samples), imgsz)
+    store = choose_store(cache, len(samples), imgsz)
+    images = DetectionImages(samples, num_classes, imgsz, seed, augment if train else None, store, folder)
+    workers = choose_workers(workers, store)
     return _loader(images, batch_size, EpochSampler(len(images), seed if train else None), workers)
 
 
 def collate(examples: Sequence[Example]) -> Batch:
     """Stack examples of one size into a `Batch`."""
     rows = []
-    for position, (image, boxes, classes) in enumerate(examples):
+    for position, (image, boxes, classes, _) in enumerate(examples):
         low, high = boxes[:, :2] / image.shape[-1], boxes[:, 2:] / image.shape[-1]
         where = torch.full((len(boxes), 1), float(position))
         rows.append(torch.cat([where, classes[:, None], (low + high) / 2, high - low], dim=1))

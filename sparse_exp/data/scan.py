@@ -26,7 +26,7 @@ from sparse_exp.progress import progress
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
-_FORMAT = 1  # of the cache; raise it when a scan finds something else in the same files
+_FORMAT = 2  # of the cache; raise it when a scan finds something else in the same files
 EMPTY = hashlib.sha256(b"").hexdigest()
 """The hash that stands for a file that is not there; that of an empty file."""
 
@@ -42,6 +42,7 @@ class Scan(NamedTuple):
         height: of the upright image, px; 0 where it cannot be read.
         boxes: float32 rows of `sparse_exp.data.labels.Labels`, as bytes.
         problems: for each problem the file, or ``file:line`` in a label file, and a message that names it.
+        repeated: number of lines with a box that an earlier line has already, which are left out.
     """
 
     stamp: list[int]
@@ -51,6 +52,7 @@ class Scan(NamedTuple):
     height: int
     boxes: bytes
     problems: list[tuple[str, str]]
+    repeated: int = 0
 
     @property
     def has_label(self) -> bool:
@@ -59,7 +61,10 @@ class Scan(NamedTuple):
 
 
 def scan_files(
-    pairs: Iterable[tuple[Path, Path]], num_classes: int, cache_file: Path | None = None
+    pairs: Iterable[tuple[Path, Path]],
+    num_classes: int,
+    cache_file: Path | None = None,
+    keypoints: int = 0,
 ) -> dict[Path, Scan]:
     """Scan images and their label files; what has not changed since the last scan is taken from the cache.
 
@@ -67,23 +72,26 @@ def scan_files(
         pairs: image and label file; neither needs to exist.
         num_classes: class ids must be below it.
         cache_file: keeps the scans; None: they are not kept.
+        keypoints: see `sparse_exp.data.labels.read_boxes`.
 
     Returns:
         The scans by image.
     """
-    labels = dict(pairs)
-    known = _read_cache(cache_file, num_classes) if cache_file else {}
+    labels, reading = dict(pairs), (num_classes, keypoints)
+    known = _read_cache(cache_file, reading) if cache_file else {}
     scans = {image: known[str(image)] for image in labels if str(image) in known}
-    scans = {image: scan for image, scan in scans.items() if scan.stamp == _stamp(image, labels[image])}
+    scans = {
+        image: scan for image, scan in scans.items() if scan.stamp == stamp(image) + stamp(labels[image])
+    }
     fresh = [image for image in labels if image not in scans]
     if fresh:
         with progress("Checking images", total=len(fresh), unit="images") as bar:
-            found = in_threads(lambda image: _scan(image, labels[image], num_classes), fresh)
+            found = in_threads(lambda image: _scan(image, labels[image], reading), fresh)
             for image, scan in zip(fresh, found, strict=True):
                 scans[image] = scan
                 bar.advance()
         if cache_file:
-            _write_cache(cache_file, num_classes, scans)
+            _write_cache(cache_file, reading, scans)
     return {image: scans[image] for image in labels}
 
 
@@ -99,8 +107,8 @@ def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> Ite
         pool.shutdown(cancel_futures=True)
 
 
-def _scan(image: Path, label: Path, num_classes: int) -> Scan:
-    stamp = _stamp(image, label)  # before reading: the next scan then notices a change made meanwhile
+def _scan(image: Path, label: Path, reading: tuple[int, int]) -> Scan:
+    seen = stamp(image) + stamp(label)  # before reading: the next scan then notices a change made meanwhile
     problems: list[tuple[str, str]] = []
     content, text = _read(image, "image", problems), b""
     width, height = 0, 0
@@ -111,10 +119,12 @@ def _scan(image: Path, label: Path, num_classes: int) -> Scan:
             problems.append((str(image), str(error)))
     if label.exists():  # an image without a label file shows background
         text = _read(label, "label file", problems)
-    labels = parse_labels(text, num_classes, label)
+    num_classes, keypoints = reading
+    labels = parse_labels(text, num_classes, label, keypoints)
     image_sha256, label_sha256 = (hashlib.sha256(data).hexdigest() for data in (content, text))
     problems.extend(labels.problems)
-    return Scan(stamp, image_sha256, label_sha256, width, height, labels.boxes.tobytes(), problems)
+    boxes, repeated = labels.boxes.tobytes(), len(labels.repeated)
+    return Scan(seen, image_sha256, label_sha256, width, height, boxes, problems, repeated)
 
 
 def _read(path: Path, what: str, problems: list[tuple[str, str]]) -> bytes:
@@ -128,23 +138,20 @@ def _read(path: Path, what: str, problems: list[tuple[str, str]]) -> bytes:
         return b""
 
 
-def _stamp(image: Path, label: Path) -> list[int]:
-    """Size, mtime and ctime of both files; -1, 0, 0 for a file that is not there."""
-    numbers = []
-    for path in (image, label):
-        try:
-            stat = os.stat(path)  # noqa: PTH116 - twice as fast as Path.stat over many thousand files
-            numbers += [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-        except OSError:
-            numbers += [-1, 0, 0]
-    return numbers
+def stamp(path: Path) -> list[int]:
+    """Size, mtime and ctime of a file; -1, 0, 0 for one that is not there."""
+    try:
+        stat = os.stat(path)  # noqa: PTH116 - twice as fast as Path.stat over many thousand files
+    except OSError:
+        return [-1, 0, 0]
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def _read_cache(file: Path, num_classes: int) -> dict[str, Scan]:
+def _read_cache(file: Path, reading: tuple[int, int]) -> dict[str, Scan]:
     """The scans in a cache file by the image's path; none where the cache is of no use."""
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-        if (stored["format"], stored["classes"]) != (_FORMAT, num_classes):
+        if (stored["format"], stored["reading"]) != (_FORMAT, list(reading)):
             return {}
         return {image: _from_entry(entry) for image, entry in stored["scans"].items()}
     except FileNotFoundError:
@@ -159,14 +166,14 @@ def _from_entry(entry: list[Any]) -> Scan:
     return Scan(*entry)._replace(boxes=base64.b64decode(entry[5], validate=True), problems=problems)
 
 
-def _write_cache(file: Path, num_classes: int, scans: Mapping[Path, Scan]) -> None:
+def _write_cache(file: Path, reading: tuple[int, int], scans: Mapping[Path, Scan]) -> None:
     entries = {
         str(image): scan._replace(boxes=base64.b64encode(scan.boxes).decode())  # type: ignore[arg-type]
         for image, scan in scans.items()
     }
     try:
         with landing(file) as temporary:
-            stored = {"format": _FORMAT, "classes": num_classes, "scans": entries}
+            stored = {"format": _FORMAT, "reading": reading, "scans": entries}
             temporary.write_text(json.dumps(stored), encoding="utf-8")
     except OSError as error:
         _log.warning("Images will be checked again next time: cannot write %s (%s)", file, error.strerror)

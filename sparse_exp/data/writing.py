@@ -9,11 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
 from sparse_exp.files import landing_directory, sha256_of, write_text
 from sparse_exp.locks import exclusive
+from sparse_exp.text import whole_text
 
 _STAMP = "stamp.json"
 
@@ -97,8 +99,14 @@ def write_yaml(folder: Path, names: Sequence[str], splits: Sequence[str] | Mappi
     """
     places = splits if isinstance(splits, Mapping) else {split: f"images/{split}" for split in splits}
     lines = [f"{split}: {place}" for split, place in places.items()]
-    lines += ["names:", *(f"  {class_id}: {json.dumps(name)}" for class_id, name in enumerate(names))]
+    lines += ["names:", *(f"  {class_id}: {_quoted(name)}" for class_id, name in enumerate(names))]
     (folder / "data.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _quoted(text: str) -> str:
+    """A text in YAML, in ASCII."""
+    quoted: str = yaml.safe_dump(whole_text(text), default_style='"', width=float("inf"))
+    return quoted.strip()
 
 
 def write_sample(

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 _GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # Names of a group's limit, its use, and the parts of that which are a cache of files.
 _MEMORY_V2 = ("memory.max", "memory.current", ("active_file", "inactive_file"))
@@ -53,6 +55,14 @@ def memory_limits() -> list[MemoryLimit]:
                 cached = sum(int(stat.get(name, 0)) for name in caches)
                 limits.append(MemoryLimit(int(most), int(used), cached))
     return limits
+
+
+def free_memory() -> int:
+    """Bytes that this process can still get before it is refused more or killed.
+
+    The least of the host's available memory and of what the limits of this process's groups leave.
+    """
+    return min([int(psutil.virtual_memory().available), *(limit.left for limit in memory_limits())])
 
 
 def cpu_quota() -> float | None:

@@ -10,14 +10,18 @@ from dataclasses import dataclass, field, replace
 from sparse_exp.config.schema import Experiment
 from sparse_exp.errors import RecipeError
 from sparse_exp.hardware.targets import advice, measures, mismatch_sentence
+from sparse_exp.metrics.anchors import LEAST_RECALL
 from sparse_exp.planning.trial import Trial
-from sparse_exp.recipes.recipe import Phase, Recipe
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sources.start import SCRATCH
 from sparse_exp.sparsity.measure import in_blocks
 from sparse_exp.sparsity.sizes import Sizes, estimate_sizes
+from sparse_exp.training.phases import evaluated_epochs
 from sparse_exp.training.precision import Precision
-from sparse_exp.training.start import Start
+from sparse_exp.training.start import Anchors, Start
 from sparse_exp.yolov5 import YOLOv5
+
+_SHORT = 0.01  # share of zeros by which a start may miss model.sparsity without a word
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ class Plan:
         waits_for_start: the time is not estimated, as data and start are not on this machine yet.
         asked_first: sources that the run asks before it grows the start; empty where it grows none.
         quantization: how layers are rounded, and why; empty where nothing is quantized.
+        anchors: how well the anchors suit the training boxes; None where the data are not known.
     """
 
     experiment: Experiment
@@ -110,6 +115,7 @@ class Plan:
     waits_for_start: bool = False
     asked_first: tuple[str, ...] = ()
     quantization: str = ""
+    anchors: Anchors | None = None
 
     @property
     def seconds(self) -> float | None:
@@ -137,8 +143,8 @@ def make_plan(
     prune_to = pruning_step(experiment, recipe, start)
     shares, phases = _shares(model, prune_to), recipe.phases()
     first = recipe.expected_sparsity(model, 0.0, shares)
-    ends = [recipe.expected_sparsity(model, phase.end, shares) for phase in phases]
-    promised = [_overall(model, end) for end in ends]
+    ends = [recipe.aimed_sparsity(model, phase.end, shares) for phase in phases]
+    aimed = [_overall(model, end) for end in ends]
     unknown = start.sparsity is None and prune_to is None and recipe.holds_mask
     kinds = re.findall(r"!(\w*LearningRate\w*)", recipe.text) if recipe.sets_learning_rate else []
     return Plan(
@@ -162,15 +168,28 @@ def make_plan(
                 experiment.trainer.batch_size,
                 sparsity=None if unknown else share,
             )
-            for phase, share in zip(phases, promised, strict=True)
+            for phase, share in zip(phases, aimed, strict=True)
         ),
         sparsity=_overall(model, first),
-        final_sparsity=promised[-1],
+        final_sparsity=aimed[-1],
         layers=first if prune_to is None or start.sparsity is not None else {},
         warnings=tuple(_warnings(experiment, recipe, start, model)),
         sizes=estimate_sizes(model, ends[-1], quantized=phases[-1].quantized, imgsz=experiment.dataset.imgsz),
         quantization=recipe.quantization.why if recipe.quantization_start is not None else "",
     )
+
+
+def with_anchors(plan: Plan, anchors: Anchors) -> Plan:
+    """The plan with how well the anchors suit the training boxes, and a warning where they do not."""
+    warnings = plan.warnings
+    if anchors.recall < LEAST_RECALL:
+        lost = (
+            f"No anchor answers for {1 - anchors.recall:.1%} of the training boxes: they cannot be learned."
+        )
+        tried = plan.experiment.model.anchors == "auto"
+        do = "Set model.anchors=auto, or choose another dataset.imgsz."
+        warnings = (*warnings, f"{lost} {'Choose another dataset.imgsz.' if tried else do}")
+    return replace(plan, anchors=anchors, warnings=warnings)
 
 
 def plan_without_training(experiment: Experiment) -> Plan:
@@ -186,7 +205,7 @@ def plan_without_training(experiment: Experiment) -> Plan:
 def with_trial(plan: Plan, trial: Trial, recipe: Recipe, data: Data) -> Plan:
     """The plan with what a few timed steps add: the split of each phase's batch, and its time.
 
-    A phase takes its steps and, after each epoch, a forward pass over the validation split.
+    A phase takes its steps and, each ``trainer.val_every`` epochs, a pass over the validation split.
 
     Args:
         plan: of the training.
@@ -198,17 +217,12 @@ def with_trial(plan: Plan, trial: Trial, recipe: Recipe, data: Data) -> Plan:
     for planned, phase in zip(plan.phases, recipe.phases(), strict=True):
         kind = "quantized" if phase.quantized else "float"
         trained = round((phase.end - phase.start) * steps) * trial.seconds[kind]
-        evaluated = _evaluations(phase) * data.val * trial.evaluation[kind]
+        evaluations = len(evaluated_epochs(phase, plan.experiment.trainer.val_every))
+        evaluated = evaluations * data.val * trial.evaluation[kind]
         split = trial.qat_split if phase.quantized else 1
         size = min(data.train, planned.batch_size) if split > 1 else planned.batch_size
         phases.append(replace(planned, split=split, batch_size=size, seconds=trained + evaluated))
     return replace(plan, phases=tuple(phases), trial=trial)
-
-
-def _evaluations(phase: Phase) -> int:
-    """How often a phase is evaluated: at each whole epoch within it, and where it ends."""
-    within = range(math.floor(phase.start) + 1, math.ceil(phase.end))
-    return len(within) + 1
 
 
 def _shares(model: YOLOv5, prune_to: float | None) -> dict[str, float]:
@@ -269,6 +283,13 @@ def _warnings(experiment: Experiment, recipe: Recipe, start: Start, model: YOLOv
         found.append(
             f"The start checkpoint has {start.sparsity:.1%} zeros and {recipe.name} does not hold them: "
             "training fills them in."
+        )
+    has, wanted = start.sparsity or 0.0, experiment.model.sparsity
+    if start.is_sparse and recipe.holds_mask and has < wanted - _SHORT:
+        found.append(
+            f"The start checkpoint has {has:.1%} zeros, less than model.sparsity={wanted:g}, and "
+            f"{recipe.name} only holds them: the model will have no more. Take a recipe that prunes "
+            "(recipe=prune), or a dense start."
         )
     prunable = (conv.weight for conv in model.prunable_convolutions().values())
     if start.is_sparse and config.pattern == "block4" and not in_blocks(prunable):

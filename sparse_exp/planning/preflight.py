@@ -8,14 +8,14 @@ from pathlib import Path
 from sparse_exp.config.schema import Experiment
 from sparse_exp.data import DetectionDataset
 from sparse_exp.data.loader import Batch, make_loader
-from sparse_exp.planning.plan import Data, Plan, make_plan, pruning_step, with_trial
+from sparse_exp.planning.plan import Data, Plan, make_plan, pruning_step, with_anchors, with_trial
 from sparse_exp.planning.trial import try_steps
 from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sources.start import StartFile
 from sparse_exp.training.oneshot import refuse_untrained_start
 from sparse_exp.training.precision import Precision
 from sparse_exp.training.processes import check_devices
-from sparse_exp.training.start import load_start, load_teacher, prune_start
+from sparse_exp.training.start import load_start, load_teacher, prune_start, suit_anchors
 from sparse_exp.training.threads import training_threads, using_threads
 
 _log = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ def plan_training(
     if start.report:
         partly = f"; {len(start.left)} in part (of the head not the classes)" if start.left else ""
         _log.info("%s taken from %s%s.", start.transferred, start.origin, partly)
+    anchors = suit_anchors(model, dataset, experiment)
     recipe.check(model)
     check_devices(experiment)
     prune_to = pruning_step(experiment, recipe, start)
@@ -55,7 +56,7 @@ def plan_training(
     distills = recipe.distills and (teacher is not None or experiment.recipe.teacher == "self")
     learns_from = load_teacher(teacher, model, start) if distills else None
     prune_start(model, prune_to, experiment.recipe)
-    plan = make_plan(experiment, recipe, start, precision, model)
+    plan = with_anchors(make_plan(experiment, recipe, start, precision, model), anchors)
     if experiment.recipe.oneshot:
         return plan
     # One process with the threads of all: the same work on the same cores, also the same memory in sum.

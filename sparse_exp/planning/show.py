@@ -54,6 +54,7 @@ def as_facts(plan: Plan) -> dict[str, Any]:
         "warnings": list(plan.warnings),
         "sizes": asdict(plan.sizes) if plan.sizes else {},
         "left": list(plan.start.left),
+        "anchors": asdict(plan.anchors) if plan.anchors else {},
         "qat_split": trial.qat_split if trial else 1,
         "seconds_per_step": trial.seconds if trial else {},
         "peak_mb": trial.peak_mb if trial else {},
@@ -142,6 +143,9 @@ def labelled_lines(plan: Plan) -> dict[str, str]:
         lines["learning rate"] = _schedule(plan)
     if plan.quantization:
         lines["quantization"] = plan.quantization
+    if plan.anchors:
+        fitted = f", fitted to them (the start's: {plan.anchors.before:.1%})" if plan.anchors.fitted else ""
+        lines["anchors"] = f"answer for {plan.anchors.recall:.1%} of the training boxes{fitted}"
     lines["memory layout"] = "channels_last" if plan.channels_last else "contiguous"
     if baseline != "none" and (plan.matches or plan.quantization or plan.distills):
         lines["baseline"] = _baseline(plan, baseline)

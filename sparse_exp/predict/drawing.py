@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from sparse_exp.text import in_picture
+
 QUALITY = 88  # of JPEG: no loss can be seen, and higher values soon double the files
 _LARGEST_JPEG = 65_500  # px
 _SMALLEST = 320  # px: in a smaller picture no label could be read
@@ -43,7 +45,7 @@ def draw(picture: Image.Image, detections: NDArray[np.float32], names: Sequence[
     canvas = ImageDraw.Draw(picture)
     for *corners, confidence, number in detections[::-1].tolist():
         box = tuple(factor * corner for corner in corners)
-        name = names[int(number)] if len(names) > 1 else ""
+        name = in_picture(names[int(number)]) if len(names) > 1 else ""
         _label(canvas, box, f"{name} {confidence:.2f}".strip(), colour_of(int(number)), width, size)
     return picture
 

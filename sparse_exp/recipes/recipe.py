@@ -301,6 +301,25 @@ class Recipe:
             promised[name] = max(shares, default=0.0)
         return promised
 
+    def aimed_sparsity(self, model: YOLOv5, epoch: float, start: Mapping[str, float]) -> dict[str, float]:
+        """The share of zeros that the recipe aims at in each prunable convolution at an epoch.
+
+        It is what `expected_sparsity` promises. Layers that are pruned as one, of which none is promised
+        anything, share their zeros evenly here: in sum it is right. Arguments and result are as there.
+        """
+        aimed = self.expected_sparsity(model, epoch, start)
+        held = [m for m in self.modifiers if isinstance(m, ConstantPruningModifier)]
+        for m in self.modifiers:
+            if not isinstance(m, MagnitudePruningModifier) or not m.together:
+                continue
+            ((final, targets),) = m.targets
+            names = [n for n in aimed if any(matches_parameter(target, f"{n}.weight") for target in targets)]
+            for name in names:
+                kept = m.leave_enabled or any(_holds(h, name, epoch, at=m.end_epoch) for h in held)
+                share = m.promised((1_000_000,), final, epoch, 0.0, kept=kept)
+                aimed[name] = max(aimed[name], share)
+        return aimed
+
     def check(self, model: nn.Module) -> None:
         """Refuse a recipe that cannot be applied to a model as it says.
 

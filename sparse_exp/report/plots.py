@@ -22,6 +22,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
@@ -32,6 +33,7 @@ from sparse_exp.config.schema import VARIANTS
 from sparse_exp.files import landing
 from sparse_exp.metrics.pareto import Axis, Point, staircase
 from sparse_exp.report.answer import may_be_shipped
+from sparse_exp.text import in_picture
 
 DPI = 130
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
@@ -456,7 +458,7 @@ def _draw_box(axes: Axes, box: NDArray[Any], **style: Any) -> None:
 def _draw_label(axes: Axes, detection: NDArray[Any], names: Sequence[str]) -> None:
     text = f"{float(detection[4]):.2f}"
     if len(names) > 1:
-        text = f"{names[int(detection[5])]} {text}"
+        text = f"{in_picture(names[int(detection[5])])} {text}"
     outline = [withStroke(linewidth=1.6, foreground="black")]
     x, y = max(0.0, float(detection[0])) + 2, max(0.0, float(detection[1])) + 2
     axes.text(x, y, text, color="white", fontsize=5.5, va="top", path_effects=outline, clip_on=True)
@@ -551,6 +553,9 @@ def _three_digits(number: float) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
+    for text in figure.findobj(Text):
+        if r"\mathdefault" not in text.get_text():  # but that of Matplotlib's own ticks, no text is a formula
+            text.set_parse_math(False)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=DPI)
     with landing(path) as temporary:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 from torch import nn
 
-from sparse_exp.errors import SparsityError, expected
+from sparse_exp.errors import SparsityError, StageFailed, expected
 from sparse_exp.sparsity.onnx_graph import constants, per_channel, producers, quantized_weight
 from sparse_exp.sparsity.prune import BLOCK, blocks
 
@@ -194,7 +194,14 @@ class SparsityContract:
 
         Raises:
             SparsityError: a promised zero is none, or there are too few; the layers are named.
+            StageFailed: weights are no numbers any more.
         """
+        lost = [name for name, conv in convolutions.items() if not conv.weight.isfinite().all()]
+        if lost:
+            raise StageFailed(
+                f"The weights {when} are not finite in {listed(lost)}. Make the learning rate smaller "
+                "(trainer.lr, or that of the recipe)."
+            )
         drifted = [
             name
             for name, mask in self.masks.items()

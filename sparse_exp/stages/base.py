@@ -151,6 +151,8 @@ class Context:
                 seed=self.experiment.seed,
                 workers=dataset.workers,
                 augment=trainer.augment,
+                cache=dataset.cache,
+                folder=self.cache / "decoded",
             )
         return self._loaders[split, train]
 

@@ -263,6 +263,7 @@ def _fingerprint(context: Context, dense: Experiment, recipe: Recipe) -> str:
         "optimizer": dense.recipe.optimizer,
         "precision": str(context.precision),
         "seed": dense.seed,
+        **({"anchors": dense.model.anchors} if dense.model.anchors != "start" else {}),
     }
     return fingerprint(parts, recipe.text, __version__)
 

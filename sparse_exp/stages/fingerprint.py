@@ -7,7 +7,7 @@ the version of this package, and the fingerprint of the stages before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,9 @@ from sparse_exp.runs.directory import StageRecord
 from sparse_exp.stages.base import Context, Stage
 from sparse_exp.stages.fetch import data_content
 
+# Any number of workers and any cache read the same images, so they may change while a run goes on.
+_HOW_IT_COMPUTES = {"dataset": ("workers", "cache")}
+_NEW = {"dataset": ("cache",), "model": ("anchors",)}  # keys that versions before 0.2 did not have
 _VERSION, _BEFORE = "the version of sparse_exp", "a stage before it"
 
 
@@ -68,12 +71,14 @@ def take_fingerprint(context: Context, stage: Stage, before: Fingerprint) -> Fin
     if takes_checkpoint:
         parts["checkpoint"] = _given_checkpoint(context)
     named = {_BEFORE: before.mark, _VERSION: __version__}
-    counted = _without_workers(parts)
+    counted, known_before = _without(parts, _HOW_IT_COMPUTES), _without(parts, _NEW)
     named |= {key: fingerprint(value) for key, value in counted.items()}
     named |= {content_name(name): digest for name, digest in content.items()}
     with_content = counted | ({"content": content} if content else {})
     mark = fingerprint(stage.name, before.mark, with_content, __version__)
-    earlier = None if before.earlier is None else fingerprint(stage.name, before.earlier, parts, __version__)
+    earlier = (
+        None if before.earlier is None else fingerprint(stage.name, before.earlier, known_before, __version__)
+    )
     return Fingerprint(mark, named, earlier, before.has_checkpoint or takes_checkpoint)
 
 
@@ -82,10 +87,12 @@ def content_name(name: str) -> str:
     return f"the content of the {name}"
 
 
-def _without_workers(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Any number of workers reads the same images, so it may change while a run goes on."""
-    own = {key: value for key, value in parts.get("dataset", {}).items() if key != "workers"}
-    return {**parts, **({"dataset": own} if own else {})}
+def _without(parts: Mapping[str, Any], keys: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The parts without some keys of groups of the configuration."""
+    return {
+        name: {key: each for key, each in value.items() if key not in keys[name]} if name in keys else value
+        for name, value in parts.items()
+    }
 
 
 def pass_on(stage: Stage, context: Context, before: Fingerprint, own: Fingerprint) -> Fingerprint:

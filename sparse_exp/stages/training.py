@@ -22,7 +22,7 @@ from sparse_exp.tracking import ENDED, epoch_metrics
 from sparse_exp.training.loop import Record, TrainingData, TrainingResult
 from sparse_exp.training.oneshot import apply_at_once, calibration_loader, refuse_untrained_start
 from sparse_exp.training.processes import fit_together
-from sparse_exp.training.start import Start, load_start, load_teacher, prune_start
+from sparse_exp.training.start import Start, load_start, load_teacher, prune_start, suit_anchors
 from sparse_exp.training.state import STATE, State, StateError, StateFile, not_used
 from sparse_exp.yolov5 import YOLOv5
 
@@ -88,6 +88,7 @@ def _run(context: Context, file: StateFile, state: State | None) -> tuple[Traini
     history = _History(context, state)
     experiment, names = context.experiment, context.dataset.names
     model, start = load_start(context.start, experiment.model.size, len(names), seed=experiment.seed)
+    suit_anchors(model, context.dataset, experiment)
     composed = context.recipe.after(start.checkpoint.recipe if start.checkpoint else "")
     if experiment.recipe.oneshot:
         refuse_untrained_start(start)

@@ -60,7 +60,7 @@ class Buffers:
     """A copy of a model's buffers, to restore them after a step that was cut off.
 
     A forward pass updates batch norm statistics and the ranges of quantizers. When a step runs out of memory
-    and is repeated, it must not update them twice.
+    and is repeated, it must not update them twice; when its numbers are not finite, not at all.
 
     Args:
         model: its buffers are copied now.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from sparse_exp.data.loader import Batch
 from sparse_exp.locks import give_way, waited_seconds
+from sparse_exp.metrics.detection import RECALLS, ClassAccuracies, Matcher
 from sparse_exp.progress import progress
 from sparse_exp.yolov5 import YOLOv5, non_max_suppression
 
@@ -32,6 +32,7 @@ class Evaluation:
         recall: ``(101,)``: 0, 0.01, ... 1.
         precision: ``(101,)``: interpolated precision at these recalls at IoU 0.5, the mean over the
             classes that occur; its mean is ``map50``.
+        by_class: the same by class, precision and recall at the best confidence, and the confusion matrix.
         images: number of images.
         seconds: wall time, without waiting for benchmarks.
         detections: per image float32 ``(D, 6)``: x1, y1, x2, y2 in pixels, confidence, class id;
@@ -45,6 +46,7 @@ class Evaluation:
     images: int
     seconds: float
     detections: list[Tensor] = field(default_factory=list)
+    by_class: ClassAccuracies | None = None
 
 
 @dataclass(frozen=True)
@@ -83,21 +85,23 @@ class Validation:
             ValueError: predictions are of another shape.
         """
         started = time.monotonic() - waited_seconds()
-        metric, kept, images = _new_metric(self.max_det), [], 0
+        matcher, kept, images = Matcher(self.num_classes, self.max_det), list[Tensor](), 0
         total = len(self.loader) if isinstance(self.loader, Sized) else None
         with torch.no_grad(), progress(description, total=total, unit="batches") as bar:
             for batch in self.loader:
                 give_way()
                 predictions = _checked(predict(batch.images), len(batch.images), self.num_classes)
                 found = non_max_suppression(predictions.cpu().numpy(), self.conf, self.iou, self.max_det)
-                detections = list(map(torch.from_numpy, found))
-                metric.update(_as_predictions(detections), _as_targets(batch))
-                kept += detections if keep_detections else []
-                images += len(detections)
+                for detections, (boxes, labels) in zip(found, _objects_of(batch), strict=True):
+                    matcher.add(detections, boxes, labels)
+                kept += map(torch.from_numpy, found) if keep_detections else []
+                images += len(found)
                 bar.advance()
-        map50, map50_95, recall, precision = _summarize(metric)
+        result = matcher.accuracies()
         seconds = time.monotonic() - waited_seconds() - started
-        return Evaluation(map50, map50_95, recall, precision, images, seconds, kept)
+        return Evaluation(
+            result.map50, result.map50_95, RECALLS, result.precision, images, seconds, kept, result.by_class
+        )
 
     def evaluate_model(
         self,
@@ -148,40 +152,11 @@ def _checked(predictions: Tensor, images: int, num_classes: int) -> Tensor:
     return predictions.float()
 
 
-def _new_metric(max_det: int) -> Any:
-    from torchmetrics.detection import MeanAveragePrecision
-
-    logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)  # it reports every step
-    metric = MeanAveragePrecision(
-        max_detection_thresholds=[1, min(10, max_det), max_det],  # mAP is taken at the last
-        extended_summary=True,
-        backend="faster_coco_eval",
-        sync_on_compute=False,  # of several processes only one evaluates
-    )
-    metric.warn_on_many_detections = False
-    return metric
-
-
-def _as_predictions(detections: list[Tensor]) -> list[dict[str, Tensor]]:
-    return [
-        {"boxes": found[:, :4], "scores": found[:, 4], "labels": found[:, 5].long()} for found in detections
-    ]
-
-
-def _as_targets(batch: Batch) -> list[dict[str, Tensor]]:
-    images, targets = batch
-    centre, size = targets[:, 2:4] * images.shape[-1], targets[:, 4:6] * images.shape[-1]
-    boxes = torch.cat([centre - size / 2, centre + size / 2], dim=1)
-    owners = [targets[:, 0] == position for position in range(len(images))]
-    return [{"boxes": boxes[own], "labels": targets[own, 1].long()} for own in owners]
-
-
-def _summarize(metric: Any) -> tuple[float, float, NDArray[np.float64], NDArray[np.float64]]:
-    result = metric.compute()
-    recall = np.linspace(0, 1, 101)
-    # Axes: IoU, recall, class, area (first: all), detections per image (last: max_det); -1: no boxes.
-    table = np.asarray(result["precision"], np.float64)
-    at_50 = table[0, :, :, 0, -1] if table.ndim == 5 else np.full((101, 0), -1.0)
-    present = at_50[:, (at_50 > -1).all(axis=0)]
-    precision = present.mean(axis=1) if present.shape[1] else np.zeros(101)
-    return max(0.0, float(result["map_50"])), max(0.0, float(result["map"])), recall, precision
+def _objects_of(batch: Batch) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+    """For each image its labelled boxes (M, 4), x1, y1, x2, y2 in pixels, and their class ids (M,)."""
+    targets, side = batch.targets.numpy(), batch.images.shape[-1]
+    centre, half = targets[:, 2:4] * side, targets[:, 4:6] * (side / 2)
+    boxes, labels = np.concatenate([centre - half, centre + half], 1), targets[:, 1].astype(np.int64)
+    for position in range(len(batch.images)):
+        own = targets[:, 0] == position
+        yield boxes[own], labels[own]

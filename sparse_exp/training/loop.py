@@ -21,6 +21,7 @@ from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data.loader import Batch, DetectionLoader
 from sparse_exp.distributed import collectives
 from sparse_exp.distributed.peers import broadcast_from_first, make_fabric, require_equal
+from sparse_exp.errors import StageFailed
 from sparse_exp.locks import give_way, waited_seconds
 from sparse_exp.progress import Bar, progress
 from sparse_exp.quantization.quantizers import calibrate, release
@@ -50,6 +51,7 @@ from sparse_exp.yolov5 import DetectionLoss, YOLOv5, read_checkpoint
 _log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+_LEFT_OUT = 5  # steps in a row whose gradients are not finite, after which a training ends
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ class Trainer:
         self._best: dict[str, Best] = {}
         self._split = qat_split
         self._quantizing = False
+        self._left_out = 0  # steps in a row
         self._state_file, self._position, self._history = state, Position(), list[Record]()
 
     def fit(self, state: State | None = None) -> TrainingResult:
@@ -163,6 +166,7 @@ class Trainer:
         Raises:
             RecipeError: a phase is shorter than one step, or a distilling recipe has no teacher.
             SparsityError: a promised zero did not stay zero, or a layer has fewer zeros than expected.
+            StageFailed: the gradients of several steps in a row are not finite.
             StateError: the state is of another training. It may have changed this trainer: make a new one.
         """
         steps, phases = len(self._data.train), self._recipe.phases()
@@ -270,7 +274,7 @@ class Trainer:
         self, phase: Phase, steps: int, train: Callable[[Phase, range], Record]
     ) -> Iterator[Record]:
         """Train a phase to its end, or until it stops getting better; yields a record for each evaluation."""
-        spans = evaluated_spans(phase, steps)
+        spans = evaluated_spans(phase, steps, self._config.val_every)
         for span in spans:
             if span.start < self._position.step:
                 continue
@@ -327,9 +331,16 @@ class Trainer:
                 sums[name] += value
             bar.advance()
         seconds, images = time.perf_counter() - waited_seconds() - started, sums.pop("images")
+        left_out = int(sums.pop("left out", 0))
+        if left_out:
+            _log.warning(
+                "Left out %d of %d steps up to epoch %g: their gradients are not finite.",
+                *(left_out, len(steps), steps.stop / steps_per_epoch),
+            )
         return {
             "phase": phase.name,
-            **{f"loss/{name}": total / len(steps) for name, total in sums.items()},
+            **{f"loss/{name}": total / (len(steps) - left_out) for name, total in sums.items()},
+            **({"left out": left_out} if left_out else {}),
             **self._learning_rates(),
             "images_per_s": images / seconds,
             "seconds": seconds,
@@ -338,15 +349,43 @@ class Trainer:
     def _step(
         self, batch: Batch, sparsifier: Sparsifier, epoch: float, *, quantized: bool
     ) -> dict[str, float]:
-        """Take one step; returns the number of images and the mean losses of all processes."""
+        """Take one step; returns the number of images and the mean losses of all processes.
+
+        A step whose losses or gradients are not finite changes no weight, statistic or average. Only the
+        recipe goes on, and the step counts as "left out".
+        """
         accumulate = self._accumulate_in_parts if quantized else self._accumulate
+        buffers = Buffers(self._model)
         losses = accumulate(batch, sparsifier, epoch)
         self._forward.sum_others(self._optimizer)
-        torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._config.max_grad_norm)
+        finite = all(map(math.isfinite, (float(norm), *losses.values())))  # in all processes or in none
+        if not finite:
+            buffers.restore()
+            self._leave_out(epoch, losses)
+            self._optimizer.zero_grad()  # of parameters without a gradient an optimizer changes nothing
         sparsifier.step(epoch)
+        if not finite:
+            return {"images": losses["images"], "left out": 1.0}
+        self._left_out = 0
         if not quantized:
             self._ema.update_parameters(self._model)
         return losses
+
+    def _leave_out(self, epoch: float, losses: dict[str, float]) -> None:
+        """Count a step whose gradients are not finite; a few of them in a row end the training."""
+        self._left_out += 1
+        if self._left_out < _LEFT_OUT:
+            return
+        step, config = round(epoch * len(self._data.train)) + 1, self._config
+        rates = ", ".join(f"{name} {rate:g}" for name, rate in self._learning_rates().items())
+        do = "Make the learning rate smaller (trainer.lr, or that of the recipe)"
+        precise = ", or set trainer.precision=fp32" if self._precision.autocast else ""
+        raise StageFailed(
+            f"The loss or its gradients are not finite in the steps {step - _LEFT_OUT + 1} to {step} (epoch "
+            f"{epoch:.3g}, {rates}, batches of {config.batch_size} images; the last losses: "
+            f"{', '.join(f'{n} {v:.3g}' for n, v in losses.items() if n != 'images')}). {do}{precise}."
+        )
 
     def _accumulate_in_parts(self, batch: Batch, sparsifier: Sparsifier, epoch: float) -> dict[str, float]:
         """Compute the gradients of a batch under QAT; where memory runs out, again in more parts."""

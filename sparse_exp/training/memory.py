@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from sparse_exp.hardware.cgroups import memory_limits
+from sparse_exp.hardware.cgroups import free_memory
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _MESSAGES = (
@@ -41,14 +41,13 @@ def used_bytes(device: torch.device) -> int:
 def free_bytes(device: torch.device) -> int:
     """Bytes that this process can still get before it is refused more or killed.
 
-    On a CPU, the least of the host's available memory and of what the limits of this process's cgroups
-    (versions 1 and 2) leave. On a GPU, its free memory and the memory that torch has reserved but does not
-    use.
+    On a CPU, see `sparse_exp.hardware.cgroups.free_memory`. On a GPU, its free memory and the memory
+    that torch has reserved but does not use.
     """
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + held)
-    return min([int(psutil.virtual_memory().available), *(limit.left for limit in memory_limits())])
+    return free_memory()
 
 
 def reset_peak(device: torch.device) -> None:

@@ -61,17 +61,24 @@ def check_phases(phases: Sequence[Phase], steps_per_epoch: int) -> None:
             raise RecipeError(expected(f"the phase {phase.name}", "at least one step", length, do))
 
 
-def evaluated_spans(phase: Phase, steps_per_epoch: int) -> list[range]:
-    """Cut the steps of a phase where the model is evaluated: after each epoch, and at the end of the phase.
+def evaluated_epochs(phase: Phase, every: int = 1) -> list[float]:
+    """The epochs after which a phase is evaluated: each ``every``-th of the training, and its end."""
+    whole = range(math.floor(phase.start) + 1, math.ceil(phase.end))
+    return [*(float(epoch) for epoch in whole if epoch % every == 0), phase.end]
+
+
+def evaluated_spans(phase: Phase, steps_per_epoch: int, every: int = 1) -> list[range]:
+    """Cut the steps of a phase where the model is evaluated; see `evaluated_epochs`.
 
     Args:
         phase: at least one step long; see `check_phases`.
         steps_per_epoch: steps in an epoch.
+        every: epochs between two evaluations.
 
     Returns:
         Consecutive ranges of steps, counted from the start of the training.
     """
     first, last = (first_step(epoch, steps_per_epoch) for epoch in (phase.start, phase.end))
-    epochs = range(math.floor(phase.start), math.ceil(phase.end) + 1)
-    inside = sorted(e * steps_per_epoch for e in epochs if first < e * steps_per_epoch < last)
+    ends = (first_step(epoch, steps_per_epoch) for epoch in evaluated_epochs(phase, every))
+    inside = [step for step in ends if first < step < last]
     return [range(start, stop) for start, stop in pairwise([first, *inside, last])]

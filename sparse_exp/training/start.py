@@ -7,10 +7,13 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from sparse_exp.config.schema import RecipeConfig
+from sparse_exp.config.schema import Experiment, RecipeConfig
+from sparse_exp.data.detection import DetectionDataset, box_sides
 from sparse_exp.errors import CheckpointError, ConfigError, expected
+from sparse_exp.metrics.anchors import LEAST_RECALL, best_possible_recall, fit_anchors
 from sparse_exp.quantization.from_sparseml import published_state
 from sparse_exp.quantization.quantizers import is_quantized
 from sparse_exp.recipes.checkpoints import restore
@@ -19,6 +22,7 @@ from sparse_exp.sparsity.measure import SPARSE_FROM, layer_sparsity, listed, ove
 from sparse_exp.sparsity.prune import BLOCK, prune_by_magnitude, prune_layer_adaptively
 from sparse_exp.yolov5 import Checkpoint, TransferReport, YOLOv5, read_checkpoint, transfer_weights
 from sparse_exp.yolov5.grow import grow
+from sparse_exp.yolov5.model import STRIDES
 
 _log = logging.getLogger(__name__)
 
@@ -97,6 +101,55 @@ def load_start(file: StartFile | None, size: str, num_classes: int, *, seed: int
     return model, Start(file.name, sparsity, quantized, report.left, grown_from, checkpoint, report)
 
 
+@dataclass(frozen=True)
+class Anchors:
+    """How well a detector's anchors suit the training boxes.
+
+    Attributes:
+        before: share of the boxes that an anchor of the start answers for, 0..1.
+        recall: the same with the anchors that are trained with.
+        fitted: whether these were fitted to the boxes.
+    """
+
+    before: float
+    recall: float
+    fitted: bool
+
+
+def suit_anchors(model: YOLOv5, dataset: DetectionDataset, experiment: Experiment) -> Anchors:
+    """Compare the start's anchors with the training boxes, and fit others where the configuration says so.
+
+    Args:
+        model: with the start weights; gets other anchors where ``model.anchors=auto``, the start's answer for
+            less than 98 % of the boxes, and the new ones answer for more; not where nothing is trained.
+        dataset: its training split.
+        experiment: its image size, ``anchor_t`` and seed.
+
+    Raises:
+        ConfigError: the start is to teach, and its anchors would be others.
+    """
+    sides = box_sides(dataset.splits["train"], experiment.dataset.imgsz)
+    anchor_t = experiment.trainer.loss.anchor_t
+    strides = np.array(STRIDES, np.float64).reshape(-1, 1, 1)
+    before = best_possible_recall(sides, model.anchors.cpu().numpy() * strides, anchor_t)
+    if experiment.model.anchors != "auto" or experiment.recipe.oneshot or before >= LEAST_RECALL:
+        return Anchors(before, before, fitted=False)
+    found = fit_anchors(sides, anchor_t, experiment.seed)
+    recall = best_possible_recall(sides, found, anchor_t)
+    if recall <= before:
+        return Anchors(before, before, fitted=False)
+    if experiment.recipe.teacher == "self":
+        raise ConfigError(
+            "recipe.teacher=self teaches with the anchors of the start, and model.anchors=auto fits others. Use "
+            "recipe.teacher=baseline with recovery.baseline=auto, or set model.anchors=start."
+        )
+    with torch.no_grad():
+        model.anchors.copy_(torch.from_numpy(found / strides))
+    _log.info("Anchors fitted to the training boxes answer for %.1f %% of them (before: %.1f %%).",
+              100 * recall, 100 * before)  # fmt: skip
+    return Anchors(before, recall, fitted=True)
+
+
 def _in_floating_point(checkpoint: Checkpoint) -> Checkpoint:
     """A quantized checkpoint without its quantizers."""
     model = YOLOv5(checkpoint.size, checkpoint.num_classes)
@@ -143,6 +196,11 @@ def load_teacher(file: Path | None, model: YOLOv5, start: Start) -> YOLOv5:
             )
         return copy.deepcopy(model)
     found = _load_detector(file)
+    if not torch.allclose(found.anchors, model.anchors.to(found.anchors), rtol=0.01):
+        raise ConfigError(
+            f"The teacher {file} has other anchors than the model, so that its predictions mean other sizes. "
+            "Give one that was trained with these (recipe.teacher=baseline), or set model.anchors=start."
+        )
     if found.num_classes != model.num_classes:
         should_be, do = f"{model.num_classes} as in the data set", "Give one trained on these classes."
         raise CheckpointError(

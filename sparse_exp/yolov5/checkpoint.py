@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,16 @@ from torch import Tensor
 
 from sparse_exp.errors import CheckpointError, expected
 from sparse_exp.files import landing
+from sparse_exp.text import whole_text
 from sparse_exp.yolov5.model import SCALES, YOLOv5
 from sparse_exp.yolov5.restricted import Inert, RestrictedFile, TensorRecord, damaged, open_restricted
 
 FORMAT = "sparse_exp/1"
 _HEAD = "model.24."
 _LEVELS = 3
+_SILU = {"SiLU", "Swish", "MemoryEfficientSwish"}  # one function; utils/activations.py has had all of them
 _MAX_MODULES = 10_000
+_NUMBERS = ("weight", "bias", "running_mean", "running_var")  # ranges of quantizers may be infinite
 # Other models (of Ultralytics and torchvision), each with a pattern for names that only its tensors have.
 _FOREIGN = {
     "the Focus layer of YOLOv5 before v6.0": r"^model\.0\.conv\.conv\.",
@@ -93,8 +96,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
             a file that `save_checkpoint` wrote.
 
     Raises:
-        CheckpointError: the file is missing or damaged, asks to run code, or holds another architecture.
+        CheckpointError: the file is missing or damaged, asks to run code, or holds another architecture or
+            weights that are not finite.
     """
+    checkpoint = _read(path)
+    for name, tensor in checkpoint.state_dict.items():
+        if name.endswith(_NUMBERS) and not tensor.isfinite().all():
+            do = "Choose a checkpoint of an earlier epoch: the training that wrote this one had failed."
+            raise CheckpointError(f"Expected the weights in {path} to be finite, but {name} is not. {do}")
+    return checkpoint
+
+
+def _read(path: Path) -> Checkpoint:
     if path.suffix == ".safetensors" and path.is_file():
         return _read_safetensors(path)
     with open_restricted(path) as file:
@@ -113,6 +126,7 @@ def _read_ours(path: Path, file: RestrictedFile) -> Checkpoint:
     wrong += [k for k in ("epoch",) if not isinstance(tree.get(k), int | float)]
     wrong += [k for k in ("metrics", "quantization") if not isinstance(tree.get(k, {}), dict)]
     wrong += [k for k in ("size",) if tree.get(k) not in SCALES]
+    wrong += [k for k in ("names",) if not wrong and len(tree[k]) != tree["num_classes"]]
     if wrong:
         raise CheckpointError(damaged(path, f"its {wrong[0]} is malformed"))
     return Checkpoint(
@@ -135,6 +149,7 @@ def _read_ultralytics(path: Path, file: RestrictedFile) -> Checkpoint:
     model = next((tree[key] for key in ("ema", "model") if tree.get(key) is not None), tree)
     records = _tensors_of_module(path, model) if isinstance(model, Inert) else model
     of_model = model.state if isinstance(model, Inert) else {}
+    _require_silu(path, model, (of_model.get("yaml"), tree.get("yaml")))
     names = (found.get("names") for found in (of_model, tree, _mapping(tree.get("yaml"))))
     epoch, fitness = tree.get("epoch"), tree.get("best_fitness")
     # the fork writes the text "None" where there is no recipe
@@ -187,6 +202,15 @@ def _published(
     wrapped = next((name.removesuffix(first) for name in state if name.endswith(f".{first}")), "module.")
     state = {name.removeprefix(wrapped): tensor for name, tensor in state.items()}
     size, num_classes = _architecture(path, state)
+    if (named := _count(names)) and named != num_classes:
+        angles = (
+            f", which are {named} classes and 180 angles of oriented boxes"
+            if num_classes == named + 180
+            else ""
+        )
+        raise _wrong_architecture(
+            path, f"a head with {num_classes} scores for each box{angles}, and names of {named} classes"
+        )
     return Checkpoint(
         format=format,
         size=size,
@@ -204,18 +228,46 @@ def _published(
 def _tensors_of_module(path: Path, model: Inert) -> dict[str, TensorRecord]:
     """The tensors of a pickled module under the dotted names that ``Module.state_dict`` gives them."""
     found: dict[str, TensorRecord] = {}
-    waiting, visited = [("", model)], 0
-    while waiting:
-        prefix, module = waiting.pop()
-        visited += 1
-        if visited > _MAX_MODULES:  # only a module that contains itself has so many
-            raise CheckpointError(damaged(path, "its modules contain each other"))
+    for name, module in _modules_of(path, model).items():
+        prefix = f"{name}." if name else ""
         for kind in ("_parameters", "_buffers"):
             own = _mapping(module.state.get(kind))
-            found |= {prefix + name: value for name, value in own.items() if isinstance(value, TensorRecord)}
+            found |= {prefix + key: value for key, value in own.items() if isinstance(value, TensorRecord)}
+    return found
+
+
+def _modules_of(path: Path, model: Inert) -> dict[str, Inert]:
+    """A pickled module and all below it, by the dotted names that ``Module.named_modules`` gives them."""
+    found: dict[str, Inert] = {}
+    waiting = [("", model)]
+    while waiting:
+        prefix, module = waiting.pop()
+        found[prefix.rstrip(".")] = module
+        if len(found) > _MAX_MODULES:  # only a module that contains itself has so many
+            raise CheckpointError(damaged(path, "its modules contain each other"))
         children = _mapping(module.state.get("_modules")).items()
         waiting += [(f"{prefix}{name}.", child) for name, child in children if isinstance(child, Inert)]
     return found
+
+
+def _require_silu(path: Path, model: Any, descriptions: Iterable[Any]) -> None:
+    """Refuse other activations and heads, as far as the file says what its tensors belong to.
+
+    Args:
+        path: of the file, for messages.
+        model: as it was pickled; a state dict says nothing.
+        descriptions: maps that the architecture was built from; ``activation`` is Python code in one.
+    """
+    modules = _modules_of(path, model) if isinstance(model, Inert) else {}
+    kinds = {name: module.name.rpartition(".")[2] for name, module in modules.items()}
+    found = {kind for name, kind in kinds.items() if name.endswith(".act")} - {"Identity"}
+    named = (str(_mapping(one).get("activation") or "") for one in descriptions)
+    found |= {text for text in named if text and "SiLU" not in text}
+    if others := found - _SILU:
+        raise _wrong_architecture(path, f"the activation {sorted(others)[0]} in place of SiLU")
+    head = next((kind for name, kind in kinds.items() if f"{name}.".endswith(_HEAD)), "Detect")
+    if head != "Detect":
+        raise _wrong_architecture(path, f"a head of the kind {head}")
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -263,12 +315,18 @@ def _wrong_architecture(path: Path, found: str) -> CheckpointError:
     return CheckpointError(f"Expected {path} to hold YOLOv5 v6.0 to v7.0, but found {found}. {do}")
 
 
+def _count(names: Any) -> int:
+    """Number of class names in a list, or in a mapping by class id; 0 where they are neither."""
+    return len(names) if isinstance(names, list | tuple | dict) else 0
+
+
 def _class_names(names: Any, num_classes: int) -> tuple[str, ...]:
-    """Class names from a list or a mapping by class id; ``class0``, ``class1``, ... where they do not fit."""
+    """Class names from a list or a mapping by class id; ``class0``, ``class1``, ... where there are none."""
     if isinstance(names, dict):
         names = [names.get(i) for i in range(num_classes)]
+    names = list(names) if isinstance(names, tuple) else names
     fits = isinstance(names, list) and len(names) == num_classes and all(isinstance(n, str) for n in names)
-    return tuple(names) if fits else tuple(f"class{i}" for i in range(num_classes))
+    return tuple(map(whole_text, names)) if fits else tuple(f"class{i}" for i in range(num_classes))
 
 
 def transfer_weights(model: YOLOv5, checkpoint: Checkpoint) -> TransferReport:

@@ -16,13 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_exp.errors import ConfigError, expected
+from sparse_exp.metrics.anchors import PUBLISHED
 
 STRIDES = (8, 16, 32)
-ANCHORS_PX = (
-    ((10, 13), (16, 30), (33, 23)),
-    ((30, 61), (62, 45), (59, 119)),
-    ((116, 90), (156, 198), (373, 326)),
-)
 
 
 class Scale(NamedTuple):
@@ -244,7 +240,7 @@ class Detect(nn.Module):
         self.outputs = 5 + num_classes
         self.static: tuple[list[tuple[int, int]], Grid] | None = None
         strides = torch.tensor(STRIDES).view(-1, 1, 1)
-        self.register_buffer("anchors", torch.tensor(ANCHORS_PX, dtype=torch.float32) / strides)
+        self.register_buffer("anchors", torch.tensor(PUBLISHED, dtype=torch.float32) / strides)
         self.m = nn.ModuleList(nn.Conv2d(c, 3 * self.outputs, 1) for c in channels)
         with torch.no_grad():  # as published: expect about 8 objects in a 640 px image, and even classes
             for conv, stride in zip(self.m, STRIDES, strict=True):

@@ -1,10 +1,11 @@
 """Reads PyTorch checkpoints without running anything that they ask for.
 
-A checkpoint is a pickle: a small program that may call any function. Before any of it runs, its opcodes and
-the names that it asks for are compared with short lists. Storages and functions that rebuild tensors then
-become plain records, and classes of known modules become stand-ins that run nothing and only keep their
-arguments and state. Everything else is refused by name. Tensors are made last, from records whose bounds have
-been checked.
+A checkpoint is a pickle: a small program that may call any function. Before any of it runs, its opcodes are
+compared with a short list. Storages and functions that rebuild tensors then become plain records, and all
+else that it names becomes a stand-in that runs nothing and only keeps its arguments and state: so settings,
+loggers and other objects beside the weights are no obstacle. What would have to be run is refused by name
+when the pickle calls it: any function, and classes of Python's own library but those of plain data. Tensors
+are made last, from records whose bounds have been checked.
 
 File format: https://github.com/pytorch/pytorch/blob/main/torch/csrc/jit/serialization (zip archive with
 ``data.pkl`` and one uncompressed member per storage).
@@ -12,10 +13,12 @@ File format: https://github.com/pytorch/pytorch/blob/main/torch/csrc/jit/seriali
 
 from __future__ import annotations
 
+import _compat_pickle
 import io
 import math
 import pickle
 import pickletools
+import sys
 import tarfile
 import zipfile
 from collections import OrderedDict
@@ -52,14 +55,17 @@ _CONTAINERS: dict[str, type] = {
     "torch.Size": tuple,
     **{f"{home}.{t.__name__}": t for home in ("builtins", "__builtin__") for t in (dict, list, set, tuple)},
 }
-_INERT_MODULES = ("models.", "utils.", "yolov5.", "ultralytics.", "torch.nn.modules.")
-_INERT_NAMES = frozenset(
-    "_codecs.encode datetime.date datetime.datetime datetime.timedelta numpy.dtype numpy.ndarray "  # noqa: SIM905
-    "argparse.Namespace numpy.core.multiarray._reconstruct numpy.core.multiarray.scalar "
-    "numpy._core.multiarray._reconstruct numpy._core.multiarray.scalar pathlib.Path pathlib.PosixPath "
-    "pathlib.WindowsPath pathlib.PurePosixPath torch.device torch.float16 torch.bfloat16 torch.float32 "
-    "torch.float64".split()
+_DATA_MODULES = (  # all that they hold is data, or makes data
+    *("models.", "utils.", "yolov5.", "ultralytics.", "torch.nn.modules.", "numpy."),
+    *("argparse.", "collections.", "datetime.", "decimal.", "enum.", "fractions.", "pathlib.", "uuid."),
 )
+_DATA_NAMES = frozenset(
+    "_codecs.encode types.SimpleNamespace torch.device "  # noqa: SIM905
+    "builtins.frozenset builtins.bytearray builtins.complex builtins.slice builtins.range "
+    "__builtin__.frozenset __builtin__.bytearray __builtin__.complex __builtin__.slice "
+    "__builtin__.xrange".split()
+)
+_PYTHONS_OWN = sys.stdlib_module_names | _compat_pickle.IMPORT_MAPPING.keys()  # by old names, too
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _MAX_PICKLE_BYTES = 16 * 2**20
 
@@ -98,12 +104,18 @@ class Inert:
     """A stand-in for an object whose class is not run; it keeps its arguments and its state.
 
     Attributes:
+        name: of the class that it stands for, with its module.
+        refusal: why none may be made; "" where one may.
         args: arguments of the constructor.
         state: what the pickle sets as its ``__dict__``.
     """
 
+    name, refusal = "", ""
+
     def __new__(cls, *_: Any) -> Inert:
         """Make a stand-in, whatever the arguments."""
+        if cls.refusal:
+            raise CheckpointError(cls.refusal)
         return object.__new__(cls)
 
     def __init__(self, *args: Any) -> None:
@@ -112,6 +124,15 @@ class Inert:
 
     def __setstate__(self, state: Any) -> None:
         self.state = state if isinstance(state, dict) else {}
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Take an item of a map, and keep nothing of it; likewise below those of a list."""
+
+    def append(self, value: Any) -> None:  # noqa: D102
+        pass
+
+    def extend(self, values: Any) -> None:  # noqa: D102
+        pass
 
 
 class RestrictedFile:
@@ -161,8 +182,8 @@ def open_restricted(path: Path) -> Iterator[RestrictedFile]:
         The file. All but its tensors has been read.
 
     Raises:
-        CheckpointError: there is no such file, it is no zip archive of PyTorch, is damaged, or asks for a
-            function, class or opcode that is not on the lists.
+        CheckpointError: there is no such file, it is no zip archive of PyTorch, is damaged, or asks to run
+            something.
     """
     try:
         _check_kind(path)
@@ -236,24 +257,21 @@ def _root(path: Path, archive: zipfile.ZipFile) -> str:
 
 
 def _check_opcodes(path: Path, data: bytes) -> None:
-    """Refuse a pickle with an opcode or a name that is not on the lists, before any of it runs."""
+    """Refuse a pickle with an opcode that is not on the list, before any of it runs."""
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name not in _OPCODES:
             raise CheckpointError(_refused(path, f"the pickle opcode {opcode.name}"))
-        if opcode.name == "GLOBAL":
-            module, _, name = str(argument).partition(" ")
-            _check_name(path, module, name)
         # the memo is an array: a huge index would make it that long
         if opcode.name == "LONG_BINPUT" and int(argument or 0) > len(data):
             raise CheckpointError(damaged(path, "its memo index is out of range"))
 
 
-def _check_name(path: Path, module: str, name: str) -> None:
-    """Refuse a function or class that is not on the lists."""
-    full = f"{module}.{name}"
-    known = full in _STORAGES or full in _CONTAINERS or full in _REBUILDERS or full in _INERT_NAMES
-    if not known and not full.startswith(_INERT_MODULES):
-        raise CheckpointError(_refused(path, full))
+def _is_data(full: str) -> bool:
+    """Whether a name stands for a class whose objects are data: by its module, or spelled as classes are."""
+    if full in _DATA_NAMES or full.startswith(_DATA_MODULES):
+        return True
+    first, last = full.partition(".")[0], full.rpartition(".")[2]
+    return first not in _PYTHONS_OWN and last.lstrip("_")[:1].isupper()
 
 
 def _refused(path: Path, what: str) -> str:
@@ -277,8 +295,7 @@ class _Unpickler(pickle.Unpickler):
         self._stand_ins: dict[str, Any] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """The function that makes a record, the container or the stand-in for a name on the lists."""
-        _check_name(self._path, module, name)
+        """What makes a record, a container or a stand-in for a name; nothing is imported."""
         full = f"{module}.{name}"
         if full in _STORAGES:
             return _STORAGES[full]
@@ -286,13 +303,16 @@ class _Unpickler(pickle.Unpickler):
             return _CONTAINERS[full]
         if full not in self._stand_ins:
             rebuild = _REBUILDERS.get(full)
-            stand_in = partial(rebuild) if rebuild else type("Inert", (Inert,), {"name": full})
-            self._stand_ins[full] = stand_in
+            refusal = "" if _is_data(full) else _refused(self._path, full)
+            inert = type("Inert", (Inert,), {"name": full, "refusal": refusal})
+            self._stand_ins[full] = partial(rebuild) if rebuild else inert
         return self._stand_ins[full]
 
     def persistent_load(self, pid: Any) -> StorageRecord:
         """The record of a storage from ``("storage", type, key, location, numel)``."""
         kind, dtype, key, _, numel = pid
+        if isinstance(dtype, type) and issubclass(dtype, Inert):  # numbers of a kind that is not known
+            raise CheckpointError(_refused(self._path, dtype.name))
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
             raise CheckpointError(damaged(self._path, "it has a malformed storage"))
         _check_counts([numel])
@@ -321,6 +341,7 @@ def _rebuild_parameter(data: Any, *_: Any) -> Any:
 _REBUILDERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "collections.defaultdict": lambda *_: {},
 }
 
 

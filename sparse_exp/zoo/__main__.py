@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from sparse_exp.command import Parser, run_command
 from sparse_exp.errors import ConfigError, expected
+from sparse_exp.files import as_json
 from sparse_exp.hints import command_line
 from sparse_exp.metrics.names import SIGNS
 from sparse_exp.sources.cache import cache_directory
@@ -163,7 +163,7 @@ def _search(options: argparse.Namespace, zoo: Path) -> int:
 
 def _print(models: list[Published], nothing: str, *, as_json: bool) -> int:
     if as_json:
-        print(json.dumps([_as_data(model) for model in models], indent=2))
+        print(as_json([_as_data(model) for model in models]))
     elif not models:
         print(nothing)
     else:
@@ -200,7 +200,7 @@ def _row(model: Published) -> list[str]:
 def _show(options: argparse.Namespace, zoo: Path) -> int:
     model = _model(options.model, zoo)
     if options.json:
-        print(json.dumps(_as_data(model), indent=2))
+        print(as_json(_as_data(model)))
         return 0
     info = model.metadata
     lines = {

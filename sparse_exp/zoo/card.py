@@ -10,7 +10,7 @@ import yaml
 
 from sparse_exp.runs.deployment import MODEL
 from sparse_exp.sources.local import CARD
-from sparse_exp.text import markdown_table
+from sparse_exp.text import in_markdown, markdown_table
 
 _SHOWN = {
     "val/map50": "mAP50, validation split, torch",
@@ -68,7 +68,9 @@ def _summary(metadata: Mapping[str, Any]) -> str:
     blocks = ", in blocks of 4 input channels" if metadata["block4"] else ""
     numbers = "8-bit (quantization-aware training)" if metadata["quantized"] else "floating point"
     classes = metadata["classes"]
-    shown = ", ".join(classes[:10]) + (f" and {len(classes) - 10} more" if len(classes) > 10 else "")
+    shown = ", ".join(map(in_markdown, classes[:10])) + (
+        f" and {len(classes) - 10} more" if len(classes) > 10 else ""
+    )
     rows = {
         "stub": f"`{metadata['stub']}`",
         "short": f"`{metadata['short']}`",

@@ -138,3 +138,45 @@ def test_jitter_clips_instead_of_wrapping() -> None:
     image = torch.full((3, 4, 4), 250, dtype=torch.uint8)
     assert (jitter_colours(image, brightness=1.3) == 255).all()
     assert (jitter_colours(image, brightness=0.0) == 0).all()
+
+
+def letterboxed(width: int, height: int, shade: int) -> Example:
+    """A picture of one shade, centred on grey, all of which is an object."""
+    image = torch.full((3, SIZE, SIZE), PADDING, dtype=torch.uint8)
+    left, top = (SIZE - width) // 2, (SIZE - height) // 2
+    image[:, top : top + height, left : left + width] = shade
+    edges = (left, top, left + width, top + height)
+    return Example(image, torch.tensor([edges], dtype=torch.float32), torch.tensor([float(shade)]), edges)
+
+
+@pytest.mark.parametrize(("width", "height"), [(SIZE, SIZE * 9 // 16), (SIZE * 3 // 4, SIZE)])
+def test_a_mosaic_is_made_of_pictures_and_not_of_their_grey(width: int, height: int) -> None:
+    config = AugmentConfig(scale=0, translate=0, fliplr=0, jitter=0)
+    shades, greys = (10, 50, 170, 230), []
+    for seed in range(40):
+        pieces = [letterboxed(width, height, shade) for shade in shades]
+        mosaic = augment_example(pieces, config, np.random.default_rng(seed))
+        grey = mosaic.image[0] == PADDING
+        greys.append(float(grey.float().mean()))
+        for shade in shades:  # each object is where its picture is, and nowhere else
+            own = mosaic.image[0] == shade
+            if mosaic.classes.tolist().count(shade) == 0:
+                assert own.float().mean() < 0.15
+                continue
+            (x1, y1, x2, y2) = mosaic.boxes[mosaic.classes == shade][0].round().int().tolist()
+            assert own[y1:y2, x1:x2].all()
+            assert int(own.sum()) == (x2 - x1) * (y2 - y1)
+        rows, columns = (~grey).nonzero(as_tuple=True)  # without a gap between the pictures
+        inner = ~grey[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        assert inner.all()
+    assert np.mean(greys) < 0.25  # 0.43 of 16:9 with the bars
+
+
+def test_a_mosaic_of_square_pictures_is_what_it_was() -> None:
+    """Whether a square is said to be all picture or not."""
+    config = AugmentConfig()
+    plain = [letterboxed(SIZE, SIZE, shade)._replace(picture=None) for shade in (10, 50, 170, 230)]
+    said = [letterboxed(SIZE, SIZE, shade) for shade in (10, 50, 170, 230)]
+    one, other = (augment_example(each, config, np.random.default_rng(3)) for each in (plain, said))
+    assert torch.equal(one.image, other.image)
+    assert torch.equal(one.boxes, other.boxes)

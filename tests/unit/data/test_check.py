@@ -77,8 +77,8 @@ def test_leaks_and_duplicates_are_told_apart(clean: Path) -> None:
     copy = write(clean, "val/copy", "", shade=1)
     twin = write(clean, "train/twin", "", shade=2)
     found = findings(clean)
-    assert [f.where for f in found["error leak"]] == [str(copy)]
-    assert str(clean / "images/train/a.png") in found["error leak"][0].message
+    assert [f.where for f in found["warning leak"]] == [str(copy)]
+    assert str(clean / "images/train/a.png") in found["warning leak"][0].message
     assert [f.where for f in found["warning duplicate image"]] == [str(twin)]
 
 
@@ -92,7 +92,7 @@ def test_classes_without_boxes(clean: Path) -> None:
     write(clean, "val/d", "3 0.5 0.5 0.1 0.1", shade=9)
     (clean / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [cat, dog, emu, fox]\n")
     found = findings(clean)
-    assert [f.where for f in found["error class not in train"]] == ["fox"]
+    assert [f.where for f in found["warning class not in train"]] == ["fox"]
     assert [f.where for f in found["warning class never seen"]] == ["emu"]
 
 
@@ -167,3 +167,14 @@ def test_a_wrong_yaml_is_one_line(tmp_path: Path) -> None:
     assert ended.stdout == ""
     assert ended.stderr.startswith("Error: Expected names of ")
     assert ended.stderr.count("\n") == 1
+
+
+def test_boxes_that_no_anchor_answers_for(clean: Path) -> None:
+    """One of two is 300 x 6 px at 640 px: no published anchor is both wide and low enough."""
+    write(clean, "train/a", "0 0.5 0.5 0.47 0.0094\n1 0.5 0.5 0.5 0.5\n", shade=1)
+    report = inspect(clean / "data.yaml", 640)
+    assert (report.splits["train"].with_anchor, report.splits["val"].with_anchor) == (0.5, 1.0)
+    (finding,) = [f for f in report.findings if f.kind == "boxes without anchor"]
+    assert finding.level == "warning"
+    assert "50.0% of the boxes in train" in finding.message
+    assert "model.anchors=auto" in finding.message

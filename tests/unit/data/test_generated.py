@@ -61,7 +61,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def columns_and_boxes(dataset: DetectionDataset, split: str) -> tuple[set[tuple[str, int]], list]:
     columns, boxes = set(), []
-    for image_path, label_path, _ in dataset.splits[split]:
+    for image_path, label_path, *_ in dataset.splits[split]:
         image = read_image(image_path)
         x, y = place_of(image[0, 0])
         assert place_of(image[-1, -1]) == (x + image.shape[1] - 1, y + image.shape[0] - 1)
@@ -143,7 +143,7 @@ def test_digits_are_deterministic_and_do_not_overlap(tmp_path: Path) -> None:
         "train": 24, "val": 8, "test": 8,
     }  # fmt: skip
     assert dataset.names == tuple("0123456789")
-    for image_path, label_path, _ in dataset.splits["train"]:
+    for image_path, label_path, *_ in dataset.splits["train"]:
         image, count = read_image(image_path), np.zeros((96, 96), int)
         boxes = read_boxes(label_path, 10)
         assert 2 <= len(boxes) <= 5

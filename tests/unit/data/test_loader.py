@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from sparse_exp.data import DetectionDataset, digits, load_dataset
 from sparse_exp.data.detection import Sample
 from sparse_exp.data.letterbox import PADDING
 from sparse_exp.data.loader import Batch, DetectionImages, choose_workers, make_loader
+from sparse_exp.data.store import choose_store
 from sparse_exp.errors import DataError
 
 
@@ -87,12 +90,11 @@ def test_workers_only_where_images_are_decoded_again(
     dataset: DetectionDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sparse_exp.data.loader.usable_physical_cores", lambda: 6)
-    assert choose_workers(None, 873, 640) == 0  # 873 x 3 x 640 x 640 bytes are just below 1 GiB
-    assert choose_workers(None, 874, 640) == 3
-    assert [choose_workers(given, images, 640) for given, images in ((0, 10**6), (5, 1))] == [0, 5]
+    assert [choose_workers(None, store) for store in ("ram", "disk", "none")] == [0, 3, 3]
+    assert [choose_workers(given, store) for given, store in ((0, "none"), (5, "ram"))] == [0, 5]
     for cores, workers in ((1, 1), (2, 1), (64, 8)):
         monkeypatch.setattr("sparse_exp.data.loader.usable_physical_cores", lambda cores=cores: cores)
-        assert choose_workers(None, 10**6, 640) == workers
+        assert choose_workers(None, "none") == workers
     monkeypatch.setattr("sparse_exp.data.loader.usable_physical_cores", lambda: 2)
     kept = epoch(dataset, 2)
     monkeypatch.setattr("sparse_exp.data.loader._CACHE_BYTES", 0)
@@ -198,3 +200,64 @@ def test_bad_label_names_file_and_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("9 0.5 0.5 0.5 0.5\n")
     with pytest.raises(DataError, match=r"a\.txt:1 to be a class id of 0..1"):
         make_loader([Sample(tmp_path / "a.png", tmp_path / "a.txt")], 2, imgsz=64, batch_size=1, train=True)
+
+
+@pytest.mark.parametrize(("free", "store"), [(5 * 873 * 3 * 640**2, "ram"), (5 * 872 * 3 * 640**2, "none")])
+def test_images_stay_in_memory_where_they_take_a_fifth_of_what_is_free(
+    monkeypatch: pytest.MonkeyPatch, free: int, store: str
+) -> None:
+    monkeypatch.setattr("sparse_exp.data.store.free_memory", lambda: free)
+    assert choose_store("auto", 873, 640) == store
+    assert [choose_store(given, 873, 640) for given in ("ram", "disk", "none")] == ["ram", "disk", "none"]
+
+
+def batches_of(dataset: DetectionDataset, cache: str, folder: Path, **options: Any) -> list[Batch]:
+    loader = make_loader(
+        dataset.splits["train"], 10, imgsz=64, batch_size=4, train=True, seed=1, augment=AugmentConfig(),
+        cache=cache, folder=folder, **options,
+    )  # fmt: skip
+    found = []
+    for number in (0, 1):
+        loader.set_epoch(number)
+        found += list(loader)
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cache_changes_no_batch(dataset: DetectionDataset, tmp_path: Path, workers: int) -> None:
+    wanted = batches_of(dataset, "none", tmp_path, workers=0)
+    for cache in ("ram", "disk", "disk"):
+        for batch, other in zip(wanted, batches_of(dataset, cache, tmp_path, workers=workers), strict=True):
+            assert torch.equal(batch.images, other.images)
+            assert torch.equal(batch.targets, other.targets)
+
+
+def test_decoded_images_are_shared(
+    dataset: DetectionDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches_of(dataset, "disk", tmp_path)
+    (place,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    monkeypatch.setattr("sparse_exp.data.store.read_square", lambda *_: pytest.fail("decoded again"))
+    images = pickle.loads(pickle.dumps(DetectionImages(
+        dataset.splits["train"], 10, 64, store="disk", folder=tmp_path
+    )))  # fmt: skip
+    assert len(pickle.dumps(images)) < place.joinpath("pixels.npy").stat().st_size / 4
+    assert images[0, 3].image.shape == (3, 64, 64)
+
+
+def test_an_image_that_changes_is_decoded_again(dataset: DetectionDataset, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    samples = [Sample(path, tmp_path / "a.txt")]
+    for shade in (10, 200):
+        Image.new("RGB", (64, 32 + shade), (shade, shade, shade)).save(path)
+        image = DetectionImages(samples, 1, 64, store="disk", folder=tmp_path / "cache")[0, 0].image
+        assert int(image[0, 32, 32]) == shade
+
+
+def test_without_room_for_decoded_images(
+    dataset: DetectionDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(DataError, match=r"decoded images need 0\.0 GB, but .* Set dataset\.cache=none"):
+        batches_of(dataset, "disk", tmp_path)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []

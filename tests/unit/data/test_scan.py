@@ -76,7 +76,14 @@ def test_more_classes_are_a_new_question(yaml: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [b"", b"no json", b'{"format": 1}', b"[]", b"null", b'{"format": 1, "classes": 10, "scans": {"a": 1}}'],
+    [
+        b"",
+        b"no json",
+        b'{"format": 2}',
+        b"[]",
+        b"null",
+        b'{"format": 2, "reading": [10, 0], "scans": {"a": 1}}',
+    ],
 )
 def test_a_damaged_cache_is_built_again(yaml: Path, tmp_path: Path, damage: bytes, looked: list[str]) -> None:
     cache = tmp_path / "cache"

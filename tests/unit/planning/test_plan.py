@@ -8,7 +8,7 @@ from sparse_exp.config.schema import Experiment, HardwareConfig, ModelConfig, Re
 from sparse_exp.errors import ConfigError, RecipeError
 from sparse_exp.hardware.targets import fit_to_host
 from sparse_exp.planning.dry_run import show
-from sparse_exp.planning.plan import Data, make_plan, with_mismatch, with_trial
+from sparse_exp.planning.plan import Data, make_plan, with_anchors, with_mismatch, with_trial
 from sparse_exp.planning.show import (
     as_facts,
     duration,
@@ -23,7 +23,7 @@ from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sparsity.measure import SPARSE_FROM
 from sparse_exp.sparsity.prune import prune_by_magnitude, prune_layer_adaptively
 from sparse_exp.training.precision import Precision
-from sparse_exp.training.start import Start
+from sparse_exp.training.start import Anchors, Start
 from sparse_exp.yolov5 import YOLOv5
 
 FP32 = Precision(autocast=False, channels_last=True)
@@ -89,8 +89,10 @@ def plan(dense):
 
     def lay_out(name="transfer_quant", start=DENSE, precision=FP32, model=None, chosen=None, **options):
         lengths = {"num_epochs": 10, **({"quantization_epochs": 3} if name == "transfer_quant" else {})}
-        used = chosen or recipe(name, **lengths)
-        return make_plan(experiment(**options), used, start, precision, model or dense)
+        used, asked = chosen or recipe(name, **lengths), experiment(**options)
+        if start.is_sparse:
+            asked.model.sparsity = start.sparsity
+        return make_plan(asked, used, start, precision, model or dense)
 
     return lay_out
 
@@ -379,3 +381,47 @@ def test_without_a_training_the_checkpoint_is_named_and_no_recipe(caplog):
     assert any("checkpoint: runs/a/weights/last.pt" in line for line in lines)
     assert "stages: export -> benchmark" in lines
     assert not [line for line in lines if line.startswith(("recipe:", "phase", "time:", "expected sizes:"))]
+
+
+def test_pruning_of_all_layers_as_one_shows_its_target():
+    """No layer is promised anything, and in sum all of them are."""
+    text = GRADUAL.replace("GMPruningModifier", "GlobalMagnitudePruningModifier")
+    recipe = Recipe(
+        text.replace("[model.7.conv.weight, model.23.cv3.conv.weight]", "__ALL_PRUNABLE__"), name="g"
+    )
+    plan = make_plan(experiment(), recipe, DENSE, FP32, YOLOv5("n", 1))
+    assert plan.final_sparsity == pytest.approx(0.8, abs=1e-3)
+    assert [row["sparsity"] for row in phase_rows(plan)][-1] == "80.0%"
+    assert plan.sparsity == 0.0
+    # Of a few layers only, and together with others that are pruned by themselves.
+    some = Recipe(text, name="some")
+    model = YOLOv5("n", 1)
+    sizes = {name: conv.weight.numel() for name, conv in model.prunable_convolutions().items()}
+    share = 0.8 * (sizes["model.7.conv"] + sizes["model.23.cv3.conv"]) / sum(sizes.values())
+    assert make_plan(experiment(), some, DENSE, FP32, model).final_sparsity == pytest.approx(share, abs=1e-3)
+    dropped = Recipe(f"{text}    leave_enabled: False\n", name="dropped")
+    assert make_plan(experiment(), dropped, DENSE, FP32, model).final_sparsity == 0.0
+
+
+@pytest.mark.parametrize(("has", "warned"), [(0.12, True), (0.4, True), (0.895, False), (0.95, False)])
+def test_a_start_with_fewer_zeros_than_asked_for_is_said(has, warned):
+    hold = NOTHING + "  - !ConstantPruningModifier\n    start_epoch: 0.0\n    params: __ALL_PRUNABLE__\n"
+    model = YOLOv5("n", 1)
+    prune_by_magnitude(model.prunable_convolutions(), has)
+    plan = make_plan(experiment(), Recipe(hold, name="hold"), Start("zoo", has), FP32, model)
+    told = [warning for warning in plan.warnings if "model.sparsity=0.9" in warning]
+    assert bool(told) is warned
+    assert plan.final_sparsity == pytest.approx(has, abs=1e-3)
+    if warned:
+        assert f"has {has:.1%} zeros" in told[0]
+
+
+@pytest.mark.parametrize(("recall", "warned"), [(0.97, True), (0.98, False)])
+def test_boxes_without_an_anchor_are_said(plan, recall, warned):
+    laid_out = with_anchors(plan(), Anchors(recall, recall, fitted=False))
+    told = [warning for warning in laid_out.warnings if "model.anchors=auto" in warning]
+    assert bool(told) is warned
+    assert labelled_lines(laid_out)["anchors"] == f"answer for {recall:.1%} of the training boxes"
+    fitted = labelled_lines(with_anchors(plan(), Anchors(0.5, 1.0, fitted=True)))["anchors"]
+    assert fitted == "answer for 100.0% of the training boxes, fitted to them (the start's: 50.0%)"
+    assert as_facts(laid_out)["anchors"] == {"before": recall, "recall": recall, "fitted": False}

@@ -6,7 +6,7 @@ import pytest
 
 from sparse_exp.errors import RecipeError
 from sparse_exp.recipes.recipe import Phase
-from sparse_exp.training.phases import check_phases, evaluated_spans, first_step, is_pruning
+from sparse_exp.training.phases import check_phases, evaluated_epochs, evaluated_spans, first_step, is_pruning
 
 
 def phase(start: float, end: float, name: str = "pruned") -> Phase:
@@ -27,6 +27,16 @@ def phase(start: float, end: float, name: str = "pruned") -> Phase:
 def test_a_phase_is_evaluated_at_each_epoch_and_at_its_end(start, end, steps, marks):
     spans = evaluated_spans(phase(start, end), steps)
     assert [(span.start, span.stop) for span in spans] == list(pairwise(marks))
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "every", "marks"),
+    [(0, 6, 2, [0, 4, 8, 12]), (0, 5, 3, [0, 6, 10]), (0.5, 4.5, 2, [1, 4, 8, 9]), (3, 5, 10, [6, 10])],
+)
+def test_some_epochs_are_not_evaluated(start, end, every, marks):
+    spans = evaluated_spans(phase(start, end), 2, every)
+    assert [(span.start, span.stop) for span in spans] == list(pairwise(marks))
+    assert len(spans) == len(evaluated_epochs(phase(start, end), every))
 
 
 def test_a_phase_without_a_step_is_refused():

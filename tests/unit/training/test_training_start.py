@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
-from sparse_exp.config.schema import RecipeConfig
+from sparse_exp.config.schema import DatasetConfig, Experiment, ModelConfig, RecipeConfig
+from sparse_exp.data.detection import DetectionDataset, Sample
 from sparse_exp.errors import CheckpointError, ConfigError, RecipeError, SourceUnavailable
 from sparse_exp.quantization.quantizers import is_rounding
-from sparse_exp.recipes.checkpoints import CheckpointWriter
+from sparse_exp.recipes.checkpoints import CheckpointWriter, restore
 from sparse_exp.sources.start import teacher_file
 from sparse_exp.training.oneshot import refuse_untrained_start
-from sparse_exp.training.start import Start, load_teacher, prune_start
+from sparse_exp.training.start import Start, load_teacher, prune_start, suit_anchors
 from sparse_exp.yolov5 import Checkpoint, TransferReport, YOLOv5
 
 HEAD = ("model.24.m.0.bias", "model.24.m.0.weight", "model.24.m.1.bias", "model.24.m.1.weight")
@@ -112,3 +116,55 @@ def test_with_uniform_shares_every_layer_loses_the_same_part(pattern):
     convolutions = model.prunable_convolutions().values()
     shares = [float((conv.weight == 0).float().mean()) for conv in convolutions]
     assert shares == pytest.approx([0.7] * len(shares), abs=4 / 256)  # whole blocks of the smallest layer
+
+
+def boxes_of(width: float, height: float) -> DetectionDataset:
+    """Twenty boxes of nearly these sides, in px of an image of 1280 x 720 px."""
+    draw = np.random.default_rng(0)
+    sides = draw.uniform(0.9, 1.1, (20, 2)) * [width / 1280, height / 720]
+    rows = np.column_stack([np.zeros(20), np.full((20, 2), 0.5), sides]).astype(np.float32)
+    sample = Sample(Path("a.png"), Path("a.txt"), rows.tobytes(), size=(1280, 720))
+    return DetectionDataset("long", Path(), ("a",), {"train": (sample,), "val": (sample,)}, "")
+
+
+def asking(anchors: str, **recipe) -> Experiment:
+    result = Experiment(name="x")
+    result.model = ModelConfig(name="n", size="n", anchors=anchors)
+    result.dataset, result.recipe = DatasetConfig(name="long", imgsz=640), RecipeConfig(name="r", **recipe)
+    return result
+
+
+def test_anchors_are_fitted_where_those_of_the_start_miss_boxes(tmp_path):
+    """Of 1000 x 16 px at 640 px 500 x 8 are left, which no published anchor answers for."""
+    model, data = YOLOv5("n", 1), boxes_of(1000, 16)
+    published = model.anchors.clone()
+    told = suit_anchors(model, data, asking("start"))
+    assert (told.before, told.recall, told.fitted) == (0.0, 0.0, False)
+    assert torch.equal(model.anchors, published)
+    assert not suit_anchors(model, data, asking("auto", oneshot=True)).fitted  # nothing is trained
+    found = suit_anchors(model, data, asking("auto"))
+    assert (found.before, found.recall, found.fitted) == (0.0, 1.0, True)
+    strides = torch.tensor([8.0, 16.0, 32.0]).view(3, 1, 1)
+    assert (model.anchors * strides).view(-1, 2).mean(0).tolist() == pytest.approx([500, 8], rel=0.2)
+    # into the checkpoint, and out of it again
+    writer = CheckpointWriter(tmp_path, ("a",), 64, "")
+    again, _ = restore(writer.save("a.pt", model, "dense", {"epoch": 1.0}, {}))
+    assert torch.equal(again.anchors, model.anchors)
+
+
+def test_anchors_that_answer_for_all_boxes_stay():
+    model = YOLOv5("n", 1)
+    published = model.anchors.clone()
+    assert suit_anchors(model, boxes_of(100, 60), asking("auto")).recall == 1.0
+    assert torch.equal(model.anchors, published)
+
+
+def test_a_teacher_of_other_anchors_is_refused(tmp_path):
+    save(tmp_path / "teacher.pt", 1)
+    student = YOLOv5("n", 1)
+    assert load_teacher(tmp_path / "teacher.pt", student, loaded()).num_classes == 1
+    suit_anchors(student, boxes_of(1000, 16), asking("auto"))
+    with pytest.raises(ConfigError, match="other anchors than the model"):
+        load_teacher(tmp_path / "teacher.pt", student, loaded())
+    with pytest.raises(ConfigError, match=r"recipe\.teacher=self teaches with the anchors of the start"):
+        suit_anchors(YOLOv5("n", 1), boxes_of(1000, 16), asking("auto", teacher="self"))

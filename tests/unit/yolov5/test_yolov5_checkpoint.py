@@ -201,6 +201,59 @@ def test_other_architectures_are_refused(model, change, found, tmp_path):
     assert "v6.0" in str(raised.value)
 
 
+ACTIVATIONS = {
+    "ReLU": torch.nn.ReLU, "LeakyReLU": lambda: torch.nn.LeakyReLU(0.1), "Hardswish": torch.nn.Hardswish,
+    "Mish": torch.nn.Mish,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_other_activations_are_refused(name, everywhere, upstream, monkeypatch, tmp_path):
+    """Their tensors are those of SiLU's: only the pickled modules tell."""
+    ours = YOLOv5("n", 2)
+    convs = [module for module in ours.modules() if hasattr(module, "act")]
+    for conv in convs if everywhere else convs[-1:]:
+        conv.act = ACTIVATIONS[name]()
+    path = save_upstream(tmp_path / "best.pt", upstream(ours), monkeypatch)
+    with pytest.raises(CheckpointError, match=f"found the activation {name} in place of SiLU"):
+        read_checkpoint(path)
+
+
+def test_an_activation_that_only_the_description_names_is_refused(model, upstream, monkeypatch, tmp_path):
+    path = save_fork(
+        tmp_path / "a.pt", model, "n", NAMES, recipe=None, yaml={"activation": "nn.LeakyReLU(0.1)"}
+    )
+    with pytest.raises(CheckpointError, match=r"the activation nn\.LeakyReLU"):
+        read_checkpoint(path)
+    path = save_fork(tmp_path / "b.pt", model, "n", NAMES, recipe=None, yaml={"activation": "nn.SiLU()"})
+    assert read_checkpoint(path).num_classes == 2
+
+
+@pytest.mark.parametrize("kind", ["Segment", "OBB", "Pose", "IKeypoint"])
+def test_other_heads_are_refused_by_their_kind(model, kind, upstream, monkeypatch, tmp_path):
+    theirs = upstream(model)
+    head = type(kind, (torch.nn.Module,), {"__module__": "models.yolo"})
+    monkeypatch.setattr(sys.modules["models.yolo"], kind, head, raising=False)
+    theirs._modules["model"][24].__class__ = head
+    with pytest.raises(CheckpointError, match=f"found a head of the kind {kind}"):
+        read_checkpoint(save_upstream(tmp_path / "best.pt", theirs, monkeypatch))
+
+
+@pytest.mark.parametrize(
+    ("scores", "says"), [(182, "180 angles of oriented boxes"), (12, "12 scores"), (1, "1 scores")]
+)
+@pytest.mark.parametrize("names", [NAMES, {0: "tree", 1: "bush"}])
+def test_a_head_whose_scores_are_not_the_named_classes_is_refused(scores, says, names, tmp_path):
+    with pytest.raises(CheckpointError, match=f"{says}.* names of 2 classes"):
+        read_checkpoint(save_ultralytics(tmp_path / "last.pt", YOLOv5("n", scores), names))
+
+
+def test_names_of_ours_that_do_not_fit_are_refused(model, tmp_path):
+    with pytest.raises(CheckpointError, match="its names is malformed"):
+        read_checkpoint(ours(tmp_path / "x.pt", model, names=["tree"]))
+
+
 def ours(path, model, **changes):
     values = {
         "model_state": model.state_dict(), "size": "n", "num_classes": 2, "names": NAMES, "imgsz": 320,

@@ -6,12 +6,13 @@ import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from sparse_exp.errors import CheckpointError
-from sparse_exp.yolov5 import restricted
+from sparse_exp.yolov5 import YOLOv5, restricted
 from sparse_exp.yolov5.checkpoint import read_checkpoint, save_checkpoint
 from sparse_exp.yolov5.restricted import open_restricted
 
@@ -92,6 +93,50 @@ def test_the_test_files_are_really_dangerous(tmp_path):
     torch.save({"model": Asks(os.system, f"touch {target}")}, tmp_path / "evil.pt")
     torch.load(tmp_path / "evil.pt", weights_only=False)
     assert target.exists()
+
+
+class Settings(dict):
+    """As packages of settings make them: a map of a class of its own."""
+
+
+class Logger:
+    """As training scripts keep them."""
+
+    def __init__(self):
+        self.lines, self.parent = [1, 2], None
+
+
+class Numbers(list):
+    """A list of a class of its own."""
+
+
+def test_what_lies_beside_the_weights_is_ignored(tmp_path):
+    import collections
+    import datetime
+    import fractions
+    import uuid
+
+    beside = {
+        "settings": Settings(lr=0.1), "logger": Logger(), "numbers": Numbers([1, 2]), "id": uuid.UUID(int=1),
+        "day": datetime.date(2026, 1, 1), "counts": collections.Counter(a=2), "kinds": frozenset("ab"),
+        "found": collections.defaultdict(list, a=[1]), "share": fractions.Fraction(1, 3),
+        "bytes": b"\x00\xff",
+        "random": np.random.default_rng(0).bit_generator.state,
+        "queue": collections.deque([1]), "schedule": torch.optim.lr_scheduler.LambdaLR,
+        "loss": torch.nn.functional.binary_cross_entropy, "run": os.system,  # named, and not called
+    }  # fmt: skip
+    torch.save({"model": YOLOv5("n", 2).state_dict(), "names": ["a", "b"], **beside}, tmp_path / "x.pt")
+    assert read_checkpoint(tmp_path / "x.pt").names == ("a", "b")
+
+
+@pytest.mark.parametrize("place", ["beside", "settings", "logger"])
+def test_calls_beside_the_weights_are_refused_all_the_same(place, marker, tmp_path):
+    call = Asks(os.system, f"touch {marker}")
+    logger = Logger()
+    logger.parent = call
+    content = {"beside": call, "settings": Settings(a=call), "logger": logger}[place]
+    torch.save({"model": YOLOv5("n", 2).state_dict(), place: content}, tmp_path / "evil.pt")
+    assert "posix.system" in refused(tmp_path / "evil.pt")
 
 
 def test_names_reached_through_an_allowed_one_stay_inert(marker, tmp_path):

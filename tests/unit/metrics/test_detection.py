@@ -1,0 +1,135 @@
+"""COCO's average precision against faster-coco-eval, and the rest against what a hand counts."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from faster_coco_eval import COCO, COCOeval_faster
+
+from sparse_exp.metrics.detection import Matcher
+
+
+def random_image(draw: np.random.Generator, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Detections, boxes and labels: some objects are found well, some badly, some twice, some as others."""
+    objects = int(draw.integers(0, 9))
+    corner, size = draw.uniform(0, 200, (objects, 2)), draw.uniform(2, 120, (objects, 2))
+    boxes, labels = np.concatenate([corner, corner + size], 1), draw.integers(0, classes, objects)
+    found = []
+    for box, label in zip(boxes, labels, strict=True):
+        for _ in range(draw.integers(0, 4)):
+            moved = box + draw.normal(0, draw.choice([0, 1, 4, 12]), 4)
+            x1, x2, y1, y2 = *sorted(moved[::2]), *sorted(moved[1::2])
+            as_class = label if draw.random() < 0.8 else draw.integers(0, classes)
+            found.append([x1, y1, x2, y2, draw.choice([draw.random(), 0.5]), as_class])  # equal scores, too
+    for _ in range(draw.integers(0, 6)):
+        x, y = draw.uniform(0, 200, 2)
+        found.append([x, y, x + 40, y + 30, draw.random(), draw.integers(0, classes)])
+    order = draw.permutation(len(found))
+    return np.array(found, np.float32).reshape(-1, 6)[order], boxes.astype(np.float32), labels
+
+
+def reference(images: list, classes: int, max_det: int) -> COCOeval_faster:
+    truth, found = [], []
+    for number, (detections, boxes, labels) in enumerate(images, 1):
+        for box, label in zip(boxes.astype(float), labels, strict=True):
+            x1, y1, x2, y2 = box.tolist()
+            truth.append({"id": len(truth) + 1, "image_id": number, "category_id": int(label), "iscrowd": 0,
+                          "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)})  # fmt: skip
+        for x1, y1, x2, y2, score, label in detections.astype(float).tolist():
+            found.append({"image_id": number, "category_id": int(label), "score": score,
+                          "bbox": [x1, y1, x2 - x1, y2 - y1]})  # fmt: skip
+    coco = COCO({"images": [{"id": n} for n in range(1, len(images) + 1)], "annotations": truth,
+                 "categories": [{"id": n} for n in range(classes)]})  # fmt: skip
+    run = COCOeval_faster(coco, coco.loadRes(found), "bbox", print_function=lambda *_: None)
+    run.params.maxDets = [1, min(10, max_det), max_det]
+    run.evaluate()
+    run.accumulate()
+    return run
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_equal_to_faster_coco_eval(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    classes, max_det = int(draw.integers(1, 6)), int(draw.choice([3, 300]))
+    images = [random_image(draw, classes) for _ in range(int(draw.integers(1, 30)))]
+    matcher = Matcher(classes + 1, max_det)  # one class never occurs
+    for image in images:
+        matcher.add(*image)
+    got = matcher.accuracies()
+    table = reference(images, classes, max_det).eval["precision"][:, :, :, 0, -1]  # IoU, recall, class
+    present = (table > -1).all((0, 1))
+    assert got.map50_95 == pytest.approx(table[:, :, present].mean(), abs=1e-6)
+    assert got.map50 == pytest.approx(table[0][:, present].mean(), abs=1e-6)
+    np.testing.assert_allclose(got.precision, table[0][:, present].mean(1), atol=1e-6)
+    ours = got.by_class.ap50_95[:classes]
+    np.testing.assert_allclose(ours[present], table.mean((0, 1))[present], atol=1e-6)
+    assert np.isnan(ours[~present]).all()
+    assert np.isnan(got.by_class.ap50[-1])
+
+
+A, B, C, FAR = [0, 0, 10, 10], [100, 0, 110, 10], [200, 0, 210, 10], [300, 300, 310, 310]
+
+
+def found_by(images: list[tuple[list, list]], classes: int):
+    matcher = Matcher(classes)
+    for found, truth in images:
+        boxes = np.array([box for box, _ in truth], np.float32).reshape(-1, 4)
+        rows = np.array([[*box, conf, label] for box, conf, label in found], np.float32).reshape(-1, 6)
+        matcher.add(rows, boxes, np.array([label for _, label in truth], np.int64))
+    return matcher.accuracies().by_class
+
+
+def test_precision_recall_and_confusion_at_the_best_confidence() -> None:
+    """Below 0.4 there are only wrong detections, so that 0.4 is the best confidence."""
+    found = [(A, 0.9, 0), (A, 0.8, 0), (B, 0.7, 1), (C, 0.4, 1), (FAR, 0.6, 0), (FAR, 0.3, 0), (FAR, 0.2, 1)]
+    got = found_by([(found, [(A, 0), (B, 0), (C, 1)]), ([], [(A, 1)])], 3)
+    assert got.objects.tolist() == [2, 2, 0]
+    assert got.conf == pytest.approx(0.4, abs=2e-3)
+    # class 0: A right, A again and FAR wrong; class 1: C right, and B, which is of class 0
+    np.testing.assert_allclose(got.precision, [1 / 3, 1 / 2, np.nan])
+    np.testing.assert_allclose(got.recall, [1 / 2, 1 / 2, np.nan])
+    np.testing.assert_allclose(got.f1, [2 / 5, 1 / 2, np.nan])
+    assert got.confusion.tolist() == [
+        [1, 1, 0, 0],  # A found, B taken for class 1
+        [0, 1, 0, 1],  # C found, that of the second image missed
+        [0, 0, 0, 0],
+        [2, 0, 0, 0],  # A once more, and FAR
+    ]
+
+
+def test_every_object_is_in_its_row_and_every_detection_in_its_column() -> None:
+    draw = np.random.default_rng(7)
+    matcher = Matcher(4)
+    images = [random_image(draw, 4) for _ in range(20)]
+    for image in images:
+        matcher.add(*image)
+    got = matcher.accuracies().by_class
+    labels = np.concatenate([labels for _, _, labels in images])
+    assert got.confusion[:4].sum(1).tolist() == np.bincount(labels, minlength=4).tolist()
+    rows = np.concatenate([rows for rows, _, _ in images])
+    kept = rows[rows[:, 4] >= got.conf]
+    assert got.confusion[:, :4].sum(0).tolist() == np.bincount(kept[:, 5].astype(int), minlength=4).tolist()
+    assert got.confusion[4, 4] == 0
+
+
+@pytest.mark.parametrize("images", [[], [([], [])], [([(A, 0.9, 0)], [])], [([], [(A, 0)])]])
+def test_without_objects_or_detections(images: list) -> None:
+    got = found_by(images, 2)
+    has_object = any(truth for _, truth in images)
+    assert got.confusion.sum() == sum(len(found) + len(truth) for found, truth in images)
+    np.testing.assert_array_equal(got.recall, [0.0 if has_object else np.nan, np.nan])
+
+
+def test_a_detection_takes_a_few_bytes() -> None:
+    draw, matcher = np.random.default_rng(0), Matcher(80)
+    corners = draw.uniform(0, 600, (300, 2))
+    rows = np.column_stack([corners, corners + 30, draw.random(300), draw.integers(0, 80, 300)])
+    image = (rows.astype(np.float32), rows[:20, :4].astype(np.float32), rows[:20, 5].astype(np.int64))
+    tracemalloc.start()
+    for _ in range(100):
+        matcher.add(*image)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 20 * 100 * 300
