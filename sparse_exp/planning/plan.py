@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from sparse_exp.config.runtimes import RUNTIMES
 from sparse_exp.config.schema import Experiment
 from sparse_exp.errors import RecipeError
 from sparse_exp.hardware.targets import advice, measures, mismatch_sentence
 from sparse_exp.planning.trial import Trial
 from sparse_exp.recipes.recipe import Phase, Recipe
 from sparse_exp.sources.start import SCRATCH
-from sparse_exp.sparsity.measure import in_blocks
+from sparse_exp.sparsity.measure import (
+    GIGA,
+    SPARSE_FROM,
+    LayerSparsity,
+    in_blocks,
+    stock_macs,
+    total_macs,
+    work_sparsity,
+)
 from sparse_exp.sparsity.sizes import Sizes, estimate_sizes
 from sparse_exp.training.precision import Precision
 from sparse_exp.training.start import Start
 from sparse_exp.yolov5 import YOLOv5
+
+_LITTLE_WORK = 0.1  # less work than weights by so much is worth a word
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,9 @@ class Plan:
         waits_for_start: the time is not estimated, as data and start are not on this machine yet.
         asked_first: sources that the run asks before it grows the start; empty where it grows none.
         quantization: how layers are rounded, and why; empty where nothing is quantized.
+        macs: multiplications of an image, in 1e9; None without a training.
+        dense_macs: the same of the network with all its channels.
+        final_work: share of ``macs`` that meet a zero at the end, 0..1; None where it is not known.
     """
 
     experiment: Experiment
@@ -110,6 +124,9 @@ class Plan:
     waits_for_start: bool = False
     asked_first: tuple[str, ...] = ()
     quantization: str = ""
+    macs: float | None = None
+    dense_macs: float | None = None
+    final_work: float | None = None
 
     @property
     def seconds(self) -> float | None:
@@ -140,6 +157,9 @@ def make_plan(
     ends = [recipe.expected_sparsity(model, phase.end, shares) for phase in phases]
     promised = [_overall(model, end) for end in ends]
     unknown = start.sparsity is None and prune_to is None and recipe.holds_mask
+    convolutions, imgsz = model.quantizable_convolutions(), experiment.dataset.imgsz
+    known = start.sparsity is not None or recipe.prunes_gradually or not recipe.prunes
+    work = _work(model, ends[-1]) if known else None
     kinds = re.findall(r"!(\w*LearningRate\w*)", recipe.text) if recipe.sets_learning_rate else []
     return Plan(
         experiment,
@@ -167,9 +187,15 @@ def make_plan(
         sparsity=_overall(model, first),
         final_sparsity=promised[-1],
         layers=first if prune_to is None or start.sparsity is not None else {},
-        warnings=tuple(_warnings(experiment, recipe, start, model)),
+        warnings=(
+            *_warnings(experiment, recipe, start, model),
+            *_worth(experiment, promised[-1], work, pruned_now=prune_to is not None),
+        ),
         sizes=estimate_sizes(model, ends[-1], quantized=phases[-1].quantized, imgsz=experiment.dataset.imgsz),
         quantization=recipe.quantization.why if recipe.quantization_start is not None else "",
+        macs=total_macs(convolutions, imgsz) / GIGA,
+        dense_macs=stock_macs(model.size, model.num_classes, imgsz) / GIGA,
+        final_work=work,
     )
 
 
@@ -226,6 +252,14 @@ def _overall(model: YOLOv5, shares: Mapping[str, float]) -> float:
     return sum(shares.get(name, 0.0) * size for name, size in sizes.items()) / sum(sizes.values())
 
 
+def _work(model: YOLOv5, shares: Mapping[str, float]) -> float:
+    """Share of a detector's multiplications that meet a zero, where its layers have these shares of zeros."""
+    sizes = {name: conv.weight.numel() for name, conv in model.quantizable_convolutions().items()}
+    return work_sparsity(
+        [LayerSparsity(name, round(shares.get(name, 0.0) * size), size) for name, size in sizes.items()]
+    )
+
+
 def pruning_step(experiment: Experiment, recipe: Recipe, start: Start) -> float | None:
     """The sparsity to prune a dense start to before training; None for no such step.
 
@@ -279,6 +313,32 @@ def _warnings(experiment: Experiment, recipe: Recipe, start: Start, model: YOLOv
     if config.teacher is not None and not recipe.distills:
         found.append(f"recipe.teacher={config.teacher} is not used: {recipe.name} does not distill.")
     return found
+
+
+def _worth(experiment: Experiment, weights: float, work: float | None, *, pruned_now: bool) -> Iterator[str]:
+    """Where zeros are worth little on the target.
+
+    Args:
+        experiment: the checked configuration.
+        weights: share of zeros in the prunable convolutions at the end, 0..1.
+        work: share of the multiplications that meet one, 0..1; None: not known.
+        pruned_now: whether the run itself chooses where the zeros are, by ``recipe.shares``.
+    """
+    engines = experiment.hardware.engines
+    skipping = [engine for engine in engines if RUNTIMES[engine].skips_zeros]
+    if weights < SPARSE_FROM or not measures(experiment):
+        return
+    if not skipping:
+        yield (
+            f"The network will have {weights:.0%} zeros, and none of the target's engines "
+            f"({', '.join(engines)}) skips zeros: they make the compressed file smaller and nothing faster."
+        )
+    elif work is not None and work < weights - _LITTLE_WORK:
+        do = " recipe.shares=uniform takes more of the layers that work most." if pruned_now else ""
+        yield (
+            f"The zeros are {weights:.0%} of the weights, {work:.0%} of the work: "
+            f"{' and '.join(skipping)} can skip that much of the multiplications at most.{do}"
+        )
 
 
 def _advice(experiment: Experiment) -> list[str]:

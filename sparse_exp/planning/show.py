@@ -13,6 +13,7 @@ from rich.table import Table
 from sparse_exp.config.schema import HardwareConfig
 from sparse_exp.hardware import host_facts, usable_physical_cores
 from sparse_exp.hardware.targets import prefers
+from sparse_exp.metrics.result_rows import work_sentence
 from sparse_exp.planning.plan import Plan, PlannedPhase
 from sparse_exp.text import console_width, plain_text
 
@@ -50,6 +51,9 @@ def as_facts(plan: Plan) -> dict[str, Any]:
         "sparsity": plan.sparsity,
         "layers": dict(plan.layers),
         "final_sparsity": plan.final_sparsity,
+        "macs": plan.macs,
+        "dense_macs": plan.dense_macs,
+        "final_work": plan.final_work,
         "lines": labelled_lines(plan),
         "warnings": list(plan.warnings),
         "sizes": asdict(plan.sizes) if plan.sizes else {},
@@ -168,6 +172,8 @@ def _schedule(plan: Plan) -> str:
 def _estimates(plan: Plan) -> dict[str, str]:
     """Sizes, and what the timed steps showed."""
     lines = {}
+    if plan.macs is not None and plan.dense_macs is not None:
+        lines["work"] = work_sentence(plan.macs, plan.dense_macs, plan.final_work)
     if sizes := plan.sizes:
         lines["expected sizes"] = (
             f"checkpoint {sizes.checkpoint_mb:.1f} MB, model.onnx {sizes.onnx_mb:.1f} MB, "
