@@ -33,7 +33,7 @@ ISA = ("avx2", "avx512", "vnni", "bf16", "amx")
 GENERATORS = ("trees", "digits", "coco128", "voc")
 OPTIMIZERS = ("adamw", "sgd")
 PATTERNS = ("unstructured", "block4")
-SHARES = ("adaptive", "uniform")
+SHARES = ("adaptive", "uniform", "work")
 RECIPE_ENGINES = ("native", "sparseml")
 RERUN = ("failed", "all")
 MISSING: Any = "???"
@@ -92,6 +92,10 @@ class ModelConfig:
         "[#sha256=...], index:..., or 'scratch'",
     )
     sparsity: float = bounded(0.75, 0.0, 0.99, help="share of zeros that a dense start is pruned to")
+    macs: Optional[float] = bounded(
+        None, above=0.0, high=1.0,
+        help="share of the multiplications that are to meet no zero, instead of sparsity",
+    )  # fmt: skip
     num_epochs: float = bounded(
         12.0, above=0.0, high=10000.0, unit="epochs",
         help="length of the shipped recipes, unless recipe.variables.num_epochs says another",
@@ -146,7 +150,8 @@ class RecipeConfig:
     shares: str = one_of(
         "adaptive", SHARES,
         "of the zeros that pruning a dense start makes: each layer as many as it can bear, or all layers the "
-        "same, which is faster on CPUs, as the early layers have few weights and much work",
+        "same, which is faster on CPUs, as the early layers have few weights and much work, or each layer as "
+        "many as it can bear for the work that they save",
     )  # fmt: skip
     teacher: Optional[str] = documented(
         None, "for recipes that distill: a checkpoint, a stub, 'self' (the start) or 'baseline'"

@@ -25,7 +25,7 @@ from sparse_exp.sparsity.measure import (
 )
 from sparse_exp.sparsity.sizes import Sizes, estimate_sizes
 from sparse_exp.training.precision import Precision
-from sparse_exp.training.start import Start
+from sparse_exp.training.start import Start, zeros_for_work
 from sparse_exp.yolov5 import YOLOv5
 
 _LITTLE_WORK = 0.1  # less work than weights by so much is worth a word
@@ -88,7 +88,8 @@ class Plan:
         distills: whether the recipe learns from a teacher.
         matches: layers that each modifier of the recipe matches, by the modifier's name.
         channels_last: memory layout of the training.
-        prune_to: sparsity that a dense start is pruned to before training; None for no such step.
+        prune_to: sparsity that a dense start is pruned to before training, unless ``model.macs`` says how
+            much work is to remain; None for no such step.
         phases: of the training, in order.
         sparsity: share of zeros that the prunable convolutions keep from epoch 0 on, 0..1.
         final_sparsity: share of zeros that they have at the end, 0..1.
@@ -152,7 +153,8 @@ def make_plan(
         RecipeError: see `pruning_step`.
     """
     prune_to = pruning_step(experiment, recipe, start)
-    shares, phases = _shares(model, prune_to), recipe.phases()
+    macs = experiment.model.macs if prune_to is not None else None
+    shares, phases = _shares(model, prune_to, macs), recipe.phases()
     first = recipe.expected_sparsity(model, 0.0, shares)
     ends = [recipe.expected_sparsity(model, phase.end, shares) for phase in phases]
     promised = [_overall(model, end) for end in ends]
@@ -237,12 +239,12 @@ def _evaluations(phase: Phase) -> int:
     return len(within) + 1
 
 
-def _shares(model: YOLOv5, prune_to: float | None) -> dict[str, float]:
+def _shares(model: YOLOv5, prune_to: float | None, macs: float | None) -> dict[str, float]:
     """Share of zeros of each prunable convolution at epoch 0, as far as it can be known by now."""
     convs = model.prunable_convolutions()
     shares = {name: float((conv.weight == 0).double().mean()) for name, conv in convs.items()}
-    if prune_to is not None and _overall(model, shares) < prune_to:
-        return dict.fromkeys(convs, prune_to)  # not pruned yet: by layer it will differ, over all it is this
+    if prune_to is not None and not any(shares.values()):  # not pruned yet: by layer it will differ
+        return dict.fromkeys(convs, prune_to if macs is None else zeros_for_work(model, macs))
     return shares
 
 
@@ -310,6 +312,11 @@ def _warnings(experiment: Experiment, recipe: Recipe, start: Start, model: YOLOv
             "recipe.pattern=block4, but the start checkpoint is pruned already and its zeros are not in "
             "blocks of 4: they stay where they are."
         )
+    if experiment.model.macs is not None and not recipe.holds_mask:
+        found.append(
+            f"model.macs={experiment.model.macs:g} is not used: {recipe.name} does not hold the zeros of a "
+            "start that is pruned at once."
+        )
     if config.teacher is not None and not recipe.distills:
         found.append(f"recipe.teacher={config.teacher} is not used: {recipe.name} does not distill.")
     return found
@@ -334,7 +341,7 @@ def _worth(experiment: Experiment, weights: float, work: float | None, *, pruned
             f"({', '.join(engines)}) skips zeros: they make the compressed file smaller and nothing faster."
         )
     elif work is not None and work < weights - _LITTLE_WORK:
-        do = " recipe.shares=uniform takes more of the layers that work most." if pruned_now else ""
+        do = " recipe.shares=work puts more of them where the work is." if pruned_now else ""
         yield (
             f"The zeros are {weights:.0%} of the weights, {work:.0%} of the work: "
             f"{' and '.join(skipping)} can skip that much of the multiplications at most.{do}"

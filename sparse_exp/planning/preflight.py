@@ -54,7 +54,7 @@ def plan_training(
         refuse_untrained_start(start)
     distills = recipe.distills and (teacher is not None or experiment.recipe.teacher == "self")
     learns_from = load_teacher(teacher, model, start) if distills else None
-    prune_start(model, prune_to, experiment.recipe)
+    prune_start(model, prune_to, experiment.recipe, experiment.model.macs)
     plan = make_plan(experiment, recipe, start, precision, model)
     if experiment.recipe.oneshot:
         return plan

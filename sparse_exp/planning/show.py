@@ -17,7 +17,11 @@ from sparse_exp.metrics.result_rows import work_sentence
 from sparse_exp.planning.plan import Plan, PlannedPhase
 from sparse_exp.text import console_width, plain_text
 
-_CHOSEN = {"adaptive": "smallest layer-adaptive magnitudes", "uniform": "smallest magnitudes of each layer"}
+_CHOSEN = {
+    "adaptive": "smallest layer-adaptive magnitudes",
+    "uniform": "smallest magnitudes of each layer",
+    "work": "smallest layer-adaptive magnitudes for the work that they save",
+}
 _log = logging.getLogger(__name__)
 
 
@@ -72,8 +76,10 @@ def pruning_sentence(plan: Plan) -> str:
     config = plan.experiment.recipe
     known = "The start checkpoint is dense" if plan.start.sparsity is not None else "Should it be dense"
     blocks = " in blocks of 4 input channels" if config.pattern == "block4" else ""
+    macs = plan.experiment.model.macs
+    zeros = f"{plan.prune_to:.0%} zeros" if macs is None else f"zeros that leave {macs:.0%} of all work"
     return (
-        f"{known}: its prunable convolutions are pruned to {plan.prune_to:.0%} zeros{blocks} "
+        f"{known}: its prunable convolutions are pruned to {zeros}{blocks} "
         f"({_CHOSEN[config.shares]}) before epoch 0, so that the transfer starts sparse."
     )
 

@@ -19,6 +19,7 @@ from sparse_exp.runs.directory import StageRecord
 from sparse_exp.stages.base import Context, Stage
 from sparse_exp.stages.fetch import data_content
 
+_LATER = ("macs",)
 _VERSION, _BEFORE = "the version of sparse_exp", "a stage before it"
 
 
@@ -60,7 +61,7 @@ def take_fingerprint(context: Context, stage: Stage, before: Fingerprint) -> Fin
         SparseExpError: files that it depends on cannot be had, or cannot be used.
     """
     config, content = as_dict(context.experiment), dict(stage.content(context))
-    parts: dict[str, Any] = {key: config[key] for key in stage.depends_on} | dict(stage.marks(context))
+    parts = _without_unset({key: config[key] for key in stage.depends_on}) | dict(stage.marks(context))
     if not before.mark and "dataset" not in parts:  # the fingerprint of the stages before would say it
         parts |= {key: config[key] for key in ("dataset", "seed")}
         content |= data_content(context)
@@ -86,6 +87,13 @@ def _without_workers(parts: Mapping[str, Any]) -> dict[str, Any]:
     """Any number of workers reads the same images, so it may change while a run goes on."""
     own = {key: value for key, value in parts.get("dataset", {}).items() if key != "workers"}
     return {**parts, **({"dataset": own} if own else {})}
+
+
+def _without_unset(parts: dict[str, Any]) -> dict[str, Any]:
+    """Keys of the configuration that 0.1 did not have count from where they are set."""
+    model = parts.get("model", {})
+    unset = [key for key in _LATER if model.get(key) is None]
+    return {**parts, **({"model": {k: v for k, v in model.items() if k not in unset}} if model else {})}
 
 
 def pass_on(stage: Stage, context: Context, before: Fingerprint, own: Fingerprint) -> Fingerprint:

@@ -134,6 +134,19 @@ def test_the_work_and_what_of_it_meets_zeros(plan, sparse):
     assert plan("dense").final_work == 0.0
 
 
+def test_a_share_of_the_work_takes_the_place_of_a_sparsity(dense):
+    asked = experiment(shares="work")
+    asked.model.macs = 0.4
+    laid_out = make_plan(asked, recipe("transfer"), DENSE, FP32, dense)
+    assert "zeros that leave 40% of all work" in pruning_sentence(laid_out)
+    assert laid_out.final_work == pytest.approx(0.6, abs=1e-3)
+    asked.model.macs = 0.01
+    with pytest.raises(ConfigError, match=r"model\.macs to be at least"):
+        make_plan(asked, recipe("transfer"), Start("to be fetched", None), FP32, dense)
+    (unused,) = make_plan(asked, recipe("dense"), DENSE, FP32, dense).warnings
+    assert unused.startswith("model.macs=0.01 is not used: dense.md does not hold the zeros")
+
+
 def test_a_sparse_start_is_left_as_it_is(plan, sparse):
     laid_out = plan(start=Start("zoo", 0.75), model=sparse)
     assert laid_out.prune_to is None
