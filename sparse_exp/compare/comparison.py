@@ -14,6 +14,7 @@ from sparse_exp.metrics.pareto import less_is_better, pareto_front
 from sparse_exp.runs.past import PastRun
 
 FINISHED = "FINISHED"
+_WORK = ("sparsity/macs", "size/macs")  # shown wherever it differs: it says where a gain of speed comes from
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class Comparison:
 
     Attributes:
         x, y: the two metrics of the Pareto front.
-        others: the metrics of the limits, and the one that the best is chosen by, unless they are x or y.
+        others: the metrics of the limits, and the one that the best is chosen by, unless they are x or y; and
+            what the runs compute, where it differs.
         rows: runs, best in y first; those that lack x or y, or did not finish, last.
         limits: the limits that the best must keep.
         by: the metric that the best is chosen by; None where no best was asked for.
@@ -125,12 +127,19 @@ def compare(
     chosen = full_name(by or y, metrics) if limits is not None or by else None
     if names[0] == names[1]:
         raise ConfigError(expected("--x and --y", "two different metrics", names[0], "Change one of them."))
-    columns = _columns([*names, *(limit.metric for limit in parsed), *([chosen] if chosen else [])])
+    columns = _columns(
+        [*names, *(limit.metric for limit in parsed), *([chosen] if chosen else []), *_differing(runs)]
+    )
     first, second, *others = columns.values()
     comparison = Comparison(first, second, tuple(others), _rows(runs, first, second), parsed)
     if chosen is None:
         return comparison
     return replace(comparison, by=columns[chosen], best=_best(comparison, columns[chosen]))
+
+
+def _differing(runs: Sequence[PastRun]) -> list[str]:
+    """The metrics of `_WORK` in which runs differ."""
+    return [name for name in _WORK if len({run.metrics[name] for run in runs if name in run.metrics}) > 1]
 
 
 def _columns(names: Sequence[str]) -> dict[str, Column]:

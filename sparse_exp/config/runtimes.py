@@ -21,6 +21,7 @@ class Runtime:
         production: whether the licence allows use in production.
         isa: those of `sparse_exp.config.schema.ISA` without which it cannot run.
         cpu: the CPU that it needs, in words.
+        skips_zeros: whether it computes convolutions with zeros faster.
     """
 
     requirement: str
@@ -28,6 +29,7 @@ class Runtime:
     production: bool = True
     isa: tuple[str, ...] = ()
     cpu: str = "x86 with 64 bits"
+    skips_zeros: bool = False
 
 
 RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
@@ -38,6 +40,7 @@ RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
             production=False,
             isa=("avx2",),
             cpu="x86 with AVX2 or AVX-512",
+            skips_zeros=True,
         ),
         "onnxruntime": Runtime("onnxruntime>=1.17", "MIT"),
         "openvino": Runtime("openvino>=2025.0", "Apache-2.0"),

@@ -33,7 +33,7 @@ ISA = ("avx2", "avx512", "vnni", "bf16", "amx")
 GENERATORS = ("trees", "digits", "coco128", "voc")
 OPTIMIZERS = ("adamw", "sgd")
 PATTERNS = ("unstructured", "block4")
-SHARES = ("adaptive", "uniform")
+SHARES = ("adaptive", "uniform", "work")
 RECIPE_ENGINES = ("native", "sparseml")
 RERUN = ("failed", "all")
 MISSING: Any = "???"
@@ -96,6 +96,10 @@ class ModelConfig:
         "start", ("start", "auto"),
         "those of the start; auto: fitted to the training boxes where the start's answer for less than 98 %",
     )  # fmt: skip
+    macs: Optional[float] = bounded(
+        None, above=0.0, high=1.0,
+        help="share of the multiplications that are to meet no zero, instead of sparsity",
+    )  # fmt: skip
     num_epochs: float = bounded(
         12.0, above=0.0, high=10000.0, unit="epochs",
         help="length of the shipped recipes, unless recipe.variables.num_epochs says another",
@@ -155,7 +159,8 @@ class RecipeConfig:
     shares: str = one_of(
         "adaptive", SHARES,
         "of the zeros that pruning a dense start makes: each layer as many as it can bear, or all layers the "
-        "same, which is faster on CPUs, as the early layers have few weights and much work",
+        "same, which is faster on CPUs, as the early layers have few weights and much work, or each layer as "
+        "many as it can bear for the work that they save",
     )  # fmt: skip
     teacher: Optional[str] = documented(
         None, "for recipes that distill: a checkpoint, a stub, 'self' (the start) or 'baseline'"

@@ -273,9 +273,9 @@ def _stray_labels(listing: Listing) -> Iterator[Finding]:
 def _boxes_without_anchor(listing: Listing, facts: Mapping[str, SplitFacts]) -> Iterator[Finding]:
     share = facts["train"].with_anchor
     if share < LEAST_RECALL:
-        text = f"{1 - share:.1%} of the boxes in train are so small, long or large that no published anchor answers"
+        text = f"{1 - share:.1%} of the boxes in train are so small, long or large that no published anchor"
         yield Finding(
-            "warning", "boxes without anchor", str(listing.path), f"{text} for them. {ANCHORS_AUTO}"
+            "warning", "boxes without anchor", str(listing.path), f"{text} answers for them. {ANCHORS_AUTO}"
         )
 
 

@@ -1,7 +1,7 @@
 """Anchors: which boxes they can answer for, and anchors that are fitted to the boxes of a data set.
 
-A box is learned by an anchor only where neither side differs by a factor of ``anchor_t`` or more. A box that no
-anchor answers for is never learned.
+A box is learned by an anchor only where neither side differs by a factor of ``anchor_t`` or more. A box that
+no anchor answers for is never learned.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _agreement(sides: NDArray[np.floating], anchors: NDArray[np.floating]) -> ND
     return agreement
 
 
-def _fitness(sides: NDArray[np.float64], anchors: NDArray[np.float64], anchor_t: float) -> float:
+def _fitness(sides: NDArray[np.floating], anchors: NDArray[np.floating], anchor_t: float) -> float:
     agreement = _agreement(sides, anchors)
     return float((agreement * (agreement > 1 / anchor_t)).mean())
 

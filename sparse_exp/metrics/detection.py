@@ -138,7 +138,8 @@ def _overlaps(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.floa
     both = np.minimum(a[:, None, 2:], b[:, 2:]) - np.maximum(a[:, None, :2], b[:, :2])
     common = both.clip(min=0).prod(2)
     union = (a[:, 2:] - a[:, :2]).prod(1)[:, None] + (b[:, 2:] - b[:, :2]).prod(1) - common
-    return np.divide(common, union, out=np.zeros_like(common), where=union > 0)
+    overlaps: NDArray[np.float64] = np.divide(common, union, out=np.zeros_like(common), where=union > 0)
+    return overlaps
 
 
 def _matched(overlaps: NDArray[np.float64], same: NDArray[np.bool_]) -> list[int]:

@@ -20,8 +20,8 @@ from sparse_exp.metrics.pareto import words_of
 
 # Where a short name fits several metrics, those that have the first of these parts are meant, of them those
 # that have the second, and so on: the validation split, what the run deploys, the engine that it is made for,
-# one image at a time; the compressed file, and the zeros of the weights that are pruned.
-PREFERRED = ("val", "sparse", "deepsparse", "b1", "prunable", "onnx_gzip_mb")
+# one image at a time; the zeros of the weights that are pruned, and the compressed file.
+PREFERRED = ("val", "sparse", "deepsparse", "b1", "prunable", "onnx_gzip_mb", "checkpoint_mb")
 _SHOWN = 8
 SIGNS: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,

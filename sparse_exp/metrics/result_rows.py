@@ -19,6 +19,7 @@ SIZES = {
 SPARSITIES = {
     "sparsity/prunable": "prunable weights",
     "sparsity/total": "all weights",
+    "sparsity/macs": "multiplications",
     "sparsity/onnx": "prunable weights, exported file",
 }
 _BENCHMARK = re.compile(
@@ -178,6 +179,25 @@ def verifications(result: Result) -> list[Verification]:
     engines = sorted(match["engine"] for key in result if (match := _VERIFIED.fullmatch(key)))
     names = [item.name for item in fields(Verification)][1:]
     return [Verification(e, *(number(result, f"verify/{e}/{name}") for name in names)) for e in engines]
+
+
+def work(result: Result) -> str:
+    """A sentence on the multiplications of an image; empty where they were not counted."""
+    macs, dense, zeros = (number(result, key) for key in ("size/macs", "size/dense_macs", "sparsity/macs"))
+    return "" if macs is None or dense is None or zeros is None else work_sentence(macs, dense, zeros)
+
+
+def work_sentence(macs: float, dense: float, zeros: float | None) -> str:
+    """What a network computes for an image, in words.
+
+    Args:
+        macs: its multiplications, in 1e9.
+        dense: those of the network with all its channels.
+        zeros: share of ``macs`` that meet a zero weight, 0..1; None: not known.
+    """
+    whole = f" ({macs / dense:.0%} of the {dense:.3g} G of the dense network)" if macs < dense else ""
+    met = f"; {zeros:.1%} of them meet a zero" if zeros else ""
+    return f"An image takes {macs:.3g} G multiplications{whole}{met}."
 
 
 def recovery(result: Result) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from sparse_exp.config.runtimes import RUNTIMES
 from sparse_exp.config.schema import Experiment
 from sparse_exp.errors import RecipeError
 from sparse_exp.hardware.targets import advice, measures, mismatch_sentence
@@ -14,14 +15,23 @@ from sparse_exp.metrics.anchors import LEAST_RECALL
 from sparse_exp.planning.trial import Trial
 from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sources.start import SCRATCH
-from sparse_exp.sparsity.measure import in_blocks
+from sparse_exp.sparsity.measure import (
+    GIGA,
+    SPARSE_FROM,
+    LayerSparsity,
+    in_blocks,
+    stock_macs,
+    total_macs,
+    work_sparsity,
+)
 from sparse_exp.sparsity.sizes import Sizes, estimate_sizes
 from sparse_exp.training.phases import evaluated_epochs
 from sparse_exp.training.precision import Precision
-from sparse_exp.training.start import Anchors, Start
+from sparse_exp.training.start import Anchors, Start, zeros_for_work
 from sparse_exp.yolov5 import YOLOv5
 
 _SHORT = 0.01  # share of zeros by which a start may miss model.sparsity without a word
+_LITTLE_WORK = 0.1  # less work than weights by so much is worth a word
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,8 @@ class Plan:
         distills: whether the recipe learns from a teacher.
         matches: layers that each modifier of the recipe matches, by the modifier's name.
         channels_last: memory layout of the training.
-        prune_to: sparsity that a dense start is pruned to before training; None for no such step.
+        prune_to: sparsity that a dense start is pruned to before training, unless ``model.macs`` says how
+            much work is to remain; None for no such step.
         phases: of the training, in order.
         sparsity: share of zeros that the prunable convolutions keep from epoch 0 on, 0..1.
         final_sparsity: share of zeros that they have at the end, 0..1.
@@ -94,6 +105,9 @@ class Plan:
         asked_first: sources that the run asks before it grows the start; empty where it grows none.
         quantization: how layers are rounded, and why; empty where nothing is quantized.
         anchors: how well the anchors suit the training boxes; None where the data are not known.
+        macs: multiplications of an image, in 1e9; None without a training.
+        dense_macs: the same of the network with all its channels.
+        final_work: share of ``macs`` that meet a zero at the end, 0..1; None where it is not known.
     """
 
     experiment: Experiment
@@ -116,6 +130,9 @@ class Plan:
     asked_first: tuple[str, ...] = ()
     quantization: str = ""
     anchors: Anchors | None = None
+    macs: float | None = None
+    dense_macs: float | None = None
+    final_work: float | None = None
 
     @property
     def seconds(self) -> float | None:
@@ -141,11 +158,15 @@ def make_plan(
         RecipeError: see `pruning_step`.
     """
     prune_to = pruning_step(experiment, recipe, start)
-    shares, phases = _shares(model, prune_to), recipe.phases()
+    macs = experiment.model.macs if prune_to is not None else None
+    shares, phases = _shares(model, prune_to, macs), recipe.phases()
     first = recipe.expected_sparsity(model, 0.0, shares)
     ends = [recipe.aimed_sparsity(model, phase.end, shares) for phase in phases]
     aimed = [_overall(model, end) for end in ends]
     unknown = start.sparsity is None and prune_to is None and recipe.holds_mask
+    convolutions, imgsz = model.quantizable_convolutions(), experiment.dataset.imgsz
+    known = start.sparsity is not None or recipe.prunes_gradually or not recipe.prunes
+    work = _work(model, ends[-1]) if known else None
     kinds = re.findall(r"!(\w*LearningRate\w*)", recipe.text) if recipe.sets_learning_rate else []
     return Plan(
         experiment,
@@ -173,9 +194,15 @@ def make_plan(
         sparsity=_overall(model, first),
         final_sparsity=aimed[-1],
         layers=first if prune_to is None or start.sparsity is not None else {},
-        warnings=tuple(_warnings(experiment, recipe, start, model)),
+        warnings=(
+            *_warnings(experiment, recipe, start, model),
+            *_worth(experiment, aimed[-1], work, pruned_now=prune_to is not None),
+        ),
         sizes=estimate_sizes(model, ends[-1], quantized=phases[-1].quantized, imgsz=experiment.dataset.imgsz),
         quantization=recipe.quantization.why if recipe.quantization_start is not None else "",
+        macs=total_macs(convolutions, imgsz) / GIGA,
+        dense_macs=stock_macs(model.size, model.num_classes, imgsz) / GIGA,
+        final_work=work,
     )
 
 
@@ -225,12 +252,12 @@ def with_trial(plan: Plan, trial: Trial, recipe: Recipe, data: Data) -> Plan:
     return replace(plan, phases=tuple(phases), trial=trial)
 
 
-def _shares(model: YOLOv5, prune_to: float | None) -> dict[str, float]:
+def _shares(model: YOLOv5, prune_to: float | None, macs: float | None) -> dict[str, float]:
     """Share of zeros of each prunable convolution at epoch 0, as far as it can be known by now."""
     convs = model.prunable_convolutions()
     shares = {name: float((conv.weight == 0).double().mean()) for name, conv in convs.items()}
-    if prune_to is not None and _overall(model, shares) < prune_to:
-        return dict.fromkeys(convs, prune_to)  # not pruned yet: by layer it will differ, over all it is this
+    if prune_to is not None and not any(shares.values()):  # not pruned yet: by layer it will differ
+        return dict.fromkeys(convs, prune_to if macs is None else zeros_for_work(model, macs))
     return shares
 
 
@@ -238,6 +265,14 @@ def _overall(model: YOLOv5, shares: Mapping[str, float]) -> float:
     """Share of zeros of all prunable convolutions together."""
     sizes = {name: conv.weight.numel() for name, conv in model.prunable_convolutions().items()}
     return sum(shares.get(name, 0.0) * size for name, size in sizes.items()) / sum(sizes.values())
+
+
+def _work(model: YOLOv5, shares: Mapping[str, float]) -> float:
+    """Share of a detector's multiplications that meet a zero, where its layers have these shares of zeros."""
+    sizes = {name: conv.weight.numel() for name, conv in model.quantizable_convolutions().items()}
+    return work_sparsity(
+        [LayerSparsity(name, round(shares.get(name, 0.0) * size), size) for name, size in sizes.items()]
+    )
 
 
 def pruning_step(experiment: Experiment, recipe: Recipe, start: Start) -> float | None:
@@ -297,9 +332,40 @@ def _warnings(experiment: Experiment, recipe: Recipe, start: Start, model: YOLOv
             "recipe.pattern=block4, but the start checkpoint is pruned already and its zeros are not in "
             "blocks of 4: they stay where they are."
         )
+    if experiment.model.macs is not None and not recipe.holds_mask:
+        found.append(
+            f"model.macs={experiment.model.macs:g} is not used: {recipe.name} does not hold the zeros of a "
+            "start that is pruned at once."
+        )
     if config.teacher is not None and not recipe.distills:
         found.append(f"recipe.teacher={config.teacher} is not used: {recipe.name} does not distill.")
     return found
+
+
+def _worth(experiment: Experiment, weights: float, work: float | None, *, pruned_now: bool) -> Iterator[str]:
+    """Where zeros are worth little on the target.
+
+    Args:
+        experiment: the checked configuration.
+        weights: share of zeros in the prunable convolutions at the end, 0..1.
+        work: share of the multiplications that meet one, 0..1; None: not known.
+        pruned_now: whether the run itself chooses where the zeros are, by ``recipe.shares``.
+    """
+    engines = experiment.hardware.engines
+    skipping = [engine for engine in engines if RUNTIMES[engine].skips_zeros]
+    if weights < SPARSE_FROM or not measures(experiment):
+        return
+    if not skipping:
+        yield (
+            f"The network will have {weights:.0%} zeros, and none of the target's engines "
+            f"({', '.join(engines)}) skips zeros: they make the compressed file smaller and nothing faster."
+        )
+    elif work is not None and work < weights - _LITTLE_WORK:
+        do = " recipe.shares=work puts more of them where the work is." if pruned_now else ""
+        yield (
+            f"The zeros are {weights:.0%} of the weights, {work:.0%} of the work: "
+            f"{' and '.join(skipping)} can skip that much of the multiplications at most.{do}"
+        )
 
 
 def _advice(experiment: Experiment) -> list[str]:

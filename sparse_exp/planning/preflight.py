@@ -55,7 +55,7 @@ def plan_training(
         refuse_untrained_start(start)
     distills = recipe.distills and (teacher is not None or experiment.recipe.teacher == "self")
     learns_from = load_teacher(teacher, model, start) if distills else None
-    prune_start(model, prune_to, experiment.recipe)
+    prune_start(model, prune_to, experiment.recipe, experiment.model.macs)
     plan = with_anchors(make_plan(experiment, recipe, start, precision, model), anchors)
     if experiment.recipe.oneshot:
         return plan

@@ -13,10 +13,15 @@ from rich.table import Table
 from sparse_exp.config.schema import HardwareConfig
 from sparse_exp.hardware import host_facts, usable_physical_cores
 from sparse_exp.hardware.targets import prefers
+from sparse_exp.metrics.result_rows import work_sentence
 from sparse_exp.planning.plan import Plan, PlannedPhase
 from sparse_exp.text import console_width, plain_text
 
-_CHOSEN = {"adaptive": "smallest layer-adaptive magnitudes", "uniform": "smallest magnitudes of each layer"}
+_CHOSEN = {
+    "adaptive": "smallest layer-adaptive magnitudes",
+    "uniform": "smallest magnitudes of each layer",
+    "work": "smallest layer-adaptive magnitudes for the work that they save",
+}
 _log = logging.getLogger(__name__)
 
 
@@ -50,6 +55,9 @@ def as_facts(plan: Plan) -> dict[str, Any]:
         "sparsity": plan.sparsity,
         "layers": dict(plan.layers),
         "final_sparsity": plan.final_sparsity,
+        "macs": plan.macs,
+        "dense_macs": plan.dense_macs,
+        "final_work": plan.final_work,
         "lines": labelled_lines(plan),
         "warnings": list(plan.warnings),
         "sizes": asdict(plan.sizes) if plan.sizes else {},
@@ -69,8 +77,10 @@ def pruning_sentence(plan: Plan) -> str:
     config = plan.experiment.recipe
     known = "The start checkpoint is dense" if plan.start.sparsity is not None else "Should it be dense"
     blocks = " in blocks of 4 input channels" if config.pattern == "block4" else ""
+    macs = plan.experiment.model.macs
+    zeros = f"{plan.prune_to:.0%} zeros" if macs is None else f"zeros that leave {macs:.0%} of all work"
     return (
-        f"{known}: its prunable convolutions are pruned to {plan.prune_to:.0%} zeros{blocks} "
+        f"{known}: its prunable convolutions are pruned to {zeros}{blocks} "
         f"({_CHOSEN[config.shares]}) before epoch 0, so that the transfer starts sparse."
     )
 
@@ -183,6 +193,8 @@ def _schedule(plan: Plan) -> str:
 def _estimates(plan: Plan) -> dict[str, str]:
     """Sizes, and what the timed steps showed."""
     lines = {}
+    if plan.macs is not None and plan.dense_macs is not None:
+        lines["work"] = work_sentence(plan.macs, plan.dense_macs, plan.final_work)
     if sizes := plan.sizes:
         lines["expected sizes"] = (
             f"checkpoint {sizes.checkpoint_mb:.1f} MB, model.onnx {sizes.onnx_mb:.1f} MB, "

@@ -55,8 +55,8 @@ def answer_table(rows: Sequence[Row]) -> Table:
     same = [row for row in found if load_text(row) == load_text(found[0])]
     cells = [
         [
-            NAMES.get(row["engine"], row["engine"]),
-            _VARIANTS.get(row["variant"], row["variant"]),
+            str(NAMES.get(row["engine"], row["engine"])),
+            str(_VARIANTS.get(row["variant"], row["variant"])),
             decimal(row.get("map50"), 3),
             decimal(row["items_per_s"], 1),
             shown_ratio(ratio(rows, row, "x best fp32")),
@@ -81,8 +81,8 @@ def deployed_engines(result: Result) -> list[str]:
 
 def _file(result: Result, row: Row) -> str:
     """What is deployed, where it may run, how fast and how large it is."""
-    engine, runtime = NAMES.get(row["engine"], row["engine"]), RUNTIMES.get(row["engine"])
-    if runtime:
+    engine: str = NAMES.get(row["engine"], row["engine"])
+    if runtime := RUNTIMES.get(row["engine"]):
         allowed = "may be shipped" if runtime.production else "for evaluation only, not for production"
         engine += f" ({runtime.licence}: {allowed})"
     dense, dense_gzip = (number(result, f"size/dense_onnx_{kind}mb") for kind in ("", "gzip_"))

@@ -123,10 +123,10 @@ def _layers(source: _Source, folder: Path) -> dict[str, Path]:
     layers = source.run.facts("evaluate").get("layers", [])
     if not layers:
         return {}
-    rows = [(row["name"], row["zeros"] / row["weights"], row["weights"]) for row in layers]
+    rows = [(row["name"], row["zeros"] / row["weights"], row["weights"], row.get("macs")) for row in layers]
     target = source.run.result().get("sparsity/prunable", 0.0)
     plots.layer_sparsity(rows, folder / "layer_sparsity.png", target=target)
-    return {"Zeros in each convolution": folder / "layer_sparsity.png"}
+    return {"Zeros and work of each convolution": folder / "layer_sparsity.png"}
 
 
 def _sizes(source: _Source, folder: Path) -> dict[str, Path]:

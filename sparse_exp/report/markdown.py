@@ -18,6 +18,7 @@ from sparse_exp.metrics.result_rows import (
     number,
     sizes,
     verifications,
+    work,
 )
 from sparse_exp.report.answer import answer_table
 from sparse_exp.text import decimal, in_one_line, markdown_table, percent
@@ -102,7 +103,9 @@ def write_report(path: Path, report: ReportData) -> str:
         _section("Phases", _phases(report.phases)),
         _section("Accuracy", _accuracy(report.result), in_one_line(report.recovery)),
         _section("Verification", *_verification(report.result)),
-        _section("Sparsity", _sparsity(report.result), _layers(report.layers, path.parent)),
+        _section(
+            "Sparsity", _sparsity(report.result), work(report.result), _layers(report.layers, path.parent)
+        ),
         _section("Sizes", _sizes(report.result)),
         _section("Benchmark", *_benchmark(report.speeds), _facts(report.conditions)),
         _section("Why is it (not) faster?", report.why),
@@ -162,7 +165,7 @@ def _verification(result: Result) -> tuple[str, str]:
 def _layers(table: Path | None, start: Path) -> str:
     if table is None or not table.is_file():
         return ""
-    return f"Zeros of each layer: [{table.name}]({_link(table, start)})."
+    return f"Zeros and multiplications of each layer: [{table.name}]({_link(table, start)})."
 
 
 def _sparsity(result: Result) -> str:

@@ -41,6 +41,10 @@ YELLOW, GREY, INK = "#F0E442", "#B5B5B5", "#333333"
 _CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY)
 _VARIANT_COLOURS = {"dense": GREY, "dense_int8": ORANGE, "sparse_fp32": SKY, "sparse": BLUE}
 _WIDEST = 13  # inches
+_WORK_LINE: dict[str, Any] = {
+    "color": ORANGE, "linewidth": 0, "marker": "D", "markersize": 3.5, "markeredgecolor": INK,
+    "markeredgewidth": 0.4,
+}  # fmt: skip
 _MARKERS = ("o", "s", "^", "D")
 _CURVES = ((GREY, "-", 6.0), (BLUE, "-", 2.4), (RED, "--", 2.0), (GREEN, ":", 2.2), (ORANGE, "-.", 1.8))
 _PHASE_TINTS = ("#E8F1F8", "#FBEFD9", "#E6F4EF", "#F7E9F1")
@@ -154,11 +158,15 @@ def precision_recall(
     _save(figure, path)
 
 
-def layer_sparsity(layers: Sequence[tuple[str, float, int]], path: Path, target: float = 0.75) -> None:
-    """Draw a bar for each layer's share of zeros.
+LayerRow = tuple[str, float, int, int | None]
+
+
+def layer_sparsity(layers: Sequence[LayerRow], path: Path, target: float = 0.75) -> None:
+    """Draw a bar for each layer's share of zeros, and on a second axis its share of the work.
 
     Args:
-        layers: name, sparsity (0..1) and number of weights of each layer, in the model's order; at least one.
+        layers: name, sparsity (0..1), number of weights and of multiplications (None: not known) of each
+            layer, in the model's order; at least one.
         path: PNG to write.
         target: sparsity of all prunable layers together, 0..1; marked by a line.
     """
@@ -167,11 +175,18 @@ def layer_sparsity(layers: Sequence[tuple[str, float, int]], path: Path, target:
     figure, grid = _figure(
         0.6 + 4.7 * columns, max(2.2, 1.3 + 0.19 * per_column), columns=columns, squeeze=False
     )
+    work = sum(macs or 0 for *_, macs in layers)
     for index, axes in enumerate(grid.flat):
-        _layer_bars(axes, layers[index * per_column : (index + 1) * per_column], target, per_column)
-    total = sum(weights for _, _, weights in layers)
-    zeros = sum(sparsity * weights for _, sparsity, weights in layers)
+        here = layers[index * per_column : (index + 1) * per_column]
+        _layer_bars(axes, here, target, per_column)
+        if work:
+            _layer_work(axes, here, work, max(macs or 0 for *_, macs in layers) / work)
+    total = sum(weights for _, _, weights, _ in layers)
+    zeros = sum(sparsity * weights for _, sparsity, weights, _ in layers)
     title = f"{zeros / max(total, 1):.1%} of {_count(total)} weights are zero"
+    if work:
+        met = sum(sparsity * (macs or 0) for _, sparsity, _, macs in layers)
+        title += f", and {met / work:.1%} of {_count(work)} multiplications meet one"
     figure.suptitle(title, fontsize=11, fontweight="bold", color=INK)
     handles: list[Any] = [
         Patch(color=BLUE, label="at least as sparse as all together"),
@@ -179,26 +194,39 @@ def layer_sparsity(layers: Sequence[tuple[str, float, int]], path: Path, target:
         Line2D(
             [], [], color=INK, linestyle="--", linewidth=1, label=f"prunable layers together: {target:.1%}"
         ),
+        *([Line2D([], [], **_WORK_LINE, label="share of all multiplications, upper axis")] if work else []),
     ]
-    side_by_side = 3 if columns > 1 else 1
+    side_by_side = 2 if columns > 1 else 1
     figure.legend(handles=handles, loc="outside lower center", ncols=side_by_side, frameon=False, fontsize=8)
     _save(figure, path)
 
 
-def _layer_bars(axes: Axes, layers: Sequence[tuple[str, float, int]], target: float, rows: int) -> None:
-    values = [sparsity for _, sparsity, _ in layers]
+def _layer_bars(axes: Axes, layers: Sequence[LayerRow], target: float, rows: int) -> None:
+    values = [sparsity for _, sparsity, *_ in layers]
     # Pruning rounds to whole weights: a layer may miss the target by up to half a percent.
     colours = [BLUE if value >= target - 0.005 else SKY for value in values]
     axes.barh(range(len(layers)), values, color=colours, height=0.74)
-    for row, (_, sparsity, weights) in enumerate(layers):
+    for row, (_, sparsity, weights, _) in enumerate(layers):
         axes.text(1.02, row, f"{sparsity:.1%} of {_count(weights)}", va="center", fontsize=6, color=INK)
     axes.axvline(target, color=INK, linestyle="--", linewidth=1)
-    names = [name.removeprefix("model.").removesuffix(".weight") for name, _, _ in layers]
+    names = [name.removeprefix("model.").removesuffix(".weight") for name, *_ in layers]
     axes.set_yticks(range(len(layers)), names, fontsize=6.5)
     axes.set(xlim=(0, 1.0), ylim=(rows - 0.4, -0.6))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.tick_params(axis="x", labelsize=7)
     axes.grid(visible=False, axis="y")
+
+
+def _layer_work(axes: Axes, layers: Sequence[LayerRow], total: int, largest: float) -> None:
+    """Draw each layer's share of all multiplications on an axis of its own, which ends at the largest."""
+    upper = axes.twiny()
+    upper.plot([(macs or 0) / total for *_, macs in layers], range(len(layers)), **_WORK_LINE)
+    upper.set_xlim(0, 1.05 * largest)
+    upper.xaxis.set_major_locator(MaxNLocator(4))
+    upper.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    upper.spines[["right", "bottom"]].set_visible(False)
+    upper.spines["top"].set_color(ORANGE)
+    upper.tick_params(axis="x", color=ORANGE, labelcolor=INK, labelsize=7)
 
 
 def size_bars(sizes: Mapping[str, float], path: Path) -> None:
@@ -541,8 +569,8 @@ def _title(axes: Axes, text: str) -> None:
 
 
 def _count(number: float) -> str:
-    """A number of weights with three digits: 1.23M, 45.6k, 789."""
-    for unit, size in (("M", 1e6), ("k", 1e3)):
+    """A number of weights with three digits: 4.56G, 1.23M, 45.6k, 789."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.0f}"

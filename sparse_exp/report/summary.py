@@ -18,6 +18,7 @@ from sparse_exp.metrics.result_rows import (
     number,
     recovery,
     throughputs,
+    work,
 )
 from sparse_exp.report.answer import answer
 from sparse_exp.text import console_table, decimal, percent, plain_text
@@ -39,7 +40,9 @@ def summary_table(result: Result, title: str = "Result", rows: Sequence[Row] = (
     parts += [Text()] if len(parts) > 1 else []
     parts += [accuracy] if accuracy.row_count else []
     parts += [Text(recovery(result) + "\n")] if recovery(result) else []
-    parts += [table for table in (files, speeds) if table.row_count]
+    parts += [files] if files.row_count else []
+    parts += [Text(work(result) + "\n")] if work(result) else []
+    parts += [speeds] if speeds.row_count else []
     return Group(*parts, *(Text(line) for line in _remarks(rows)))
 
 

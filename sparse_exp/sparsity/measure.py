@@ -20,8 +20,9 @@ from torch import nn
 from sparse_exp.errors import SparsityError, StageFailed, expected
 from sparse_exp.sparsity.onnx_graph import constants, per_channel, producers, quantized_weight
 from sparse_exp.sparsity.prune import BLOCK, blocks
+from sparse_exp.yolov5.model import STRIDES, YOLOv5, output_stride
 
-MEGABYTE = 1e6
+MEGABYTE, GIGA = 1e6, 1e9
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,17 @@ class LayerSparsity:
     def sparsity(self) -> float:
         """Share of zeros, 0..1."""
         return self.zeros / self.weights
+
+    def macs(self, imgsz: int) -> int:
+        """Multiplications for one image, each with an addition (MACs), those with zeros included.
+
+        Args:
+            imgsz: side of the image in pixels, a multiple of 32.
+
+        Raises:
+            ValueError: the name is not that of a detector's layer.
+        """
+        return self.weights * (imgsz // output_stride(self.name)) ** 2
 
 
 def layer_sparsity(convolutions: Mapping[str, nn.Conv2d]) -> list[LayerSparsity]:
@@ -72,6 +84,28 @@ def _layer_of(weight: str) -> str:
 def overall(layers: Sequence[LayerSparsity]) -> float:
     """Share of zeros in all given layers together, 0..1."""
     return sum(layer.zeros for layer in layers) / max(1, sum(layer.weights for layer in layers))
+
+
+def total_macs(convolutions: Mapping[str, nn.Conv2d], imgsz: int) -> int:
+    """Multiplications of convolutions for one image of ``imgsz`` pixels; see `LayerSparsity.macs`."""
+    return sum(LayerSparsity(name, 0, c.weight.numel()).macs(imgsz) for name, c in convolutions.items())
+
+
+def stock_macs(size: str, num_classes: int, imgsz: int) -> int:
+    """`total_macs` of a detector of a size as it was published: n, s, m, l or x."""
+    with torch.device("meta"):
+        return total_macs(YOLOv5(size, num_classes).quantizable_convolutions(), imgsz)
+
+
+def work_sparsity(layers: Sequence[LayerSparsity]) -> float:
+    """Share of the multiplications of all given layers that meet a zero, 0..1; of no layer 0.
+
+    It says how much an engine can gain that skips zeros: of `overall`'s 75 % in the late layers, whose maps
+    are small, less than of 75 % in the early ones.
+    """
+    macs = [layer.macs(STRIDES[-1]) for layer in layers]  # the share is that of any image size
+    met = sum(layer.sparsity * count for layer, count in zip(layers, macs, strict=True))
+    return met / max(1, sum(macs))
 
 
 def require_sparsity(layers: Sequence[LayerSparsity], at_least: float, where: str) -> None:
@@ -128,26 +162,21 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def sparsity_table(layers: Sequence[LayerSparsity], promised: Mapping[str, float]) -> str:
-    """Zeros per layer as CSV: ``layer,weights,zeros,sparsity,promised``.
+def sparsity_table(layers: Sequence[LayerSparsity], promised: Mapping[str, float], imgsz: int) -> str:
+    """Zeros and work per layer as CSV: ``layer,weights,zeros,sparsity,promised,macs``.
 
     Args:
         layers: a row each.
         promised: least share of zeros of each layer, 0..1; 0 for those it does not name.
+        imgsz: side of the image that multiplications are counted for, in pixels.
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(("layer", "weights", "zeros", "sparsity", "promised"))
+    table.writerow(("layer", "weights", "zeros", "sparsity", "promised", "macs"))
     for layer in layers:
         shares = (f"{layer.sparsity:.6f}", f"{promised.get(layer.name, 0.0):.6f}")
-        table.writerow((layer.name, layer.weights, layer.zeros, *shares))
+        table.writerow((layer.name, layer.weights, layer.zeros, *shares, layer.macs(imgsz)))
     return text.getvalue()
-
-
-def total_sparsity(model: nn.Module) -> float:
-    """Share of zeros in all weights of all convolutions, stem and head included, 0..1."""
-    convolutions = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    return overall(layer_sparsity(convolutions))
 
 
 @dataclass

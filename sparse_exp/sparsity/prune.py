@@ -33,7 +33,14 @@ def prune_by_magnitude(convolutions: Mapping[str, nn.Conv2d], sparsity: float, b
 
 
 @torch.no_grad()
-def prune_layer_adaptively(convolutions: Mapping[str, nn.Conv2d], sparsity: float, block: int = 1) -> None:
+def prune_layer_adaptively(
+    convolutions: Mapping[str, nn.Conv2d],
+    sparsity: float,
+    block: int = 1,
+    *,
+    costs: Mapping[str, int] | None = None,
+    counts: Mapping[str, int] | None = None,
+) -> None:
     """Set the weights with the smallest layer-adaptive magnitude to 0, in place.
 
     The score of a weight is its square divided by the sum of all squares in its layer that are not smaller
@@ -42,17 +49,28 @@ def prune_layer_adaptively(convolutions: Mapping[str, nn.Conv2d], sparsity: floa
     once to the same overall sparsity, the detector loses less accuracy than with the same share in every
     layer. For a block, the squared norm takes the place of the weight's square.
 
+    With costs, scores are divided by them: for the same harm those weights go first that cost most. The cost
+    of a weight being its multiplications, a layer's score falls with the work of the whole layer, while it
+    falls with the number of its weights alone where there are no costs.
+
     Args:
         convolutions: the layers to prune together, by name.
         sparsity: share of all their weights that is 0 afterwards, 0..1, rounded up to whole blocks.
         block: number of weights that are pruned together, see `blocks`.
+        costs: of each of a layer's weights, at least 1, by the layer's name; None: all the same.
+        counts: how often ``sparsity`` counts each of a layer's weights, at least 1; None: once.
     """
     groups = [blocks(conv.weight, block) for conv in convolutions.values()]
     scores = [
-        _lamp_scores(_squared_norms(conv.weight, own))
-        for conv, own in zip(convolutions.values(), groups, strict=True)
+        _per_cost(_lamp_scores(_squared_norms(conv.weight, own)), costs[name] if costs else 1)
+        for (name, conv), own in zip(convolutions.items(), groups, strict=True)
     ]
-    sizes = torch.cat([torch.full((len(own),), own.shape[1]) for own in groups])
+    sizes = torch.cat(
+        [
+            torch.full((len(own),), own.shape[1] * (counts[name] if counts else 1))
+            for name, own in zip(convolutions, groups, strict=True)
+        ]
+    )
     pruned = _smallest(torch.cat(scores), sizes, math.ceil(sparsity * int(sizes.sum())))
     shares = torch.split(pruned, [len(own) for own in groups])
     for conv, own, share in zip(convolutions.values(), groups, shares, strict=True):
@@ -68,8 +86,8 @@ def _smallest(scores: Tensor, sizes: Tensor, count: int) -> Tensor:
 
     Args:
         scores: float64 (blocks,), not negative.
-        sizes: int64 (blocks,): number of weights in each.
-        count: number of weights.
+        sizes: int64 (blocks,): number of weights in each, or what they count.
+        count: number of weights, or what they are to count together.
 
     Returns:
         bool (blocks,): True for the blocks found.
@@ -117,6 +135,11 @@ def _lamp_scores(squared_norms: Tensor) -> Tensor:
     scores = torch.empty_like(squares)
     scores[order] = squares / not_smaller.clamp_min(torch.finfo(torch.float64).tiny)
     return scores
+
+
+def _per_cost(scores: Tensor, cost: int) -> Tensor:
+    """Scores divided by a cost, but for the largest, which is 1: no layer loses all its weights."""
+    return torch.where(scores < 1.0, scores / cost, scores)
 
 
 def _set_to_zero(conv: nn.Conv2d, groups: Tensor, pruned: Tensor) -> None:

@@ -17,17 +17,22 @@ def _run(context: Context) -> Outcome:
     from sparse_exp.quantization.reference import as_deployed
     from sparse_exp.recipes.checkpoints import restore
     from sparse_exp.sparsity.measure import (
+        GIGA,
         layer_sparsity,
         overall,
         require_layer_sparsity,
         require_sparsity,
-        total_sparsity,
+        stock_macs,
+        total_macs,
+        work_sparsity,
     )
 
     model, checkpoint = restore(context.checkpoint)
     layers, where = layer_sparsity(model.prunable_convolutions()), f"in {context.checkpoint.name}"
     require_sparsity(layers, context.planned_sparsity, where)
     require_layer_sparsity(layers, context.facts("train").get("promised", {}), where)
+    convolutions, imgsz = model.quantizable_convolutions(), context.experiment.dataset.imgsz
+    every = layer_sparsity(convolutions)
     layout = context.precision.memory_format
     deployed = as_deployed(model).to(memory_format=layout)
     result = context.validation().evaluate_model(deployed, layout, description="Evaluating torch")
@@ -35,7 +40,10 @@ def _run(context: Context) -> Outcome:
         "val/map50": result.map50,
         "val/map50_95": result.map50_95,
         "sparsity/prunable": overall(layers),
-        "sparsity/total": total_sparsity(model),
+        "sparsity/total": overall(every),
+        "sparsity/macs": work_sparsity(every),
+        "size/macs": total_macs(convolutions, imgsz) / GIGA,
+        "size/dense_macs": stock_macs(model.size, model.num_classes, imgsz) / GIGA,
         "size/checkpoint_mb": context.checkpoint.stat().st_size / 1e6,
     }
     if "test" in context.dataset.splits:
@@ -45,7 +53,7 @@ def _run(context: Context) -> Outcome:
         "phase": checkpoint.phase,
         "epoch": checkpoint.epoch,
         "curve": {"recall": list(result.recall), "precision": list(result.precision), "ap": result.map50},
-        "layers": [asdict(layer) for layer in layer_sparsity(model.quantizable_convolutions())],
+        "layers": [{**asdict(layer), "macs": layer.macs(imgsz)} for layer in every],
         "dense_fingerprint": context.facts("baseline").get("dense_fingerprint"),
     }
     if context.checkpoint == context.run.trained_checkpoint:  # the table of its training stands
@@ -55,7 +63,8 @@ def _run(context: Context) -> Outcome:
 
 
 def _certain_names(_: Experiment) -> Iterator[str]:
-    yield from ("val/map50", "val/map50_95", "sparsity/prunable", "sparsity/total", "size/checkpoint_mb")
+    yield from ("val/map50", "val/map50_95", "size/checkpoint_mb", "size/macs", "size/dense_macs")
+    yield from ("sparsity/prunable", "sparsity/total", "sparsity/macs")
 
 
 def _possible_names(_: Experiment) -> Iterator[str]:

@@ -21,7 +21,11 @@ from sparse_exp.stages.fetch import data_content
 
 # Any number of workers and any cache read the same images, so they may change while a run goes on.
 _HOW_IT_COMPUTES = {"dataset": ("workers", "cache")}
-_NEW = {"dataset": ("cache",), "model": ("anchors",)}  # keys that versions before 0.2 did not have
+# Keys that versions before 0.2 did not have, with the value that says what these versions did.
+_NEW: Mapping[str, Mapping[str, Any]] = {
+    "dataset": {"cache": None},
+    "model": {"anchors": "start", "macs": None},
+}
 _VERSION, _BEFORE = "the version of sparse_exp", "a stage before it"
 
 
@@ -63,7 +67,7 @@ def take_fingerprint(context: Context, stage: Stage, before: Fingerprint) -> Fin
         SparseExpError: files that it depends on cannot be had, or cannot be used.
     """
     config, content = as_dict(context.experiment), dict(stage.content(context))
-    parts: dict[str, Any] = {key: config[key] for key in stage.depends_on} | dict(stage.marks(context))
+    parts = {key: config[key] for key in stage.depends_on} | dict(stage.marks(context))
     if not before.mark and "dataset" not in parts:  # the fingerprint of the stages before would say it
         parts |= {key: config[key] for key in ("dataset", "seed")}
         content |= data_content(context)
@@ -71,7 +75,7 @@ def take_fingerprint(context: Context, stage: Stage, before: Fingerprint) -> Fin
     if takes_checkpoint:
         parts["checkpoint"] = _given_checkpoint(context)
     named = {_BEFORE: before.mark, _VERSION: __version__}
-    counted, known_before = _without(parts, _HOW_IT_COMPUTES), _without(parts, _NEW)
+    counted, known_before = _without(parts, _HOW_IT_COMPUTES), _as_before(parts)
     named |= {key: fingerprint(value) for key, value in counted.items()}
     named |= {content_name(name): digest for name, digest in content.items()}
     with_content = counted | ({"content": content} if content else {})
@@ -93,6 +97,19 @@ def _without(parts: Mapping[str, Any], keys: Mapping[str, Sequence[str]]) -> dic
         name: {key: each for key, each in value.items() if key not in keys[name]} if name in keys else value
         for name, value in parts.items()
     }
+
+
+def _as_before(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts as versions before 0.2 had them: without new keys that change nothing."""
+    unset = {
+        name: [
+            key
+            for key, value in keys.items()
+            if key in _HOW_IT_COMPUTES.get(name, ()) or parts.get(name, {}).get(key) == value
+        ]
+        for name, keys in _NEW.items()
+    }
+    return _without(parts, unset)
 
 
 def pass_on(stage: Stage, context: Context, before: Fingerprint, own: Fingerprint) -> Fingerprint:

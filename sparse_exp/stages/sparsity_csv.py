@@ -20,5 +20,6 @@ def write_sparsity(context: Context, checkpoint: Path, promised: Mapping[str, fl
     from sparse_exp.sparsity.measure import sparsity_table, state_sparsity
     from sparse_exp.yolov5 import read_checkpoint
 
+    imgsz = context.experiment.dataset.imgsz
     layers = state_sparsity(read_checkpoint(checkpoint).state_dict)
-    return write_text(context.run.path / "sparsity.csv", sparsity_table(layers, promised))
+    return write_text(context.run.path / "sparsity.csv", sparsity_table(layers, promised, imgsz))

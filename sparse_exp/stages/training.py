@@ -119,7 +119,8 @@ def _teacher(context: Context, model: YOLOv5, start: Start) -> YOLOv5 | None:
 def _prepare(context: Context, model: YOLOv5) -> None:
     """Prune a dense start where the plan says so, and hold the start to the plan."""
     planned = context.facts("plan")
-    prune_start(model, planned.get("prune_to"), context.experiment.recipe)
+    experiment = context.experiment
+    prune_start(model, planned.get("prune_to"), experiment.recipe, experiment.model.macs)
     layers = layer_sparsity(model.prunable_convolutions())
     require_sparsity(layers, context.planned_sparsity, "of the start weights")
     require_layer_sparsity(layers, planned.get("layers", {}), "in the start weights")

@@ -41,6 +41,8 @@ Metrics at step 100 x epoch are of that epoch; the last value is that of the fin
 | `deployed/ENGINE/map50` | mAP of the exported file, run in that engine: the accuracy of what is shipped |
 | `recovery/map50` | deployed mAP50 over that of the dense counterpart, with `recovery.baseline` |
 | `sparsity/prunable`, `sparsity/total` | share of zeros in prunable convolutions, in all of them, 0 to 1 |
+| `sparsity/macs` | share of the multiplications that meet a zero, 0 to 1 |
+| `size/macs`, `size/dense_macs` | multiplications of an image, 1e9; with all channels |
 | `sparsity/onnx` | as prunable, in the exported file |
 | `quantized/convolutions` | convolutions that compute on 8-bit integers in the exported file |
 | `size/onnx_mb`, `size/onnx_gzip_mb` | of the deployed file, as it is and compressed; 1 MB = 1e6 bytes |

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,12 +19,20 @@ from sparse_exp.quantization.from_sparseml import published_state
 from sparse_exp.quantization.quantizers import is_quantized
 from sparse_exp.recipes.checkpoints import restore
 from sparse_exp.sources.start import SCRATCH, StartFile
-from sparse_exp.sparsity.measure import SPARSE_FROM, layer_sparsity, listed, overall
+from sparse_exp.sparsity.measure import (
+    SPARSE_FROM,
+    layer_sparsity,
+    listed,
+    overall,
+    total_macs,
+    work_sparsity,
+)
 from sparse_exp.sparsity.prune import BLOCK, prune_by_magnitude, prune_layer_adaptively
 from sparse_exp.yolov5 import Checkpoint, TransferReport, YOLOv5, read_checkpoint, transfer_weights
 from sparse_exp.yolov5.grow import grow
-from sparse_exp.yolov5.model import STRIDES
+from sparse_exp.yolov5.model import STRIDES, output_stride
 
+_MOST_ZEROS = 0.99  # as of model.sparsity
 _log = logging.getLogger(__name__)
 
 
@@ -140,8 +149,8 @@ def suit_anchors(model: YOLOv5, dataset: DetectionDataset, experiment: Experimen
         return Anchors(before, before, fitted=False)
     if experiment.recipe.teacher == "self":
         raise ConfigError(
-            "recipe.teacher=self teaches with the anchors of the start, and model.anchors=auto fits others. Use "
-            "recipe.teacher=baseline with recovery.baseline=auto, or set model.anchors=start."
+            "recipe.teacher=self teaches with the anchors of the start, and model.anchors=auto fits others. "
+            "Use recipe.teacher=baseline with recovery.baseline=auto, or set model.anchors=start."
         )
     with torch.no_grad():
         model.anchors.copy_(torch.from_numpy(found / strides))
@@ -156,23 +165,60 @@ def _in_floating_point(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, state_dict=published_state(checkpoint.state_dict, model), quantization={})
 
 
-def prune_start(model: YOLOv5, sparsity: float | None, config: RecipeConfig) -> None:
+def prune_start(
+    model: YOLOv5, sparsity: float | None, config: RecipeConfig, macs: float | None = None
+) -> None:
     """The pruning step that the plan inserted, if it did.
 
     Args:
         model: pruned in place.
         sparsity: share of zeros in its prunable convolutions, 0..1; None for no such step.
         config: its ``pattern`` and ``shares``.
+        macs: share of the multiplications that are to meet no zero, above 0 and at most 1, instead of
+            ``sparsity``; see `zeros_for_work`.
+
+    Raises:
+        ConfigError: see `zeros_for_work`.
     """
-    if sparsity is not None:
-        prune = prune_by_magnitude if config.shares == "uniform" else prune_layer_adaptively
-        prune(model.prunable_convolutions(), sparsity, block=BLOCK if config.pattern == "block4" else 1)
-        _log.info(
-            "Pruned the dense start to %.2f %% zeros (%s, %s shares).",
-            100 * overall(layer_sparsity(model.prunable_convolutions())),
-            config.pattern,
-            config.shares,
-        )
+    if sparsity is None:
+        return
+    convolutions, block = model.prunable_convolutions(), BLOCK if config.pattern == "block4" else 1
+    work = {name: (STRIDES[-1] // output_stride(name)) ** 2 for name in convolutions}
+    share = sparsity if macs is None else zeros_for_work(model, macs)
+    if config.shares == "uniform":
+        prune_by_magnitude(convolutions, share, block)
+    else:
+        costs = work if config.shares == "work" else None
+        prune_layer_adaptively(convolutions, share, block, costs=costs, counts=work if macs else None)
+    layers = layer_sparsity(model.quantizable_convolutions())
+    _log.info(
+        "Pruned the dense start to %.2f %% zeros, which %.1f %% of its multiplications meet (%s, %s shares).",
+        100 * overall(layer_sparsity(convolutions)),
+        100 * work_sparsity(layers),
+        config.pattern,
+        config.shares,
+    )
+
+
+def zeros_for_work(model: YOLOv5, macs: float) -> float:
+    """The share of the prunable convolutions' work that must meet zeros for a share of all work to remain.
+
+    Args:
+        model: the detector.
+        macs: share of all its multiplications that are to meet no zero, above 0 and at most 1.
+
+    Raises:
+        ConfigError: so few cannot remain, as the stem and the head are not pruned.
+    """
+    imgsz = STRIDES[-1]
+    total = total_macs(model.quantizable_convolutions(), imgsz)
+    prunable = total_macs(model.prunable_convolutions(), imgsz)
+    needed = (1.0 - macs) * total / prunable
+    if needed > _MOST_ZEROS:
+        least = math.ceil(100 * (1.0 - _MOST_ZEROS * prunable / total)) / 100
+        do = "Stem and head are not pruned; take a smaller model for less."
+        raise ConfigError(expected("model.macs", f"at least {least:.2f} for yolov5{model.size}", macs, do))
+    return needed
 
 
 def load_teacher(file: Path | None, model: YOLOv5, start: Start) -> YOLOv5:

@@ -8,6 +8,7 @@ a CSP backbone of C3 blocks behind a 6x6 stem, SPPF, a PANet neck, and an anchor
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, NamedTuple, cast
@@ -55,6 +56,26 @@ JOINED_WITH = {12: 6, 16: 4, 19: 14, 22: 10}
 """For each concatenation of the neck, by its index in the model, the second module that it reads."""
 HEAD_INPUTS = (17, 20, 23)
 """Indices of the modules that the head reads, by rising stride."""
+_OUTPUT_STRIDES = (2, 4, 4, 8, 8, 16, 16, 32, 32, 32, 32, 16, 16, 16, 16, 8, 8, 8, 16, 16, 16, 32, 32, 32)
+_NAME = re.compile(r"model\.(\d+)\.(?:m\.(\d+))?")
+
+
+def output_stride(convolution: str) -> int:
+    """Pixels of the image for each step of a convolution's output map, in either direction.
+
+    Args:
+        convolution: its published name, such as ``model.2.cv1.conv``.
+
+    Raises:
+        ValueError: a detector has no such convolution.
+    """
+    match = _NAME.match(convolution)
+    index = int(match[1]) if match else -1
+    if index == len(_OUTPUT_STRIDES) and match and match[2] and int(match[2]) < len(STRIDES):
+        return STRIDES[int(match[2])]
+    if not 0 <= index < len(_OUTPUT_STRIDES):
+        raise ValueError(f"{convolution!r} is no convolution of a detector")
+    return _OUTPUT_STRIDES[index]
 
 
 class Conv(nn.Module):

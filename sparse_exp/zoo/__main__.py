@@ -153,16 +153,16 @@ def _report(model: Published) -> int:
 
 
 def _list(options: argparse.Namespace, zoo: Path) -> int:
-    return _print(published(zoo), f"No model in {zoo}.", as_json=options.json)
+    return _print(published(zoo), f"No model in {zoo}.", json=options.json)
 
 
 def _search(options: argparse.Namespace, zoo: Path) -> int:
     found = find_models(" ".join(options.query), published(zoo))
-    return _print(found, f"No model in {zoo} fits.", as_json=options.json)
+    return _print(found, f"No model in {zoo} fits.", json=options.json)
 
 
-def _print(models: list[Published], nothing: str, *, as_json: bool) -> int:
-    if as_json:
+def _print(models: list[Published], nothing: str, *, json: bool) -> int:
+    if json:
         print(as_json([_as_data(model) for model in models]))
     elif not models:
         print(nothing)

@@ -81,6 +81,20 @@ def test_what_the_label_says_is_not_repeated():
     assert [row.unlabelled_words for row in rows] == ["", "seed=1", "trainer.lr=0.1"]
 
 
+def test_what_runs_compute_is_shown_where_it_differs():
+    def with_work(macs, zeros):
+        work = {"size/macs": macs, "size/dense_macs": 8.0, "sparsity/macs": zeros}
+        one = run("x", 10, 0.5)
+        return PastRun("x", "/runs/x", "FINISHED", {**one.metrics, **work}, one.words)
+
+    def shown(*runs):
+        return [column.title for column in compare(runs, "items_per_s", "map50").others]
+
+    assert shown(with_work(8.0, 0.0), with_work(4.0, 0.5)) == ["sparsity/macs", "size/macs"]
+    assert shown(with_work(8.0, 0.0), with_work(8.0, 0.5), run("y", 1, 0.1)) == ["macs"]
+    assert shown(with_work(8.0, 0.5), run("y", 1, 0.1)) == []
+
+
 def test_unusable_questions_are_refused():
     with pytest.raises(ConfigError, match="two different metrics"):
         compare(RUNS, "map50", "val/map50")

@@ -12,7 +12,8 @@ CELLS = [
 ]
 METRICS = {
     *CELLS, "val/map50", "val/map50_95", "test/map50", "deployed/openvino/map50", "time/train_s",
-    "size/checkpoint_mb", "size/onnx_mb", "size/onnx_gzip_mb", "sparsity/prunable", "sparsity/total",
+    "size/checkpoint_mb", "size/onnx_mb", "size/onnx_gzip_mb", "size/macs",
+    "sparsity/prunable", "sparsity/total",
     "deployed/openvino/dense/map50", "size/sparse_fp32/onnx_mb", "size/dense_int8/openvino/onnx_gzip_mb",
     "recovery/map50", "recovery/deepsparse/map50", "recovery/openvino/map50",
 }  # fmt: skip
@@ -44,6 +45,10 @@ METRICS = {
 )
 def test_short_names(short, full):
     assert full_name(short, METRICS) == full
+
+
+def test_a_size_is_that_of_a_file():
+    assert full_name("size", {"size/checkpoint_mb", "size/macs", "size/dense_macs"}) == "size/checkpoint_mb"
 
 
 def test_a_name_that_fits_several_lists_them():

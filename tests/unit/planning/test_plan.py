@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+import re
+
 import pytest
 import torch
 
@@ -20,11 +23,12 @@ from sparse_exp.planning.show import (
 )
 from sparse_exp.planning.trial import Trial
 from sparse_exp.recipes.recipe import Recipe
-from sparse_exp.sparsity.measure import SPARSE_FROM
+from sparse_exp.sparsity.measure import SPARSE_FROM, layer_sparsity, overall, work_sparsity
 from sparse_exp.sparsity.prune import prune_by_magnitude, prune_layer_adaptively
 from sparse_exp.training.precision import Precision
 from sparse_exp.training.start import Anchors, Start
 from sparse_exp.yolov5 import YOLOv5
+from sparse_exp.yolov5.model import output_stride
 
 FP32 = Precision(autocast=False, channels_last=True)
 BF16 = Precision(autocast=True, channels_last=True)
@@ -83,6 +87,18 @@ def sparse() -> YOLOv5:
     return model
 
 
+def late_zeros_plan(plan, dense, stages=None, engines=None):
+    """A plan from a start with 90 % zeros in the layers whose maps are small, and none in the others."""
+    model = copy.deepcopy(dense)
+    late = {n: c for n, c in model.prunable_convolutions().items() if output_stride(n) >= 16}
+    prune_by_magnitude(late, 0.9)
+    changed = experiment()
+    changed.stages = stages or changed.stages
+    changed.hardware.engines = engines or changed.hardware.engines
+    share = overall(layer_sparsity(model.prunable_convolutions()))
+    return make_plan(changed, recipe("transfer_quant"), Start("zoo", share), FP32, model)
+
+
 @pytest.fixture
 def plan(dense):
     """Lays out a run of a shipped recipe, or of the given one, on the given start."""
@@ -108,6 +124,31 @@ def test_a_dense_start_is_pruned_to_the_models_sparsity(plan):
     assert laid_out.sparsity == laid_out.final_sparsity == pytest.approx(0.9)
 
 
+def test_the_work_and_what_of_it_meets_zeros(plan, sparse):
+    laid_out = plan(start=Start("zoo", 0.75), model=sparse)
+    assert laid_out.macs == laid_out.dense_macs == pytest.approx(2.0, rel=0.1)  # published: 4.5 GFLOPs
+    assert laid_out.final_work == work_sparsity(layer_sparsity(sparse.quantizable_convolutions()))
+    assert f"{laid_out.final_work:.1%} of them meet a zero" in labelled_lines(laid_out)["work"]
+    assert as_facts(laid_out)["final_work"] == laid_out.final_work
+    unread = plan(start=Start("to be fetched", None))
+    assert unread.final_work is None
+    assert labelled_lines(unread)["work"].endswith(" G multiplications.")
+    assert plan("dense").final_work == 0.0
+
+
+def test_a_share_of_the_work_takes_the_place_of_a_sparsity(dense):
+    asked = experiment(shares="work")
+    asked.model.macs = 0.4
+    laid_out = make_plan(asked, recipe("transfer"), DENSE, FP32, dense)
+    assert "zeros that leave 40% of all work" in pruning_sentence(laid_out)
+    assert laid_out.final_work == pytest.approx(0.6, abs=1e-3)
+    asked.model.macs = 0.01
+    with pytest.raises(ConfigError, match=r"model\.macs to be at least"):
+        make_plan(asked, recipe("transfer"), Start("to be fetched", None), FP32, dense)
+    (unused,) = make_plan(asked, recipe("dense"), DENSE, FP32, dense).warnings
+    assert unused.startswith("model.macs=0.01 is not used: dense.md does not hold the zeros")
+
+
 def test_a_sparse_start_is_left_as_it_is(plan, sparse):
     laid_out = plan(start=Start("zoo", 0.75), model=sparse)
     assert laid_out.prune_to is None
@@ -115,6 +156,16 @@ def test_a_sparse_start_is_left_as_it_is(plan, sparse):
     assert [row["sparsity"] for row in phase_rows(laid_out)] == ["75.0%", "75.0%"]
     assert laid_out.layers["model.1.conv"] == 0.75
     assert laid_out.warnings == ()
+
+
+def test_zeros_that_are_worth_little_on_the_target_are_called_so(plan, sparse, dense):
+    [warning] = late_zeros_plan(plan, dense).warnings
+    assert re.fullmatch(r"The zeros are 8\d% of the weights, [1-6]\d% of the work: .*", warning)
+    assert "deepsparse can skip" in warning
+    assert late_zeros_plan(plan, dense, stages=["train"]).warnings == ()  # nothing is measured
+    [warning] = late_zeros_plan(plan, dense, engines=["openvino"]).warnings
+    assert "none of the target's engines (openvino) skips zeros" in warning
+    assert plan("dense").warnings == ()
 
 
 @pytest.mark.parametrize(("share", "pruned"), [(SPARSE_FROM, False), (SPARSE_FROM - 0.001, True)])
@@ -205,7 +256,8 @@ def test_zeros_in_blocks_are_seen_as_such(plan, dense):
     model = YOLOv5("n", 1)
     model.load_state_dict(dense.state_dict())
     prune_layer_adaptively(model.prunable_convolutions(), 0.75, block=4)
-    assert plan("transfer", Start("zoo", 0.75), model=model, pattern="block4").warnings == ()
+    [warning] = plan("transfer", Start("zoo", 0.75), model=model, pattern="block4").warnings
+    assert "block" not in warning  # it is about their work
 
 
 def test_the_phases_with_what_holds_in_each(plan):

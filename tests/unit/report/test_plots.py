@@ -52,8 +52,10 @@ DRAWINGS = {
     "curves": lambda path: plots.training_curves(HISTORY, path),
     "one epoch": lambda path: plots.training_curves([{"epoch": 0.5, "phase": "dense"}], path),
     "precision-recall": lambda path: plots.precision_recall({"torch": CURVE, "deepsparse": CURVE}, path),
-    "layers": lambda path: plots.layer_sparsity([(f"model.{i}.conv", 0.75, 1000) for i in range(104)], path),
-    "one layer": lambda path: plots.layer_sparsity([("model.24.m.0", 0.0, 0)], path),
+    "layers": lambda path: plots.layer_sparsity(
+        [(f"model.{i}.conv", 0.75, 1000, 10**6 * (104 - i)) for i in range(104)], path
+    ),
+    "one layer": lambda path: plots.layer_sparsity([("model.24.m.0", 0.0, 0, None)], path),
     "sizes": lambda path: plots.size_bars({"dense ONNX": 28.2, "sparse ONNX": 7.6, "nothing": 0.0}, path),
     "throughput": lambda path: plots.throughput_bars(THROUGHPUT, path),
     "square": lambda path: plots.throughput_bars(SQUARE, path),
@@ -89,8 +91,9 @@ def figure_of(draw, monkeypatch):
 
 def drawn_ticks(axes):
     x_limits, y_limits = sorted(axes.get_xlim()), sorted(axes.get_ylim())
-    yield from (t for t in axes.get_xticklabels() if x_limits[0] <= t.get_position()[0] <= x_limits[1])
-    yield from (t for t in axes.get_yticklabels() if y_limits[0] <= t.get_position()[1] <= y_limits[1])
+    for axis, place, limits in ((axes.xaxis, 0, x_limits), (axes.yaxis, 1, y_limits)):
+        labels = axis.get_ticklabels() if axis.get_visible() else []
+        yield from (t for t in labels if limits[0] <= t.get_position()[place] <= limits[1])
 
 
 @pytest.mark.parametrize(
@@ -131,15 +134,20 @@ def test_bars_are_as_long_as_the_numbers_and_errors_reach_from_low_to_high(monke
 
 
 def test_layers_are_marked_by_the_target_and_weighed_by_their_size(monkeypatch):
-    layers = [("model.0.conv.weight", 0.0, 100), ("model.1.conv.weight", 0.7499, 300)]
+    layers = [("model.0.conv.weight", 0.0, 100, 3000), ("model.1.conv.weight", 0.7499, 300, 1000)]
     figure = figure_of(lambda path: plots.layer_sparsity(layers, path), monkeypatch)
-    [axes] = figure.axes
+    axes, work = figure.axes
     from matplotlib.colors import to_hex
 
     colours = [to_hex(patch.get_facecolor()).upper() for patch in axes.patches]
     assert colours == [plots.SKY, plots.BLUE]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0.conv", "1.conv"]
-    assert figure.get_suptitle() == "56.2% of 400 weights are zero"
+    assert figure.get_suptitle() == "56.2% of 400 weights are zero, and 18.7% of 4k multiplications meet one"
+    assert work.lines[0].get_xydata().tolist() == [[0.75, 0.0], [0.25, 1.0]]
+    assert work.get_xlim()[1] > 0.75
+    earlier = [(*layer[:3], None) for layer in layers]  # a run that did not count them
+    figure = figure_of(lambda path: plots.layer_sparsity(earlier, path), monkeypatch)
+    assert (len(figure.axes), figure.get_suptitle()) == (1, "56.2% of 400 weights are zero")
 
 
 def test_detections_below_the_threshold_are_not_drawn(monkeypatch):

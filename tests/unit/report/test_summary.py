@@ -44,6 +44,16 @@ def test_what_is_kept_of_the_dense_accuracy_stands_below_it():
     assert "dense mAP50" not in summary_text(wide_result())
 
 
+def test_the_work_stands_below_the_sizes():
+    result = {**wide_result(), "size/macs": 4.12, "size/dense_macs": 8.24, "sparsity/macs": 0.481}
+    text = summary_text(result)
+    sentence = "An image takes 4.12 G multiplications (50% of the 8.24 G of the dense network); 48.1% of them"
+    assert sentence in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 80
+    assert ["zeros", "in", "multiplications", "48.10%"] in [line.split() for line in text.splitlines()]
+    assert "An image takes" not in summary_text(wide_result())
+
+
 def test_without_a_terminal_there_are_no_escape_codes():
     console = Console(file=io.StringIO(), width=80)
     console.print(summary_table(wide_result()))

@@ -23,7 +23,9 @@ from sparse_exp.sparsity.measure import (
     require_sparsity,
     sparsity_table,
     state_sparsity,
-    total_sparsity,
+    stock_macs,
+    total_macs,
+    work_sparsity,
 )
 
 
@@ -52,11 +54,44 @@ def test_overall_weighs_layers_by_their_size():
     assert overall([]) == 0.0
 
 
-def test_total_counts_every_convolution_and_no_other_layer():
-    zero_linear = nn.Linear(50, 50)
-    nn.init.zeros_(zero_linear.weight)
-    model = nn.Sequential(some_convs("a", zeros=4)["a"], zero_linear, some_convs("b", zeros=12)["b"])
-    assert total_sparsity(model) == 16 / 32
+# GFLOPs of an image of 640 px at 80 classes in the release notes of v6.0; two for each multiplication.
+PUBLISHED_GFLOPS = {"n": 4.5, "s": 16.5, "m": 49.0, "l": 109.1, "x": 205.7}
+
+
+@pytest.mark.parametrize("size", PUBLISHED_GFLOPS)
+def test_the_work_of_each_size_is_the_published_one(size):
+    assert 2e-9 * stock_macs(size, 80, 640) == pytest.approx(PUBLISHED_GFLOPS[size], rel=0.025)
+
+
+def test_multiplications_are_those_that_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from sparse_exp.yolov5 import YOLOv5
+
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = YOLOv5("n", 3).eval()
+        with model.export_mode(96):
+            model(torch.zeros(1, 3, 96, 96))
+    by_module = counter.get_flop_counts()
+    convolutions = model.quantizable_convolutions()
+    for name, conv in convolutions.items():
+        assert 2 * total_macs({name: conv}, 96) == sum(by_module[f"YOLOv5.{name}"].values()), name
+    assert 2 * total_macs(convolutions, 96) == counter.get_total_flops() == 2 * stock_macs("n", 3, 96)
+
+
+def test_the_work_of_zeros_is_weighed_by_the_size_of_the_layers_maps():
+    early, late = LayerSparsity("model.1.conv", 50, 100), LayerSparsity("model.7.conv", 900, 1000)
+    # of 32 px: maps of 8 x 8 and of 1 x 1
+    assert (early.macs(32), late.macs(32), early.macs(64)) == (6400, 1000, 25600)
+    assert work_sparsity([early, late]) == pytest.approx((3200 + 900) / 7400)
+    assert overall([early, late]) == pytest.approx(950 / 1100)
+    assert work_sparsity([]) == 0.0
+
+
+@pytest.mark.parametrize("name", ["a", "model.25.conv", "model.24.m.3", "model.24.anchors", "model.x.conv"])
+def test_only_layers_of_a_detector_have_work(name):
+    with pytest.raises(ValueError, match="no convolution"):
+        LayerSparsity(name, 0, 1).macs(64)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -172,9 +207,11 @@ def test_a_state_dict_is_counted_by_published_names():
 
 
 def test_the_table_has_a_row_per_layer():
-    table = sparsity_table([LayerSparsity("a", 1, 3), LayerSparsity("b", 0, 4)], {"a": 0.25})
-    assert table == (
-        "layer,weights,zeros,sparsity,promised\na,3,1,0.333333,0.250000\nb,4,0,0.000000,0.000000\n"
+    layers = [LayerSparsity("model.1.conv", 1, 3), LayerSparsity("model.24.m.2", 0, 4)]
+    assert sparsity_table(layers, {"model.1.conv": 0.25}, 64) == (
+        "layer,weights,zeros,sparsity,promised,macs\n"
+        "model.1.conv,3,1,0.333333,0.250000,768\n"
+        "model.24.m.2,4,0,0.000000,0.000000,16\n"
     )
 
 

@@ -77,9 +77,23 @@ def test_adaptive_zeroes_the_lowest_scores_of_all_layers_together():
     assert len(set(shares.values())) > 1
 
 
-def test_adaptive_never_kills_a_layer():
+def test_costs_divide_scores_and_counts_weigh_them():
+    convs, costs, counts = layers(), {"a": 3, "b": 1, "c": 50}, {"a": 2, "b": 7, "c": 1}
+    before = weights(convs)
+    scores = {n: np.where(s < 1, s / costs[n], s) for n, s in lamp_reference(before).items()}
+    prune_layer_adaptively(convs, 0.6, costs=costs, counts=counts)
+    every = sorted((s, counts[n]) for n, own in scores.items() for s in own)
+    wanted = math.ceil(0.6 * sum(count for _, count in every))
+    counted = np.cumsum([count for _, count in every])
+    limit = every[int(np.searchsorted(counted, wanted))][0]
+    for name, weight in weights(convs).items():
+        np.testing.assert_array_equal(weight.ravel() == 0, scores[name] <= limit)
+
+
+@pytest.mark.parametrize("costs", [None, {"a": 1, "b": 1, "c": 10**6}])
+def test_adaptive_never_kills_a_layer(costs):
     convs = layers()
-    prune_layer_adaptively(convs, 0.98)
+    prune_layer_adaptively(convs, 0.98, costs=costs)
     assert all(bool((conv.weight != 0).any()) for conv in convs.values())
 
 

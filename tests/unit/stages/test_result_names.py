@@ -101,6 +101,7 @@ def test_names_follow_stages_engines_and_batch_sizes():
     assert expected_names(trained) == {
         "time/fetch_s", "time/train_s", "time/evaluate_s", "weights/origin", "val/map50", "val/map50_95",
         "test/map50", "test/map50_95", "sparsity/prunable", "sparsity/total", "size/checkpoint_mb",
+        "sparsity/macs", "size/macs", "size/dense_macs",
     }  # fmt: skip
     assert expected_names(trained) - certain_names(trained) == {"test/map50", "test/map50_95"}
     names = expected_names(experiment())

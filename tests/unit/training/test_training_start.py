@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from sparse_exp.config.schema import DatasetConfig, Experiment, ModelConfig, RecipeConfig
+from sparse_exp.config.schema import SHARES, DatasetConfig, Experiment, ModelConfig, RecipeConfig
 from sparse_exp.data.detection import DetectionDataset, Sample
 from sparse_exp.errors import CheckpointError, ConfigError, RecipeError, SourceUnavailable
 from sparse_exp.quantization.quantizers import is_rounding
@@ -168,3 +169,49 @@ def test_a_teacher_of_other_anchors_is_refused(tmp_path):
         load_teacher(tmp_path / "teacher.pt", student, loaded())
     with pytest.raises(ConfigError, match=r"recipe\.teacher=self teaches with the anchors of the start"):
         suit_anchors(YOLOv5("n", 1), boxes_of(1000, 16), asking("auto", teacher="self"))
+
+
+def work_left(model) -> float:
+    """Share of the multiplications that meet no zero, counted by torch's flop counter: half of its flops."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, model.eval().export_mode(64), torch.no_grad():
+        model(torch.zeros(1, 3, 64, 64))
+    counts = {name: sum(c.values()) for name, c in counter.get_flop_counts().items()}
+    convs = model.quantizable_convolutions()
+    left = sum(counts[f"YOLOv5.{n}"] * float((c.weight != 0).double().mean()) for n, c in convs.items())
+    return left / counter.get_total_flops()
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "block4"])
+@pytest.mark.parametrize("shares", SHARES)
+def test_a_share_of_the_work_is_left(shares, pattern):
+    torch.manual_seed(0)
+    model = YOLOv5("n", 10)
+    prune_start(model, 0.75, RecipeConfig(pattern=pattern, shares=shares), macs=0.4)
+    assert work_left(model) == pytest.approx(0.4, abs=1e-3)
+
+
+def test_shares_by_work_save_more_of_it_than_adaptive_ones_at_the_same_sparsity():
+    left = {}
+    for shares in ("adaptive", "work"):
+        torch.manual_seed(0)
+        model = YOLOv5("n", 10)
+        prune_start(model, 0.7, RecipeConfig(shares=shares))
+        weights = [conv.weight for conv in model.prunable_convolutions().values()]
+        assert sum(int((w == 0).sum()) for w in weights) == pytest.approx(
+            0.7 * sum(w.numel() for w in weights), rel=1e-4
+        )
+        assert all(bool((w != 0).any()) for w in weights)
+        left[shares] = work_left(model)
+    assert left["work"] < left["adaptive"] - 0.1
+
+
+def test_work_that_stem_and_head_take_cannot_be_saved():
+    with pytest.raises(
+        ConfigError, match=r"model\.macs to be at least 0\.\d\d for yolov5n, but got 0\.01"
+    ) as error:
+        prune_start(YOLOv5("n", 10), 0.75, RecipeConfig(), macs=0.01)
+    assert "\n" not in str(error.value)
+    least = float(re.search(r"at least (0\.\d\d)", str(error.value))[1])
+    prune_start(YOLOv5("n", 10), 0.75, RecipeConfig(shares="uniform"), macs=least)
