@@ -81,7 +81,7 @@ def deployed_engines(result: Result) -> list[str]:
 
 def _file(result: Result, row: Row) -> str:
     """What is deployed, where it may run, how fast and how large it is."""
-    engine: str = NAMES.get(row["engine"], row["engine"])
+    engine = str(NAMES.get(row["engine"], row["engine"]))
     if runtime := RUNTIMES.get(row["engine"]):
         allowed = "may be shipped" if runtime.production else "for evaluation only, not for production"
         engine += f" ({runtime.licence}: {allowed})"
