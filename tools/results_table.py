@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from sparse_exp.benchmark.measurements import measured
-from sparse_exp.benchmark.speed_table import noisy_labels, vague_labels
+from sparse_exp.benchmark.speed_table import noisy_labels, shown_gains, vague_labels
 from sparse_exp.command import Parser, run_command
 from sparse_exp.errors import ConfigError
 from sparse_exp.metrics.result_rows import SIZES, SPARSITIES, accuracies, number, throughputs
+from sparse_exp.report.answer import answer
 from sparse_exp.text import between_marks, decimal, markdown_table, percent
 
 MARK = "numbers"
@@ -62,6 +63,7 @@ def numbers(run: Path) -> str:
     facts = {name: stage["facts"] for name, stage in manifest["stages"].items()}
     parts = [
         _introduction(manifest, result, facts),
+        "\n".join(f"- {sentence}" for sentence in answer(result, rows)),
         _accuracy(result),
         _zeros_and_sizes(result),
         _throughput(result, rows),
@@ -112,12 +114,12 @@ def _zeros_and_sizes(result: dict[str, Any]) -> str:
 
 def _throughput(result: dict[str, Any], measurements: list[dict[str, Any]]) -> str:
     noisy, vague = noisy_labels(measurements), vague_labels(measurements)
-    rows = []
+    gains, rows = shown_gains(measurements), []
     for row in throughputs(result):
-        spread, gain = percent(row.spread) + " !" * (row.label in noisy), "~" * (row.label in vague)
+        spread = percent(row.spread) + " !" * (row.label in noisy)
         times = [decimal(row.p50, 1), decimal(row.p90, 1), decimal(row.p99, 1)]
         named = row.engine, row.variant, row.load, decimal(row.items_per_s, 1), spread
-        rows.append((*named, *times, gain + decimal(row.speedup, 2)))
+        rows.append((*named, *times, gains.get(row.label) or decimal(row.speedup, 2)))
     columns = (
         "engine",
         "variant",

@@ -104,6 +104,11 @@ def noisy_labels(rows: Iterable[Row]) -> set[str]:
     return {label(row) for row in rows if row.get("noisy")}
 
 
+def shown_gains(rows: Sequence[Row]) -> dict[str, str]:
+    """The ratio of each row to the fastest dense fp32 as tables show it, by `label`."""
+    return {label(row): shown_ratio(ratio(rows, row, "x best fp32")) for row in measured(rows)}
+
+
 def vague_labels(rows: Sequence[Row]) -> set[str]:
     """The `label` of each row that cannot be told from the fastest dense fp32, but for that itself."""
     ratios = {label(row): ratio(rows, row, "x best fp32") for row in measured(rows)}

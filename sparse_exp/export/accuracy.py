@@ -82,7 +82,7 @@ def measure_files(
     checkpoints: Mapping[str, Any],
     cores: int,
     first: FirstOutputs,
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+) -> tuple[dict[str, float], list[dict[str, Any]], dict[tuple[str, str], Evaluation]]:
     """Evaluate the file of each engine and variant of the target in its engine, and measure its size.
 
     Args:
@@ -96,11 +96,13 @@ def measure_files(
         first: takes in what each file puts out for the first images.
 
     Returns:
-        Metrics for ``result.json``; and each file as plain data (see `MeasuredFile`).
+        Metrics for ``result.json``; each file as plain data (see `MeasuredFile`); and how well the boxes of
+        the split were found, by engine and variant, of those that were evaluated here.
     """
     hardware, batch_size = experiment.hardware, experiment.trainer.val_batch_size
     sizes = {file.name: file_sizes(file) for file in deployment.files}
     found: list[MeasuredFile] = []
+    evaluations: dict[tuple[str, str], Evaluation] = {}
     for variant in hardware.variants:
         for engine in hardware.engines:
             map50, map50_95 = (deployed.get(f"deployed/{engine}/{name}") for name in ("map50", "map50_95"))
@@ -114,12 +116,14 @@ def measure_files(
                     )
                     _log.info("%s in %s: mAP50 %.4f (%s)", variant, engine, result.map50, file.name)
                     map50, map50_95 = result.map50, result.map50_95
+                    evaluations[engine, variant] = result
             except Impossible as error:
                 found.append(MeasuredFile(engine, variant, impossible=str(error)))
             else:
                 found.append(MeasuredFile(engine, variant, file.name, map50, map50_95, sizes.get(file.name)))
     metrics = {name: value for one in found for name, value in _accuracy(one, deployed)}
-    return metrics | size_metrics(sizes) | _checkpoint_sizes(checkpoints), [asdict(one) for one in found]
+    metrics |= size_metrics(sizes) | _checkpoint_sizes(checkpoints)
+    return metrics, [asdict(one) for one in found], evaluations
 
 
 def evaluate_file(

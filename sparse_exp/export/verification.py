@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -80,7 +79,7 @@ def verify_deployment(
     layout: torch.memory_format,
     cores: int,
     first: FirstOutputs,
-) -> tuple[dict[str, float], dict[str, Any]]:
+) -> tuple[dict[str, float], dict[str, Evaluation]]:
     """Check what a run deploys in each engine but torch, on the whole validation split.
 
     Args:
@@ -95,7 +94,7 @@ def verify_deployment(
         first: takes in what each engine puts out for the first images.
 
     Returns:
-        Metrics for ``result.json``, and for each engine its precision-recall curve.
+        Metrics for ``result.json``, and for each engine how well it found the boxes of the split.
 
     Raises:
         ExportError: a file is not what its checkpoint promises.
@@ -108,7 +107,7 @@ def verify_deployment(
     shifts = views(images) if rounds else (0,)
     passes = _passes(validation, reference.from_the_start(), "torch", shifts[:1])
     passes += _passes(validation, reference.predict, "torch", shifts[1:])
-    curves: dict[str, Any] = {}
+    evaluations: dict[str, Evaluation] = {}
     for name in [name for name in experiment.hardware.engines if name != TORCH]:
         with closing(IsolatedEngine(name)) as engine:
             batch_size = experiment.trainer.val_batch_size
@@ -117,14 +116,9 @@ def verify_deployment(
                 boxes, scores = _COARSER * limits.box_atol, _COARSER * limits.score_atol
                 limits = replace(limits, box_atol=boxes, score_atol=scores)
             engine.load(file, batch_size=batch_size, cores=cores)
-            found, result = _try_engine(engine, name, validation, limits, reference, passes, first)
+            found, evaluations[name] = _try_engine(engine, name, validation, limits, reference, passes, first)
         metrics.update(found)
-        curves[name] = {
-            "recall": list(result.recall),
-            "precision": list(result.precision),
-            "ap": result.map50,
-        }
-    return metrics, curves
+    return metrics, evaluations
 
 
 def views(images: int) -> tuple[int, ...]:

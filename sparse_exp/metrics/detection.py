@@ -124,6 +124,65 @@ class Matcher:
         )
 
 
+def ratio_interval(
+    one: Matcher, other: Matcher, *, confidence: float = 0.95, draws: int = 1000, seed: int = 0
+) -> tuple[float, float] | None:
+    """Between what the ratio of two mAP50 lies, as far as other images of the kind would tell.
+
+    Images are drawn anew, with replacement, and both are measured on the same ones (paired bootstrap, Efron
+    and Tibshirani 1993). Of very many detections fewer draws are taken, 100 at least.
+
+    Args:
+        one: that was given all images.
+        other: that was given the same, in the same order.
+        confidence: share of the draws that lie inside.
+        draws: how often images are drawn.
+        seed: of the draws.
+
+    Returns:
+        The lower and the upper bound; None of fewer than two images, or where nothing was found.
+    """
+    images, draw = len(one._labels), np.random.default_rng(seed)
+    if images < 2 or images != len(other._labels):
+        return None
+    tables = [_Ranked(matcher) for matcher in (one, other)]
+    work = max(1, sum(len(table.right) for table in tables))
+    ratios = []
+    for _ in range(int(np.clip(2e8 / work, 100, draws))):
+        weights = np.bincount(draw.integers(images, size=images), minlength=images)
+        above, below = (table.map50(weights) for table in tables)
+        ratios += [above / below] if below > 0 else []
+    if not ratios:
+        return None
+    low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+class _Ranked:
+    """All detections of a matcher by class and confidence, to be counted with weights of their images."""
+
+    def __init__(self, matcher: Matcher) -> None:
+        found, classes = np.concatenate(matcher._found), matcher._num_classes
+        image = np.repeat(np.arange(len(matcher._found)), [len(one) for one in matcher._found])
+        order = np.lexsort((-found["conf"], found["label"]))
+        self.right, self._image = (found["right"][order] & 1).astype(float), image[order]
+        self._ends = np.searchsorted(found["label"][order], np.arange(classes + 1))
+        self._objects = np.stack([np.bincount(labels, minlength=classes) for labels in matcher._labels])
+
+    def map50(self, weights: NDArray[np.int64]) -> float:
+        """mAP50 where each image counts as often as its weight says."""
+        objects = weights @ self._objects
+        weight, precisions = weights[self._image], []
+        for number in np.flatnonzero(objects):
+            own = slice(self._ends[number], self._ends[number + 1])
+            made = weight[own].cumsum()
+            hits = (weight[own] * self.right[own]).cumsum()
+            precision = np.maximum.accumulate((hits / np.maximum(made, 1))[::-1])[::-1]
+            places = np.searchsorted(hits / objects[number], RECALLS)
+            precisions.append(np.append(precision, 0.0)[places].mean())
+        return float(np.mean(precisions)) if precisions else 0.0
+
+
 def _rank_in_class(labels: NDArray[np.float32]) -> NDArray[np.int64]:
     """How many of the same class stand before each."""
     order = np.argsort(labels, kind="stable")

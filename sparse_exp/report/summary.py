@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparse_exp.benchmark.measurements import Row
-from sparse_exp.benchmark.speed_table import impossible_lines, noisy_labels, vague_labels
+from sparse_exp.benchmark.speed_table import impossible_lines, noisy_labels, shown_gains, vague_labels
 from sparse_exp.metrics.result_rows import (
     SIZES,
     SPARSITIES,
@@ -36,8 +36,7 @@ def summary_table(result: Result, title: str = "Result", rows: Sequence[Row] = (
     """
     accuracy, files, speeds = _accuracy(result), _files(result), _benchmark(result, rows)
     parts: list[RenderableType] = [Text(title, style="bold")]
-    parts += [Text(f"- {sentence}") for sentence in answer(result, rows)]
-    parts += [Text()] if len(parts) > 1 else []
+    parts += [_sentences(found)] if (found := answer(result, rows)) else []
     parts += [accuracy] if accuracy.row_count else []
     parts += [Text(recovery(result) + "\n")] if recovery(result) else []
     parts += [files] if files.row_count else []
@@ -49,6 +48,15 @@ def summary_table(result: Result, title: str = "Result", rows: Sequence[Row] = (
 def summary_text(result: Result, title: str = "Result", width: int = 80, rows: Sequence[Row] = ()) -> str:
     """`summary_table` as plain text of that many columns at most."""
     return plain_text(summary_table(result, title, rows), width=width)
+
+
+def _sentences(sentences: Sequence[str]) -> Table:
+    """A bullet for each, whose further lines are indented."""
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    for sentence in sentences:
+        grid.add_row("-", sentence)
+    grid.add_row()
+    return grid
 
 
 def _accuracy(result: Result) -> Table:
@@ -68,7 +76,8 @@ def _files(result: Result) -> Table:
 
 
 def _benchmark(result: Result, rows: Sequence[Row]) -> Table:
-    noisy, vague = noisy_labels(rows), vague_labels(rows)
+    noisy = noisy_labels(rows)
+    gains = shown_gains(rows)
     found = throughputs(result)
     best = {one.load: max(r.items_per_s for r in found if r.load == one.load) for one in found}
     cells = [
@@ -79,7 +88,7 @@ def _benchmark(result: Result, rows: Sequence[Row]) -> Table:
             decimal(one.items_per_s, 1),
             decimal(one.p50, 1),
             percent(one.spread) + (" !" if one.label in noisy else ""),
-            "~" * (one.label in vague) + decimal(one.speedup, 2),
+            gains.get(one.label) or decimal(one.speedup, 2),
         )
         for one in found
     ]

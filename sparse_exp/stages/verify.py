@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from sparse_exp.config.schema import Experiment
-from sparse_exp.metrics.recovery import recovery_metrics
+from sparse_exp.files import write_json
+from sparse_exp.metrics.classes import as_plain, class_metrics
+from sparse_exp.metrics.detection import ratio_interval
+from sparse_exp.metrics.recovery import recovery_engine, recovery_metrics
 from sparse_exp.metrics.result_rows import SPARSITIES
 from sparse_exp.runs.deployment import (
     DENSE,
@@ -19,7 +22,12 @@ from sparse_exp.runs.deployment import (
     size_prefix,
 )
 from sparse_exp.stages.base import Context, Outcome, Stage
+from sparse_exp.tracking import Artifact
 
+if TYPE_CHECKING:
+    from sparse_exp.training.evaluation import Evaluation
+
+CLASSES = "classes.json"
 _SIZES = ("onnx_mb", "onnx_gzip_mb", "nonzero_mb")
 _MAPS = ("map50", "map50_95")
 _DIFFERENCES = (
@@ -42,7 +50,7 @@ def _run(context: Context) -> Outcome:
     experiment, validation = context.experiment, context.validation()
     promise = Promise(context.planned_sparsity, context.facts("train").get("promised", {}))
     deployment, first = context.run.deployment, FirstOutputs()
-    metrics, curves = verify_deployment(
+    metrics, deployed = verify_deployment(
         deployment,
         context.checkpoint,
         validation,
@@ -53,7 +61,7 @@ def _run(context: Context) -> Outcome:
         cores=context.cores,
         first=first,
     )
-    measured, cells = measure_files(
+    measured, cells, others = measure_files(
         deployment,
         validation,
         experiment,
@@ -63,9 +71,46 @@ def _run(context: Context) -> Outcome:
         first=first,
     )
     metrics |= measured
-    metrics |= recovery_metrics(context.facts("baseline"), metrics, experiment.hardware.engines)
-    kept = first.write(context.run.path / FILE)
-    return Outcome([kept], metrics=metrics, facts={"curves": curves, "cells": cells})
+    engines = experiment.hardware.engines
+    metrics |= recovery_metrics(context.facts("baseline"), metrics, engines)
+    evaluations = {(engine, "sparse"): found for engine, found in deployed.items()} | others
+    metrics |= _recovery_intervals(evaluations, metrics, engines)
+    metrics |= _by_class(evaluations, context.dataset.names, engines)
+    classes = {
+        "names": context.dataset.names,
+        **{"/".join(cell): as_plain(found.by_class) for cell, found in evaluations.items()},
+    }
+    files = [first.write(context.run.path / FILE), write_json(context.run.path / CLASSES, classes)]
+    curves = {
+        engine: {"recall": list(found.recall), "precision": list(found.precision), "ap": found.map50}
+        for engine, found in deployed.items()
+    }
+    return Outcome(files, metrics, {"curves": curves, "cells": cells}, events=[Artifact(files[1])])
+
+
+def _recovery_intervals(
+    evaluations: Mapping[tuple[str, str], Evaluation], metrics: Mapping[str, float], engines: Sequence[str]
+) -> dict[str, float]:
+    """Between what the recovery lies in each engine in which the dense network was evaluated, too."""
+    found: dict[str, float] = {}
+    for engine in engines:
+        deployed, dense = (evaluations.get((engine, variant)) for variant in ("sparse", "dense"))
+        if f"recovery/{engine}/map50" in metrics and deployed and dense:
+            bounds = ratio_interval(deployed.matcher, dense.matcher)
+            for end, bound in zip(("low", "high"), bounds or (), strict=False):
+                found[f"recovery/{engine}/map50_{end}"] = bound
+    return found
+
+
+def _by_class(
+    evaluations: Mapping[tuple[str, str], Evaluation], names: Sequence[str], engines: Sequence[str]
+) -> dict[str, float]:
+    """Accuracies of each class, deployed and dense, in the engine whose accuracy stands for the run."""
+    run_in = [engine for engine in engines if (engine, "sparse") in evaluations]
+    if not run_in:
+        return {}
+    deployed, dense = (evaluations.get((recovery_engine(run_in), variant)) for variant in ("sparse", "dense"))
+    return class_metrics(names, deployed.by_class, dense.by_class if dense else None) if deployed else {}
 
 
 def _marks(context: Context) -> dict[str, Any]:
@@ -104,7 +149,8 @@ def _possible_names(experiment: Experiment) -> Iterator[str]:
         yield from (f"deployed/{TORCH}/{name}" for name in _MAPS)
     if experiment.recovery.baseline != "none":
         yield "recovery/map50"
-        yield from (f"recovery/{engine}/map50" for engine in hardware.engines)
+        ends = ("", "_low", "_high")
+        yield from (f"recovery/{engine}/map50{end}" for engine in hardware.engines for end in ends)
 
 
 STAGE = Stage(

@@ -32,9 +32,10 @@ class Evaluation:
         recall: ``(101,)``: 0, 0.01, ... 1.
         precision: ``(101,)``: interpolated precision at these recalls at IoU 0.5, the mean over the
             classes that occur; its mean is ``map50``.
-        by_class: the same by class, precision and recall at the best confidence, and the confusion matrix.
         images: number of images.
         seconds: wall time, without waiting for benchmarks.
+        by_class: the same by class, precision and recall at the best confidence, and the confusion matrix.
+        matcher: what all of it was computed from, image by image.
         detections: per image float32 ``(D, 6)``: x1, y1, x2, y2 in pixels, confidence, class id;
             empty unless asked for.
     """
@@ -45,8 +46,9 @@ class Evaluation:
     precision: NDArray[np.float64]
     images: int
     seconds: float
+    by_class: ClassAccuracies
+    matcher: Matcher
     detections: list[Tensor] = field(default_factory=list)
-    by_class: ClassAccuracies | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,15 @@ class Validation:
         result = matcher.accuracies()
         seconds = time.monotonic() - waited_seconds() - started
         return Evaluation(
-            result.map50, result.map50_95, RECALLS, result.precision, images, seconds, kept, result.by_class
+            result.map50,
+            result.map50_95,
+            RECALLS,
+            result.precision,
+            images,
+            seconds,
+            result.by_class,
+            matcher,
+            kept,
         )
 
     def evaluate_model(

@@ -180,9 +180,9 @@ def test_promised_zeros_that_are_missing_in_the_file_fail(verify):
 
 def test_real_engine(verified):
     """Through the file and another process: what the contract tests allow, on the whole split."""
-    found, curves = verified("onnxruntime")
+    found, evaluations = verified("onnxruntime")
     assert found["verify/onnxruntime/box_mean_px"] < 1.0
     assert found["verify/onnxruntime/score_mean"] < 0.012
     # Of a network that knows nothing, on six images; outputs are rounded too.
     assert abs(found["verify/onnxruntime/map50_difference"]) < 0.15
-    assert len(curves["onnxruntime"]["recall"]) == 101
+    assert len(evaluations["onnxruntime"].recall) == 101

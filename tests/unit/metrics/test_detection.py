@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from faster_coco_eval import COCO, COCOeval_faster
 
-from sparse_exp.metrics.detection import Matcher
+from sparse_exp.metrics.detection import Matcher, _Ranked, ratio_interval
 
 
 def random_image(draw: np.random.Generator, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -133,3 +133,46 @@ def test_a_detection_takes_a_few_bytes() -> None:
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert kept < 20 * 100 * 300
+
+
+def matched(images: list, classes: int) -> Matcher:
+    matcher = Matcher(classes)
+    for image in images:
+        matcher.add(*image)
+    return matcher
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_image_that_was_drawn_twice_counts_as_two(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    images = [random_image(draw, 3) for _ in range(9)]
+    for found, _, _ in images:  # of equal scores either may stand first
+        found[:, 4] = draw.permutation(len(found)) / len(found) if len(found) else 0
+        found[:, 4] = (found[:, 4] + draw.random()) / 2
+    weights = np.bincount(draw.integers(9, size=9), minlength=9)
+    repeated = [image for image, weight in zip(images, weights, strict=True) for _ in range(weight)]
+    wanted = matched(repeated, 3).accuracies().map50
+    assert _Ranked(matched(images, 3)).map50(weights) == pytest.approx(wanted, abs=0.02)
+    assert _Ranked(matched(images, 3)).map50(np.ones(9, int)) == pytest.approx(
+        matched(images, 3).accuracies().map50
+    )
+
+
+def test_between_what_a_ratio_lies() -> None:
+    draw = np.random.default_rng(0)
+    images = [random_image(draw, 2) for _ in range(80)]
+    some = [(found[draw.random(len(found)) < 0.3], boxes, labels) for found, boxes, labels in images]
+    all_found, half = matched(images, 2), matched(some, 2)
+    assert ratio_interval(all_found, all_found) == (1.0, 1.0)
+    low, high = ratio_interval(half, all_found) or (0.0, 0.0)
+    ratio = half.accuracies().map50 / all_found.accuracies().map50
+    assert 0 < low < ratio < high < 1
+    narrow = ratio_interval(matched(some * 4, 2), matched(images * 4, 2)) or (0.0, 0.0)
+    assert narrow[1] - narrow[0] == pytest.approx((high - low) / 2, rel=0.3)  # four times the images
+
+
+def test_of_one_image_or_of_nothing_found_no_interval_is_known() -> None:
+    image = random_image(np.random.default_rng(0), 2)
+    nothing = np.zeros((0, 6), np.float32), np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+    assert ratio_interval(matched([image], 2), matched([image], 2)) is None
+    assert ratio_interval(matched([nothing] * 3, 2), matched([nothing] * 3, 2)) is None
