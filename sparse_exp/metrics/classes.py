@@ -11,6 +11,7 @@ import numpy as np
 
 from sparse_exp.metrics.detection import ClassAccuracies
 
+CLASSES = "classes.json"  # of a run: accuracies by class of each file
 PREFIX = "class/"
 NUMBERS = ("map50", "map50_95", "precision", "recall", "f1")
 _FIELDS = {"map50": "ap50", "map50_95": "ap50_95"}

@@ -20,8 +20,10 @@ from sparse_exp.config.schema import ENGINES, Experiment
 from sparse_exp.data import DetectionDataset, evenly_spread
 from sparse_exp.data.attributions import attributions_of
 from sparse_exp.engines import IsolatedEngine
+from sparse_exp.files import read_json
 from sparse_exp.hardware import host_facts
 from sparse_exp.hardware.targets import mismatch_sentence
+from sparse_exp.metrics.classes import CLASSES
 from sparse_exp.metrics.recovery import recovery_engine
 from sparse_exp.metrics.result_rows import recovery
 from sparse_exp.report import plots
@@ -30,9 +32,18 @@ from sparse_exp.report.markdown import ReportData, write_report
 from sparse_exp.report.page import write_page
 from sparse_exp.runs.directory import Run
 from sparse_exp.runs.past import read_run
+from sparse_exp.text import decimal
 
 _PACKAGES = tuple(dict.fromkeys(("torch", "sparseml", *ENGINES, "mlflow", "hydra-core", "torchmetrics")))
 _SHEET_IMAGES = 8
+_MOST_CLASSES = 40  # whose names can be read in a picture
+_CLASS_COLUMNS = {
+    "mAP50": "ap50",
+    "mAP50-95": "ap50_95",
+    "precision": "precision",
+    "recall": "recall",
+    "F1": "f1",
+}
 _FIRST = "Accuracy and speed of each file"  # the picture that belongs to the answer
 _SCENARIOS = {
     "sync": "sync: one inference after the other",
@@ -87,7 +98,7 @@ def compose_report(
     source, folder = _Source(experiment, run, dataset, cores, mismatch), run.path / "plots"
     folder.mkdir(exist_ok=True)
     pictures: dict[str, Path] = {}
-    for draw in (_sheet, _curves, _precision_recall, _layers, _sizes, _speeds):
+    for draw in (_sheet, _curves, _precision_recall, _confusion, _layers, _sizes, _speeds):
         pictures.update(draw(source, folder))
     text = write_report(run.path / "report.md", _report_data(source, pictures))
     write_page(run.path / "report.html", text, experiment.name)
@@ -117,6 +128,44 @@ def _precision_recall(source: _Source, folder: Path) -> dict[str, Path]:
         return {}
     plots.precision_recall(drawn, folder / "precision_recall.png")
     return {"Precision and recall on the validation split": folder / "precision_recall.png"}
+
+
+def _confusion(source: _Source, folder: Path) -> dict[str, Path]:
+    """Which classes the deployed network takes for which; no picture of one class, or of very many."""
+    engine, found = _classes(source)
+    if not found or not 1 < len(found["names"]) <= _MOST_CLASSES:
+        return {}
+    deployed = found[f"{engine}/sparse"]
+    plots.confusion_matrix(
+        deployed["confusion"], found["names"], folder / "confusion.png", conf=deployed["conf"]
+    )
+    return {f"Objects and what {engine} takes them for": folder / "confusion.png"}
+
+
+def _classes(source: _Source) -> tuple[str, dict[str, Any]]:
+    """The engine whose accuracy stands for the run, and the accuracies by class; nothing without any."""
+    found = read_json(source.run.path / CLASSES)
+    engines = [name for name in source.experiment.hardware.engines if f"{name}/sparse" in found]
+    return (recovery_engine(engines), found) if engines else ("", {})
+
+
+def _class_rows(source: _Source) -> list[dict[str, str]]:
+    """The accuracies of each class with objects: of what is deployed, and against the dense network."""
+    engine, found = _classes(source)
+    if not found:
+        return []
+    deployed, dense = found[f"{engine}/sparse"], found.get(f"{engine}/dense")
+    rows = []
+    for number, name in enumerate(found["names"]):
+        if not deployed["objects"][number]:
+            continue
+        numbers = {title: deployed[key][number] for title, key in _CLASS_COLUMNS.items()}
+        row = {"class": name, "objects": str(deployed["objects"][number])}
+        row |= {title: decimal(value, 3) for title, value in numbers.items()}
+        if dense:
+            row["change"] = f"{deployed['ap50'][number] - dense['ap50'][number]:+.3f}"
+        rows.append(row)
+    return rows
 
 
 def _layers(source: _Source, folder: Path) -> dict[str, Path]:
@@ -213,6 +262,7 @@ def _report_data(source: _Source, pictures: dict[str, Path]) -> ReportData:
         pruning=start.get("pruning", ""),
         phases=start.get("phases", ()),
         recovery=_recovery(source),
+        classes=_class_rows(source),
         layers=source.run.path / "sparsity.csv",
         speeds=source.rows,
         conditions=_conditions(source),

@@ -30,6 +30,11 @@ _HOW_VERIFIED = (
     "mAP50 difference: on a small split the mean over several passes, each a grey level brighter or darker, "
     "and its standard error; rounding to 8 bits alone moves one pass by some thousandths."
 )
+_HOW_BY_CLASS = (
+    "Of the deployed network on the validation split. Precision, recall and F1 at IoU 0.5 and at the "
+    "confidence that is best for the mean F1. Change: of mAP50 against the dense network in the same engine. "
+    "classes.json has the same for every file, with confusion matrices."
+)
 _HOW_MEASURED = (
     "A row's accuracy, size and speed are those of one file in one engine. x ORT fp32: times as many items "
     "per second as ONNX Runtime has with the dense network in fp32 under the same load; x best fp32, x best "
@@ -53,6 +58,7 @@ class ReportData:
         pruning: sentence on the pruning step; empty when there was none.
         phases: a row for each phase of the training, all with the same columns.
         recovery: sentence on the share of the dense accuracy that is kept; empty without a baseline.
+        classes: a row for each class, all with the same columns.
         layers: file with the zeros of each layer, linked to; None for none.
         speeds: rows of the benchmark, see docs/benchmark.md.
         conditions: conditions of the benchmark, by label (engine versions, cores, image size, ISA ...).
@@ -73,6 +79,7 @@ class ReportData:
     pruning: str = ""
     phases: Sequence[Mapping[str, object]] = ()
     recovery: str = ""
+    classes: Sequence[Mapping[str, object]] = ()
     layers: Path | None = None
     speeds: Sequence[Row] = ()
     conditions: Mapping[str, str] = field(default_factory=dict)
@@ -100,8 +107,9 @@ def write_report(path: Path, report: ReportData) -> str:
         _section("Summary", _facts(report.summary)),
         _section("How to reproduce", _code(report.command)),
         _section("Start weights", "\n\n".join(filter(None, (report.origin, report.pruning)))),
-        _section("Phases", _phases(report.phases)),
+        _section("Phases", _rows(report.phases)),
         _section("Accuracy", _accuracy(report.result), in_one_line(report.recovery)),
+        _section("Accuracy by class", _rows(report.classes), _HOW_BY_CLASS if report.classes else ""),
         _section("Verification", *_verification(report.result)),
         _section(
             "Sparsity", _sparsity(report.result), work(report.result), _layers(report.layers, path.parent)
@@ -189,10 +197,11 @@ def _benchmark(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _phases(phases: Sequence[Mapping[str, object]]) -> str:
-    if not phases:
+def _rows(rows: Sequence[Mapping[str, object]]) -> str:
+    """A table of rows that have the same columns."""
+    if not rows:
         return ""
-    return markdown_table(list(phases[0]), [[str(value) for value in phase.values()] for phase in phases])
+    return markdown_table(list(rows[0]), [[str(value) for value in row.values()] for row in rows])
 
 
 def _pictures(pictures: Mapping[str, Path], start: Path) -> str:

@@ -161,6 +161,37 @@ def precision_recall(
 LayerRow = tuple[str, float, int, int | None]
 
 
+def confusion_matrix(
+    counts: Sequence[Sequence[int]], names: Sequence[str], path: Path, *, conf: float
+) -> None:
+    """Draw which classes objects are taken for, each row as shares of its objects.
+
+    Args:
+        counts: ``(K + 1, K + 1)``: row: class of the object, column: that of the detection; the last row
+            counts detections of no object, the last column objects that were not found.
+        names: of the K classes.
+        path: PNG to write.
+        conf: confidence from which detections count, 0..1.
+    """
+    table = np.asarray(counts, float)
+    shares = table / np.maximum(table.sum(1, keepdims=True), 1)
+    side = min(_WIDEST, 3.2 + 0.42 * len(table))
+    figure, axes = _figure(side, side)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.grid(visible=False)
+    shown = [in_picture(_wrapped(name, 18)) for name in names]
+    ticks = range(len(table))
+    axes.set_xticks(ticks, [*shown, "not found"], rotation=90, fontsize=8)
+    axes.set_yticks(ticks, [*shown, "no object"], fontsize=8)
+    axes.set(xlabel="taken for", ylabel="is")
+    for row, column in zip(*np.nonzero(table), strict=True):
+        colour = "white" if shares[row, column] > 0.6 else INK
+        text = _count(table[row, column])
+        axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
+    _title(axes, f"detections of confidence {conf:.2f} and more; counts, coloured by share of the row")
+    _save(figure, path)
+
+
 def layer_sparsity(layers: Sequence[LayerRow], path: Path, target: float = 0.75) -> None:
     """Draw a bar for each layer's share of zeros, and on a second axis its share of the work.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_exp.config.schema import Experiment
 from sparse_exp.files import write_json
-from sparse_exp.metrics.classes import as_plain, class_metrics
+from sparse_exp.metrics.classes import CLASSES, as_plain, class_metrics
 from sparse_exp.metrics.detection import ratio_interval
 from sparse_exp.metrics.recovery import recovery_engine, recovery_metrics
 from sparse_exp.metrics.result_rows import SPARSITIES
@@ -27,7 +27,6 @@ from sparse_exp.tracking import Artifact
 if TYPE_CHECKING:
     from sparse_exp.training.evaluation import Evaluation
 
-CLASSES = "classes.json"
 _SIZES = ("onnx_mb", "onnx_gzip_mb", "nonzero_mb")
 _MAPS = ("map50", "map50_95")
 _DIFFERENCES = (
