@@ -188,7 +188,7 @@ def confusion_matrix(
         colour = "white" if shares[row, column] > 0.6 else INK
         text = _count(table[row, column])
         axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
-    _title(axes, f"detections of confidence {conf:.2f} and more; counts, coloured by share of the row")
+    _title(axes, f"from confidence {conf:.2f} on; colour: share of the row")
     _save(figure, path)
 
 
