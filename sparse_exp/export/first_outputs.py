@@ -18,20 +18,20 @@ from torch import Tensor
 
 from sparse_exp.config.schema import ExportConfig
 from sparse_exp.errors import EngineError
-from sparse_exp.export.differences import Differences
+from sparse_exp.export.differences import CONFIDENT, Differences
 from sparse_exp.files import landing
 
 FILE = "first_outputs.npz"
 _IMAGES = 4
-_LEAST = 0.05  # objectness; below, a prediction counts as none
+_LEAST, _MOST = 0.05, 100  # objectness from which predictions are kept, and how many are in any case
 Predict = Callable[[Tensor], Tensor]
 
 
 class FirstOutputs:
     """Predictions for the first images of the validation split, by engine and variant.
 
-    Of each image only the predictions with an objectness of 0.05 and more are kept: thousands of others are
-    near 0, and `Differences` does not look at them either.
+    Of each image the predictions with an objectness of 0.05 and more are kept, and the 100 with the largest
+    one in any case: thousands of others are near 0, and would hide a difference.
     """
 
     def __init__(self, kept: Mapping[str, NDArray[Any]] | None = None) -> None:
@@ -51,12 +51,11 @@ class FirstOutputs:
             predictions = predict(images)
             if f"{name}/shape" not in self._kept:
                 first = predictions[:_IMAGES].numpy()
-                index = np.argwhere(~(first[..., 4] < _LEAST)).astype(np.int32)  # NaN stays, too
-                rows = first[tuple(index.T)]
+                index = np.argwhere(_worth_keeping(first[..., 4])).astype(np.int32)
                 self._kept |= {
                     f"{name}/shape": np.asarray(first.shape),
                     f"{name}/index": index,
-                    f"{name}/rows": rows,
+                    f"{name}/rows": first[tuple(index.T)],
                 }
             return predictions
 
@@ -76,15 +75,6 @@ class FirstOutputs:
         with np.load(path, allow_pickle=False) as kept:
             return cls({name: kept[name] for name in kept.files})
 
-    def of(self, engine: str, variant: str) -> Tensor | None:
-        """Predictions (N, A, 5 + nc), zero where the objectness is below 0.05; None where none were kept."""
-        name = f"{engine}/{variant}"
-        if f"{name}/shape" not in self._kept:
-            return None
-        found = np.zeros(tuple(self._kept[f"{name}/shape"]), np.float32)
-        found[tuple(self._kept[f"{name}/index"].T)] = self._kept[f"{name}/rows"]
-        return torch.from_numpy(found)
-
     def compare(
         self, engine: str, variant: str, predictions: NDArray[np.float32], limits: ExportConfig
     ) -> dict[str, float]:
@@ -102,15 +92,22 @@ class FirstOutputs:
         Raises:
             EngineError: the predictions are others.
         """
-        reference = self.of(engine, variant)
-        if reference is None:
+        name = f"{engine}/{variant}"
+        if f"{name}/shape" not in self._kept:
             return {}
-        found, differences = torch.from_numpy(predictions), Differences()
-        count = min(len(found), len(reference))
-        if found.shape[1:] != reference.shape[1:]:
-            now, then = tuple(found.shape[1:]), tuple(reference.shape[1:])
+        now, then = predictions.shape[1:], tuple(map(int, self._kept[f"{name}/shape"][1:]))
+        if now != then:
             raise EngineError(f"It puts out {now} for an image, and {then} were verified.")
-        differences.update(found[:count], reference[:count])
+        index, rows = self._kept[f"{name}/index"], self._kept[f"{name}/rows"]
+        count = min(len(predictions), int(self._kept[f"{name}/shape"][0]))
+        here = index[:, 0] < count
+        reference = np.zeros((count, *then), np.float32)
+        reference[tuple(index[here].T)] = rows[here]
+        found, looked_at = predictions[:count].copy(), ~(predictions[:count, :, 4] < CONFIDENT)
+        looked_at[tuple(index[here].T)] = True
+        found[~looked_at] = 0
+        differences = Differences()
+        differences.update(torch.from_numpy(found), torch.from_numpy(reference))
         result = differences.result()
         scores, boxes = result["score_mean"], result["box_mean_px"]
         if not (scores <= limits.score_atol and boxes <= limits.box_atol):
@@ -119,3 +116,11 @@ class FirstOutputs:
                 f"{boxes:.2f} px in the mean. Do not deploy it with these settings."
             )
         return result
+
+
+def _worth_keeping(objectness: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which predictions are kept, of objectnesses (N, A)."""
+    kept = ~(objectness < _LEAST)  # NaN stays, too
+    best = np.argpartition(-objectness, min(_MOST, objectness.shape[1] - 1), axis=1)[:, :_MOST]
+    np.put_along_axis(kept, best, True, axis=1)
+    return kept

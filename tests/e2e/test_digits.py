@@ -30,7 +30,8 @@ EXPERIMENT = "digits-test"
 SMOKE = ["experiment=smoke", f"tracker.experiment={EXPERIMENT}"]
 FILES = {
     "sparse_exp.log", "config.yaml", "recipe.md", "manifest.json", "result.json", "environment.txt",
-    "report.md", "history.json", "benchmark.json", "benchmark.csv", "why.json", "sparsity.csv",
+    "report.md", "report.html", "history.json", "benchmark.json", "benchmark.csv", "why.json", "sparsity.csv",
+    "classes.json", "first_outputs.npz",
     ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml",
     "weights/last.pt", "weights/best_pruned.pt", "weights/best_pruned_quant.pt",
     "deployment/model.onnx", "deployment/model.qdq.onnx", "deployment/model.onnxruntime.onnx",
@@ -38,7 +39,7 @@ FILES = {
 }  # fmt: skip
 PICTURES = {
     "training", "precision_recall", "layer_sparsity", "sizes", "throughput", "latency", "accuracy_speed",
-    "detections",
+    "detections", "confusion",
 }  # fmt: skip
 STAGES = ["fetch", "plan", "baseline", "train", "evaluate", "export", "verify", "benchmark", "report"]
 ENGINES = ["deepsparse", "onnxruntime", "openvino"]
@@ -135,7 +136,11 @@ def tracked(client, run: Path):
 def test_the_names_of_the_result_are_known_before(smoke):
     run, _ = smoke
     experiment, _ = rebuild((run / "config.yaml").read_text(encoding="utf-8"), [])
-    measured = set(load(run / "result.json"))
+    result = load(run / "result.json")
+    names = load(run / "manifest.json")["stages"]["fetch"]["facts"]["names"]
+    by_class = {name for name in result if name.startswith("class/")}
+    assert {name.split("/")[1] for name in by_class} <= set(names)
+    measured = set(result) - by_class
     assert certain_names(experiment) <= measured <= expected_names(experiment)
     not_sure = {
         name for name in measured if name.startswith(("test/map50", "size/qdq/", "size/onnxruntime/"))
@@ -225,7 +230,7 @@ def test_report_and_its_pictures(smoke):
 def test_console_and_log(smoke):
     run, output = smoke
     assert "Traceback" not in output
-    assert "Report: run/report.md" in output.splitlines()[-1]
+    assert "Report: run/report.html" in output.splitlines()[-1]
     for stage in STAGES:
         assert f"== {stage}\n" in output
     log = (run / "sparse_exp.log").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from sparse_exp.export.first_outputs import FirstOutputs
 LIMITS = ExportConfig(box_atol=1.0, score_atol=0.05)
 
 
-def predictions(images=6, boxes=50):
+def predictions(images=6, boxes=400):
     """Predictions for 160 px, a third of them confident."""
     draw = np.random.default_rng(0)
     xywh = draw.uniform(0, 160, (images, boxes, 4))
@@ -20,7 +20,7 @@ def predictions(images=6, boxes=50):
 @pytest.fixture
 def kept(tmp_path):
     """What one engine put out, written and read again."""
-    first, batches = FirstOutputs(), iter((predictions(), np.zeros((2, 50, 7), np.float32)))
+    first, batches = FirstOutputs(), iter((predictions(), np.zeros((2, 400, 7), np.float32)))
     watched = first.watching("openvino", "sparse", lambda _: torch.from_numpy(next(batches)))
     assert (watched(torch.zeros(6)).numpy() == predictions()).all()
     watched(torch.zeros(2))  # only the first batch is kept
@@ -54,9 +54,20 @@ def test_other_outputs_are_refused(kept, change):
     elif change == "not a number":
         found[0, found[0, :, 4].argmax()] = np.nan
     else:
-        found = found[:, :49]
+        found = found[:, :399]
     with pytest.raises(EngineError, match="It puts out"):
         kept.compare("openvino", "sparse", found, LIMITS)
+
+
+def test_a_network_that_is_sure_of_nothing_is_compared_by_its_best_predictions():
+    unsure = predictions()
+    unsure[..., 4] *= 0.1
+    first = FirstOutputs()
+    first.watching("openvino", "sparse", torch.from_numpy)(unsure)
+    assert set(first.compare("openvino", "sparse", unsure, LIMITS).values()) == {0.0}
+    other = unsure.copy()
+    other[..., 5:] = 1 - other[..., 5:]
+    assert first.compare("openvino", "sparse", other, ExportConfig(score_atol=1.0))["score_max"] > 0.6
 
 
 def test_what_was_not_verified_is_not_compared(kept, tmp_path):
