@@ -28,7 +28,9 @@ def test_however_much_a_process_prints_little_of_it_is_kept():
 
 
 def test_whoever_is_told_may_fail():
-    process, (pipe,), output = start_process([sys.executable, "-c", "print(1); print(2)"], told=lambda _: 1 / 0)
+    process, (pipe,), output = start_process(
+        [sys.executable, "-c", "print(1); print(2)"], told=lambda _: 1 / 0
+    )
     assert how_it_ended(process.wait(), output) == "exit code 0, it said: 2"
     pipe.close()
 
