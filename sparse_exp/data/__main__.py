@@ -186,7 +186,7 @@ def _check_convert_options(options: argparse.Namespace, dest: Path) -> None:
         raise DataError(expected("--val-share", "above 0 and below 1", options.val_share, "For example 0.2."))
     if options.link and not expanded(options.source).is_dir():
         raise DataError(f"--link needs a folder to link into, but {options.source} is none. Leave it out.")
-    source, place = options.source.expanduser().resolve(), dest.resolve()
+    source, place = expanded(options.source).resolve(), dest.resolve()
     if source == place or source in place.parents or place in source.parents:
         raise DataError(
             expected(

@@ -6,9 +6,14 @@ Each test prints its figures: ``pytest -m slow -s``.
 from __future__ import annotations
 
 import json
+import os
+import random
 import signal
 import socket
+import threading
 import time
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -149,6 +154,64 @@ def test_a_flood_of_connections_costs_only_those_that_ask_for_nothing(serve):
     assert asking.recv(100).startswith(b"HTTP/1.1 200")
     for connection in [*held, asking]:
         connection.close()
+
+
+def exchange(port: int, sent: bytes) -> bytes:
+    """The status line of the answer to raw bytes; empty where there is none soon."""
+    with socket.create_connection(("127.0.0.1", port), timeout=0.5) as connection, suppress(OSError):
+        connection.sendall(sent)
+        return connection.recv(64).split(b"\r\n")[0]
+    return b""
+
+
+ADDED = [
+    b"", b"\r\n", b"\0", b"Expect: 100-continue\r\n", b"Transfer-Encoding: chunked\r\n", b"Content-Length: 5\r\n",
+    b"HTTP/1.0", b"%00", b"?conf=1e400", b"--x",
+]  # fmt: skip
+
+
+def mutated(request: bytes, chance: random.Random) -> bytes:
+    """A request with some bytes replaced, left out, repeated or added."""
+    for _ in range(chance.randint(1, 4)):
+        # Two in three in the head, of which there is less.
+        end = len(request) if chance.random() < 0.3 else request.find(b"\r\n\r\n") + 4
+        at = chance.randrange(max(1, end))
+        length = chance.choice((0, 1, 2, 8, 40))
+        new = chance.choice((*ADDED, chance.randbytes(3), request[at : at + length] * 3))
+        request = request[:at] + new + request[at + length :]
+    return request
+
+
+def test_mutilated_requests_for_a_while(serve):
+    """``SPARSE_EXP_FUZZ=SECONDS[,SEED]`` says for how long, and repeats one."""
+    seconds, _, seed = os.environ.get("SPARSE_EXP_FUZZ", "30").partition(",")
+    chance = random.Random(number := int(seed or time.time()))
+    process, body = serve("--head-timeout", "1", "--timeout", "5", "--log", "json"), form(png((1, 2, 3)))
+    whole = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    seeds = [
+        whole,
+        whole.replace(b"/predict", b"/predict?conf=0.5"),
+        b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n",
+    ]
+    answers: Counter[bytes] = Counter()
+    server, before, honest = psutil.Process(process.process.pid), 0, 0
+    listening = threading.Thread(target=lambda: list(process.process.stderr), daemon=True)
+    listening.start()  # or the pipe would be full
+    end = time.monotonic() + float(seconds)
+    while time.monotonic() < end:
+        request = mutated(chance.choice(seeds), chance)
+        line = exchange(process.port, request)
+        assert not line.startswith(b"HTTP/1.1 500"), (number, request)
+        answers[line] += 1
+        if answers.total() % 20 == 0:
+            assert len(process.detections(png((1, 2, 3)))[0]) == 2
+            honest += 1
+        if answers.total() == 500:
+            before = server.memory_info().rss
+    grown = (server.memory_info().rss - before) / 1e6
+    print(f"\nseed {number}: {answers.total()} mutilated requests, {honest} whole ones, {grown:+.1f} MB")
+    print(dict(answers.most_common()))
+    assert not before or grown < 30
 
 
 def test_it_drains_before_it_ends(serve):
