@@ -165,8 +165,8 @@ def exchange(port: int, sent: bytes) -> bytes:
 
 
 ADDED = [
-    b"", b"\r\n", b"\0", b"Expect: 100-continue\r\n", b"Transfer-Encoding: chunked\r\n", b"Content-Length: 5\r\n",
-    b"HTTP/1.0", b"%00", b"?conf=1e400", b"--x",
+    b"", b"\r\n", b"\0", b"Expect: 100-continue\r\n", b"Transfer-Encoding: chunked\r\n",
+    b"Content-Length: 5\r\n", b"HTTP/1.0", b"%00", b"?conf=1e400", b"--x",
 ]  # fmt: skip
 
 
