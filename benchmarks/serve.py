@@ -185,7 +185,7 @@ def _bare(model: Model, batch: int, streams: int, squares: np.ndarray, seconds: 
 def _service(
     options: argparse.Namespace, batch: int, streams: int
 ) -> Iterator[tuple[int, subprocess.Popen[str]]]:
-    """Start the service as a process and yield its port and it; at the end, terminate it as a system would."""
+    """Start the service as a process, yield its port and it, and terminate it as a system would."""
     words = [options.model, "--port", "0", "--batch", str(batch), "--streams", str(streams)]
     words += ["--max-wait-ms", str(options.max_wait_ms)]
     words += ["--engine", options.engine] if options.engine else []
