@@ -17,7 +17,8 @@ from sparse_exp.errors import RecipeError, first_line
 from sparse_exp.recipes.expressions import ExpressionError, UnknownName, evaluate, inside, names_in
 
 # Before the front matter there may be comments: Neural Magic's files begin with their licence.
-_FRONT_MATTER = re.compile(r"\A\s*(?:<!--.*?-->\s*)*---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
+_FRONT_MATTER = re.compile(r"\s*---[ \t\r]*\n(.*?)\n---[ \t\r]*(?:\n|\Z)", re.DOTALL)
+_COMMENT = re.compile(r"\s*<!--.*?-->", re.DOTALL)
 _LONGEST = 1_000_000  # characters of a recipe
 
 
@@ -54,8 +55,10 @@ _Dumper.add_representer(Tagged, lambda dumper, data: dumper.represent_mapping(f"
 
 def body_of(text: str) -> str:
     """The YAML in a recipe file: the front matter of a Markdown file, or the whole text."""
-    text = text.lstrip("\ufeff\r\n")
-    match = _FRONT_MATTER.match(text)
+    text, start = text.lstrip("\ufeff\r\n"), 0
+    while comment := _COMMENT.match(text, start):
+        start = comment.end()
+    match = _FRONT_MATTER.match(text, start)
     return match.group(1) if match else text
 
 

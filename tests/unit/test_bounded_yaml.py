@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from contextlib import suppress
 
 import pytest
+import torch
 import yaml
 from bounded import outcome
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ from sparse_exp.data.detection import list_dataset
 from sparse_exp.errors import ConfigError, DataError, RecipeError
 from sparse_exp.recipes.expressions import ExpressionError, evaluate
 from sparse_exp.recipes.language import body_of, filled_in, read_body
+from sparse_exp.recipes.layer_patterns import _begins, parameters_matching
 from sparse_exp.resolve import read_record
 
 LAUGHS = "a0: &a0 [lol]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
@@ -61,6 +64,37 @@ EXPRESSIONS = [
 def test_arithmetic_is_bounded(expression):
     ended = outcome(lambda: evaluate(expression, {}), seconds=20)
     assert ended == "returned" or ended.startswith("ExpressionError")
+
+
+PATTERNS = [
+    "(a+)+b",
+    "((a|ab)*)c",
+    "(x+x+)+y",
+    "(a?){50}a{50}",
+    "(?=(a+)+)b",
+    ".*" * 9 + "!",
+    "(a{1,20}){1,20}b",
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=range(len(PATTERNS)))
+def test_patterns_of_layers_take_a_moment(pattern):
+    model = torch.nn.ModuleDict({"a" * 50: torch.nn.Linear(1, 1)})
+    ended = outcome(lambda: parameters_matching([f"re:{pattern}"], model), seconds=20)
+    assert ended.startswith("RecipeError")
+
+
+def test_patterns_that_recipes_have_are_taken():
+    names = ["model.2.m.0.cv1.conv", "model.24.m.1"]
+    for pattern in (r"model\.\d+\.m\.\d+\.cv\d+\.conv.*", ".*(cv1|cv2).*", "(?:(?!24).)*$", "model.{1,3}m"):
+        assert [_begins(pattern, name) for name in names] == [bool(re.match(pattern, name)) for name in names]
+
+
+def test_comments_before_the_front_matter_take_a_moment():
+    comments = "<!---->\n" * 100_000
+    assert body_of(f"{comments}---\na: 1\n---\nText") == "a: 1"
+    for text in (f"{comments}x", "---" + "\n" * 100_000, "<!--" * 10_000, "---\n" + "\n---x" * 50_000):
+        assert outcome(lambda text=text: body_of(text), seconds=20) == "returned"
 
 
 def try_expressions(examples: int) -> None:
