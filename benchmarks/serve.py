@@ -13,6 +13,7 @@ printed.
     python benchmarks/serve.py MODEL                                     # 64 clients, a minute
     python benchmarks/serve.py MODEL --batch 1 1 4 --streams 1 2 1       # settings one after the other
     python benchmarks/serve.py MODEL --seconds 20 --abuse --json serve.json
+    python benchmarks/serve.py MODEL --seconds 3600 --abuse              # does memory grow?
 """
 
 from __future__ import annotations
@@ -152,11 +153,12 @@ def _measure(
     model: Model, options: argparse.Namespace, batch: int, streams: int, bodies: list[bytes], squares: Any
 ) -> dict[str, Any]:
     bare = [_bare(model, batch, streams, squares, options.bare_seconds)]
-    with _service(options, batch, streams) as port:
+    with _service(options, batch, streams) as (port, process):
         alone = [_detections(_post(port, body)[1]) for body in bodies]
-        abuse = _Abuse(port, bodies[0]) if options.abuse else None
+        abuse, memory = _Abuse(port, bodies[0]) if options.abuse else None, [_memory_mb(process)]
         log = _run_clients(port, bodies, alone, options.clients, options.seconds)
         refused = abuse.stop() if abuse else {}
+        memory.append(_memory_mb(process))
     bare.append(_bare(model, batch, streams, squares, options.bare_seconds))
     p50, p90, p99 = np.percentile(log.latencies or [np.nan], [50, 90, 99]) * 1e3
     items_per_s = len(log.latencies) / log.wall
@@ -164,7 +166,7 @@ def _measure(
     return answered | {
         "batch": batch, "streams": streams, "items_per_s": items_per_s, "p50_ms": p50, "p90_ms": p90,
         "p99_ms": p99, "bare": bare, "share": items_per_s / statistics.mean(bare), "abuse": refused,
-        "client_cores": log.client_cpu / log.wall,
+        "client_cores": log.client_cpu / log.wall, "memory_mb": memory,
     }  # fmt: skip
 
 
@@ -180,8 +182,10 @@ def _bare(model: Model, batch: int, streams: int, squares: np.ndarray, seconds: 
 
 
 @contextmanager
-def _service(options: argparse.Namespace, batch: int, streams: int) -> Iterator[int]:
-    """Start the service as a process and yield its port; at the end, terminate it as a system would."""
+def _service(
+    options: argparse.Namespace, batch: int, streams: int
+) -> Iterator[tuple[int, subprocess.Popen[str]]]:
+    """Start the service as a process, yield its port and it, and terminate it as a system would."""
     words = [options.model, "--port", "0", "--batch", str(batch), "--streams", str(streams)]
     words += ["--max-wait-ms", str(options.max_wait_ms)]
     words += ["--engine", options.engine] if options.engine else []
@@ -193,11 +197,17 @@ def _service(options: argparse.Namespace, batch: int, streams: int) -> Iterator[
         address = process.stdout.readline()
         if not address:
             raise EngineError(f"The service did not start (exit code {process.wait()}).")
-        yield int(address.rsplit(":", 1)[1])
+        yield int(address.rsplit(":", 1)[1]), process
     finally:
         process.terminate()
         if process.wait(60) != 0:
             print(f"The service ended with exit code {process.returncode}.")
+
+
+def _memory_mb(process: subprocess.Popen[str]) -> float:
+    """Main memory of the service and its engine, in units of 1e6 bytes."""
+    service = psutil.Process(process.pid)
+    return sum(one.memory_info().rss for one in (service, *service.children(recursive=True))) / 1e6
 
 
 def _post(port: int, body: bytes, connection: http.client.HTTPConnection | None = None) -> tuple[int, bytes]:
@@ -317,7 +327,8 @@ def _line(row: dict[str, Any]) -> str:
         f"{sum(row['errors'].values())} lost, {row['wrong']} wrong",
         f"  {row['items_per_s']:.1f} items/s = {100 * row['share']:.0f} % of the bare engine ({bare}); "
         f"p50 {row['p50_ms']:.0f} ms, p90 {row['p90_ms']:.0f} ms, p99 {row['p99_ms']:.0f} ms; "
-        f"the clients took {row['client_cores']:.2f} cores",
+        f"the clients took {row['client_cores']:.2f} cores; "
+        f"memory {row['memory_mb'][0]:.0f} MB before, {row['memory_mb'][1]:.0f} MB after",
     ]
     lines += [f"  abuse, {what}, {times} times" for what, times in sorted(row["abuse"].items())]
     return "\n".join(lines)

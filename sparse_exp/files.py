@@ -17,6 +17,11 @@ from typing import Any
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # constants of Linux, see renameat2(2)
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with the home directory in the place of ``~`` or ``~user``; one of an unknown user stays."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises an error of its own
+
+
 def sha256_of(path: Path) -> str:
     """The sha256 of a file, in hexadecimal."""
     digest = hashlib.sha256()

@@ -48,6 +48,9 @@ from sparse_exp.errors import ConfigError, EngineError, expected
 LOCKS_VARIABLE = "SPARSE_EXP_LOCKS"
 """Environment variable: directory of the host-wide lock."""
 
+IN_DIRECTORY = ".lock"
+"""Name of the file of the lock of a directory."""
+
 _SHARED = (Path("/run/lock"), Path("/dev/shm"), Path("/tmp"))
 _log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_TRIES = 0.2
@@ -134,6 +137,32 @@ def exclusive(
         yield
     finally:
         _release(key)
+
+
+@contextmanager
+def alone_in(directory: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+    """Be the only process that works in a directory while the block runs; a process may do so within itself.
+
+    The lock's file, `IN_DIRECTORY`, is in the directory only meanwhile; a directory that was made for it and
+    holds nothing at the end goes again.
+
+    Args:
+        directory: it may be about to be made.
+        what: see `exclusive`.
+        wait: for whoever works there, with a line in the log now and then.
+
+    Raises:
+        ConfigError: somebody works there, and ``wait`` is off.
+        OSError: the directory cannot be made.
+    """
+    existed = directory.is_dir()
+    try:
+        with exclusive(directory / IN_DIRECTORY, what, wait=wait):
+            yield
+    finally:
+        if not existed:
+            with suppress(OSError):  # it holds something
+                directory.rmdir()
 
 
 def _this_process() -> str:

@@ -21,7 +21,7 @@ from sparse_exp.config.schema import Experiment, TrackerConfig
 from sparse_exp.data import is_prepared, prepare
 from sparse_exp.errors import ConfigError, SparseExpError, expected
 from sparse_exp.experiment import run
-from sparse_exp.files import read_json, sha256_of
+from sparse_exp.files import expanded, read_json, sha256_of
 from sparse_exp.hints import override
 from sparse_exp.resolve import rebuild
 from sparse_exp.runs.conditions import (
@@ -149,7 +149,7 @@ def find_record(run: str, config: TrackerConfig, store: Path) -> Record:
         ConfigError: there is no such run, or it left no configuration.
         SparseExpError: MLflow cannot be read.
     """
-    directory = Path(run).expanduser()
+    directory = expanded(run)
     if is_run_id(run) and not directory.is_dir():
         return _from_mlflow(run, config, store)
     if not (directory / "config.yaml").is_file():

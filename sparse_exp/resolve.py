@@ -17,9 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from sparse_exp.bounded_yaml import read_yaml
 from sparse_exp.config.plain import CONF_DIRECTORY, out_of_bounds, recipe_path
 from sparse_exp.config.schema import Experiment
 from sparse_exp.errors import ConfigError, SparseExpError, expected, first_line
+from sparse_exp.files import expanded
 from sparse_exp.runs.directory import MANIFEST
 from sparse_exp.sources.cache import is_remote
 from sparse_exp.sources.start import SCRATCH, require_place
@@ -74,6 +76,7 @@ def read_record(text: str) -> DictConfig:
     schema = OmegaConf.structured(Experiment)
     OmegaConf.set_struct(schema.recipe.variables, False)
     try:
+        _require_plain(read_yaml(text), "")
         recorded = OmegaConf.create(text)
         for key in _GONE:
             where, _, name = key.rpartition(".")
@@ -90,6 +93,23 @@ def read_record(text: str) -> DictConfig:
         ) from error
     assert isinstance(config, DictConfig)
     return config
+
+
+def _require_plain(value: Any, key: str) -> None:
+    """Refuse interpolations: a record was written without, and one from elsewhere must not read what is here.
+
+    Raises:
+        ValueError: names the key.
+    """
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _require_plain(str(name), key)
+            _require_plain(inner, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for inner in value:
+            _require_plain(inner, key)
+    elif isinstance(value, str) and "${" in value:
+        raise ValueError(f"{key or 'a key'} holds an interpolation, {value[:40]!r}")
 
 
 def rebuild(text: str, overrides: Sequence[str]) -> tuple[Experiment, list[str]]:
@@ -208,7 +228,7 @@ def _check_dataset(experiment: Experiment) -> Iterator[str]:
         yield expected("dataset.imgsz", "a multiple of 32", dataset.imgsz, do)
     if dataset.path is None and dataset.generator is None:
         yield "dataset.path has no value. Give the data yaml with dataset.path=PATH, or use dataset=trees."
-    if dataset.path is not None and not Path(dataset.path).expanduser().is_file():
+    if dataset.path is not None and not expanded(dataset.path).is_file():
         do = "Give the path of a data yaml in Ultralytics format."
         yield expected("dataset.path", "an existing file", dataset.path, do)
 
@@ -222,7 +242,7 @@ def _check_files(experiment: Experiment) -> Iterator[str]:
     for source in (*model.sources, *model.grow_from):
         if is_remote(source.uri):  # a file that is not there is no error: others may serve
             yield from _problem(require_place, "model.sources", source.uri, "a path")
-    if experiment.checkpoint and not Path(experiment.checkpoint).expanduser().is_file():
+    if experiment.checkpoint and not expanded(experiment.checkpoint).is_file():
         do = "Give a checkpoint that a run wrote, such as outputs/runs/DATE/TIME-NAME/weights/last.pt."
         yield expected("checkpoint", "an existing file", experiment.checkpoint, do)
     if experiment.resume and not (Path(experiment.resume) / MANIFEST).is_file():
@@ -271,7 +291,7 @@ def _check_teacher(experiment: Experiment) -> Iterator[str]:
         yield f"recipe.teacher=baseline needs the dense counterpart, but recovery.baseline is 'none'. {do}"
     elif teacher not in (None, "self", "baseline"):
         yield from _problem(require_place, "recipe.teacher", teacher, "'self' or 'baseline'")
-    if baseline not in ("none", "auto") and not (Path(baseline).expanduser() / MANIFEST).is_file():
+    if baseline not in ("none", "auto") and not (expanded(baseline) / MANIFEST).is_file():
         do = "Set recovery.baseline to auto or none, or give the directory of a dense run."
         yield expected("recovery.baseline", f"the directory of a run with its {MANIFEST}", baseline, do)
 

@@ -1,14 +1,20 @@
-"""A service whose engine is a stand-in that reads the colour of an image back as a box."""
+"""Services for tests: in this process with a stand-in for the engine, and as a process of their own."""
 
 from __future__ import annotations
 
 import asyncio
+import http.client
 import io
+import json
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
@@ -21,6 +27,7 @@ from sparse_exp.serve.service import Service
 from sparse_exp.serve.worker import DetectorSettings
 
 SIDE = 32
+ENGINE = "onnxruntime"
 BOUNDARY = "x"
 FORM = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
 
@@ -120,3 +127,41 @@ def until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
     while not holds():
         assert time.monotonic() < end, "it took too long"
         time.sleep(0.01)
+
+
+class Process:
+    """``python -m sparse_exp.serve`` on a port, from its first word to its end."""
+
+    def __init__(self, model: Path, port: int = 0, *more: str, before: Sequence[str] = ()) -> None:
+        words = [str(model), "--engine", ENGINE, "--port", str(port), "--cores", "1", *more]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [*before, sys.executable, "-m", "sparse_exp.serve", *words],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        said = self.process.stdout.readline()
+        assert said.startswith("Serving"), self.process.communicate(timeout=10)[1]
+        self.port = int(said.rsplit(":", 1)[1])
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def ask(self, method: str, path: str, body: bytes = b"", headers: dict | None = None):
+        """Status and body of an answer, of a connection of its own."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request(method, path, body, headers or FORM)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+
+    def detections(self, *files: bytes) -> list[list[dict]]:
+        status, answer = self.ask("POST", "/predict", form(*files))
+        assert status == 200, answer
+        return [image["detections"] for image in json.loads(answer)["images"]]
+
+    def end(self, number: int) -> tuple[int, str]:
+        """Send a signal; exit code and what was said on the way."""
+        children = self.children()
+        self.process.send_signal(number)
+        error = self.process.communicate(timeout=60)[1]
+        until(lambda: not any(child.is_running() for child in children))
+        return self.process.returncode, error

@@ -16,6 +16,7 @@ from sparse_exp.compare.table import as_data, remarks, shown_rows, terminal_tabl
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.files import as_json
+from sparse_exp.locks import alone_in
 from sparse_exp.runs.past import add_store_options, select_runs
 
 _ROWS = 40
@@ -39,8 +40,11 @@ def main() -> int:
         options.runs, TrackerConfig(uri=options.uri), options.store, experiment=options.experiment
     )
     comparison = compare(runs, options.x, options.y, limits=options.best, by=options.by)
+    written: list[Path] = []
     try:
-        written = write_files(comparison, options.out) if options.out else []
+        if options.out:
+            with alone_in(options.out, f"A comparison is being written into {options.out}"):
+                written = write_files(comparison, options.out)
     except OSError as error:
         do = "Name another directory."
         raise ConfigError(expected("--out", "a directory to write into", str(options.out), do)) from error

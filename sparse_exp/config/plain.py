@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sparse_exp.errors import ConfigError, expected, first_line
+from sparse_exp.files import expanded
 
 CONF_DIRECTORY = next(
     folder
@@ -85,7 +86,7 @@ def as_yaml(config: Any) -> str:
 
 def recipe_path(file: str) -> Path:
     """The path of a recipe: ``file`` itself, or the one in ``conf/recipe`` where only that exists."""
-    given = Path(file).expanduser()
+    given = expanded(file)
     shipped = CONF_DIRECTORY / "recipe" / file
     return given if given.is_file() or not shipped.is_file() else shipped
 

@@ -16,6 +16,7 @@ from sparse_exp.data.detection import (
 from sparse_exp.data.images import read_image
 from sparse_exp.data.writing import is_written
 from sparse_exp.errors import DataError
+from sparse_exp.files import expanded
 from sparse_exp.sources.cache import fetch
 
 __all__ = [
@@ -48,14 +49,14 @@ def prepare(dataset: DatasetConfig, cache: Path) -> DetectionDataset:
         DataError: there is no such data set, or it cannot be used.
         SourceUnavailable: a file that the generator reads cannot be had.
     """
-    yaml_path = Path(dataset.path).expanduser() if dataset.path else _generate(dataset, cache)
+    yaml_path = expanded(dataset.path) if dataset.path else _generate(dataset, cache)
     return load_dataset(yaml_path, dataset.name, cache=cache, on_corrupt=dataset.on_corrupt)
 
 
 def is_prepared(dataset: DatasetConfig, cache: Path) -> bool:
     """Whether `prepare` would neither fetch nor build anything; never uses the network."""
     if dataset.path:
-        return Path(dataset.path).expanduser().is_file()
+        return expanded(dataset.path).is_file()
     return is_written(_generated_folder(dataset, cache))
 
 

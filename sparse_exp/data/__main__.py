@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -15,8 +17,9 @@ from sparse_exp.data.archives import open_tree
 from sparse_exp.data.check import Report, inspect
 from sparse_exp.data.convert import Converted, read_coco, read_voc, split_off, write_converted
 from sparse_exp.errors import DataError, expected
-from sparse_exp.files import as_json, landing_directory
+from sparse_exp.files import as_json, expanded, landing_directory
 from sparse_exp.hints import command_line
+from sparse_exp.locks import exclusive
 from sparse_exp.sources.cache import cache_directory
 from sparse_exp.text import in_picture
 
@@ -75,7 +78,7 @@ def check(options: argparse.Namespace) -> int:
     """
     if options.imgsz < 1:
         raise DataError(expected("--imgsz", "at least 1 px", options.imgsz, "Change it."))
-    report = inspect(options.yaml.expanduser(), options.imgsz, cache_directory(options.cache))
+    report = inspect(expanded(options.yaml), options.imgsz, cache_directory(options.cache))
     if options.json:
         print(as_json(report.as_dict()))
     else:
@@ -139,9 +142,16 @@ def convert(options: argparse.Namespace) -> int:
     Raises:
         DataError: an option or the source is wrong, or the data set cannot be written.
     """
-    dest = options.dest.expanduser()
-    _check_convert_options(options, dest)
-    with open_tree([options.source.expanduser()]) as tree:
+    dest = expanded(options.dest)
+    with _alone_at(dest):
+        _check_convert_options(options, dest)
+        converted = _convert(options, dest)
+    _show_conversion(converted, dest)
+    return 0
+
+
+def _convert(options: argparse.Namespace, dest: Path) -> Converted:
+    with open_tree([expanded(options.source)]) as tree:
         converted = read_coco(tree, options.images) if options.format == "coco" else read_voc(tree)
         if options.val_share is not None:
             split_off(converted, options.val_share)
@@ -156,16 +166,27 @@ def convert(options: argparse.Namespace) -> int:
             raise DataError(
                 f"Cannot write {dest}: {error.strerror or error}. Nothing was written."
             ) from error
-    _show_conversion(converted, dest)
-    return 0
+    return converted
+
+
+@contextmanager
+def _alone_at(dest: Path) -> Iterator[None]:
+    """Be the only process that writes a data set there; it is put in its place as a whole."""
+    with ExitStack() as stack:
+        try:
+            lock = dest.absolute().with_name(f".{dest.name}.lock")
+            stack.enter_context(exclusive(lock, f"The data set {dest} is being written", wait=False))
+        except OSError as error:
+            raise DataError(f"Cannot write {dest}: {error.strerror}. Choose another folder.") from error
+        yield
 
 
 def _check_convert_options(options: argparse.Namespace, dest: Path) -> None:
     if options.val_share is not None and not 0 < options.val_share < 1:
         raise DataError(expected("--val-share", "above 0 and below 1", options.val_share, "For example 0.2."))
-    if options.link and not options.source.expanduser().is_dir():
+    if options.link and not expanded(options.source).is_dir():
         raise DataError(f"--link needs a folder to link into, but {options.source} is none. Leave it out.")
-    source, place = options.source.expanduser().resolve(), dest.resolve()
+    source, place = expanded(options.source).resolve(), dest.resolve()
     if source == place or source in place.parents or place in source.parents:
         raise DataError(
             expected(

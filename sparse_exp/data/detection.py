@@ -25,11 +25,13 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from sparse_exp.bounded_yaml import read_yaml
 from sparse_exp.data.images import IMAGE_SUFFIXES
 from sparse_exp.data.labels import read_boxes
 from sparse_exp.data.letterbox import fitted_size
 from sparse_exp.data.scan import EMPTY, Scan, scan_files
 from sparse_exp.errors import DataError, expected
+from sparse_exp.files import expanded
 from sparse_exp.hints import command_line
 from sparse_exp.text import whole_text
 
@@ -318,7 +320,7 @@ def _require_images(splits: Mapping[str, tuple[Sample, ...]], yaml_path: Path) -
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
-        spec = yaml.safe_load(text)
+        spec = read_yaml(text)
         # Of yes, no, null, 1.0 and 2024-01-01 as names YAML would make truth values, numbers and dates.
         written = yaml.load(text, Loader=yaml.BaseLoader)
     except FileNotFoundError:
@@ -360,7 +362,7 @@ def _read_keypoints(spec: dict[str, Any], path: Path) -> int:
 
 def _find_root(spec: dict[str, Any], yaml_path: Path) -> tuple[Path, str]:
     """The root of a data set; and where it does not exist, a hint for messages where it was looked for."""
-    given = Path(str(spec.get("path") or ".")).expanduser()
+    given = expanded(str(spec.get("path") or "."))
     here = (yaml_path.absolute().parent / given).resolve()
     from_cwd = Path.cwd() / given
     if here.is_dir() or given.is_absolute():
@@ -393,7 +395,7 @@ def _images_of(
         elif place.is_file():
             images.update(_listed_images(place, root, missing))
         else:
-            got = f"{root / Path(str(item)).expanduser()}{hint}"
+            got = f"{root / expanded(str(item))}{hint}"
             what, do = f"the split {split!r} of {yaml_path}", f"Correct the path.{_or_leave_out(split)}"
             raise DataError(expected(what, "an existing folder or list of images", got, do))
     # Sort as paths, part by part. With 10 000 of them, comparing texts is faster than comparing paths.
@@ -402,7 +404,7 @@ def _images_of(
 
 def _resolve(item: str, root: Path) -> Path:
     """The path that an item of a split means."""
-    place = root / Path(item).expanduser()
+    place = root / expanded(item)
     # As upstream: exports of labelling services write ../train/images and mean train/images.
     inside = root / item.removeprefix("../")
     return inside if item.startswith("../") and not place.exists() and inside.exists() else place

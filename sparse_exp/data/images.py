@@ -20,6 +20,9 @@ from sparse_exp.errors import DataError, first_line
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 # Pillow's formats for photos and drawings. Some of its others start programs, so they are not read.
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+# About odd metadata, and images of 90 megapixels and more. All threads share the filters of warnings, so that
+# none can set them for a while.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 # The exceptions that Pillow's decoders raise on damaged or hostile files.
 _UNREADABLE = (
     OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error,
@@ -174,9 +177,7 @@ def _opened(file: Path | BytesIO, path: Path) -> Iterator[Image.Image]:
 def _decoding(name: object) -> Iterator[None]:
     """Turn whatever Pillow raises within the block into a DataError that names the image."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd metadata, and images of 90 megapixels and more
-            yield
+        yield
     except _UNREADABLE as error:
         unknown = isinstance(error, UnidentifiedImageError)  # its text is about Python objects
         reason = "its content is no image" if unknown else first_line(error)

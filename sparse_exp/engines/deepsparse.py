@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sparse_exp.children import start_process
+from sparse_exp.children import Told, start_process
 from sparse_exp.engines.base import Execute, LocalEngine, Setup
 from sparse_exp.engines.deepsparse_worker import Channel
 from sparse_exp.engines.process import EngineProcess
@@ -39,7 +39,7 @@ class DeepSparseEngine(LocalEngine):
     whichever are free (elastic).
 
     Args:
-        quiet: has no effect: what the library prints is kept by its process.
+        quiet: print nothing of what the library prints, which is another process.
         pin: CPUs that its process keeps to, joined by commas; empty: those of this process.
     """
 
@@ -48,6 +48,7 @@ class DeepSparseEngine(LocalEngine):
 
     def __init__(self, *, quiet: bool = True, pin: str = "") -> None:
         super().__init__(quiet=False)
+        self._told = None if quiet else partial(print, flush=True)
         self._pin, self._worker = pin, None  # type: str, _Worker | None
         self._supported = 0.0  # share of the loaded model's operators, 0..1
 
@@ -78,7 +79,7 @@ class DeepSparseEngine(LocalEngine):
             worker.process.close()
 
     def _library(self) -> tuple[Any, str]:
-        self._worker = _Worker(require_python(), self._pin, self._setup.lanes)
+        self._worker = _Worker(require_python(), self._pin, self._setup.lanes, self._told)
         return self._worker, str(self._worker.ask("library"))
 
     def _install(self) -> str:
@@ -121,13 +122,16 @@ class _Worker:
         python: interpreter that has DeepSparse.
         pin: CPUs that it keeps to, joined by commas; empty: those of this process.
         lanes: batches that are to run at once.
+        told: called with each line that it prints.
     """
 
-    def __init__(self, python: Path, pin: str, lanes: int) -> None:
+    def __init__(self, python: Path, pin: str, lanes: int, told: Told | None) -> None:
         command = [str(python), "-I", str(_WORKER)]  # -I: neither this folder nor PYTHONPATH is searched
         memories = [os.memfd_create("batch") for _ in range(1 + lanes)]
         words = ",".join(map(str, memories)), pin
-        process, pipes, output = start_process(command, *words, pipes=len(memories), files=memories)
+        process, pipes, output = start_process(
+            command, *words, pipes=len(memories), files=memories, told=told
+        )
         channels = [Channel(pipe, memory) for pipe, memory in zip(pipes, memories, strict=True)]
         self.process = EngineProcess(DeepSparseEngine.name, process, channels, output)
 

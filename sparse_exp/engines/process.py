@@ -5,9 +5,9 @@ from __future__ import annotations
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
-from sparse_exp.children import obituary
+from sparse_exp.children import Output, obituary
 from sparse_exp.engines.base import not_loaded
 from sparse_exp.errors import EngineError
 
@@ -21,7 +21,7 @@ class EngineProcess:
         name: of the engine.
         process: the child.
         pipes: this process's ends; each is closed with the child.
-        output: the file that the child prints to.
+        output: what the child prints.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class EngineProcess:
         name: str,
         process: subprocess.Popen[bytes],
         pipes: Sequence[Any],
-        output: IO[bytes],
+        output: Output,
     ) -> None:
         self._name, self._process, self._pipes, self._output = name, process, list(pipes), output
         self._closing = threading.Lock()

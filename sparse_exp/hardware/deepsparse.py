@@ -23,6 +23,7 @@ from pathlib import Path
 
 from sparse_exp.config.runtimes import RUNTIMES
 from sparse_exp.errors import MissingDependency, expected
+from sparse_exp.files import expanded
 
 KEY, VARIABLE, FOLDER = "hardware.deepsparse_python", "SPARSE_EXP_DEEPSPARSE_PYTHON", ".venv-deepsparse"
 _CHECKOUT = Path(__file__).parents[2]
@@ -62,7 +63,7 @@ def find_deepsparse(named: str | None = None) -> DeepSparse:
     """
     named = named or os.environ.get(VARIABLE)
     if named:
-        return _of(Path(named).expanduser(), f"Correct {KEY}, or remove it.")
+        return _of(expanded(named), f"Correct {KEY}, or remove it.")
     if find_spec("deepsparse"):
         return _of(Path(sys.executable), _install())
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
@@ -93,7 +94,7 @@ def using(named: str | None) -> Iterator[None]:
     """Let engines of this process and of its children take the interpreter that is named, in the block."""
     before = os.environ.get(VARIABLE)
     if named:
-        os.environ[VARIABLE] = str(Path(named).expanduser().absolute())
+        os.environ[VARIABLE] = str(expanded(named).absolute())
     try:
         yield
     finally:

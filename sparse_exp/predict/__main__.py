@@ -6,7 +6,6 @@ import argparse
 import logging
 import sys
 import time
-from collections import Counter
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +14,19 @@ from typing import TYPE_CHECKING
 from sparse_exp.command import Parser, run_command
 from sparse_exp.data.detection import Listing, list_dataset
 from sparse_exp.errors import ConfigError, DataError, SparseExpError, expected
+from sparse_exp.files import expanded
 from sparse_exp.hardware import usable_physical_cores
 from sparse_exp.predict.media import Media, find_media
 from sparse_exp.predict.models import Model, find_model
 from sparse_exp.predict.options import add_detector_options, add_model_options, detector_settings
-from sparse_exp.predict.outputs import Results, check_formats, new_directory, require_replaceable
+from sparse_exp.predict.outputs import (
+    LINES,
+    Results,
+    alone,
+    check_formats,
+    new_directory,
+    require_replaceable,
+)
 from sparse_exp.predict.video import opencv
 
 if TYPE_CHECKING:  # it imports the engines
@@ -43,7 +50,7 @@ def main() -> int:
     """Predict, write the outputs, print where they are."""
     options = _options()
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    data = list_dataset(options.data.expanduser()) if options.data else None
+    data = list_dataset(expanded(options.data)) if options.data else None
     model = _find_model(options, data)
     media = find_media(options.sources, data)
     if media.videos:
@@ -51,14 +58,14 @@ def main() -> int:
     formats = check_formats(options.formats)
     if not formats and not options.pictures:
         raise ConfigError("Nothing would be written. Leave out --no-pictures, or name --formats.")
-    out = options.out and options.out.expanduser()
+    out = options.out and expanded(options.out)
     sources = [*media.images, *media.videos]
     require_replaceable(out, overwrite=options.overwrite, sources=sources)
-    with closing(_load(options, model, media)) as detector:
+    with closing(_load(options, model, media)) as detector, alone(out):
         folder = new_directory(out, overwrite=options.overwrite, sources=sources)
         try:
             results = _predict(options, detector, media, folder)
-            _write(results, folder, formats, data)
+            _write(results, formats, data)
         finally:
             with suppress(OSError):  # of a directory that holds files
                 folder.rmdir()
@@ -95,20 +102,21 @@ def _at_size(model: Model, imgsz: int | None) -> Model:
 
 def _load(options: argparse.Namespace, model: Model, media: Media) -> Detector:
     from sparse_exp.predict.detector import Detector, prepare_process
+    from sparse_exp.predict.tuned import tuned
 
     prepare_process()
     settings = detector_settings(options)
     if settings["streams"] is None:
         many = len(media.images) > 1 or bool(media.videos)
         settings["streams"] = default_streams(options.cores) if many else 1
-    return Detector(model, **settings, multi_label=options.multi_label)
+    return Detector(model, **tuned(model, settings), multi_label=options.multi_label)
 
 
 def _predict(options: argparse.Namespace, detector: Detector, media: Media, folder: Path) -> Results:
     """Predict on all files. After an error or Ctrl-C the results so far are returned."""
     from sparse_exp.predict.predictor import Predictor
 
-    results = Results(detector, {name: getattr(detector, name) for name in _SETTINGS})
+    results = Results(detector, {name: getattr(detector, name) for name in _SETTINGS}, folder)
     predictor = Predictor(detector, folder, options.pictures, results, threads=detector.cores)
     started = time.monotonic()
     try:
@@ -132,12 +140,12 @@ def default_streams(cores: int | None) -> int:
     return max(number for number in range(1, _MOST_STREAMS + 1) if usable % number == 0)
 
 
-def _write(results: Results, folder: Path, formats: tuple[str, ...], data: Listing | None) -> None:
+def _write(results: Results, formats: tuple[str, ...], data: Listing | None) -> None:
     try:
-        results.write(folder, formats, data)
+        results.write(formats, data)
     except OSError as error:
-        do = "Free or allow the space, or choose another directory with --out."
-        raise DataError(f"Cannot write into {folder}: {error.strerror or error}. {do}") from error
+        do = f"Free or allow the space. What was found is in {LINES}, where that is."
+        raise DataError(f"Cannot write into {results.folder}: {error.strerror or error}. {do}") from error
 
 
 def _print_summary(results: Results, folder: Path) -> int:
@@ -147,10 +155,9 @@ def _print_summary(results: Results, folder: Path) -> int:
         BaseException: what ended the prediction early.
         DataError: some images cannot be used.
     """
-    images, skipped, seconds = len(results.images), results.skipped, results.seconds
-    counts = Counter(one["class"] for image in results.images for one in image["detections"])
-    classes = ", ".join(f"{count} {name}" for name, count in counts.most_common(10))
-    print(f"{images} images in {seconds:.1f} s: {results.detections} detections", end="")
+    images, skipped, seconds = results.images, results.skipped, results.seconds
+    classes = ", ".join(f"{count} {name}" for name, count in results.classes.most_common(10))
+    print(f"{images} images in {seconds:.1f} s: {results.classes.total()} detections", end="")
     print(f" ({classes})" if classes else "")
     if results.ended_by is not None:
         what = "Interrupted" if isinstance(results.ended_by, KeyboardInterrupt) else "Incomplete"
@@ -176,7 +183,11 @@ def _options() -> argparse.Namespace:
     add("--out", metavar="DIR", type=Path, help="where to write (default: outputs/predict/1, 2, ...)")
     add("--overwrite", action="store_true", help="replace an earlier prediction in --out")
     add("--no-pictures", dest="pictures", action="store_false", help="no annotated pictures and videos")
-    add("--formats", default="json,csv,coco", help="of predictions (%(default)s); none: pictures alone")
+    add(
+        "--formats",
+        default="json,csv,coco",
+        help="of predictions, jsonl too (%(default)s); none: pictures alone",
+    )
     add("--data", metavar="YAML", type=Path, help="data set: its class names, splits, and labels for COCO")
     add(
         "--imgsz",
@@ -186,7 +197,7 @@ def _options() -> argparse.Namespace:
     )
     several = "a box may have several classes, as when mAP is measured"
     add("--multi-label", action="store_true", help=several)
-    add_detector_options(parser, streams=None)
+    add_detector_options(parser, streams="one for each core, at most 8")
     return parser.parse_args()
 
 

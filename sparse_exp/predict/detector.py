@@ -20,6 +20,7 @@ from PIL import Image
 from sparse_exp.data.images import read_square, upright_rgb
 from sparse_exp.data.letterbox import PADDING, Letterbox, letterbox
 from sparse_exp.engines import Engine, create_engine
+from sparse_exp.engines.base import NO_OPTIONS, Options
 from sparse_exp.errors import ConfigError, DataError, EngineError, expected
 from sparse_exp.hardware import usable_physical_cores
 from sparse_exp.predict.detections import Detections
@@ -51,6 +52,8 @@ class Detector:
         max_det: most detections of an image.
         multi_label: a box may become several detections, one for each class above ``conf``, as in the
             evaluation of mAP; otherwise only its best class counts.
+        options: of the engine, see `sparse_exp.engines.base.Engine.load`.
+        quiet: throw away what the engine prints while it loads.
 
     Attributes:
         model: as given.
@@ -66,17 +69,19 @@ class Detector:
     def __init__(
         self, model: Model, *, batch_size: int = 1, cores: int | None = None, streams: int = 1,
         conf: float = CONF, iou: float = IOU, max_det: int = 300, multi_label: bool = False,
+        options: Options = NO_OPTIONS, quiet: bool = True,
     ) -> None:  # fmt: skip
         self.model, self.batch_size, self.streams = model, batch_size, streams
         self.cores = cores or usable_physical_cores()
         self.conf, self.iou, self.max_det, self.multi_label = conf, iou, max_det, multi_label
         self._check_settings()
-        self._engine: Engine = create_engine(model.engine)
+        self._engine: Engine = create_engine(model.engine, quiet=quiet)
         self._engine.load(
             model.path,
             batch_size=batch_size,
             cores=self.cores,
             streams=streams,
+            options=options,
             signature=model.signature,
         )
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from sparse_exp.data.detection import SPLITS, Listing
 from sparse_exp.data.images import IMAGE_SUFFIXES
 from sparse_exp.errors import DataError, expected
+from sparse_exp.files import expanded
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 _FORMS = "an image, a video, a folder of them or a pattern"
@@ -56,7 +57,7 @@ def find_media(words: Sequence[str], data: Listing | None = None) -> Media:
 
 
 def _files_of(word: str, data: Listing | None) -> list[Path]:
-    path = Path(word).expanduser()
+    path = expanded(word)
     if data is not None and word in SPLITS and not path.exists():
         return _files_of_split(word, data)
     if path.is_dir():

@@ -11,6 +11,7 @@ from sparse_exp.config.runtimes import RUNTIMES
 from sparse_exp.config.schema import DEFAULT_DIRECTORIES, ENGINES, STAGES
 from sparse_exp.engines.signature import check_detector, read_signature
 from sparse_exp.errors import ConfigError, EngineError, MissingDependency, SourceUnavailable, expected
+from sparse_exp.files import expanded
 from sparse_exp.hardware import host_facts
 from sparse_exp.hardware.targets import unusable
 from sparse_exp.hints import command_line, override, resume_command
@@ -96,7 +97,7 @@ def _place(name: str, zoo: Path | None) -> Path:
             raise SourceUnavailable(f"{name} is not in the local zoo {zoo}. {do}")
         return directory
     try:
-        place = Path(name).expanduser()
+        place = expanded(name)
         return place if place.exists() else _named_run(name)
     except OSError as error:
         raise ConfigError(f"Cannot read {name}: {error.strerror}. Allow it, or correct the name.") from error

@@ -21,12 +21,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--zoo", metavar="DIR", type=Path, help="the local zoo (default: SPARSE_EXP_ZOO, outputs/zoo)")
 
 
-def add_detector_options(parser: argparse.ArgumentParser, *, streams: int | None) -> None:
+def add_detector_options(parser: argparse.ArgumentParser, *, streams: str) -> None:
     """Add the options of the detector, which `detector_settings` then returns.
 
     Args:
         parser: of the command.
-        streams: the default of ``--streams``; None: the command computes one.
+        streams: how the command finds the number of streams where ``--streams`` is not given, in words.
     """
     add = parser.add_argument_group("detector").add_argument
     add("--conf", type=share, default=CONF, help="lowest confidence, 0..1 (%(default)s)")
@@ -34,9 +34,8 @@ def add_detector_options(parser: argparse.ArgumentParser, *, streams: int | None
     add("--max-det", metavar="N", type=whole, default=300, help="detections of an image (%(default)s)")
     images = "images of one inference (%(default)s)"
     add("--batch", metavar="N", dest="batch_size", type=whole, default=1, help=images)
-    default = "one for each core, at most 8" if streams is None else "%(default)s"
-    at_once = f"inferences at once, which share the cores ({default})"
-    add("--streams", metavar="N", type=whole, default=streams, help=at_once)
+    at_once = f"inferences at once, which share the cores (default: {streams})"
+    add("--streams", metavar="N", type=whole, help=at_once)
     add("--cores", metavar="N", type=_cores, help="physical cores for the engine (default: all)")
 
 

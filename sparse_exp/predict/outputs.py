@@ -1,20 +1,26 @@
-"""The output directory of ``predict``: names of annotated pictures, predictions as JSON, CSV and COCO."""
+"""The output directory of ``predict``: names of annotated pictures, predictions as JSON, CSV and COCO.
+
+Predictions are written as they come, a line of JSON each, and the other files are made of these lines at the
+end: memory does not grow with the number of images, and a process that is killed loses none of them.
+"""
 
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from sparse_exp.data.detection import Listing
 from sparse_exp.errors import ConfigError, expected
-from sparse_exp.files import landing, write_text
+from sparse_exp.files import landing
+from sparse_exp.locks import IN_DIRECTORY, alone_in
 
 if TYPE_CHECKING:  # these import the engines, which ``--help`` does without
     from sparse_exp.predict.detector import Detector
@@ -22,11 +28,31 @@ if TYPE_CHECKING:  # these import the engines, which ``--help`` does without
 
 FORMAT = "sparse_exp.predict/1"
 PREDICTIONS, TABLE, COCO, TRUTH = "predictions.json", "predictions.csv", "coco.json", "coco_truth.json"
-FORMATS = ("json", "csv", "coco")
+LINES = "predictions.jsonl"
+FORMATS = ("json", "jsonl", "csv", "coco")
 DEFAULT = Path("outputs/predict")
 _COLUMNS = ("file", "frame", "class_id", "class", "confidence", "x1", "y1", "x2", "y2")
 _PIXELS, _SHARE = 3, 6  # decimals
 _LONGEST_STEM = 200  # bytes
+
+
+@contextmanager
+def alone(out: Path | None) -> Iterator[None]:
+    """Be the only process that writes predictions into a directory while the block runs.
+
+    Args:
+        out: the directory; None: it will be a new one.
+
+    Raises:
+        ConfigError: another process does, or the directory cannot be made.
+    """
+    with ExitStack() as stack:
+        if out is not None:
+            try:
+                stack.enter_context(alone_in(out, f"Predictions are being written into {out}"))
+            except OSError as error:
+                raise _cannot_make(out, error) from error
+        yield
 
 
 def new_directory(out: Path | None, *, overwrite: bool, sources: Sequence[Path]) -> Path:
@@ -45,13 +71,21 @@ def new_directory(out: Path | None, *, overwrite: bool, sources: Sequence[Path])
             return _next_numbered(DEFAULT)
         require_replaceable(out, overwrite=overwrite, sources=sources)
         out.mkdir(parents=True, exist_ok=True)
-        for path in out.iterdir():  # and not the directory itself, which may be a link or a mount
+        for path in _content(out):  # and not the directory itself, which may be a link or a mount
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     except OSError as error:
-        do = "Choose another with --out DIR."
-        where = out or DEFAULT
-        raise ConfigError(f"Cannot make the directory {where}: {error.strerror}. {do}") from error
+        raise _cannot_make(out or DEFAULT, error) from error
     return out
+
+
+def _cannot_make(where: Path, error: OSError) -> ConfigError:
+    do = "Choose another with --out DIR."
+    return ConfigError(f"Cannot make the directory {where}: {error.strerror}. {do}")
+
+
+def _content(folder: Path) -> list[Path]:
+    """What lies in a directory, but for the lock that is held while it is written."""
+    return [path for path in folder.iterdir() if path.name != IN_DIRECTORY]
 
 
 def require_replaceable(out: Path | None, *, overwrite: bool, sources: Sequence[Path]) -> None:
@@ -65,7 +99,7 @@ def require_replaceable(out: Path | None, *, overwrite: bool, sources: Sequence[
     Raises:
         ConfigError: the directory may not be replaced.
     """
-    if out is None or not out.is_dir() or not any(out.iterdir()):
+    if out is None or not out.is_dir() or not _content(out):
         return
     if not overwrite:
         raise ConfigError(f"{out} exists. Choose another directory, or replace what is in it: --overwrite.")
@@ -78,13 +112,13 @@ def require_replaceable(out: Path | None, *, overwrite: bool, sources: Sequence[
 
 
 def _is_prediction(folder: Path) -> bool:
-    """Whether ``predictions.json`` begins as ours. Other programs write files of this name, too."""
+    """Whether a file of predictions begins as ours. Other programs write files of these names, too."""
     start = json.dumps({"format": FORMAT})[:-1].encode()
-    try:
-        with (folder / PREDICTIONS).open("rb") as stream:
-            return stream.read(len(start)) == start
-    except OSError:
-        return False
+    for name in (PREDICTIONS, LINES):  # the lines are those of a prediction that was killed
+        with suppress(OSError), (folder / name).open("rb") as stream:
+            if stream.read(len(start)) == start:
+                return True
+    return False
 
 
 def _next_numbered(parent: Path) -> Path:
@@ -133,22 +167,27 @@ class Results:
     Args:
         detector: it made the detections.
         settings: of the command, for the record.
+        folder: where the files are written; ``predictions.jsonl`` grows there with each image.
 
     Attributes:
-        images: one entry for each image or frame, as in ``predictions.json``.
+        images: how many there are, frames included.
         skipped: file and reason of each image that cannot be read.
-        detections: how many there are in all images.
+        classes: detections in all images, by the name of their class.
+        unfinished: names of annotated videos that were begun and are not there.
         seconds: duration without loading the model.
         ended_by: the error, or Ctrl-C, that ended the prediction early; None: it was complete.
     """
 
     detector: Detector
     settings: dict[str, Any]
-    images: list[dict[str, Any]] = field(default_factory=list)
+    folder: Path
+    images: int = 0
     skipped: list[dict[str, str]] = field(default_factory=list)
-    detections: int = 0
+    classes: Counter[str] = field(default_factory=Counter)
+    unfinished: set[str] = field(default_factory=set)
     seconds: float = 0.0
     ended_by: BaseException | None = None
+    _lines: IO[str] | None = None
 
     def add(
         self, number: int, result: ImageResult[Any], picture: str | None, fps: float | None = None
@@ -160,6 +199,9 @@ class Results:
             result: its detections.
             picture: name of the annotated file; None where there is none.
             fps: of the video, for a frame.
+
+        Raises:
+            OSError: the line cannot be written.
         """
         source = result.input
         entry: dict[str, Any] = {"id": number, "file": str(source.file)}
@@ -167,51 +209,88 @@ class Results:
             entry |= {"frame": source.frame, "seconds": round(source.frame / fps, 4) if fps else None}
         entry |= {"width": result.size[0], "height": result.size[1], "picture": picture}
         rows = result.detections.astype(float).tolist()
-        self.images.append({**entry, "detections": [described(row, self.detector.names) for row in rows]})
-        self.detections += len(rows)
+        found = [described(row, self.detector.names) for row in rows]
+        self._write_line({**entry, "detections": found})
+        self.images += 1
+        self.classes.update(one["class"] for one in found)
 
-    def write(self, folder: Path, formats: Sequence[str], data: Listing | None) -> None:
+    def write(self, formats: Sequence[str], data: Listing | None) -> None:
         """Write the files that are asked for.
 
         Args:
-            folder: where.
             formats: some of `FORMATS`.
             data: a data set; with ``coco`` its labels of these images are written, too.
 
         Raises:
             DataError: one of its label files is damaged; all other files are written.
-            OSError: a file cannot be written.
+            OSError: a file cannot be written; ``predictions.jsonl`` stays.
         """
         if "json" in formats:
-            _write_compact(folder / PREDICTIONS, self._as_json())
+            start = json.dumps({**self._about(), "images": []})[:-2]
+            end = f'], "skipped": {json.dumps(self.skipped)}}}'
+            _write_joined(self.folder / PREDICTIONS, start, map(json.dumps, self._entries()), end)
         if "csv" in formats:
-            write_text(folder / TABLE, self._as_csv())
+            self._write_csv()
         if "coco" in formats:
-            _write_compact(folder / COCO, _coco_results(self.images))
+            _write_joined(self.folder / COCO, "[", map(json.dumps, _coco_results(self._entries())), "]")
         if "coco" in formats and data is not None:  # last: a label file may be damaged
-            _write_compact(folder / TRUTH, coco_truth(self.images, data))
+            truth = json.dumps(coco_truth(self._entries(), data))
+            _write_joined(self.folder / TRUTH, truth, (), "")
+        if "jsonl" in formats:
+            self._write_line({"end": {**self._about(), "skipped": self.skipped}})
+        self._close()
+        if "jsonl" not in formats:
+            (self.folder / LINES).unlink(missing_ok=True)
 
-    def _as_json(self) -> dict[str, Any]:
+    def _about(self) -> dict[str, Any]:
+        """What is known at the end, but for the images."""
+        ended = {"complete": self.ended_by is None, "seconds": round(self.seconds, 3)}
+        return {"format": FORMAT, **ended, **self._made_with()}
+
+    def _made_with(self) -> dict[str, Any]:
         model = self.detector.model
         about = {
             "model": model.origin, "file": str(model.path), "engine": model.engine,
             "version": self.detector.version, "imgsz": model.imgsz, "names": list(self.detector.names),
         }  # fmt: skip
-        return {
-            "format": FORMAT, "complete": self.ended_by is None, "seconds": round(self.seconds, 3),
-            "model": about, "settings": self.settings, "images": self.images, "skipped": self.skipped,
-        }  # fmt: skip
+        return {"model": about, "settings": self.settings}
 
-    def _as_csv(self) -> str:
-        stream = io.StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(_COLUMNS)
-        for image in self.images:
-            for detection in image["detections"]:
-                both = {**image, **detection}
-                writer.writerow([both.get(column, "") for column in _COLUMNS])
+    def _write_line(self, entry: dict[str, Any]) -> None:
+        if self._lines is None:
+            self._lines = (self.folder / LINES).open(
+                "w", encoding="utf-8", buffering=1
+            )  # a line is out at once
+            self._lines.write(json.dumps({"format": FORMAT, **self._made_with()}) + "\n")
+        self._lines.write(json.dumps(entry) + "\n")
+
+    def _close(self) -> None:
+        if self._lines is not None:
+            self._lines.close()
+
+    def _entries(self) -> Iterator[dict[str, Any]]:
+        """The images again, one after the other, as in ``predictions.json``."""
+        if self._lines is None:
+            return
+        with (self.folder / LINES).open(encoding="utf-8") as lines:
+            next(lines)
+            for line in lines:
+                if not line.endswith("\n"):  # the disk was full
+                    return
+                entry: dict[str, Any] = json.loads(line)
+                if entry["picture"] in self.unfinished:
+                    entry["picture"] = None
+                yield entry
+
+    def _write_csv(self) -> None:
         # Bytes of a file name that are not UTF-8 are written as in JSON: \\udcfc.
-        return stream.getvalue().encode(errors="backslashreplace").decode()
+        how: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+        with landing(self.folder / TABLE) as temporary, temporary.open("w", **how) as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(_COLUMNS)
+            for image in self._entries():
+                for detection in image["detections"]:
+                    both = {**image, **detection}
+                    writer.writerow([both.get(column, "") for column in _COLUMNS])
 
 
 def described(row: Sequence[float], names: Sequence[str]) -> dict[str, Any]:
@@ -226,17 +305,15 @@ def described(row: Sequence[float], names: Sequence[str]) -> dict[str, Any]:
     return {"class_id": number, "class": names[number], "confidence": round(row[4], _SHARE), **corners}
 
 
-def _coco_results(images: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "image_id": image["id"],
-            "category_id": detection["class_id"],
-            "bbox": _coco_box(detection["x1"], detection["y1"], detection["x2"], detection["y2"]),
-            "score": detection["confidence"],
-        }
-        for image in images
-        for detection in image["detections"]
-    ]
+def _coco_results(images: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for image in images:
+        for detection in image["detections"]:
+            yield {
+                "image_id": image["id"],
+                "category_id": detection["class_id"],
+                "bbox": _coco_box(detection["x1"], detection["y1"], detection["x2"], detection["y2"]),
+                "score": detection["confidence"],
+            }
 
 
 def _coco_box(x1: float, y1: float, x2: float, y2: float) -> list[float]:
@@ -244,7 +321,7 @@ def _coco_box(x1: float, y1: float, x2: float, y2: float) -> list[float]:
     return [x1, y1, round(x2 - x1, _PIXELS), round(y2 - y1, _PIXELS)]
 
 
-def coco_truth(images: Sequence[dict[str, Any]], data: Listing) -> dict[str, Any]:
+def coco_truth(images: Iterable[dict[str, Any]], data: Listing) -> dict[str, Any]:
     """The labels of images as COCO annotations, under the same image ids as the results.
 
     Args:
@@ -277,11 +354,13 @@ def coco_truth(images: Sequence[dict[str, Any]], data: Listing) -> dict[str, Any
     return {"images": labelled, "annotations": annotations, "categories": categories}
 
 
-def _write_compact(path: Path, data: Any) -> None:
-    """Write JSON without indentation: with it, spaces and line ends would be most of a large file."""
+def _write_joined(path: Path, start: str, parts: Iterable[str], end: str) -> None:
+    """Write a text file whole or not at all: the parts with commas between them, one after the other."""
     with landing(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
-        json.dump(data, stream)
-        stream.write("\n")
+        stream.write(start)
+        for number, part in enumerate(parts):
+            stream.write(f", {part}" if number else part)
+        stream.write(f"{end}\n")
 
 
 def check_formats(text: str) -> tuple[str, ...]:

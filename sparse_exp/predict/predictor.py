@@ -89,12 +89,10 @@ class Predictor:
             self._skip(path, str(error))
             return
         name = self._names.name(path, ".mp4") if self.pictures else None
-        first = len(self.results.images)
         try:
             self._frames(path, video, name)
         except BaseException:  # the predictions stay, but there is no annotated video
-            for entry in self.results.images[first:]:
-                entry["picture"] = None
+            self.results.unfinished.update(filter(None, [name]))
             raise
 
     def _frames(self, path: Path, video: Video, name: str | None) -> None:

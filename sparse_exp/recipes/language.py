@@ -12,13 +12,14 @@ from typing import Any
 
 import yaml
 
+from sparse_exp.bounded_yaml import read_yaml
 from sparse_exp.errors import RecipeError, first_line
 from sparse_exp.recipes.expressions import ExpressionError, UnknownName, evaluate, inside, names_in
 
 # Before the front matter there may be comments: Neural Magic's files begin with their licence.
-_FRONT_MATTER = re.compile(r"\A\s*(?:<!--.*?-->\s*)*---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
+_FRONT_MATTER = re.compile(r"\s*---[ \t\r]*\n(.*?)\n---[ \t\r]*(?:\n|\Z)", re.DOTALL)
+_COMMENT = re.compile(r"\s*<!--.*?-->", re.DOTALL)
 _LONGEST = 1_000_000  # characters of a recipe
-_LARGEST = 100_000  # values and keys in a recipe, those behind aliases counted wherever they stand
 
 
 class Tagged(dict[str, Any]):
@@ -54,8 +55,10 @@ _Dumper.add_representer(Tagged, lambda dumper, data: dumper.represent_mapping(f"
 
 def body_of(text: str) -> str:
     """The YAML in a recipe file: the front matter of a Markdown file, or the whole text."""
-    text = text.lstrip("\ufeff\r\n")
-    match = _FRONT_MATTER.match(text)
+    text, start = text.lstrip("\ufeff\r\n"), 0
+    while comment := _COMMENT.match(text, start):
+        start = comment.end()
+    match = _FRONT_MATTER.match(text, start)
     return match.group(1) if match else text
 
 
@@ -72,45 +75,15 @@ def read_body(body: str, name: str) -> dict[str, Any]:
     Raises:
         RecipeError: it is no YAML, is made to grow beyond all bounds, or holds no list of modifiers.
     """
+    if len(body) > _LONGEST:
+        raise RecipeError(f"{name} has more than {_LONGEST} characters. Shorten the file.")
     try:
-        roots = _parsed(body)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else first_line(error)
-        raise RecipeError(f"{name} is not valid YAML: {reason}. Correct the file.") from error
+        roots = read_yaml(body, _Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name} is not valid YAML: {first_line(error)}. Correct the file.") from error
     if not isinstance(roots, dict) or not any(modifiers_of(roots)):
         raise RecipeError(f"{name} holds no recipe: a mapping with lists of modifiers is expected.")
     return roots
-
-
-def _parsed(body: str) -> Any:
-    """Read YAML whose aliases, written out, stay within `_LARGEST`."""
-    if len(body) > _LONGEST:
-        raise ValueError(f"it has more than {_LONGEST} characters")
-    loader = _Loader(body)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if _size(node, {}) > _LARGEST:
-            raise ValueError(f"its aliases stand for more than {_LARGEST} values")
-        return loader.construct_document(node)
-    finally:
-        loader.dispose()
-
-
-def _size(node: yaml.Node, known: dict[int, int | None]) -> int:
-    """Number of values and keys in a part of a YAML file with all aliases written out."""
-    if id(node) in known:
-        size = known[id(node)]
-        if size is None:
-            raise ValueError("an alias in it stands for itself")
-        return size
-    known[id(node)], size = None, 1
-    if isinstance(node, yaml.CollectionNode):
-        for child in node.value:
-            size += sum(_size(part, known) for part in (child if isinstance(child, tuple) else (child,)))
-    known[id(node)] = size
-    return size
 
 
 def set_anchored(body: str, variables: Mapping[str, float]) -> str:

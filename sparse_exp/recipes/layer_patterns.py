@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from re import _parser  # type: ignore[attr-defined]
+from typing import Any
 
 from torch import nn
 
 from sparse_exp.errors import RecipeError
 from sparse_exp.recipes.modifiers import ALL, ALL_PRUNABLE, Modifier, as_list
 
+_MOST_REPEATS = 6
 _PRUNABLE = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     *(nn.Linear, nn.Embedding),
@@ -29,7 +33,7 @@ def matches_parameter(target: str, parameter: str) -> bool:
         return True
     if target == ALL_PRUNABLE:
         return parameter.endswith(".weight")
-    return bool(re.match(target[3:], parameter)) if target.startswith("re:") else target == parameter
+    return _begins(target[3:], parameter) if target.startswith("re:") else target == parameter
 
 
 def parameters_matching(targets: Sequence[str], model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -68,7 +72,7 @@ def _by_module(target: str, model: nn.Module) -> list[str]:
 
 def _by_module_or_pattern(target: str, model: nn.Module) -> list[str]:
     if target.startswith("re:"):
-        return [name for name, _ in model.named_modules() if re.match(target[3:], name)]
+        return [name for name, _ in model.named_modules() if _begins(target[3:], name)]
     return [target] if target in (ALL, ALL_PRUNABLE) else _by_module(target, model)
 
 
@@ -129,6 +133,59 @@ def layers_matching(attribute: str, target: str, model: nn.Module) -> list[str]:
         return list(dict.fromkeys(_MATCHERS[attribute](target, model)))
     except re.error as error:
         raise _no_pattern(error) from error
+
+
+def _begins(pattern: str, name: str) -> bool:
+    return bool(_compiled(pattern).match(name))
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """A pattern whose matching takes a moment at most: ``(a+)+b`` takes 2^40 steps for a name of 40 letters.
+
+    Raises:
+        re.error: it is none, or may take longer.
+    """
+    try:
+        if _open_repeats(_parser.parse(pattern), repeated=False) > _MOST_REPEATS:
+            raise re.error(f"it has more than {_MOST_REPEATS} parts that repeat", pattern)
+        return re.compile(pattern)
+    except (RecursionError, OverflowError) as error:
+        raise re.error("it is nested too deeply, or repeats too often", pattern) from error
+
+
+def _open_repeats(parts: Iterable[tuple[Any, Any]], *, repeated: bool) -> int:
+    """How many parts of a parsed pattern repeat a number of times that the pattern leaves open.
+
+    Args:
+        parts: as Python's own parser gives them.
+        repeated: whether they stand in a part that repeats.
+
+    Raises:
+        re.error: such a part, or a choice, stands in a part that repeats.
+    """
+    count = 0
+    for kind, value in parts:
+        inner: list[Any] = []
+        twice = repeated
+        match str(kind):
+            case "MAX_REPEAT" | "MIN_REPEAT":
+                least, most, body = value
+                count, inner, twice = count + (least != most), [body], repeated or most > 1
+                if repeated and least != most:
+                    raise re.error("a part that repeats stands in one that repeats")
+            case "BRANCH":
+                inner = value[1]
+                if repeated:
+                    raise re.error("a choice stands in a part that repeats")
+            case "SUBPATTERN":
+                inner = [value[-1]]
+            case "ASSERT" | "ASSERT_NOT":
+                inner = [value[1]]
+            case "GROUPREF_EXISTS":
+                inner = [part for part in value[1:] if part]
+        count += sum(_open_repeats(part, repeated=twice) for part in inner)
+    return count
 
 
 def _no_pattern(error: re.error) -> RecipeError:

@@ -6,22 +6,23 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from sparse_exp.bounded_yaml import read_yaml
 from sparse_exp.errors import ConfigError, expected
-from sparse_exp.files import sha256_of, write_json, write_text
+from sparse_exp.files import expanded, sha256_of, write_json, write_text
 from sparse_exp.hints import resume_command
-from sparse_exp.locks import exclusive, is_held
+from sparse_exp.locks import IN_DIRECTORY, alone_in, is_held
 from sparse_exp.runs.deployment import FOLDER, Deployment
 from sparse_exp.sources.layout import BEFORE_QAT
 
 MANIFEST, CONFIG = "manifest.json", "config.yaml"
-LOCK = ".lock"
+LOCK = IN_DIRECTORY
 _FLOATING_POINT = ("pruned", "pruning", "dense")  # phases, the last of a training first
 
 
@@ -40,20 +41,13 @@ def locked(directory: Path, *, wait: bool) -> Iterator[None]:
         ConfigError: somebody works on it, and ``wait`` is off; or the directory cannot be made.
     """
     directory = directory.resolve()
-    existed = directory.is_dir()
-    what = f"The run {directory} is being worked on"
-    try:
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(exclusive(directory / LOCK, what, wait=wait))
-            except OSError as error:
-                message = f"Cannot make {directory}: {error.strerror}. Set paths.run=PATH."
-                raise ConfigError(message) from error
-            yield
-    finally:
-        if not existed:
-            with suppress(OSError):  # it holds something
-                directory.rmdir()
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(alone_in(directory, f"The run {directory} is being worked on", wait=wait))
+        except OSError as error:
+            message = f"Cannot make {directory}: {error.strerror}. Set paths.run=PATH."
+            raise ConfigError(message) from error
+        yield
 
 
 def is_abandoned(directory: Path) -> bool:
@@ -215,7 +209,7 @@ class Run:
     def config(self) -> dict[str, Any]:
         """The resolved configuration as plain data; empty where ``config.yaml`` cannot be read."""
         try:
-            config = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
+            config = read_yaml((self.path / CONFIG).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
             return {}
         return config if isinstance(config, dict) else {}
@@ -248,7 +242,7 @@ class Run:
     def checkpoint(self) -> Path | None:
         """The checkpoint that is exported: what ``checkpoint=`` names, else what the train stage chose."""
         given = self.config.get("checkpoint")
-        return Path(str(given)).expanduser() if given else self.trained_checkpoint
+        return expanded(str(given)) if given else self.trained_checkpoint
 
     @property
     def composed_recipe(self) -> str | None:

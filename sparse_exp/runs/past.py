@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 
+from sparse_exp.bounded_yaml import read_yaml
 from sparse_exp.config.schema import DEFAULT_DIRECTORIES, TrackerConfig
 from sparse_exp.errors import ConfigError, expected
-from sparse_exp.files import read_json
+from sparse_exp.files import expanded, read_json
 from sparse_exp.hints import command_line
 from sparse_exp.runs.directory import Run, find_directories
 from sparse_exp.tracking import PARENT_TAG, FoundRun
@@ -95,13 +96,13 @@ def select_runs(
         targets = [str(directory) for directory in DEFAULT_DIRECTORIES if directory.is_dir()]
     runs: list[PastRun] = []
     for target in targets:
-        if not Path(target).expanduser().is_dir() and not is_run_id(target):
+        if not expanded(target).is_dir() and not is_run_id(target):
             do = "Give a directory below outputs, or an id that MLflow shows."
             raise ConfigError(expected("RUN", "a run's or sweep's directory or MLflow id", target, do))
         if is_run_id(target) and not Path(target).is_dir():
             runs += _from_mlflow(config, store, run_ids=[target])
         else:
-            read = map(read_run, find_directories(Path(target).expanduser()))
+            read = map(read_run, find_directories(expanded(target)))
             runs += [run for run in read if run is not None]
     if experiment is not None:
         runs += _from_mlflow(config, store, experiment=experiment)
@@ -173,7 +174,7 @@ def tagged_overrides(tags: Mapping[str, str]) -> tuple[str, ...] | None:
 def _own_config(directory: Path) -> list[str]:
     """The directory that ``--config-dir`` named when a run was started."""
     try:
-        recorded = yaml.safe_load((directory / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))
+        recorded = read_yaml((directory / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))
         sources = recorded["hydra"]["runtime"]["config_sources"]
         return [str(source["path"]) for source in sources if source["provider"] == "command-line"]
     except (OSError, yaml.YAMLError, KeyError, TypeError):

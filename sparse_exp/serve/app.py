@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,9 +15,11 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from sparse_exp import __version__
+from sparse_exp.config.runtimes import RUNTIMES
 from sparse_exp.errors import SparseExpError
 from sparse_exp.predict.outputs import described
-from sparse_exp.serve.limits import LimitBody, Refused, refusal
+from sparse_exp.serve.limits import LimitBody, Refused, RequireKey, refusal
+from sparse_exp.serve.log import LogRequests
 from sparse_exp.serve.metrics import CountRequests
 from sparse_exp.serve.service import ImageResult, Service
 from sparse_exp.serve.uploads import FIELD, read_uploads
@@ -27,6 +29,7 @@ _FORM = {
     "required": [FIELD],
     "properties": {FIELD: {"type": "array", "items": {"type": "string", "format": "binary"}}},
 }
+_GONE = 499  # nobody gets it; the log and the metrics show it
 _BODY = {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}
 
 
@@ -66,13 +69,20 @@ class Prediction(BaseModel):
     images: list[ImageAnswer]
 
 
-class Health(BaseModel):
-    """What is served, and whether it is ready: its status is ``ok``, ``loading`` or ``restarting``."""
+class Status(BaseModel):
+    """``ok``, or why the service is not ready: ``loading``, ``restarting`` or ``draining``."""
 
     status: str
+
+
+class Health(Status):
+    """What is served, in which engine, and whether its licence allows use in production."""
+
     model: str
     engine: str
     version: str
+    licence: str
+    production: bool
     imgsz: int
     classes: list[str]
 
@@ -87,8 +97,9 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": text}
     for status, text in {
         400: "The body is no multipart form, or ends too early",
+        401: "The service asks for a key, and there is none or another",
         408: "The body did not arrive in time",
-        413: "Too long, too many images, or an image with too many pixels",
+        413: "Too long, too many images, or too many pixels in them",
         415: "The body is not multipart/form-data",
         422: "A file is no image or damaged, or a parameter is out of range",
         503: "Busy or starting: try again after Retry-After seconds",
@@ -100,6 +111,8 @@ def create_app(
     service: Service,
     on_ready: Callable[[], None] = lambda: None,
     on_failure: Callable[[], None] = lambda: None,
+    *,
+    api_key: str = "",
 ) -> FastAPI:
     """Make the application; the service runs from the application's start to its shutdown.
 
@@ -107,6 +120,7 @@ def create_app(
         service: answers the requests.
         on_ready: called when the engine has run for the first time.
         on_failure: called when the engine cannot be started.
+        api_key: what requests must show, but those for /live and /ready; empty: nothing.
     """
 
     @asynccontextmanager
@@ -115,8 +129,11 @@ def create_app(
             yield
 
     app = FastAPI(title="sparse_exp", version=__version__, lifespan=lifespan)
+    if api_key:  # the last that is added is the outermost
+        app.add_middleware(RequireKey, key=api_key)
     app.add_middleware(LimitBody, max_bytes=service.limits.max_bytes)
-    app.add_middleware(CountRequests, metrics=service.metrics)  # around LimitBody, to count what it refuses
+    app.add_middleware(CountRequests, metrics=service.metrics)
+    app.add_middleware(LogRequests)
     _add_error_handlers(app)
     _add_predict(app, service)
     _add_monitoring(app, service)
@@ -136,14 +153,35 @@ def _add_predict(app: FastAPI, service: Service) -> None:
         ),
     ) -> Response:
         """Detect objects in one image or several, each a file in the form field ``images``."""
-        with service.admitted():
-            start = time.perf_counter()
-            uploads = await read_uploads(request, service.limits)
-            left = service.limits.timeout - (time.perf_counter() - start)
-            results = await service.detect(uploads, left)
+        service.require_room()
+        start = asyncio.get_running_loop().time()
+        with service.receiving() as count:
+            uploads = await read_uploads(request, service.limits, count)
+            with service.admitted():
+                left = service.limits.timeout - (asyncio.get_running_loop().time() - start)
+                results = await _unless_gone(request, service.detect(uploads, left))
         # A box never suppresses a better one, so it makes no difference that boxes are left out only now.
         images = [_image_json(result, service.names, conf or lowest) for result in results]
         return Response(json.dumps({"images": images}), media_type="application/json")
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, list[ImageResult]]) -> list[ImageResult]:
+    """Do the work for a request whose body has been read, and give it up when the client has gone."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = working, _ = asyncio.create_task(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    raise Refused(_GONE, "The client closed the connection before the answer.")
 
 
 def _image_json(result: ImageResult, names: tuple[str, ...], conf: float) -> dict[str, Any]:
@@ -158,22 +196,45 @@ def _image_json(result: ImageResult, names: tuple[str, ...], conf: float) -> dic
 
 
 def _add_monitoring(app: FastAPI, service: Service) -> None:
+    def answer(status: str, **facts: Any) -> Response:
+        content = Health(status=status, **facts) if facts else Status(status=status)
+        code = 200 if status == "ok" else 503
+        return Response(content.model_dump_json(), code, media_type="application/json")
+
+    def state() -> str:
+        if service.draining:
+            return "draining"
+        return "ok" if service.ready else "restarting" if service.version else "loading"
+
+    @app.head("/live", include_in_schema=False)
+    @app.get("/live", response_model=Status)
+    async def live() -> Response:
+        """Say that the process works: 200, also while the engine is started or started again."""
+        return answer("ok")
+
+    @app.head("/ready", include_in_schema=False)
+    @app.get("/ready", response_model=Status, responses={503: {"model": Status}})
+    async def ready() -> Response:
+        """Say whether requests should be sent here: 200 while the engine is running, else 503."""
+        return answer(state())
+
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", response_model=Health, responses={503: {"model": Health}})
     async def health() -> Response:
-        """Say whether the service is ready: 200 once the engine has run and while it is running, else 503."""
-        status = "ok" if service.ready else "restarting" if service.version else "loading"
-        model = service.model
-        facts = Health(
-            status=status,
+        """Say what is served, with the status of ``/ready``."""
+        model, runtime = service.model, RUNTIMES[service.model.engine]
+        return answer(
+            state(),
             model=model.origin,
             engine=model.engine,
             version=service.version,
+            licence=runtime.licence,
+            production=runtime.production,
             imgsz=model.imgsz,
             classes=list(service.names),
         )
-        code = 200 if service.ready else 503
-        return Response(facts.model_dump_json(), code, media_type="application/json")
 
+    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """Give all counters in the text format of Prometheus."""
@@ -197,7 +258,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def no_such_route(request: Request, error: HTTPException) -> Response:
-        do = "There are POST /predict, GET /health, GET /metrics and GET /docs."
+        do = "There are POST /predict, and GET /live, /ready, /health, /metrics and /docs."
         text = f"{request.method} {request.url.path[:100]}: {error.detail}. {do}"
         return refusal(error.status_code, text, dict(error.headers or {}))
 

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 disable_created_metrics()  # type: ignore[no-untyped-call]
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
-_KNOWN_PATHS = ("/predict", "/health", "/metrics")
+_KNOWN_PATHS = ("/predict", "/live", "/ready", "/health", "/metrics")
 
 
 class Metrics:

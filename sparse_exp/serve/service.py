@@ -17,12 +17,13 @@ from sparse_exp.errors import DataError, SparseExpError
 from sparse_exp.hardware import usable_physical_cores
 from sparse_exp.predict.models import Model
 from sparse_exp.serve.batching import Batcher, Detections, Square
-from sparse_exp.serve.limits import Limits, Refused
+from sparse_exp.serve.limits import Budget, Limits, Refused
 from sparse_exp.serve.metrics import Metrics
-from sparse_exp.serve.uploads import Upload, check_image
+from sparse_exp.serve.uploads import Upload, check_images
 from sparse_exp.serve.worker import DetectorSettings, Worker, WorkerDied
 
 _log = logging.getLogger(__name__)
+_DECODERS = 4  # threads at most: each holds an image, and the engine needs the cores, too
 _LONGEST_PAUSE = 30.0  # seconds, before an engine that cannot be started is started again
 
 
@@ -54,6 +55,7 @@ class Service:
         max_wait: most seconds that an image waits for others to fill its batch.
 
     Attributes:
+        draining: whether the service is about to end; it still answers.
         metrics: the counters.
         names: of the classes; empty until the engine has run.
         version: of the engine; empty until it has run.
@@ -65,8 +67,10 @@ class Service:
         self.metrics = Metrics()
         self.names, self.version = tuple[str, ...](), ""
         self.failure: SparseExpError | None = None
+        self.draining = False
         self._worker: Worker | None = None
-        self._admitted = 0
+        self._admitted = self._received = 0
+        self._pixels = Budget(limits.max_pixels)  # of images that are being decoded
         self._batcher = Batcher(
             self._ask_worker,
             self.metrics,
@@ -74,7 +78,7 @@ class Service:
             max_wait=max_wait,
             streams=settings.streams,
         )
-        self._decoding = ThreadPoolExecutor(usable_physical_cores(), "decode")
+        self._decoding = ThreadPoolExecutor(min(_DECODERS, usable_physical_cores()), "decode")
 
     @property
     def ready(self) -> bool:
@@ -106,9 +110,8 @@ class Service:
                     await engine
                 self._decoding.shutdown(wait=False, cancel_futures=True)
 
-    @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """Admit one request, for as long as this context is open.
+    def require_room(self) -> None:
+        """Refuse a request whose body is not worth reading now.
 
         Raises:
             Refused: the engine is not ready, or as many requests as are allowed are being worked on.
@@ -119,6 +122,38 @@ class Service:
         if self._admitted >= self.limits.queue:
             do = "Send the request again in a second."
             raise Refused(503, f"The service is busy with {self._admitted} requests. {do}", 1)
+
+    @contextmanager
+    def receiving(self) -> Iterator[Callable[[int], None]]:
+        """Keep the body of one request in memory while this context is open.
+
+        Yields:
+            A function to call with the length of each part that arrives; it raises `Refused` where the bodies
+            of all requests together are too long.
+        """
+        mine = 0
+
+        def count(length: int) -> None:
+            nonlocal mine
+            if self._received + length > self.limits.all_bytes:
+                do = "Send the request again in a few seconds."
+                raise Refused(503, f"The bodies of {self._received} bytes fill the service. {do}", 2)
+            mine += length
+            self._received += length
+
+        try:
+            yield count
+        finally:
+            self._received -= mine
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Take one request whose body is there into the queue, for as long as this context is open.
+
+        Raises:
+            Refused: see `require_room`.
+        """
+        self.require_room()
         self._admitted += 1
         try:
             with self.metrics.in_service.track_inprogress():
@@ -127,7 +162,9 @@ class Service:
             self._admitted -= 1
 
     async def detect(self, uploads: Sequence[Upload], timeout: float) -> list[ImageResult]:
-        """Detect the objects in the images of a request, in order.
+        """Detect the objects in the images of a request, in order; cancelled, it leaves no work behind.
+
+        The headers of all images are read before one is decoded.
 
         Args:
             uploads: the images, at least one.
@@ -137,9 +174,12 @@ class Service:
             Refused: an image cannot be read, the engine died meanwhile, or time is up.
             EngineError: the engine failed.
         """
-        every = asyncio.gather(*map(self._detect_one, uploads), return_exceptions=True)
         try:
-            results = await asyncio.wait_for(every, timeout)
+            async with asyncio.timeout(timeout):
+                checking = self._decoding.submit(check_images, uploads, self.limits)
+                pixels = await asyncio.wrap_future(checking)
+                every = map(self._detect_one, uploads, pixels)
+                results = await asyncio.gather(*every, return_exceptions=True)
         except TimeoutError:
             do = "Send the request again later, or start the service with a larger --timeout."
             raise Refused(503, f"No answer within {self.limits.timeout:g} s. {do}", 1) from None
@@ -150,13 +190,11 @@ class Service:
                 raise result
         return good
 
-    async def _detect_one(self, upload: Upload) -> ImageResult:
+    async def _detect_one(self, upload: Upload, pixels: int) -> ImageResult:
         start = time.perf_counter()
         with self.metrics.queue.track_inprogress():
             async with self._batcher.room:
-                loop = asyncio.get_running_loop()
-                prepared = loop.run_in_executor(self._decoding, self._prepare, upload)
-                square, box, decoding = await prepared
+                square, box, decoding = await self._decoded(upload, pixels)
                 try:
                     answer = await self._batcher.detect(square, box)
                 except WorkerDied as error:
@@ -167,10 +205,23 @@ class Service:
         milliseconds = {name: round(1e3 * seconds, 3) for name, seconds in times.items()}
         return ImageResult(upload.name, box.size, answer.detections, milliseconds)
 
+    async def _decoded(self, upload: Upload, pixels: int) -> tuple[Square, Letterbox, float]:
+        """See `_prepare`, which runs in a thread as soon as not too many pixels are being decoded."""
+        loop = asyncio.get_running_loop()
+
+        def give_back(_: object) -> None:
+            with suppress(RuntimeError):  # the service has ended meanwhile
+                loop.call_soon_threadsafe(self._pixels.give, pixels)
+
+        await self._pixels.take(pixels)
+        decoding = self._decoding.submit(self._prepare, upload)
+        # Not when whoever waits for it gives up: a thread that has begun goes on to the end.
+        decoding.add_done_callback(give_back)
+        return await asyncio.wrap_future(decoding)
+
     def _prepare(self, upload: Upload) -> tuple[Square, Letterbox, float]:
         """The letterboxed image, how it lies in its square, and the seconds that this took."""
         start = time.perf_counter()
-        check_image(upload, self.limits)
         try:
             square, box = read_square(Path(upload.name), self.model.imgsz, upload.content)
         except DataError as error:
@@ -182,10 +233,10 @@ class Service:
         if worker is None:
             raise WorkerDied("The engine is not running.")
         try:
-            return await asyncio.wait_for(worker.detect(squares, boxes), self.limits.timeout)
+            return await asyncio.wait_for(worker.detect(squares, boxes), self.limits.engine_timeout)
         except TimeoutError:  # it hangs, and nothing but its end helps
             worker.kill()
-            raise WorkerDied(f"The engine did not answer within {self.limits.timeout:g} s.") from None
+            raise WorkerDied(f"The engine did not answer within {self.limits.engine_timeout:g} s.") from None
 
     async def _keep_engine(self, on_ready: Callable[[], None], on_failure: Callable[[], None]) -> None:
         """Start the engine, and start it again whenever it has died; give up only if it never ran."""

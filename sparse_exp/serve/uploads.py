@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import io
-import warnings
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
 from fastapi import Request
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
@@ -17,10 +16,13 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from sparse_exp.data.images import IMAGE_FORMATS
-from sparse_exp.serve.limits import Limits, Refused
+from sparse_exp.serve.limits import PATIENCE, Limits, Refused
 
 FIELD = "images"
 _LONGEST_NAME = 100
+_MOST_SCANS = 100  # of a progressive JPEG, each of which passes over all pixels; programs write about ten
+_SCAN_HEADERS = [bytes((0xFF, 0xDA, 0, 6 + 2 * components)) for components in range(1, 5)]  # marker, length
+PngImagePlugin.MAX_TEXT_MEMORY = 2**20  # bytes that the texts in a PNG unpack to; Pillow's own bound is 64 MB
 
 
 @dataclass(frozen=True)
@@ -36,23 +38,20 @@ class Upload:
     content: bytes
 
 
-async def read_uploads(request: Request, limits: Limits) -> list[Upload]:
+async def read_uploads(request: Request, limits: Limits, count: Callable[[int], None]) -> list[Upload]:
     """Read the images of a multipart request, in order.
 
     Args:
         request: with its body not yet read; `LimitBody` bounds its length.
         limits: its bounds.
+        count: called with the length of each part of the body that arrives; it may raise.
 
     Raises:
         Refused: the body is no whole multipart form of images, is too long, or came too slowly.
     """
-    form = _Form(_boundary(request.headers), request.stream(), limits)
+    form = _Form(_boundary(request.headers), _arriving(request, limits, count), limits)
     try:
-        async with asyncio.timeout(limits.timeout):
-            data = await form.parse()
-    except TimeoutError:
-        do = "Send it faster, or in smaller requests."
-        raise Refused(408, f"The body did not arrive within {limits.timeout:g} s. {do}") from None
+        data = await form.parse()
     except ClientDisconnect:
         raise Refused(400, "The connection was closed before the body was complete.") from None
     except (MultiPartException, FormParserError) as error:
@@ -66,6 +65,27 @@ async def read_uploads(request: Request, limits: Limits) -> list[Upload]:
     if not parts:
         raise Refused(422, f"The form has no image. Send at least one as field {FIELD!r}.")
     return [_upload(number, field, part) for number, (field, part) in enumerate(parts, 1)]
+
+
+async def _arriving(
+    request: Request, limits: Limits, count: Callable[[int], None]
+) -> AsyncGenerator[bytes, None]:
+    """The body as it arrives, which must be fast enough."""
+    stream, received, start = request.stream(), 0, asyncio.get_running_loop().time()
+    while True:
+        patience = min(limits.timeout, PATIENCE + received / limits.min_rate)
+        try:
+            async with asyncio.timeout_at(start + patience):
+                chunk = await anext(stream, None)
+        except TimeoutError:
+            do = "Send it faster, or in smaller requests."
+            message = f"Of the body only {received} bytes arrived within {patience:.3g} s. {do}"
+            raise Refused(408, message) from None
+        if chunk is None:
+            return
+        received += len(chunk)
+        count(len(chunk))
+        yield chunk
 
 
 def _boundary(headers: Headers) -> str:
@@ -143,25 +163,53 @@ def _printable(name: str) -> str:
     return "".join(letter for letter in text if letter.isprintable())[:_LONGEST_NAME]
 
 
-def check_image(upload: Upload, limits: Limits) -> None:
-    """Read the header of an image, and refuse what must not be decoded.
+def check_images(uploads: Sequence[Upload], limits: Limits) -> list[int]:
+    """Read the headers of images, and refuse what must not be decoded.
+
+    Args:
+        uploads: the images of a request.
+        limits: its bounds.
+
+    Returns:
+        The pixels of each.
 
     Raises:
-        Refused: it is no image of a known kind, or has too many pixels.
+        Refused: one is no image of a kind that is taken, or they have too many pixels.
     """
+    pixels, total = [], 0
+    for upload in uploads:
+        width, height = _size_of(upload, limits)
+        pixels.append(width * height)
+        total += width * height
+        if total > limits.max_pixels:
+            size = f"The image {upload.name} has {width} x {height} = {width * height} pixels"
+            if total > width * height:
+                size = f"The images up to {upload.name} have {total} pixels together"
+            do = "Scale them down, send fewer, or start the service with a larger --max-pixels."
+            raise Refused(413, f"{size}, more than {limits.max_pixels}. {do}")
+    return pixels
+
+
+def _size_of(upload: Upload, limits: Limits) -> tuple[int, int]:
+    """Width and height of an image, px."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(upload.content), formats=IMAGE_FORMATS) as image:
-                width, height = image.size
+        with Image.open(io.BytesIO(upload.content), formats=limits.formats) as image:
+            size = image.size
     except Image.DecompressionBombError:
         raise Refused(413, f"The image {upload.name} has far too many pixels. Scale it down.") from None
     except UnidentifiedImageError:
-        kinds = "JPEG, PNG, WebP, GIF, BMP or TIFF"
-        raise Refused(422, f"The file {upload.name} is no image. Send {kinds}.") from None
+        others = ", ".join(name for name in IMAGE_FORMATS if name not in limits.formats)
+        do = f"Convert it, or start the service with --image-formats ({others})." if others else "Convert it."
+        kinds = ", ".join(limits.formats)
+        message = f"The file {upload.name} is no image of a kind that is taken here: {kinds}. {do}"
+        raise Refused(422, message) from None
     except Exception:  # a header of a known kind can be broken in ways of its own
-        raise Refused(422, f"The header of the image {upload.name} is broken. Save it anew.") from None
-    if width * height > limits.max_pixels:
-        do = "Scale it down, or start the service with a larger --max-pixels."
-        size = f"{width} x {height} = {width * height} pixels"
-        raise Refused(413, f"The image {upload.name} has {size}, more than {limits.max_pixels}. {do}")
+        raise Refused(
+            422, f"The header of the image {upload.name} is broken or too long. Save it anew."
+        ) from None
+    scans = sum(map(upload.content.count, _SCAN_HEADERS)) if upload.content.startswith(b"\xff\xd8") else 1
+    if scans > _MOST_SCANS:
+        raise Refused(
+            413, f"The image {upload.name} has {scans} scans, more than {_MOST_SCANS}. Save it anew."
+        )
+    return size

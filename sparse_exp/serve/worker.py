@@ -14,12 +14,12 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from multiprocessing.connection import Connection
-from typing import IO, Any
+from typing import Any
 
-from sparse_exp.children import exit_with_parent, obituary, start_child
+from sparse_exp.children import Output, exit_with_parent, obituary, start_child
 from sparse_exp.data.letterbox import Letterbox
 from sparse_exp.engines.isolated import answer, error_of
 from sparse_exp.errors import EngineError, first_line
@@ -27,7 +27,7 @@ from sparse_exp.predict.models import Model
 from sparse_exp.runs.metadata import CONF, IOU
 from sparse_exp.serve.batching import Detections, Square
 
-_log = logging.getLogger(__name__)
+_output_log = logging.getLogger(f"{__name__}.output")  # what the child prints
 # A terminal sends its signals to all processes of the service. The service ends the child itself.
 _CHILD = """
 import signal, sys
@@ -49,6 +49,7 @@ class DetectorSettings:
     conf: float = CONF
     iou: float = IOU
     max_det: int = 300
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 class WorkerDied(EngineError):
@@ -74,7 +75,7 @@ class Worker:
         self.version, self.names, self.died, self.obituary = "", tuple[str, ...](), asyncio.Event(), ""
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection[Any, Any] | None = None
-        self._output: IO[bytes] | None = None
+        self._output: Output | None = None
         self._listener: threading.Thread | None = None
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._numbers = count()
@@ -88,7 +89,7 @@ class Worker:
             MissingDependency: the engine is not installed.
         """
         try:
-            self._process, self._pipe, self._output = start_child(_CHILD)
+            self._process, self._pipe, self._output = start_child(_CHILD, told=_output_log.info)
             arguments = (asyncio.get_running_loop(), self._pipe)
             listener = threading.Thread(target=self._listen, args=arguments, daemon=True)
             listener.start()
@@ -190,12 +191,10 @@ def work(descriptor: int) -> None:
             pipe.send((number, kind, value))
 
     def load(model: Model, settings: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-        from sparse_exp.predict.detector import (
-            Detector,
-        )  # not at the top: the parent imports this module, too
+        from sparse_exp.predict.detector import Detector  # the parent imports this module, without engines
 
         nonlocal detector
-        detector = Detector(model, **settings)  # runs once, suppression included
+        detector = Detector(model, **settings, quiet=False)  # runs once, suppression included
         return detector.version, detector.names
 
     number, model, settings = pipe.recv()

@@ -24,7 +24,7 @@ import platformdirs
 
 from sparse_exp.config.schema import SourceConfig
 from sparse_exp.errors import ConfigError, SourceUnavailable, expected
-from sparse_exp.files import landing_directory, sha256_of, write_json
+from sparse_exp.files import expanded, landing_directory, sha256_of, write_json
 from sparse_exp.locks import exclusive
 from sparse_exp.sources.download import ADVICE, download, public
 from sparse_exp.sources.package_index import download_package, extract_member
@@ -62,7 +62,7 @@ def cache_directory(configured: str | None = None) -> Path:
         directory (which follows ``$XDG_CACHE_HOME``). It may not exist yet.
     """
     chosen = configured or os.environ.get("SPARSE_EXP_CACHE") or platformdirs.user_cache_dir("sparse_exp")
-    return Path(chosen).expanduser().absolute()
+    return expanded(chosen).absolute()
 
 
 def cached(source: SourceConfig, cache: Path) -> FetchedFile | None:
@@ -76,7 +76,7 @@ def cached(source: SourceConfig, cache: Path) -> FetchedFile | None:
         The file, or None if it would have to be fetched.
     """
     if not is_remote(source.uri):
-        return _local_file(source) if Path(source.uri).expanduser().is_file() else None
+        return _local_file(source) if expanded(source.uri).is_file() else None
     return _read_entry(_entry(source, cache))
 
 
@@ -159,7 +159,7 @@ def _entry(source: SourceConfig, cache: Path) -> Path:
 
 
 def _local_file(source: SourceConfig) -> FetchedFile:
-    path = Path(source.uri).expanduser().absolute()
+    path = expanded(source.uri).absolute()
     sha256 = _verified(path, source.sha256, source.uri)
     return FetchedFile(path, sha256, _origin(str(path), sha256), downloaded=False)
 

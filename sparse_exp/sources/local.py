@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_exp.errors import ConfigError, expected
+from sparse_exp.files import expanded
 from sparse_exp.sources.layout import TRAINING
 from sparse_exp.sources.stub import STUB_PREFIX, parse_stub
 
@@ -51,7 +52,7 @@ def zoo_directory(configured: str | None = None) -> Path:
         ``configured``, else ``$SPARSE_EXP_ZOO``, else ``outputs/zoo``; absolute. It may not exist yet.
     """
     chosen = configured or os.environ.get("SPARSE_EXP_ZOO") or "outputs/zoo"
-    return Path(chosen).expanduser().absolute()
+    return expanded(chosen).absolute()
 
 
 def find(stub: str, zoo: Path) -> Path | None:

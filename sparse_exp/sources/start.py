@@ -15,7 +15,7 @@ from typing import Any
 
 from sparse_exp.config.schema import ModelConfig, SourceConfig
 from sparse_exp.errors import ConfigError, SourceUnavailable, expected
-from sparse_exp.files import sha256_of
+from sparse_exp.files import expanded, sha256_of
 from sparse_exp.sources.cache import (
     FetchedFile,
     cached,
@@ -136,7 +136,7 @@ def require_place(key: str, uri: str, word: str) -> None:
         SourceUnavailable: a directory holds no checkpoint.
     """
     source = _checked(SourceConfig(uri=uri))
-    path = Path(source.uri).expanduser()
+    path = expanded(source.uri)
     if is_remote(source.uri):
         require_form(source.uri)
     elif path.is_dir():
@@ -210,7 +210,7 @@ def find_here(source: SourceConfig, cache: Path, zoo: Path) -> FetchedFile | Non
     source = _checked(source)
     if source.uri.startswith(STUB_PREFIX):
         return _published(source.uri, zoo) or cached(source, cache)
-    folder = Path(source.uri).expanduser()
+    folder = expanded(source.uri)
     if not is_remote(source.uri) and folder.is_dir():
         return cached(SourceConfig(uri=str(checkpoint_in(folder)), sha256=source.sha256), cache)
     return cached(source, cache)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sparse_exp.config.schema import Experiment
 from sparse_exp.data import prepare
 from sparse_exp.errors import ConfigError, SourceUnavailable, expected
+from sparse_exp.files import expanded
 from sparse_exp.hardware import has_bf16, usable_physical_cores
 from sparse_exp.runs.directory import Run, StageRecord
 from sparse_exp.sources.cache import cache_directory
@@ -173,7 +174,7 @@ class Context:
             ConfigError: there is neither.
         """
         given = self.experiment.checkpoint
-        found = Path(given).expanduser() if given else self.run.trained_checkpoint
+        found = expanded(given) if given else self.run.trained_checkpoint
         if found is None:
             raise ConfigError("No trained checkpoint. Give one with checkpoint=PATH, or add train to stages.")
         return found

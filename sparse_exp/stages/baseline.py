@@ -20,7 +20,7 @@ from sparse_exp import __version__
 from sparse_exp.config.plain import as_dict, recipe_path
 from sparse_exp.config.schema import Experiment, RecipeConfig, RecoveryConfig
 from sparse_exp.errors import ConfigError, StageFailed, expected
-from sparse_exp.files import fingerprint, sha256_of
+from sparse_exp.files import expanded, fingerprint, sha256_of
 from sparse_exp.locks import exclusive
 from sparse_exp.runs.directory import MANIFEST, Run
 from sparse_exp.stages.base import Context, Outcome, Stage
@@ -87,7 +87,7 @@ def _find_or_train(context: Context) -> dict[str, Any]:
     if wanted == "none":
         return {}
     if wanted != "auto":
-        return asdict(_given(context, Path(wanted).expanduser()))
+        return asdict(_given(context, expanded(wanted)))
     if not known:
         _log.info("No baseline: recovery.baseline=auto needs the stage fetch. Name a run instead.")
         return {}
@@ -271,7 +271,7 @@ def _fingerprint(context: Context, dense: Experiment, recipe: Recipe) -> str:
 def _content(context: Context) -> dict[str, str]:
     """The run that ``recovery.baseline`` names: what it found, and its checkpoint."""
     wanted = context.experiment.recovery.baseline
-    given = read_baseline(Path(wanted).expanduser(), "given") if wanted not in ("none", "auto") else None
+    given = read_baseline(expanded(wanted), "given") if wanted not in ("none", "auto") else None
     if given is None:
         return {}
     checkpoint = sha256_of(Path(given.checkpoint)) if given.checkpoint else ""

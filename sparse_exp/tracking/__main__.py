@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 from sparse_exp.command import Parser, run_command
 from sparse_exp.config.schema import DEFAULT_DIRECTORIES
+from sparse_exp.files import expanded
 from sparse_exp.runs.replay import Sync, find_untold
 
 
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     logging.basicConfig(format="%(message)s", level=logging.ERROR)  # each run gets a line of its own anyway
     options = _parser().parse_args(arguments)
-    given = [Path(name).expanduser() for name in options.directories]
+    given = [expanded(name) for name in options.directories]
     untold = find_untold(given or [path for path in DEFAULT_DIRECTORIES if path.is_dir()])
     if not untold:
         print("No events wait to be sent.")

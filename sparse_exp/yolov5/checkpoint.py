@@ -25,6 +25,7 @@ _LEVELS = 3
 _SILU = {"SiLU", "Swish", "MemoryEfficientSwish"}  # one function; utils/activations.py has had all of them
 _MAX_MODULES = 10_000
 _NUMBERS = ("weight", "bias", "running_mean", "running_var")  # ranges of quantizers may be infinite
+_LARGEST_IMGSZ = 2**15  # px
 # Other models (of Ultralytics and torchvision), each with a pattern for names that only its tensors have.
 _FOREIGN = {
     "the Focus layer of YOLOv5 before v6.0": r"^model\.0\.conv\.conv\.",
@@ -127,14 +128,20 @@ def _read_ours(path: Path, file: RestrictedFile) -> Checkpoint:
     wrong += [k for k in ("metrics", "quantization") if not isinstance(tree.get(k, {}), dict)]
     wrong += [k for k in ("size",) if tree.get(k) not in SCALES]
     wrong += [k for k in ("names",) if not wrong and len(tree[k]) != tree["num_classes"]]
+    wrong += [k for k in ("imgsz",) if not wrong and not 0 < tree[k] <= _LARGEST_IMGSZ]
     if wrong:
         raise CheckpointError(damaged(path, f"its {wrong[0]} is malformed"))
+    state = _tensors(path, file, tree["state_dict"])
+    head = _find(state, f"{_HEAD}m.0")
+    if head is None or head.shape[:1] != (_LEVELS * (5 + tree["num_classes"]),):  # a model of it is made next
+        problem = f"its head is not one of the {tree['num_classes']} classes that it names"
+        raise CheckpointError(damaged(path, problem))
     return Checkpoint(
         format="sparse_exp",
         size=tree["size"],
         num_classes=tree["num_classes"],
         names=tuple(str(n) for n in tree["names"]),
-        state_dict=_tensors(path, file, tree["state_dict"]),
+        state_dict=state,
         recipe=tree["recipe"],
         phase=tree["phase"],
         epoch=float(tree["epoch"]),

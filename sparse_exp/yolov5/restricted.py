@@ -22,7 +22,7 @@ import sys
 import tarfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -68,6 +68,12 @@ _DATA_NAMES = frozenset(
 _PYTHONS_OWN = sys.stdlib_module_names | _compat_pickle.IMPORT_MAPPING.keys()  # by old names, too
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _MAX_PICKLE_BYTES = 16 * 2**20
+_MOST_VALUES = 10_000_000  # in the pickled object, those in shared parts counted wherever they stand
+_MOST_COPIED = 1_000_000  # values that are copied from one container into another
+_MOST_NAMES = 10_000  # of functions and classes
+_MOST_AXES = 16  # of a tensor
+_MOST_READ = 16  # times the file's size: tensors may share storages, and become float32
+_KEYS = (str, int, float, bool, bytes, type(None))
 
 
 class StorageRecord(NamedTuple):
@@ -148,15 +154,22 @@ class RestrictedFile:
         data = self._member("data.pkl")
         _check_opcodes(path, data)
         self.tree = _Unpickler(path, data).load()
+        if _values(self.tree, {}) > _MOST_VALUES:
+            raise CheckpointError(damaged(path, f"it stands for more than {_MOST_VALUES} values"))
+        self._left = _MOST_READ * path.stat().st_size  # bytes
 
     def tensor(self, record: TensorRecord) -> Tensor:
         """Read the tensor that a record describes into its own memory; floating point becomes float32.
 
         Raises:
-            CheckpointError: its storage is missing, or has another length than the record says.
+            CheckpointError: its storage is missing, or has another length than the record says; or all
+                tensors together are far larger than the file.
         """
         key, dtype, numel = record.storage
         data = self._member(f"data/{key}")
+        self._left -= len(data) + max(4, dtype.itemsize) * math.prod(record.size)
+        if self._left < 0:
+            raise CheckpointError(damaged(self._path, "its tensors are far larger than the file"))
         if len(data) != numel * dtype.itemsize:
             raise CheckpointError(damaged(self._path, f"storage {key!r} has {len(data)} bytes"))
         # frombuffer refuses an empty buffer
@@ -282,25 +295,74 @@ def _refused(path: Path, what: str) -> str:
     )
 
 
-class _Unpickler(pickle.Unpickler):
+def _values(node: Any, known: dict[int, int]) -> int:
+    """Values in an object with all shared parts written out; a long text counts as several."""
+    if isinstance(node, str | bytes):
+        return 1 + len(node) // 64
+    if isinstance(node, dict):
+        parts = [*node, *node.values()]
+    elif isinstance(node, list | tuple | set):
+        parts = list(node)
+    elif isinstance(node, Inert):
+        parts = [*node.args, node.state]
+    else:
+        return 1
+    if id(node) not in known:
+        known[id(node)] = 1  # what contains itself counts once there
+        known[id(node)] = 1 + sum(_values(part, known) for part in parts)
+    return known[id(node)]
+
+
+class _Unpickler(pickle._Unpickler):  # that in Python, whose steps can be looked at
     """Resolves names and storages to the records and stand-ins of this module.
 
     Each file gets its own stand-ins: a pickle may set attributes of the objects that it is given, and these
     must not reach the next file.
+
+    Keys are scalars: the hash of tuples that hold each other twice, sixty deep, takes 2^60 steps.
     """
+
+    dispatch = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, path: Path, data: bytes) -> None:
         super().__init__(io.BytesIO(data))
         self._path = path
         self._stand_ins: dict[str, Any] = {}
+        self._copied = 0
+
+    def load_setitem(self) -> None:
+        """Set one key of a mapping."""
+        _check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        """Set several keys of a mapping."""
+        _check_keys(self.stack[::2])
+        super().load_setitems()
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+
+    def _filled(self, kind: type, items: Any = ()) -> Any:
+        """A container of other values, or a copy of one."""
+        self._copied += len(items)
+        if self._copied > _MOST_COPIED:
+            raise ValueError(f"it copies more than {_MOST_COPIED} values")
+        if issubclass(kind, dict):
+            _check_keys(items if isinstance(items, dict) else [key for key, _ in items])
+        elif issubclass(kind, set):
+            _check_keys(items)
+        return kind(items)
 
     def find_class(self, module: str, name: str) -> Any:
         """What makes a record, a container or a stand-in for a name; nothing is imported."""
         full = f"{module}.{name}"
         if full in _STORAGES:
             return _STORAGES[full]
+        if len(self._stand_ins) > _MOST_NAMES:
+            raise CheckpointError(damaged(self._path, f"it names more than {_MOST_NAMES} classes"))
         if full in _CONTAINERS:
-            return _CONTAINERS[full]
+            return partial(self._filled, _CONTAINERS[full])
         if full not in self._stand_ins:
             rebuild = _REBUILDERS.get(full)
             refusal = "" if _is_data(full) else _refused(self._path, full)
@@ -321,7 +383,7 @@ class _Unpickler(pickle.Unpickler):
 
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> TensorRecord:
     """The record of a tensor; raises ValueError unless it lies within its storage."""
-    if not isinstance(storage, StorageRecord) or len(size) != len(stride):
+    if not isinstance(storage, StorageRecord) or len(size) != len(stride) or len(size) > _MOST_AXES:
         message = "malformed tensor"
         raise ValueError(message)
     _check_counts([offset, *size, *stride])
@@ -343,6 +405,13 @@ _REBUILDERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": _rebuild_parameter,
     "collections.defaultdict": lambda *_: {},
 }
+
+
+def _check_keys(keys: Iterable[Any]) -> None:
+    for key in keys:
+        parts = key if type(key) is tuple and len(key) <= _MOST_AXES else (key,)
+        if not all(type(part) in _KEYS or isinstance(part, Inert | TensorRecord | type) for part in parts):
+            raise ValueError("a key in it is no scalar")
 
 
 def _check_counts(values: list[Any]) -> None:

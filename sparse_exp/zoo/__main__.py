@@ -13,7 +13,7 @@ from rich.table import Table
 
 from sparse_exp.command import Parser, run_command
 from sparse_exp.errors import ConfigError, expected
-from sparse_exp.files import as_json
+from sparse_exp.files import as_json, expanded
 from sparse_exp.hints import command_line
 from sparse_exp.metrics.names import SIGNS
 from sparse_exp.sources.cache import cache_directory
@@ -138,7 +138,7 @@ def _publish(options: argparse.Namespace, zoo: Path) -> int:
 
 
 def _import(options: argparse.Namespace, zoo: Path) -> int:
-    source = options.source.expanduser()
+    source = expanded(options.source)
     if not source.exists():
         do = "Give a checkpoint file, or a directory in SparseZoo's layout."
         raise ConfigError(expected("what to import", "an existing path", str(source), do))
@@ -224,7 +224,7 @@ def _show(options: argparse.Namespace, zoo: Path) -> int:
 
 
 def _model(name: str, zoo: Path) -> Published:
-    directory = find(name, zoo) if name.startswith(STUB_PREFIX) else Path(name).expanduser().absolute()
+    directory = find(name, zoo) if name.startswith(STUB_PREFIX) else expanded(name).absolute()
     metadata = read_metadata(directory) if directory else {}
     if directory is None or not metadata:
         do = f"See: {command_line('list', '--zoo', str(zoo), module='sparse_exp.zoo')}"

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from sparse_exp.files import write_json
+from sparse_exp.locks import alone_in
 from sparse_exp.runs.directory import Run, StageRecord
 
 
@@ -54,6 +55,14 @@ def test_the_headline_command(compare, tmp_path):
     assert {path.suffix for path in (tmp_path / "picture").iterdir()} == {".csv", ".md", ".png", ".html"}
     rows = list(csv.DictReader((tmp_path / "picture" / "compare.csv").open()))
     assert [row["run"] for row in rows] == ["1-s", "0-n", "2-broken"]
+
+
+def test_two_at_once_do_not_write_into_one_directory(compare, tmp_path):
+    with alone_in(tmp_path / "picture", "A comparison is being written"):
+        done = compare("--out", "picture")
+    assert done.returncode == 1
+    assert "being written into picture by process" in done.stderr
+    assert not (tmp_path / "picture").exists()
 
 
 def test_json_is_all_that_is_printed(compare):

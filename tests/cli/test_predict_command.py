@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,11 +23,11 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_convert
 
 from sparse_exp.data.loader import make_loader
-from sparse_exp.errors import EngineError, SparseExpError
+from sparse_exp.errors import ConfigError, EngineError, SparseExpError
 from sparse_exp.predict.__main__ import main
 from sparse_exp.predict.detector import Detector
 from sparse_exp.predict.models import find_model
-from sparse_exp.predict.outputs import Results
+from sparse_exp.predict.outputs import Results, alone
 from sparse_exp.training.evaluation import Validation
 from sparse_exp.zoo.samples import predict_with
 
@@ -173,6 +174,32 @@ def test_of_an_interrupted_video_the_predictions_stay(predict, clip, tmp_path, m
     assert not list((tmp_path / "out").glob(".*"))
     found = record(tmp_path / "out")
     assert (found["complete"], [frame["picture"] for frame in found["images"]]) == (False, [None] * 3)
+
+
+def test_two_at_once_do_not_write_into_one_directory(predict, photos_folder, tmp_path):
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with alone(Path("out")):
+            entered.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    entered.wait(60)
+    with pytest.raises(ConfigError, match="are being written into out by process"):
+        predict("MODEL", "photos", "--out", "out")
+    leave.set()
+    thread.join()
+    assert not (tmp_path / "out").exists()
+    assert predict("MODEL", "photos", "--out", "out", "--no-pictures", "--formats", "jsonl") == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["predictions.jsonl"]
+
+
+@pytest.mark.parametrize("words", [("~nosuchuser/model", "photos"), ("MODEL", "~nosuchuser/x.jpg")])
+def test_the_home_of_nobody_is_one_line(predict, photos_folder, words):
+    with pytest.raises(SparseExpError, match="~nosuchuser"):
+        predict(*words)
 
 
 def test_names_of_classes_that_differ_are_told(predict, photos_folder, tmp_path, deployment, caplog):

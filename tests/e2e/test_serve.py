@@ -5,11 +5,8 @@ from __future__ import annotations
 import http.client
 import io
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,59 +19,14 @@ import pytest
 import torch
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from served import FORM, form, until
+from served import ENGINE, FORM, Process, form, until
 
-SIDE, ENGINE = 64, "onnxruntime"
+SIDE = 64
 CONF = 0.3
 
 
-class Process:
-    """``python -m sparse_exp.serve`` on a port, from its first word to its end."""
-
-    def __init__(self, model: Path, port: int = 0, *more: str) -> None:
-        words = [
-            str(model),
-            "--engine",
-            ENGINE,
-            "--port",
-            str(port),
-            "--conf",
-            str(CONF),
-            "--cores",
-            "1",
-            *more,
-        ]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "sparse_exp.serve", *words],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        said = self.process.stdout.readline()
-        assert said.startswith("Serving"), self.process.communicate(timeout=10)[1]
-        self.port = int(said.rsplit(":", 1)[1])
-
-    def children(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def ask(self, method: str, path: str, body: bytes = b"", headers: dict | None = None):
-        """Status and body of an answer, of a connection of its own."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request(method, path, body, headers or FORM)
-        response = connection.getresponse()
-        return response.status, response.read().decode()
-
-    def detections(self, *files: bytes) -> list[list[dict]]:
-        status, answer = self.ask("POST", "/predict", form(*files))
-        assert status == 200, answer
-        return [image["detections"] for image in json.loads(answer)["images"]]
-
-    def end(self, number: int) -> tuple[int, str]:
-        """Send a signal; exit code and what was said on the way."""
-        children = self.children()
-        self.process.send_signal(number)
-        error = self.process.communicate(timeout=60)[1]
-        until(lambda: not any(child.is_running() for child in children))
-        return self.process.returncode, error
+def start(model: Path, port: int = 0, *more: str) -> Process:
+    return Process(model, port, "--conf", str(CONF), *more)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +55,7 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def service(model):
     """One service for all tests of this module that leave it as it was."""
-    process = Process(model, 0, "--batch", "4", "--max-bytes", "1MB")
+    process = start(model, 0, "--batch", "4", "--max-bytes", "1MB")
     yield process
     assert process.end(signal.SIGINT)[0] == 130
 
@@ -225,7 +177,7 @@ def test_an_engine_that_is_killed_is_started_again(service, photos):
 
 @pytest.mark.slow
 def test_killed_in_mid_request_it_starts_anew_and_ended_in_mid_request_it_answers(model, photos):
-    killed = Process(model)
+    killed = start(model)
     children = killed.children()
     waiting = [threading.Thread(target=_ignoring, args=(killed, photos[:16])) for _ in range(8)]
     for thread in waiting:
@@ -236,7 +188,7 @@ def test_killed_in_mid_request_it_starts_anew_and_ended_in_mid_request_it_answer
         thread.join()
     until(lambda: not any(child.is_running() for child in children))
 
-    ended = Process(model, killed.port)
+    ended = start(model, killed.port)
     with ThreadPoolExecutor(8) as clients:
         answers = [clients.submit(ended.detections, *photos[:16]) for _ in range(8)]
         until(lambda: _inside(ended) > 0)
@@ -248,12 +200,12 @@ def test_killed_in_mid_request_it_starts_anew_and_ended_in_mid_request_it_answer
 
 @pytest.mark.slow
 def test_an_engine_that_hangs_is_replaced_and_a_second_ctrl_c_waits_for_nobody(model, photos):
-    process = Process(model, 0, "--timeout", "2", "--batch", "16")
+    process = start(model, 0, "--engine-timeout", "2", "--batch", "16")
     before = process.detections(photos[0])[0]
     process.children()[0].suspend()
     status, answer = process.ask("POST", "/predict", form(*photos[:16]))  # more than the pipe holds
     assert status == 503
-    assert "--timeout" in json.loads(answer)["error"]
+    assert "did not answer within 2 s" in json.loads(answer)["error"]
     until(lambda: process.ask("POST", "/predict", form(photos[0]))[0] == 200, 120)
     assert same(process.detections(photos[0])[0], before)
 

@@ -84,6 +84,22 @@ def test_unusable_overrides_are_one_line(word, said):
     assert "\n" not in str(error.value)
 
 
+INTERPOLATED = [
+    "experiment: ${oc.env:SECRET}",
+    "recipe: {variables: {a: '${oc.env:SECRET}'}}",
+    "stages: ['${oc.env:SECRET}']",
+    "${oc.env:SECRET}: 1",
+]
+
+
+@pytest.mark.parametrize("text", INTERPOLATED)
+def test_a_record_reads_nothing_of_this_machine(text, monkeypatch):
+    monkeypatch.setenv("SECRET", "hunter2")
+    with pytest.raises(ConfigError, match="interpolation") as error:
+        rebuild(text, [])
+    assert "hunter2" not in str(error.value)
+
+
 @pytest.mark.parametrize("text", ["seed: many", "unheard: of", "a: [", "- list"])
 def test_a_record_that_does_not_fit_is_one_line(text):
     with pytest.raises(ConfigError, match=r"recorded .* cannot be used") as error:

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import tarfile
+import threading
 import zipfile
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from sparse_exp.data import load_dataset, prepare
 from sparse_exp.data.__main__ import main
 from sparse_exp.data.archives import open_tree
 from sparse_exp.data.public import COCO_NAMES
-from sparse_exp.errors import DataError, SourceUnavailable
+from sparse_exp.errors import ConfigError, DataError, SourceUnavailable
+from sparse_exp.locks import exclusive
 
 
 def image_bytes(width: int = 100, height: int = 50, shade: int = 0) -> bytes:
@@ -365,3 +367,22 @@ def test_commands_need_no_torch(coco_set: Path, tmp_path: Path) -> None:
     )
     environment = {**os.environ, "SPARSE_EXP_CACHE": str(tmp_path / "cache")}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_two_at_once_do_not_write_one_data_set(coco_set, tmp_path):
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with exclusive(tmp_path / ".out.lock", "The data set is being written"):
+            entered.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    entered.wait(60)
+    with pytest.raises(ConfigError, match="out is being written by process"):
+        main(["convert", "coco", str(coco_set), str(tmp_path / "out")])
+    leave.set()
+    thread.join()
+    assert main(["convert", "coco", str(coco_set), str(tmp_path / "out")]) == 0
+    assert not (tmp_path / ".out.lock").exists()

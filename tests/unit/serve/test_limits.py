@@ -51,7 +51,7 @@ class Client:
         bounds, uploads = Limits(**limits), []
 
         async def app(scope, receive, send):
-            uploads.extend(await read_uploads(Request(scope, receive), bounds))
+            uploads.extend(await read_uploads(Request(scope, receive), bounds, lambda _: None))
 
         self.ask(app, bounds.max_bytes)
         return uploads
@@ -119,7 +119,7 @@ def test_after_a_whole_body_the_connection_is_kept():
 
     async def app(scope, receive, send):
         with pytest.raises(Refused):
-            await read_uploads(Request(scope, receive), Limits())
+            await read_uploads(Request(scope, receive), Limits(), lambda _: None)
         await refusal(422, "No.")(scope, receive, send)
 
     client.ask(app)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import io
-import struct
-import zlib
+import logging
+import time
 
 import httpx
 import pytest
+from hostile import encoded, png_of, scans, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,7 +17,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from served import FORM, form, png, until
 
 from sparse_exp.errors import EngineError
+from sparse_exp.serve import service as service_module
+from sparse_exp.serve import uploads as uploads_module
 from sparse_exp.serve.app import create_app
+from sparse_exp.serve.log import Sparing
 from sparse_exp.serve.worker import WorkerDied
 
 
@@ -83,6 +87,10 @@ BAD = {
     "too many files": (FORM, form(*[png((1, 2, 3))] * 5), 413, "more than 4"),
     "too long": (FORM, form(bytes(30_000)), 413, "--max-bytes"),
     "too many pixels": (FORM, form(png((1, 2, 3), (101, 100))), 413, "10100 pixels"),
+    "too many pixels together": (FORM, form(*[png((1, 2, 3), (60, 60))] * 3), 413, "10800 pixels together"),
+    "a kind that is not taken": (FORM, form(encoded("WEBP"), name="b.webp"), 422, "--image-formats"),
+    "endless scans": (FORM, form(scans(1000)), 413, "scans"),
+    "texts that unpack": (FORM, form(png_of(8, texts(2))), 422, "header"),
 }
 
 
@@ -99,8 +107,8 @@ def test_bad_requests_are_told_what_is_wrong_and_the_service_lives_on(make_clien
         answer = client.post("/predict", content=body, headers=headers)
         assert (name, answer.status_code) == (name, status)
         assert said in one_line(answer), name
-    largest = client.post("/predict", content=form(*[png((1, 2, 3), (100, 100))] * 4), headers=FORM)
-    assert largest.status_code == 200
+    for largest in (form(png((1, 2, 3), (100, 100))), form(*[png((1, 2, 3), (50, 50))] * 4)):
+        assert client.post("/predict", content=largest, headers=FORM).status_code == 200
 
 
 def test_other_paths_and_methods(make_client):
@@ -115,13 +123,8 @@ def test_other_paths_and_methods(make_client):
 
 
 def test_a_bomb_is_refused_before_it_is_unpacked(make_client):
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     for side in (8_000, 60_000):  # over our bound; over Pillow's own
-        header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-        bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10**6)))
-        answer = make_client().post("/predict", content=form(bomb), headers=FORM)
+        answer = make_client().post("/predict", content=form(png_of(side)), headers=FORM)
         assert answer.status_code == 413
         assert "pixels" in one_line(answer)
 
@@ -201,27 +204,270 @@ def test_who_comes_when_it_is_full_is_sent_away_and_nobody_inside_is_lost(make_s
     run_with(make_service(queue=3), scenario)
 
 
-def test_time_is_up_for_slow_senders_and_for_an_engine_that_hangs(make_service, stand_in):
-    async def drip():
-        yield form(png((1, 2, 3)))[:50]
-        await asyncio.sleep(5)
-        yield b""
+async def drip():
+    """A body of which a part comes at once, and no more."""
+    yield form(png((1, 2, 3)))[:50]
+    await asyncio.sleep(60)
 
+
+def post(client: httpx.AsyncClient, *colours: int):
+    return client.post("/predict", content=form(*[png((colour, 2, 3)) for colour in colours]), headers=FORM)
+
+
+def test_time_is_up_for_slow_senders(make_service, monkeypatch):
     async def scenario(client):
         slow = await client.post("/predict", content=drip(), headers=FORM)
         assert slow.status_code == 408
-        assert "0.2 s" in one_line(slow)
-        stand_in.hold = asyncio.Event()
-        stuck = await client.post("/predict", content=form(png((1, 2, 3))), headers=FORM)
-        assert stuck.status_code == 503
-        assert "--timeout" in one_line(stuck)
-        stand_in.hold = None
-        while stand_in.made == 1 or (await client.get("/health")).status_code != 200:
-            await asyncio.sleep(0.01)  # an engine that hangs is replaced
-        good = await client.post("/predict", content=form(png((7, 2, 3))), headers=FORM)
-        assert corners(good.json()["images"][0])[0] == 7
+        assert "only 50 bytes arrived within 0.2 s" in one_line(slow)
 
     run_with(make_service(timeout=0.2), scenario)
+    monkeypatch.setattr(uploads_module, "PATIENCE", 0.1)
+    run_with(make_service(timeout=60, min_rate=500), scenario)
+
+
+def test_a_body_may_take_as_long_as_its_rate_allows(make_service, monkeypatch):
+    monkeypatch.setattr(uploads_module, "PATIENCE", 0.1)
+    body = form(png((1, 2, 3)))
+
+    async def scenario(client):
+        async def steadily():
+            for start in range(0, len(body), 20):
+                yield body[start : start + 20]
+                await asyncio.sleep(0.05)
+
+        assert (await client.post("/predict", content=steadily(), headers=FORM)).status_code == 200
+
+    run_with(make_service(min_rate=100), scenario)
+
+
+def test_a_deadline_of_clients_leaves_the_engine_alone(make_service, stand_in):
+    async def scenario(client):
+        stand_in.hold = asyncio.Event()
+        late = await post(client, 1)
+        assert late.status_code == 503
+        assert "--timeout" in one_line(late)
+        stand_in.hold.set()
+        assert corners((await post(client, 7)).json()["images"][0])[0] == 7
+        assert stand_in.made == 1
+
+    run_with(make_service(timeout=0.3), scenario)
+
+
+def test_an_engine_that_hangs_is_replaced(make_service, stand_in):
+    async def scenario(client):
+        stand_in.hold = asyncio.Event()
+        stuck = await post(client, 1)
+        assert stuck.status_code == 503
+        assert "did not answer within 0.3 s" in one_line(stuck)
+        stand_in.hold = None
+        while stand_in.made == 1 or (await client.get("/ready")).status_code != 200:
+            await asyncio.sleep(0.01)
+        assert corners((await post(client, 7)).json()["images"][0])[0] == 7
+
+    run_with(make_service(engine_timeout=0.3), scenario)
+
+
+def test_who_only_begins_to_send_takes_no_place_in_the_queue(make_service):
+    async def scenario(client):
+        slow = [asyncio.create_task(client.post("/predict", content=drip(), headers=FORM)) for _ in range(8)]
+        await asyncio.sleep(0.1)
+        assert (await post(client, 7)).status_code == 200
+        for task in slow:
+            task.cancel()
+
+    run_with(make_service(queue=2), scenario)
+
+
+def test_the_bodies_of_all_requests_together_are_bounded(make_service):
+    async def scenario(client):
+        async def half():
+            yield form(png((1, 2, 3)))[:-8] + bytes(600)
+            await asyncio.sleep(60)
+
+        slow = asyncio.create_task(client.post("/predict", content=half(), headers=FORM))
+        await asyncio.sleep(0.1)
+        refused = await client.post("/predict", content=form(bytes(600)), headers=FORM)
+        assert refused.status_code == 503
+        assert "fill the service" in one_line(refused)
+        slow.cancel()
+        await asyncio.gather(slow, return_exceptions=True)
+        assert (await client.post("/predict", content=form(bytes(600)), headers=FORM)).status_code == 422
+
+    run_with(make_service(queue=1, max_bytes=1000), scenario)
+
+
+def test_who_has_gone_is_not_worked_for(make_service, stand_in):
+    """Two images are in the engine when thirty clients give up; one that stays is next."""
+    service = make_service()
+
+    async def ask(colour: int, gone: asyncio.Event) -> list[dict]:
+        app, sent, body = create_app(service), [], form(png((colour, 0, 0)))
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive():
+            if messages:
+                return messages.pop()
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            sent.append(message)
+
+        headers = [(name.lower().encode(), value.encode()) for name, value in FORM.items()]
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/predict",
+            "headers": headers,
+            "query_string": b"",
+        }
+        await app(scope, receive, send)
+        return sent
+
+    async def run() -> None:
+        async with service.open():
+            while not service.ready:
+                await asyncio.sleep(0.001)
+            stand_in.hold, never, gone = asyncio.Event(), asyncio.Event(), asyncio.Event()
+            first = [asyncio.create_task(ask(colour, never)) for colour in (1, 2)]
+            await asyncio.sleep(0.2)
+            leaving = [asyncio.create_task(ask(colour, gone)) for colour in range(100, 130)]
+            await asyncio.sleep(0.2)
+            gone.set()
+            answers = await asyncio.gather(*leaving)
+            assert {answer[0]["status"] for answer in answers} == {499}
+            last = asyncio.create_task(ask(3, never))
+            await asyncio.sleep(0.1)
+            stand_in.hold.set()
+            answered = await asyncio.gather(*first, last)
+            assert [answer[0]["status"] for answer in answered] == [200] * 3
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+    assert stand_in.batches == [1, 1, 1]
+    assert service.metrics.queue._value.get() == 0
+
+
+def test_no_image_is_decoded_where_one_of_a_request_is_refused(make_service, stand_in, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(service_module, "read_square", lambda *given: decoded.append(given))
+
+    async def scenario(client):
+        body = form(*[png((1, 2, 3))] * 15, b"no image")
+        assert (await client.post("/predict", content=body, headers=FORM)).status_code == 422
+
+    run_with(make_service(), scenario)
+    assert decoded == stand_in.batches == []
+
+
+def test_the_pixels_that_are_being_decoded_at_once_are_bounded(make_service, monkeypatch):
+    now, most, real = 0, 0, service_module.read_square
+
+    def read(path, imgsz, content):
+        nonlocal now, most
+        now += 400
+        most = max(most, now)
+        time.sleep(0.02)
+        try:
+            return real(path, imgsz, content)
+        finally:
+            now -= 400
+
+    monkeypatch.setattr(service_module, "read_square", read)
+    monkeypatch.setattr(service_module, "usable_physical_cores", lambda: 8)
+
+    async def scenario(client):
+        body = form(png((1, 2, 3), (20, 20)))
+        asked = [client.post("/predict", content=body, headers=FORM) for _ in range(12)]
+        assert {answer.status_code for answer in await asyncio.gather(*asked)} == {200}
+
+    run_with(make_service(max_pixels=800, batch_size=8), scenario)
+    assert most == 800
+
+
+def test_other_kinds_of_images_are_taken_by_choice(make_client):
+    client = make_client(formats=("WEBP", "TIFF"))
+    for kind in ("WEBP", "TIFF"):
+        assert client.post("/predict", content=form(encoded(kind)), headers=FORM).status_code == 200
+    assert "WEBP, TIFF" in one_line(client.post("/predict", content=form(png((1, 2, 3))), headers=FORM))
+
+
+def test_probes(make_client, stand_in):
+    client = make_client()
+    for path in ("/live", "/ready", "/health", "/metrics"):
+        answers = client.get(path), client.head(path)
+        assert [answer.status_code for answer in answers] == [200, 200]
+        assert answers[1].content == b""
+    health = client.get("/health").json()
+    assert (health["engine"], health["licence"], health["production"]) == ("onnxruntime", "MIT", True)
+
+
+def test_while_the_service_drains_it_still_answers(make_service):
+    service = make_service()
+
+    async def scenario(client):
+        service.draining = True
+        assert (await client.get("/live")).status_code == 200
+        for path in ("/ready", "/health"):
+            answer = await client.get(path)
+            assert (answer.status_code, answer.json()["status"]) == (503, "draining")
+        assert (await post(client, 7)).status_code == 200
+
+    run_with(service, scenario)
+
+
+def test_a_key_is_asked_for(make_service):
+    service = make_service()
+
+    async def scenario(_):
+        transport = httpx.ASGITransport(create_app(service, api_key="sécret"))
+        async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+            right = {b"X-API-Key": "sécret".encode()}, {b"Authorization": "bearer sécret".encode()}
+            for headers in right:
+                kind = {name.encode(): value.encode() for name, value in FORM.items()}
+                body = form(png((1, 2, 3)))
+                answer = await client.post("/predict", content=body, headers={**kind, **headers})
+                assert answer.status_code == 200
+            for headers in (
+                {},
+                {"X-API-Key": "secret"},
+                {"Authorization": "Basic x"},
+                {"X-API-Key": "long" * 50},
+            ):
+                for path in ("/predict", "/health", "/metrics", "/docs"):
+                    answer = await client.get(path, headers=headers)
+                    assert answer.status_code == 401
+                    assert answer.headers["WWW-Authenticate"] == "Bearer"
+                    assert "X-API-Key" in one_line(answer)
+            for path in ("/live", "/ready"):
+                assert (await client.get(path)).status_code == 200
+
+    run_with(service, scenario)
+
+
+def test_requests_have_ids_and_are_logged(make_client, caplog):
+    client = make_client()
+    with caplog.at_level(logging.INFO, "sparse_exp"):
+        given = client.get("/health", headers={"X-Request-ID": "order-7/a"})
+        made = client.get("/other" + 300 * "x", headers={"X-Request-ID": "a b"})
+    assert given.headers["X-Request-ID"] == "order-7/a"
+    assert len(made.headers["X-Request-ID"]) == 32
+    first, second = (record.values for record in caplog.records if record.message == "request")
+    assert (first["method"], first["path"], first["status"]) == ("GET", "/health", 200)
+    assert (len(second["path"]), second["status"]) == (200, 404)
+
+
+def test_a_flood_of_lines_is_cut():
+    def line(second: float) -> logging.LogRecord:
+        record = logging.LogRecord("engine", logging.INFO, "", 0, "%d", (1,), None)
+        record.created = second
+        return record
+
+    sparing = Sparing(2)
+    passed = [sparing.filter(line(1.5)) for _ in range(5)]
+    assert passed == [True, True, False, False, False]
+    last = line(2.1)
+    assert sparing.filter(last)
+    assert last.getMessage() == "1 (3 lines before it were left out)"
 
 
 def test_an_engine_that_dies_is_started_again(make_client, stand_in):

@@ -1,0 +1,58 @@
+"""YAML from elsewhere: a short file must not stand for a huge one, or for one without an end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+_MORE = 100_000  # values and keys that aliases may stand for, beyond as many as the text has characters
+
+
+def read_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+    """Read YAML as plain data.
+
+    A value behind several aliases (``*name``) is one object in all these places. Whoever writes it out, or
+    walks through it, meets it in each of them, and so it is counted: nine lines of nine aliases each are a
+    billion values.
+
+    Args:
+        text: the content of a file.
+        loader: makes the data; a `yaml.SafeLoader`.
+
+    Returns:
+        Builtin containers and scalars, and what the loader makes of tags; None of an empty text.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, or its aliases stand for too much.
+    """
+    loading = loader(text)
+    try:
+        node = loading.get_single_node()
+        if node is None:
+            return None
+        most = _MORE + len(text)
+        if _size(node, {}) > most:
+            raise yaml.YAMLError(f"its aliases stand for more than {most} values")
+        return loading.construct_document(node)
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+    except (ValueError, TypeError, OverflowError) as error:  # a number or a date that Python cannot hold
+        raise yaml.YAMLError(str(error)) from error
+    finally:
+        loading.dispose()
+
+
+def _size(node: yaml.Node, known: dict[int, int | None]) -> int:
+    """Number of values and keys in a part of a YAML file with all aliases written out."""
+    if id(node) in known:
+        size = known[id(node)]
+        if size is None:
+            raise yaml.YAMLError("an alias in it stands for itself")
+        return size
+    known[id(node)], size = None, 1
+    if isinstance(node, yaml.CollectionNode):
+        for child in node.value:
+            size += sum(_size(part, known) for part in (child if isinstance(child, tuple) else (child,)))
+    known[id(node)] = size
+    return size
