@@ -32,8 +32,8 @@ class Example(NamedTuple):
         image: uint8 RGB ``(3, S, S)``.
         boxes: float32 ``(M, 4)``: x1, y1, x2, y2 in pixels.
         classes: float32 ``(M,)``: class ids.
-        picture: left, top, right and bottom edge, px, of what is not the grey of the letterbox; None: all of it
-            is picture.
+        picture: left, top, right and bottom edge, px, of what is not the grey of the letterbox; None: all of
+            it is picture.
     """
 
     image: Tensor

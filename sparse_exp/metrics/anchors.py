@@ -1,7 +1,7 @@
 """Anchors: which boxes they can answer for, and anchors that are fitted to the boxes of a data set.
 
-A box is learned by an anchor only where neither side differs by a factor of ``anchor_t`` or more. A box that no
-anchor answers for is never learned.
+A box is learned by an anchor only where neither side differs by a factor of ``anchor_t`` or more. A box that
+no anchor answers for is never learned.
 """
 
 from __future__ import annotations

@@ -140,8 +140,8 @@ def suit_anchors(model: YOLOv5, dataset: DetectionDataset, experiment: Experimen
         return Anchors(before, before, fitted=False)
     if experiment.recipe.teacher == "self":
         raise ConfigError(
-            "recipe.teacher=self teaches with the anchors of the start, and model.anchors=auto fits others. Use "
-            "recipe.teacher=baseline with recovery.baseline=auto, or set model.anchors=start."
+            "recipe.teacher=self teaches with the anchors of the start, and model.anchors=auto fits others. "
+            "Use recipe.teacher=baseline with recovery.baseline=auto, or set model.anchors=start."
         )
     with torch.no_grad():
         model.anchors.copy_(torch.from_numpy(found / strides))
