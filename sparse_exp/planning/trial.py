@@ -26,6 +26,7 @@ from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sparsity.measure import MEGABYTE
 from sparse_exp.training.batches import split_batch
 from sparse_exp.training.evaluation import as_input
+from sparse_exp.training.freezing import freeze
 from sparse_exp.training.memory import (
     free_bytes,
     is_out_of_memory,
@@ -121,6 +122,7 @@ class _Rig:
         self.device = Fabric(devices=1).device
         self._precision, self._max_norm = precision, trainer.max_grad_norm
         self._model = copy.deepcopy(model).to(self.device).to(memory_format=precision.memory_format)
+        freeze(self._model, trainer.freeze)
         self._optimizer = make_optimizer(self._model, trainer, optimizer)
         self._start = recipe.quantization_start or 0.0
         learns_from = copy.deepcopy(teacher or model).to(self.device) if recipe.distills else None

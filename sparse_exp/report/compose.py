@@ -31,7 +31,7 @@ from sparse_exp.report.page import write_page
 from sparse_exp.runs.directory import Run
 from sparse_exp.runs.past import read_run
 
-_PACKAGES = tuple(dict.fromkeys(("torch", "sparseml", *ENGINES, "mlflow", "hydra-core", "torchmetrics")))
+_PACKAGES = tuple(dict.fromkeys(("torch", "sparseml", *ENGINES, "mlflow", "hydra-core")))
 _SHEET_IMAGES = 8
 _FIRST = "Accuracy and speed of each file"  # the picture that belongs to the answer
 _SCENARIOS = {
