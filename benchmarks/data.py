@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import numpy as np
 import psutil
@@ -117,12 +116,10 @@ def _compare(case: LoaderCase, data: DetectionDataset, options: argparse.Namespa
     """Measure one case and return its row of the table."""
     config = AugmentConfig()
     naive = _endless(naive_loader(data.splits["train"], case, config))
-    limit = 1 << 30 if case.in_memory else 0
-    with mock.patch("sparse_exp.data.loader._CACHE_BYTES", limit):
-        loader = make_loader(
-            data.splits["train"], 1, imgsz=case.imgsz, batch_size=_BATCH, train=True,
-            workers=case.workers, augment=config,
-        )  # fmt: skip
+    loader = make_loader(
+        data.splits["train"], 1, imgsz=case.imgsz, batch_size=_BATCH, train=True, workers=case.workers,
+        augment=config, cache="ram" if case.in_memory else "none",
+    )  # fmt: skip
     ours, train = _endless(loader), training(case.imgsz)
     rates: dict[str, list[float]] = {"naive": [], "ours": [], "training": []}
     works = (

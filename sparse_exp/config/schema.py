@@ -32,6 +32,7 @@ SCENARIOS = ("sync", "throughput", "async")
 ISA = ("avx2", "avx512", "vnni", "bf16", "amx")
 GENERATORS = ("trees", "digits", "coco128", "voc")
 OPTIMIZERS = ("adamw", "sgd")
+MONITORS = ("map50", "map50_95", "fitness")
 PATTERNS = ("unstructured", "block4")
 SHARES = ("adaptive", "uniform", "work")
 RECIPE_ENGINES = ("native", "sparseml")
@@ -216,16 +217,29 @@ class TrainerConfig:
     batch_size: int = bounded(4, 1, 1024, unit="images")
     lr: float = bounded(1e-3, above=0.0, high=1.0, help="peak rate where the recipe sets none")
     warmup: float = bounded(0.5, 0.0, 10.0, unit="epochs", help="linear warm-up of the rate")
-    weight_decay: float = bounded(5e-4, 0.0, 1.0, help="of AdamW, on convolution weights")
+    weight_decay: float = bounded(
+        5e-4, 0.0, 1.0, help="on convolution weights: of each step of AdamW, of each 64 images of SGD"
+    )
     max_grad_norm: float = bounded(10.0, above=0.0, high=1e6)
-    ema_decay: float = bounded(0.98, 0.0, 0.99999, help="of the averaged weights that are evaluated")
+    ema_decay: float = bounded(
+        0.9999, 0.0, 0.99999,
+        help="of the averaged weights that are evaluated; less at first, so that it spans a ninth of "
+        "all steps so far",
+    )  # fmt: skip
+    freeze: List[str] = documented(
+        [], "layers that stay as the start has them, batch norms included: backbone, or names such as model.0"
+    )
     precision: str = one_of("auto", ("auto", "fp32", "bf16"), "auto: bf16 where the CPU has it in hardware")
     channels_last: str = one_of(
         "auto", ("auto", "on", "off"), "memory format of images and weights; auto: on"
     )
-    momentum: float = bounded(0.9, 0.0, 0.999, help="of SGD")
+    momentum: float = bounded(0.937, 0.0, 0.999, help="of SGD")
+    monitor: str = one_of(
+        "map50", MONITORS,
+        "accuracy that chooses checkpoints and that patience waits for; fitness: 0.1 mAP50 + 0.9 mAP50-95",
+    )  # fmt: skip
     patience: Optional[int] = bounded(
-        None, 1, 10000, unit="epochs", help="end a phase early after so many without a better mAP50"
+        None, 1, 10000, unit="epochs", help="end a phase early after so many without a better trainer.monitor"
     )
     quantize_from: str = one_of(
         "best", ("best", "last"), "weights of the phase before that quantization starts from"

@@ -29,7 +29,6 @@ from sparse_exp.data.letterbox import fitted_size
 from sparse_exp.data.scan import EMPTY, Scan
 from sparse_exp.metrics.anchors import LEAST_RECALL, PUBLISHED, best_possible_recall
 
-ANCHORS_AUTO = "They cannot be learned: set model.anchors=auto, or choose another imgsz."
 _SMALL, _MEDIUM = 32**2, 96**2  # upper bounds of a box's area, px² at imgsz, as in COCO's metrics
 _TINY = 3.0  # px at imgsz, of a box's shorter side; the finest stride of YOLOv5 is 8
 _LONG = 8.0  # ratio of an image's sides above which most of the letterboxed square is grey
@@ -273,10 +272,9 @@ def _stray_labels(listing: Listing) -> Iterator[Finding]:
 def _boxes_without_anchor(listing: Listing, facts: Mapping[str, SplitFacts]) -> Iterator[Finding]:
     share = facts["train"].with_anchor
     if share < LEAST_RECALL:
-        text = f"{1 - share:.1%} of the boxes in train are so small, long or large that no published anchor"
-        yield Finding(
-            "warning", "boxes without anchor", str(listing.path), f"{text} answers for them. {ANCHORS_AUTO}"
-        )
+        text = f"No published anchor answers for {1 - share:.1%} of the boxes in train: they are not learned."
+        do = "Set model.anchors=auto, or choose another imgsz."
+        yield Finding("warning", "boxes without anchor", str(listing.path), f"{text} {do}")
 
 
 def _long_images(scans: Mapping[Path, Scan]) -> Iterator[Finding]:

@@ -166,7 +166,7 @@ def _canvas(tree: Tree, name: str, declared: tuple[float, float]) -> _Canvas:
     other size is that of the image before it was scaled.
     """
     try:
-        frame = read_frame(tree.read(name), Path(name))
+        frame = read_frame(tree.folder / name) if tree.folder else read_frame(Path(name), tree.read(name))
     except DataError:
         if not all(declared):
             raise

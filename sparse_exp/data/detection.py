@@ -160,7 +160,7 @@ def _scanned(sample: Sample, scan: Scan) -> Sample:
 
 
 def box_sides(samples: Iterable[Sample], imgsz: int) -> NDArray[np.float32]:
-    """Width and height ``(M, 2)`` in px of all boxes of scanned samples, in images scaled to ``imgsz``."""
+    """Width and height (M, 2) in px of all boxes of scanned samples, once images are scaled to ``imgsz``."""
     scaled = [
         np.frombuffer(sample.boxes or b"", np.float32).reshape(-1, 5)[:, 3:]
         * np.array(fitted_size(*sample.size, imgsz), np.float32)

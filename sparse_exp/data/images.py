@@ -62,17 +62,17 @@ class Frame:
         return (y1, x1, y2, x2) if self.orientation >= 5 else (x1, y1, x2, y2)
 
 
-def read_frame(content: bytes, path: Path) -> Frame:
-    """The frame of an image, of whose bytes only the header is looked at.
+def read_frame(path: Path, content: bytes | None = None) -> Frame:
+    """The frame of an image; only its header is read.
 
     Args:
-        content: the file's bytes.
-        path: the file, for messages.
+        path: the image.
+        content: the file's bytes, if they are in memory; ``path`` then only names it in messages.
 
     Raises:
         DataError: it is no image, or its header is damaged.
     """
-    with _opened(BytesIO(content), path) as image:
+    with _opened(path if content is None else BytesIO(content), path) as image:
         return _frame(image)
 
 

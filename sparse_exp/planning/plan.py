@@ -211,7 +211,7 @@ def with_anchors(plan: Plan, anchors: Anchors) -> Plan:
     warnings = plan.warnings
     if anchors.recall < LEAST_RECALL:
         lost = (
-            f"No anchor answers for {1 - anchors.recall:.1%} of the training boxes: they cannot be learned."
+            f"No anchor answers for {1 - anchors.recall:.1%} of the training boxes, which cannot be learned."
         )
         tried = plan.experiment.model.anchors == "auto"
         do = "Set model.anchors=auto, or choose another dataset.imgsz."

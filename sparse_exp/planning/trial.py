@@ -26,6 +26,7 @@ from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sparsity.measure import MEGABYTE
 from sparse_exp.training.batches import split_batch
 from sparse_exp.training.evaluation import as_input
+from sparse_exp.training.freezing import freeze
 from sparse_exp.training.memory import (
     free_bytes,
     is_out_of_memory,
@@ -35,7 +36,7 @@ from sparse_exp.training.memory import (
 )
 from sparse_exp.training.optimizer import make_optimizer
 from sparse_exp.training.precision import Precision
-from sparse_exp.yolov5 import DetectionLoss, YOLOv5
+from sparse_exp.yolov5 import DetectionLoss, YOLOv5, non_max_suppression
 
 _log = logging.getLogger(__name__)
 FLOAT, QUANTIZED = "float", "quantized"
@@ -50,7 +51,7 @@ class Trial:
 
     Attributes:
         seconds: of one step of the optimizer, over a whole batch.
-        evaluation: seconds of the forward pass of one image in evaluation mode.
+        evaluation: seconds of evaluating one image: its forward pass and suppression of overlapping boxes.
         peak_mb: highest use of memory by the process in MB of 1e6 bytes; nothing where it is not known.
         qat_split: parts that a batch is cut into while QAT runs, so that each fits into memory.
     """
@@ -119,8 +120,9 @@ class _Rig:
         teacher: YOLOv5 | None,
     ) -> None:
         self.device = Fabric(devices=1).device
-        self._precision, self._max_norm = precision, trainer.max_grad_norm
+        self._precision, self._trainer = precision, trainer
         self._model = copy.deepcopy(model).to(self.device).to(memory_format=precision.memory_format)
+        freeze(self._model, trainer.freeze)
         self._optimizer = make_optimizer(self._model, trainer, optimizer)
         self._start = recipe.quantization_start or 0.0
         learns_from = copy.deepcopy(teacher or model).to(self.device) if recipe.distills else None
@@ -146,15 +148,20 @@ class _Rig:
         self._optimizer.zero_grad()
         for part in split_batch(batch, split):
             self._backward(part)
-        torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._max_norm)
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._trainer.max_grad_norm)
         self._sparsifier.step(self._epoch)
 
     def evaluate(self, batch: Batch) -> float:
-        """Seconds of the forward pass of one image in evaluation mode."""
-        part = _first(batch, _quarter(batch))
+        """Seconds of evaluating one image: the forward pass, and what suppresses overlapping boxes."""
+        part, trainer = _first(batch, _quarter(batch)), self._trainer
         self._model.eval()
+
+        def detect() -> None:
+            predictions = self._model(self._floats(part.images))[0].float().cpu().numpy()
+            non_max_suppression(predictions, trainer.conf, trainer.iou, trainer.max_det)
+
         with torch.no_grad():
-            seconds = _seconds(lambda: self._model(self._floats(part.images)))
+            seconds = _seconds(detect)
         return seconds / len(part.images)
 
     def forget(self) -> None:

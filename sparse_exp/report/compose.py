@@ -34,7 +34,7 @@ from sparse_exp.runs.directory import Run
 from sparse_exp.runs.past import read_run
 from sparse_exp.text import decimal
 
-_PACKAGES = tuple(dict.fromkeys(("torch", "sparseml", *ENGINES, "mlflow", "hydra-core", "torchmetrics")))
+_PACKAGES = tuple(dict.fromkeys(("torch", "sparseml", *ENGINES, "mlflow", "hydra-core")))
 _SHEET_IMAGES = 8
 _MOST_CLASSES = 40  # whose names can be read in a picture
 _CLASS_COLUMNS = {

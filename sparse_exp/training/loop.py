@@ -32,10 +32,11 @@ from sparse_exp.sparsity.measure import SparsityContract, layer_sparsity, overal
 from sparse_exp.training.averaging import exponential, zero_where_zero
 from sparse_exp.training.batches import Buffers, no_images, weighted_parts
 from sparse_exp.training.evaluation import Validation, as_input
+from sparse_exp.training.freezing import freeze
 from sparse_exp.training.memory import is_out_of_memory
 from sparse_exp.training.optimizer import BIASES, WEIGHTS, make_optimizer
 from sparse_exp.training.parallel import ParallelForward
-from sparse_exp.training.phases import Best, check_phases, evaluated_spans, first_step, is_pruning
+from sparse_exp.training.phases import Best, check_phases, evaluated_spans, first_step, is_pruning, score_of
 from sparse_exp.training.precision import Precision
 from sparse_exp.training.state import (
     Position,
@@ -51,6 +52,7 @@ from sparse_exp.yolov5 import DetectionLoss, YOLOv5, read_checkpoint
 _log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+_NAMES = {"map50": "mAP50", "map50_95": "mAP50-95", "fitness": "fitness"}
 _LEFT_OUT = 5  # steps in a row whose gradients are not finite, after which a training ends
 
 
@@ -143,6 +145,7 @@ class Trainer:
         self._writer = CheckpointWriter(weights, data.names, data.imgsz, composed or recipe.text)
         self._model, self._teacher = self._on_device(model), teacher and self._on_device(teacher).eval()
         recipe.prepare(self._model)
+        self._frozen = freeze(self._model, config.freeze)
         self._forward = ParallelForward(self._fabric, self._model)
         self._ema = AveragedModel(model, multi_avg_fn=exponential(config.ema_decay), use_buffers=True)
         self._optimizer = make_optimizer(model, config, optimizer)
@@ -299,8 +302,8 @@ class Trainer:
         best = self._best[phase.name]
         record["stopped early"] = True
         _log.info(
-            "The phase %s ends early, after epoch %g of %g: no better mAP50 than %.3f since epoch %g.",
-            *(phase.name, record["epoch"], phase.end, best.map50, best.epoch),
+            "The phase %s ends early, after epoch %g of %g: no better %s than %.3f since epoch %g.",
+            *(phase.name, record["epoch"], phase.end, _NAMES[self._config.monitor], best.score, best.epoch),
         )
         state = read_checkpoint(best.path).state_dict
         self._model.load_state_dict(state)
@@ -318,6 +321,8 @@ class Trainer:
     ) -> Record:
         """Take steps of a phase, without evaluating; returns their mean losses, learning rates and speed."""
         self._model.train()
+        for norm in self._frozen:
+            norm.eval()
         collectives.synchronize_statistics(self._model)
         started, sums = time.perf_counter() - waited_seconds(), defaultdict[str, float](float)
         for step in steps:
@@ -454,10 +459,10 @@ class Trainer:
             "sparsity/prunable": overall(layer_sparsity(model.prunable_convolutions())),
         }
         self._writer.save("last.pt", model, phase.name, record, promised)
-        best = self._best.get(phase.name)
-        if ends if is_pruning(phase) else best is None or result.map50 > best.map50:
+        best, score = self._best.get(phase.name), score_of(record, self._config.monitor)
+        if ends if is_pruning(phase) else best is None or score > best.score:
             path = self._writer.save(f"best_{phase.name}.pt", model, phase.name, record, promised)
-            self._best[phase.name] = Best(path, epoch, result.map50, promised)
+            self._best[phase.name] = Best(path, epoch, result.map50, score, promised)
         return record
 
     def _check_zeros(self, phase: Phase, evaluated: YOLOv5, epoch: float) -> dict[str, float]:

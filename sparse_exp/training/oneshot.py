@@ -97,4 +97,4 @@ def apply_at_once(
     promised = contract.promised(expected)
     writer = CheckpointWriter(weights, data.names, data.imgsz, composed or recipe.text)
     path = writer.save(f"best_{phase}.pt", model, phase, record, promised)
-    return TrainingResult([record], {phase: Best(path, 0.0, result.map50, promised)})
+    return TrainingResult([record], {phase: Best(path, 0.0, result.map50, result.map50, promised)})

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from sparse_exp.errors import RecipeError, expected
 from sparse_exp.recipes.recipe import Phase
@@ -20,13 +21,22 @@ class Best:
         path: the file.
         epoch: after which it was written.
         map50: mAP50 on the validation split, 0..1.
+        score: what ``trainer.monitor`` names, there, 0..1.
         promised: least share of zeros of each layer in it, 0..1.
     """
 
     path: Path
     epoch: float
     map50: float
+    score: float
     promised: dict[str, float]
+
+
+def score_of(record: Mapping[str, Any], monitor: str) -> float:
+    """The accuracy that ``trainer.monitor`` names, of a record of the history, 0..1."""
+    if monitor == "fitness":
+        return float(0.1 * record["val/map50"] + 0.9 * record["val/map50_95"])
+    return float(record[f"val/{monitor}"])
 
 
 def is_pruning(phase: Phase) -> bool:

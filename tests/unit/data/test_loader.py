@@ -97,7 +97,7 @@ def test_workers_only_where_images_are_decoded_again(
         assert choose_workers(None, "none") == workers
     monkeypatch.setattr("sparse_exp.data.loader.usable_physical_cores", lambda: 2)
     kept = epoch(dataset, 2)
-    monkeypatch.setattr("sparse_exp.data.loader._CACHE_BYTES", 0)
+    monkeypatch.setattr("sparse_exp.data.store.free_memory", lambda: 0)
     loader = make_loader(
         dataset.splits["train"], 10, imgsz=64, batch_size=4, train=True, augment=AugmentConfig(transpose=0.5)
     )
@@ -187,7 +187,7 @@ def test_large_splits_are_not_kept_in_memory(
     dataset: DetectionDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = epoch(dataset, 0)
-    monkeypatch.setattr("sparse_exp.data.loader._CACHE_BYTES", 0)
+    monkeypatch.setattr("sparse_exp.data.store.free_memory", lambda: 0)
     read = []
     original = Image.open
     monkeypatch.setattr(Image, "open", lambda path, **options: read.append(path) or original(path, **options))

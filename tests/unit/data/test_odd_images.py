@@ -48,7 +48,7 @@ def test_an_image_is_turned_once_in_every_format(tmp_path: Path, kind: str, orie
     size = pixels.shape[1::-1]
     assert size == ((40, 60) if orientation >= 5 else (60, 40))
     assert measure_image(content, Path("a")) == size
-    frame = read_frame(content, Path("a"))
+    frame = read_frame(Path("a"), content)
     assert (frame.upright, frame.stored, frame.orientation) == (size, STORED, orientation)
     assert frame.turned(BOX) == pytest.approx(patch(pixels))
     square, mapping = read_square(tmp_path / f"a.{kind}", 60)
@@ -59,7 +59,7 @@ def test_an_image_is_turned_once_in_every_format(tmp_path: Path, kind: str, orie
 
 @pytest.mark.parametrize("orientation", [0, 9, 70])
 def test_orientations_that_do_not_exist_are_upright(orientation: int) -> None:
-    assert read_frame(stored("jpg", orientation), Path("a")) == Frame(STORED, 1)
+    assert read_frame(Path("a"), stored("jpg", orientation)) == Frame(STORED, 1)
 
 
 def put(root: Path, files: dict[str, bytes | str]) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -163,3 +165,23 @@ def test_names_that_are_no_utf8(tmp_path: Path, listed: bool) -> None:
     assert first.splits["train"][0].image.stem == name
     assert len(first.splits["train"][0].labels_of(2)) == 1
     assert inspect(yaml, 64).errors == 0
+
+
+def test_such_names_are_printed_as_escapes(tmp_path: Path) -> None:
+    yaml = write(tmp_path, {"train/a": _BOX, "train/b": _BOX, "val/c": _BOX})
+    label = tmp_path / "labels/train" / os.fsdecode(b"B\xe4ume.txt")
+    (tmp_path / "labels/train/b.txt").rename(label)
+    label.write_text("no label")
+    (tmp_path / "images/train/b.png").rename(tmp_path / "images/train" / os.fsdecode(b"B\xe4ume.png"))
+    command = [
+        sys.executable,
+        "-m",
+        "sparse_exp.data",
+        "check",
+        str(yaml),
+        "--cache",
+        str(tmp_path / "cache"),
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C.UTF-8"})
+    assert (ended.returncode, ended.stderr) == (1, "")
+    assert "B\\udce4ume.txt:1" in ended.stdout

@@ -173,7 +173,7 @@ def test_the_last_phase_may_end_early_too_but_not_after_its_end(tiny_trainer, sc
 def test_a_phase_of_a_name_that_was_there_before_has_a_best_of_its_own(tiny_trainer, scripted, tmp_path):
     scripted(0.1)
     trainer = tiny_trainer(EPOCHS.format(0.5), sparsity=0.0)
-    trainer._best["dense"] = Best(tmp_path / "earlier.pt", 0.0, 0.9, {})
+    trainer._best["dense"] = Best(tmp_path / "earlier.pt", 0.0, 0.9, 0.9, {})
     best = trainer.fit().phases["dense"]
     assert (best.path.name, best.map50) == ("best_dense.pt", 0.1)
 

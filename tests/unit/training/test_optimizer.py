@@ -10,7 +10,7 @@ from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.training.optimizer import BIASES, NORMS, WEIGHTS, make_optimizer
 from sparse_exp.yolov5 import YOLOv5
 
-CONFIG = TrainerConfig(lr=0.01, weight_decay=0.3, momentum=0.8)
+CONFIG = TrainerConfig(batch_size=64, lr=0.01, weight_decay=0.3, momentum=0.8)
 
 
 def small() -> nn.Module:
@@ -58,7 +58,9 @@ def test_sgd_has_nesterov_momentum(momentum):
     """By hand: v = m v + g; w = w - lr (g + m v), with g the gradient plus decay times w."""
     weight = nn.Conv2d(1, 1, 1, bias=False)
     nn.init.constant_(weight.weight, 2.0)
-    config = TrainerConfig(lr=0.1, weight_decay=0.5, momentum=momentum)
+    config = TrainerConfig(
+        batch_size=16, lr=0.1, weight_decay=2.0, momentum=momentum
+    )  # 0.5 in a quarter of 64
     optimizer = make_optimizer(weight, config, "sgd")
     w, v = 2.0, 0.0
     for gradient in (1.0, -3.0, 0.5):

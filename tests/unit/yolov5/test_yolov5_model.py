@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from sparse_exp.errors import ConfigError
-from sparse_exp.yolov5.model import ANCHORS_PX, STRIDES, Add, Detect, YOLOv5, make_grid
+from sparse_exp.metrics.anchors import PUBLISHED
+from sparse_exp.yolov5.model import STRIDES, Add, Detect, YOLOv5, make_grid
 
 # published in the release notes and model summaries of v6.0, at 80 classes
 PARAMETERS = {"n": 1_872_157, "s": 7_235_389, "m": 21_190_557, "l": 46_563_709, "x": 86_749_405}
@@ -146,7 +147,7 @@ def test_anchors_are_in_units_of_the_stride():
     anchors = on_meta("n", 1).anchors
     assert anchors.shape == (3, 3, 2)
     pixels = YOLOv5("n", 1).anchors * torch.tensor(STRIDES).view(3, 1, 1)
-    torch.testing.assert_close(pixels, torch.tensor(ANCHORS_PX, dtype=torch.float32))
+    torch.testing.assert_close(pixels, torch.tensor(PUBLISHED, dtype=torch.float32))
 
 
 def test_initial_biases_expect_few_objects():
