@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from sparse_exp.command import Parser, checked, number, run_command, whole
+from sparse_exp.config.places import chosen_places
 from sparse_exp.errors import ConfigError, first_line
 from sparse_exp.predict.options import add_detector_options, add_model_options, detector_settings
 
@@ -68,7 +69,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
     from sparse_exp.serve.service import Service
     from sparse_exp.serve.worker import DetectorSettings
 
-    model = find_model(options.model, engine=options.engine, zoo=options.zoo)
+    model = find_model(options.model, engine=options.engine, places=chosen_places(options))
     settings = DetectorSettings(**detector_settings(options))
     limits = Limits(options.max_bytes, options.max_pixels, options.max_files, options.queue, options.timeout)
     _run(Service(model, settings, limits, options.max_wait_ms / 1e3), listener)
