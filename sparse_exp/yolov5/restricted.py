@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -322,7 +322,8 @@ class _Unpickler(pickle._Unpickler):  # that in Python, whose steps can be looke
     Keys are scalars: the hash of tuples that hold each other twice, sixty deep, takes 2^60 steps.
     """
 
-    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]  # typeshed does not know it, nor the methods below
 
     def __init__(self, path: Path, data: bytes) -> None:
         super().__init__(io.BytesIO(data))
@@ -333,12 +334,12 @@ class _Unpickler(pickle._Unpickler):  # that in Python, whose steps can be looke
     def load_setitem(self) -> None:
         """Set one key of a mapping."""
         _check_keys(self.stack[-2:-1])
-        super().load_setitem()
+        super().load_setitem()  # type: ignore[misc]
 
     def load_setitems(self) -> None:
         """Set several keys of a mapping."""
         _check_keys(self.stack[::2])
-        super().load_setitems()
+        super().load_setitems()  # type: ignore[misc]
 
     dispatch[pickle.SETITEM[0]] = load_setitem
     dispatch[pickle.SETITEMS[0]] = load_setitems

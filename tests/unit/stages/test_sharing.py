@@ -452,7 +452,7 @@ def test_jobs_that_need_the_same_dense_baseline_train_it_once(dense_only, done, 
         if recipe == "transfer":
             facts = records(f"sweep/{number}-tiny")["baseline"]["facts"]
             assert facts["map50"] == 0.5
-            assert records(facts["directory"])["train"]
+            assert records(f"sweep/{number}-tiny/{facts['directory']}")["train"]
 
 
 CHILD = """
