@@ -22,7 +22,15 @@ from sparse_exp.sources.layout import BEFORE_QAT
 
 MANIFEST, CONFIG = "manifest.json", "config.yaml"
 LOCK = ".lock"
-_FLOATING_POINT = ("pruned", "pruning", "dense")  # phases, the last of a training first
+_FLOATING_POINT = (
+    "slim_pruned",
+    "slim_pruning",
+    "slim",
+    "slimming",
+    "pruned",
+    "pruning",
+    "dense",
+)  # phases, the last of a training first
 
 
 @contextmanager

@@ -30,8 +30,11 @@ class Best:
 
 
 def is_pruning(phase: Phase) -> bool:
-    """Whether zeros are still being made in a phase; then only the weights at its end may be its best."""
-    return phase.name.startswith("pruning")
+    """Whether zeros are still being made in a phase, or channels taken out.
+
+    Then only the weights at its end may be its best.
+    """
+    return not {"pruning", "slimming"}.isdisjoint(phase.name.split("_"))
 
 
 def first_step(epoch: float, steps_per_epoch: int) -> int:
