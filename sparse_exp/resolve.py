@@ -26,7 +26,7 @@ from sparse_exp.files import expanded
 from sparse_exp.redaction import secret_problem, without_secrets
 from sparse_exp.runs.directory import MANIFEST
 from sparse_exp.sources.cache import is_remote
-from sparse_exp.sources.start import SCRATCH, require_place
+from sparse_exp.sources.start import PARENT, SCRATCH, require_place
 from sparse_exp.sources.stub import STUB_PREFIX, parse_stub
 from sparse_exp.stages.registry import check_stages, wanted_stages
 
@@ -295,6 +295,11 @@ def _check_recipe(experiment: Experiment) -> Iterator[str]:
         do = "Change model.layer_sparsity, for example to [0.4,0.5,0.65,0.75]."
         yield expected("model.layer_sparsity", "four shares of at least 0 and at most 0.99", shares, do)
     yield from _check_teacher(experiment)
+    if recipe.oneshot and recipe.channels is not None:
+        yield (
+            "recipe.oneshot=true trains nothing, and a network must be trained when channels are gone. Leave "
+            "out recipe.channels, or set recipe.oneshot=false."
+        )
     if recipe.oneshot and recipe.num_epochs is not None:
         yield "recipe.oneshot=true trains nothing. Leave out recipe.num_epochs, or set recipe.oneshot=false."
 
@@ -317,8 +322,8 @@ def _check_teacher(experiment: Experiment) -> Iterator[str]:
     if teacher == "baseline" and baseline == "none":
         do = "Add recovery.baseline=auto, or give a checkpoint with recipe.teacher=PATH."
         yield f"recipe.teacher=baseline needs the dense counterpart, but recovery.baseline is 'none'. {do}"
-    elif teacher not in (None, "self", "baseline"):
-        yield from _problem(require_place, "recipe.teacher", teacher, "'self' or 'baseline'")
+    elif teacher not in (None, "self", "baseline", PARENT):
+        yield from _problem(require_place, "recipe.teacher", teacher, "'self', 'baseline' or 'parent'")
     if baseline not in ("none", "auto") and not (expanded(baseline) / MANIFEST).is_file():
         do = "Set recovery.baseline to auto or none, or give the directory of a dense run."
         yield expected("recovery.baseline", f"the directory of a run with its {MANIFEST}", baseline, do)

@@ -167,8 +167,15 @@ class RecipeConfig:
         "many as it can bear for the work that they save",
     )  # fmt: skip
     teacher: Optional[str] = documented(
-        None, "for recipes that distill: a checkpoint, a stub, 'self' (the start) or 'baseline'"
+        None,
+        "for recipes that distill: a checkpoint, a stub, 'self' (the start), 'baseline', or 'parent' (of "
+        "recipes that take channels out: the network before)",
     )
+    channels: Optional[float] = bounded(
+        None, above=0.0, high=1.0,
+        help="share of the multiplications that stays when channels are taken out: by the recipe where it "
+        "does that while it trains, else out of the start; null: all of them",
+    )  # fmt: skip
     oneshot: bool = documented(False, "apply the recipe at once, with calibration, without training")
     calibration_images: int = bounded(
         64, 1, 100000, unit="images", help="on which the first ranges of quantization are found"

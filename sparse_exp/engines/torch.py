@@ -133,10 +133,11 @@ def _detector(library: Any, path: Path, options: Options) -> YOLOv5:
 
 def _restored(path: Path) -> YOLOv5:
     """The model of a checkpoint, with its weights, in evaluation mode."""
-    from sparse_exp.yolov5 import YOLOv5, read_checkpoint
+    from sparse_exp.yolov5 import read_checkpoint
+    from sparse_exp.yolov5.channels import build_detector
 
     checkpoint = read_checkpoint(path)
-    model = YOLOv5(checkpoint.size, checkpoint.num_classes)
+    model = build_detector(checkpoint.size, checkpoint.num_classes, checkpoint.widths)
     if model.state_dict().keys() == checkpoint.state_dict.keys():
         model.load_state_dict(checkpoint.state_dict)
         return model.eval()

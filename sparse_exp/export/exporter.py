@@ -311,6 +311,7 @@ def _save_checkpoint(path: Path, network: Network, checkpoint: Checkpoint, imgsz
         phase=path.name.split(".")[0].replace("sparse", "pruned"),
         epoch=0.0,
         metrics={},
+        widths=network.model.widths,
     )
 
 

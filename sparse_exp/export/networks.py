@@ -15,6 +15,7 @@ from sparse_exp.recipes.recipe import is_quantized
 from sparse_exp.runs.directory import Run
 from sparse_exp.sparsity.measure import SPARSE_FROM, layer_sparsity, overall
 from sparse_exp.yolov5 import YOLOv5
+from sparse_exp.yolov5.channels import build_detector
 
 _log = logging.getLogger(__name__)
 INITIAL = "initial weights"
@@ -39,7 +40,7 @@ class Network:
 
 
 def dense_network(run: Run, checkpoint: Path, deployed: YOLOv5) -> Network:
-    """The dense network in fp32 of the run's architecture and classes.
+    """The dense network in fp32 of the run's architecture and classes, with all the channels of its size.
 
     It is the run's dense counterpart, or what the run itself trained in floating point where that has no
     zeros, or failing both the architecture with initial weights: speed and size do not depend on their
@@ -56,14 +57,14 @@ def dense_network(run: Run, checkpoint: Path, deployed: YOLOv5) -> Network:
         except CheckpointError as error:  # of a start that was published elsewhere, or deleted meanwhile
             _log.warning("Not used as dense baseline: %s", error)
             continue
-        alike = (model.size, model.num_classes) == (deployed.size, deployed.num_classes)
+        alike = (model.size, model.num_classes) == (deployed.size, deployed.num_classes) and not model.widths
         if alike and not _is_quantized(model) and zeros(model) < SPARSE_FROM:
             return Network(model, origin, file)
     return Network(initial_network(deployed), INITIAL, trained=False)
 
 
 def initial_network(alike: YOLOv5) -> YOLOv5:
-    """A detector of the same architecture and classes with initial weights, always the same."""
+    """A detector of the same size and classes with initial weights, always the same."""
     torch.manual_seed(0)
     return YOLOv5(alike.size, alike.num_classes).eval()
 
@@ -92,11 +93,12 @@ def sparse_network(deployed: YOLOv5, before: Path | None) -> Network | str:
     if not _is_quantized(deployed):
         return "The run does not quantize: its network in fp32 is the variant sparse."
     wanted = zeros(deployed)
-    if wanted < SPARSE_FROM:
+    if wanted < SPARSE_FROM and not deployed.widths:
         return "The run's network has no zeros: in fp32 it is the variant dense."
     if before:
         model, _ = restore(before)
-        if not _is_quantized(model) and zeros(model) >= wanted - _AS_SPARSE:
+        alike = model.widths == deployed.widths
+        if alike and not _is_quantized(model) and zeros(model) >= wanted - _AS_SPARSE:
             return Network(model, f"the run's own {before.name}", before)
     return Network(without_quantizers(deployed), "the deployed weights without quantizers")
 
@@ -111,7 +113,7 @@ def without_quantizers(model: YOLOv5) -> YOLOv5:
     Returns:
         A detector in evaluation mode.
     """
-    plain = YOLOv5(model.size, model.num_classes).eval()
+    plain = build_detector(model.size, model.num_classes, model.widths).eval()
     state = model.state_dict()
     plain.load_state_dict({name: state[name] for name in plain.state_dict()})
     return plain

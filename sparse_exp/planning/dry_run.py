@@ -16,7 +16,7 @@ from sparse_exp.sources.cache import cache_directory
 from sparse_exp.sources.local import zoo_directory
 from sparse_exp.sources.start import SCRATCH, StartFile, cached_start, chosen, teacher_file
 from sparse_exp.training.precision import choose_precision
-from sparse_exp.training.start import Start
+from sparse_exp.training.start import Start, slim_start
 from sparse_exp.yolov5 import YOLOv5
 
 
@@ -53,6 +53,7 @@ def _plan(experiment: Experiment, recipe: Recipe) -> Plan:
         return replace(plan, asked_first=asked)
     model = YOLOv5(experiment.model.size, len(dataset.names) if dataset else 1)
     recipe.check(model)
+    slim_start(model, recipe, experiment.recipe)
     plan = make_plan(experiment, recipe, _unread(experiment, start), precision, model)
     return replace(plan, waits_for_start=not experiment.recipe.oneshot)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from sparse_exp.hardware.targets import advice, measures, mismatch_sentence
 from sparse_exp.metrics.anchors import LEAST_RECALL
 from sparse_exp.planning.trial import Trial
 from sparse_exp.recipes.recipe import Recipe
-from sparse_exp.sources.start import SCRATCH
+from sparse_exp.sources.start import PARENT, SCRATCH
 from sparse_exp.sparsity.measure import (
     GIGA,
     SPARSE_FROM,
@@ -25,10 +26,12 @@ from sparse_exp.sparsity.measure import (
     work_sparsity,
 )
 from sparse_exp.sparsity.sizes import Sizes, estimate_sizes
+from sparse_exp.sparsity.slimming import choose_channels, weight_scores
 from sparse_exp.training.phases import evaluated_epochs
 from sparse_exp.training.precision import Precision
 from sparse_exp.training.start import Anchors, Start, zeros_for_work
 from sparse_exp.yolov5 import YOLOv5
+from sparse_exp.yolov5.channels import keep_channels
 
 _SHORT = 0.01  # share of zeros by which a start may miss model.sparsity without a word
 _LITTLE_WORK = 0.1  # less work than weights by so much is worth a word
@@ -108,6 +111,8 @@ class Plan:
         macs: multiplications of an image, in 1e9; None without a training.
         dense_macs: the same of the network with all its channels.
         final_work: share of ``macs`` that meet a zero at the end, 0..1; None where it is not known.
+        slimming: epochs at which the recipe takes channels out, and the share of the multiplications that
+            stays from then on.
     """
 
     experiment: Experiment
@@ -133,6 +138,7 @@ class Plan:
     macs: float | None = None
     dense_macs: float | None = None
     final_work: float | None = None
+    slimming: Sequence[tuple[float, float]] = ()
 
     @property
     def seconds(self) -> float | None:
@@ -164,9 +170,9 @@ def make_plan(
     ends = [recipe.aimed_sparsity(model, phase.end, shares) for phase in phases]
     aimed = [_overall(model, end) for end in ends]
     unknown = start.sparsity is None and prune_to is None and recipe.holds_mask
-    convolutions, imgsz = model.quantizable_convolutions(), experiment.dataset.imgsz
+    final, imgsz = _slimmed(model, recipe), experiment.dataset.imgsz
     known = start.sparsity is not None or recipe.prunes_gradually or not recipe.prunes
-    work = _work(model, ends[-1]) if known else None
+    work = _work(final, ends[-1]) if known else None
     kinds = re.findall(r"!(\w*LearningRate\w*)", recipe.text) if recipe.sets_learning_rate else []
     return Plan(
         experiment,
@@ -198,11 +204,12 @@ def make_plan(
             *_warnings(experiment, recipe, start, model),
             *_worth(experiment, aimed[-1], work, pruned_now=prune_to is not None),
         ),
-        sizes=estimate_sizes(model, ends[-1], quantized=phases[-1].quantized, imgsz=experiment.dataset.imgsz),
+        sizes=estimate_sizes(final, ends[-1], quantized=phases[-1].quantized, imgsz=experiment.dataset.imgsz),
         quantization=recipe.quantization.why if recipe.quantization_start is not None else "",
-        macs=total_macs(convolutions, imgsz) / GIGA,
+        macs=total_macs(final.quantizable_convolutions(), imgsz) / GIGA,
         dense_macs=stock_macs(model.size, model.num_classes, imgsz) / GIGA,
         final_work=work,
+        slimming=recipe.slimming.moments if recipe.slimming else (),
     )
 
 
@@ -267,6 +274,21 @@ def _overall(model: YOLOv5, shares: Mapping[str, float]) -> float:
     return sum(shares.get(name, 0.0) * size for name, size in sizes.items()) / sum(sizes.values())
 
 
+def _slimmed(model: YOLOv5, recipe: Recipe) -> YOLOv5:
+    """The detector with about the channels that the recipe leaves, which depend on the training, too.
+
+    Raises:
+        ConfigError: so few cannot stay.
+    """
+    if recipe.slimming is None:
+        return model
+    final, multiple = copy.deepcopy(model), round(recipe.slimming.multiple)
+    keep_channels(
+        final, choose_channels(final, weight_scores(final), recipe.slimming.share, multiple=multiple)
+    )
+    return final
+
+
 def _work(model: YOLOv5, shares: Mapping[str, float]) -> float:
     """Share of a detector's multiplications that meet a zero, where its layers have these shares of zeros."""
     sizes = {name: conv.weight.numel() for name, conv in model.quantizable_convolutions().items()}
@@ -303,6 +325,18 @@ def _refuse(experiment: Experiment, recipe: Recipe, start: Start) -> None:
             "recipe.teacher=PATH, or set recipe.teacher=self (the start checkpoint) or "
             "recipe.teacher=baseline."
         )
+    slimming, teacher = recipe.slimming, experiment.recipe.teacher
+    if (slimming or experiment.recipe.channels is not None) and start.quantized:
+        raise RecipeError(
+            f"The start checkpoint ({start.origin}) is quantized, and channels are taken out of networks in "
+            "floating point. Give the one before quantization, such as a run's weights/best_pruned.pt."
+        )
+    first = recipe.distillation_start
+    if teacher == PARENT and first is not None and not (slimming and 0 < slimming.start <= first):
+        raise RecipeError(
+            f"recipe.teacher=parent is the network before its first channels go, and {recipe.name} takes "
+            "none out, or at once, or learns from it earlier. Set recipe.teacher to self or a checkpoint."
+        )
     if experiment.recipe.oneshot and not recipe.prunes and recipe.quantization_start is None:
         raise RecipeError(
             f"recipe.oneshot applies a recipe without training, and {recipe.name} neither prunes nor "
@@ -331,6 +365,11 @@ def _warnings(experiment: Experiment, recipe: Recipe, start: Start, model: YOLOv
         found.append(
             "recipe.pattern=block4, but the start checkpoint is pruned already and its zeros are not in "
             "blocks of 4: they stay where they are."
+        )
+    if recipe.slimming and config.channels not in (None, recipe.slimming.share):
+        found.append(
+            f"recipe.channels={config.channels:g} is not used: {recipe.name} itself says that "
+            f"{recipe.slimming.share:.0%} of the work stays."
         )
     if experiment.model.macs is not None and not recipe.holds_mask:
         found.append(

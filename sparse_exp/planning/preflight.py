@@ -15,7 +15,7 @@ from sparse_exp.sources.start import StartFile
 from sparse_exp.training.oneshot import refuse_untrained_start
 from sparse_exp.training.precision import Precision
 from sparse_exp.training.processes import check_devices
-from sparse_exp.training.start import load_start, load_teacher, prune_start, suit_anchors
+from sparse_exp.training.start import load_start, load_teacher, prune_start, slim_start, suit_anchors
 from sparse_exp.training.threads import training_threads, using_threads
 
 _log = logging.getLogger(__name__)
@@ -49,12 +49,13 @@ def plan_training(
         _log.info("%s taken from %s%s.", start.transferred, start.origin, partly)
     anchors = suit_anchors(model, dataset, experiment)
     recipe.check(model)
-    check_devices(experiment)
+    check_devices(experiment, recipe)
     prune_to = pruning_step(experiment, recipe, start)
     if experiment.recipe.oneshot:
         refuse_untrained_start(start)
     distills = recipe.distills and (teacher is not None or experiment.recipe.teacher == "self")
     learns_from = load_teacher(teacher, model, start) if distills else None
+    slim_start(model, recipe, experiment.recipe)
     prune_start(model, prune_to, experiment.recipe, experiment.model.macs)
     plan = with_anchors(make_plan(experiment, recipe, start, precision, model), anchors)
     if experiment.recipe.oneshot:

@@ -147,6 +147,11 @@ def labelled_lines(plan: Plan) -> dict[str, str]:
     if start.left:
         lines["left"] = f"{len(start.left)} tensors keep initial class scores: {_shortened(start.left)}"
     lines |= {**setting, "recipe": f"{plan.recipe}, {_training(plan)}"}
+    if plan.slimming:
+        steps = [f"{share:.0%} from epoch {epoch:g}" for epoch, share in plan.slimming]
+        lines["channels"] = f"taken out; of the work stays {', '.join(steps)}"
+    elif experiment.recipe.channels is not None:
+        lines["channels"] = f"taken out of the start: {experiment.recipe.channels:.0%} of its work is left"
     if plan.distills:
         lines["teacher"] = f"{experiment.recipe.teacher}"
     if not experiment.recipe.oneshot:

@@ -21,6 +21,7 @@ from sparse_exp.quantization.scheme import as_data, from_data
 from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sparsity.measure import require_layer_sparsity, state_sparsity
 from sparse_exp.yolov5 import Checkpoint, YOLOv5, read_checkpoint, save_checkpoint
+from sparse_exp.yolov5.channels import build_detector
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class CheckpointWriter:
             epoch=record["epoch"],
             metrics={name: value for name, value in record.items() if isinstance(value, float)},
             quantization=as_data(schemes_of(model)) if is_rounding(model) else {},
+            widths=model.widths,
         )
         if promised:
             layers = state_sparsity(read_checkpoint(path).state_dict)
@@ -90,7 +92,8 @@ def restore(path: Path) -> tuple[YOLOv5, Checkpoint]:
         CheckpointError: the file cannot be read, or its parts do not fit each other.
     """
     checkpoint = read_checkpoint(path)
-    model, state = YOLOv5(checkpoint.size, checkpoint.num_classes), checkpoint.state_dict
+    model = build_detector(checkpoint.size, checkpoint.num_classes, checkpoint.widths)
+    state = checkpoint.state_dict
     try:
         if checkpoint.quantization:
             begin(prepare(model, from_data(checkpoint.quantization)))

@@ -28,6 +28,7 @@ from sparse_exp.recipes.modifiers import (
     as_list,
 )
 from sparse_exp.recipes.rates import decays, warm_restarts
+from sparse_exp.yolov5.channels import Cut
 
 _ModifierT = TypeVar("_ModifierT", bound=Modifier)
 _EPSILON = 2.0**-52
@@ -112,6 +113,13 @@ class Effect(Generic[_ModifierT]):
         """
         for name in self.data:
             setattr(self, name, state[name])
+
+    def cut(self, cuts: Mapping[str, Cut]) -> None:
+        """Follow a model that lost channels.
+
+        Args:
+            cuts: what stayed of its parameters, by name.
+        """
 
     def finish(self) -> None:
         """Detach from the model."""
@@ -321,6 +329,12 @@ class Masks(Effect[_ModifierT]):
     def _keep(self, index: int, mask: Tensor) -> None:
         """Set a mask, in the type and memory layout of its parameter."""
         self.masks[index].copy_(mask)
+
+    def cut(self, cuts: Mapping[str, Cut]) -> None:
+        """See `Effect`."""
+        for index, (name, _) in enumerate(self._chosen):
+            if name in cuts:
+                self.masks[index] = cuts[name].of(self.masks[index])
 
     def state(self) -> dict[str, Any]:
         """See `Effect`."""

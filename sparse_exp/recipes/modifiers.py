@@ -434,6 +434,47 @@ class QuantizationModifier(Modifier):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SlimmingModifier(Modifier):
+    """Take channels out for good, at once or in several steps. SparseML has no such modifier.
+
+    Attributes:
+        start_epoch: of the first step.
+        end_epoch: of the last step; that of the first where there is only one.
+        share: of the start's multiplications that stay, above 0 and at most 1.
+        steps: in each the same part of the multiplications goes.
+        multiple: of the widths.
+        importance: what says how much a channel is worth: ``gradients`` of the loss of labelled images, or
+            ``weights`` alone.
+    """
+
+    start_epoch: float = field()
+    end_epoch: float = field()
+    share: float
+    steps: float = 1.0
+    multiple: float = 8.0
+    importance: str = "gradients"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require("start_epoch", self.start_epoch >= 0, "0 or more", self)
+        _require("share", 0 < self.share <= 1, "above 0 and at most 1", self)
+        for name in ("steps", "multiple"):
+            value = getattr(self, name)
+            _require(name, value >= 1 and value == round(value), "a whole number, 1 or more", self)
+        ends = self.end_epoch > self.start if self.steps > 1 else self.end_epoch == self.start
+        _require("end_epoch", ends, f"{'after' if self.steps > 1 else 'at'} {self.start:g}", self)
+        kinds = ("gradients", "weights")
+        _require("importance", self.importance in kinds, f"one of {', '.join(kinds)}", self)
+
+    @property
+    def moments(self) -> list[tuple[float, float]]:
+        """Epoch of each step, and the share of the multiplications that stays from then on."""
+        count = round(self.steps)
+        length = (self.end_epoch - self.start) / max(1, count - 1)
+        return [(self.start + i * length, 1 - (1 - self.share) * (i + 1) / count) for i in range(count)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistillationModifier(Modifier):
     """Learn what a teacher predicts."""
 
@@ -509,6 +550,7 @@ KINDS: dict[str, type[Modifier]] = {
         MagnitudePruningModifier,
         GlobalMagnitudePruningModifier,
         QuantizationModifier,
+        SlimmingModifier,
         DistillationModifier,
         PerLayerDistillationModifier,
     )

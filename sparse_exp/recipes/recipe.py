@@ -43,6 +43,7 @@ from sparse_exp.recipes.modifiers import (
     Modifier,
     PerLayerDistillationModifier,
     QuantizationModifier,
+    SlimmingModifier,
     check_blocks,
     in_order,
     make,
@@ -69,8 +70,9 @@ class Phase:
 
     Attributes:
         name: ``dense`` (nothing is pruned yet, or ever), ``pruning`` (the sparsity is rising) or
-            ``pruned`` (zeros are held), followed by ``_quant`` where QAT runs. It is part of the name of the
-            phase's checkpoint.
+            ``pruned`` (zeros are held), led by ``slimming`` where channels are being taken out and ``slim``
+            afterwards, which stand alone where there are no zeros, followed by ``_quant`` where QAT runs. It
+            is part of the name of the phase's checkpoint.
         start: first epoch; may be fractional.
         end: epoch at which it ends; may be fractional.
         quantized: whether QAT runs; then EMA and autocast are off.
@@ -199,10 +201,20 @@ class Recipe:
         return held and not self.prunes_gradually
 
     @property
+    def slimming(self) -> SlimmingModifier | None:
+        """The modifier that takes channels out; None: there is none."""
+        return next((m for m in self.modifiers if isinstance(m, SlimmingModifier)), None)
+
+    @property
+    def distillation_start(self) -> float | None:
+        """Epoch from which a teacher is needed; None for a recipe without one."""
+        kinds = (DistillationModifier, PerLayerDistillationModifier)
+        return min((m.start for m in self.modifiers if isinstance(m, kinds)), default=None)
+
+    @property
     def distills(self) -> bool:
         """Whether the recipe needs a teacher."""
-        kinds = (DistillationModifier, PerLayerDistillationModifier)
-        return any(isinstance(m, kinds) for m in self.modifiers)
+        return self.distillation_start is not None
 
     @property
     def sets_learning_rate(self) -> bool:
@@ -213,19 +225,23 @@ class Recipe:
         """The phases of the training, in order."""
         gradual = [(m.start, m.end_epoch) for m in self.modifiers if m.gradual]
         first_zeros = min((m.start for m in self.modifiers if m.prunes), default=self.epochs)
-        quantization = self.quantization_start
+        quantization, slimming = self.quantization_start, self.slimming
         cuts = {
             0.0,
             self.epochs,
             first_zeros,
             quantization or 0.0,
             *(cut for span in gradual for cut in span),
+            *((slimming.start, slimming.end_epoch) if slimming else ()),
         }
         inside = sorted(cut for cut in cuts if 0.0 <= cut <= self.epochs)
         phases: list[Phase] = []
         for start, end in pairwise(inside):
             rising = any(first <= start < last for first, last in gradual)
             name = "pruning" if rising else "pruned" if start >= first_zeros else "dense"
+            if slimming and start >= slimming.start:
+                slim = "slim" if start >= slimming.end_epoch else "slimming"
+                name = slim if name == "dense" else f"{slim}_{name}"
             quantized = quantization is not None and start >= quantization
             name += "_quant" if quantized else ""
             if phases and phases[-1].name == name:
@@ -361,6 +377,28 @@ class Recipe:
         for modifier in self.modifiers:
             if modifier.prunes:
                 self._check_pruning(modifier, end)
+        if self.slimming is not None:
+            self._check_slimming(self.slimming, end)
+
+    def _check_slimming(self, slimming: SlimmingModifier, end: float) -> None:
+        """Refuse what cannot be done to a network whose channels are still to go, or with another engine."""
+        kind, last = f"SlimmingModifier of {self.name}", slimming.end_epoch
+        if self._engine == "sparseml":
+            raise RecipeError(
+                f"{self.name} has a SlimmingModifier, which SparseML does not know. Set recipe.engine=native."
+            )
+        if sum(isinstance(m, SlimmingModifier) for m in self.modifiers) > 1:
+            raise RecipeError(f"{self.name} has several SlimmingModifiers. Keep one, and set its steps.")
+        if last >= end:
+            do = "Let it end earlier, or lengthen the EpochRangeModifier."
+            raise RecipeError(expected(f"the end of {kind}", f"below {end:g}", last, do))
+        for m in self.modifiers:
+            late = isinstance(m, QuantizationModifier | PerLayerDistillationModifier) or m.gradual
+            if late and m.start < last:
+                do = "Let it begin when all channels are gone: it keeps numbers for each of them."
+                raise RecipeError(
+                    expected(f"the start of {m.kind} of {self.name}", f"at least {last:g}", m.start, do)
+                )
 
     def _check_pruning(self, modifier: Modifier, end: float) -> None:
         kind = f"{modifier.kind} of {self.name}"

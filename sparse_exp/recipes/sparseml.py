@@ -188,6 +188,10 @@ class SparsemlSparsifier:
         if self._distiller:
             self._distiller.restore_projections(state["projections"])
 
+    def cut(self, cuts: Mapping[str, Any]) -> None:
+        """See `Sparsifier`; a recipe that slims is refused where SparseML runs it."""
+        raise NotImplementedError
+
     def finish(self) -> None:
         """See `Sparsifier`."""
         self.manager.finalize(self._model)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_exp.recipes.distillation import Distiller
 from sparse_exp.recipes.effects import Effect, GradualMasks, Quantization
+from sparse_exp.yolov5.channels import Cut
 
 
 class Sparsifier(Protocol):
@@ -42,6 +43,13 @@ class Sparsifier(Protocol):
 
         Args:
             state: the other one's.
+        """
+
+    def cut(self, cuts: Mapping[str, Cut]) -> None:
+        """Follow a model that lost channels; see `sparse_exp.yolov5.channels.keep_channels`.
+
+        Args:
+            cuts: what stayed of its parameters and buffers, by name.
         """
 
     def finish(self) -> None:
@@ -104,6 +112,11 @@ class NativeSparsifier:
             effect.restore(kept)
         if self._distiller:
             self._distiller.restore_projections(state["projections"])
+
+    def cut(self, cuts: Mapping[str, Cut]) -> None:
+        """See `Sparsifier`."""
+        for effect in self._effects:
+            effect.cut(cuts)
 
     def finish(self) -> None:
         """See `Sparsifier`."""

@@ -52,6 +52,7 @@ _PHASE_NAMES = {
     "dense_quant": "dense + quantized",
     "pruning_quant": "pruning + quantized",
     "pruned_quant": "pruned + quantized",
+    "slim_quant": "slim + quantized",
 }
 _PANELS: tuple[tuple[str, dict[str, str]], ...] = (
     (

@@ -27,7 +27,15 @@ MANIFEST, CONFIG = "manifest.json", "config.yaml"
 FORMER = ".manifest.former.json"  # the manifest before, for where a power failure has damaged the last one
 LOCK = IN_DIRECTORY
 _log = logging.getLogger(__name__)
-_FLOATING_POINT = ("pruned", "pruning", "dense")  # phases, the last of a training first
+_FLOATING_POINT = (
+    "slim_pruned",
+    "slim_pruning",
+    "slim",
+    "slimming",
+    "pruned",
+    "pruning",
+    "dense",
+)  # phases, the last of a training first
 
 
 @contextmanager

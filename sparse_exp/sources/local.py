@@ -125,16 +125,21 @@ def default_stub(size: str, dataset: str, tag: str, *, repo: str = _REPO) -> str
     return f"{STUB_PREFIX}{'/'.join(_PREFIX)}/yolov5-{size}/pytorch/{repo}/{name}/{tag}"
 
 
-def sparse_tag(sparsity: float, *, quantized: bool, block4: bool = False) -> str:
+def sparse_tag(sparsity: float, *, quantized: bool, block4: bool = False, work: float = 1.0) -> str:
     """The tag of a stub, as SparseZoo writes how sparse a model is: ``pruned75_quant-none``, ``base-none``.
+
+    Of a slimmed model it begins with how much of its work is left: ``slim50-none``, ``slim50_pruned75-none``.
 
     Args:
         sparsity: share of zeros in the prunable convolutions, 0..1; below half a percent counts as none.
         quantized: whether it computes with 8 bits.
         block4: whether the zeros come in blocks of four input channels, made for VNNI.
+        work: its multiplications as a share of those of its stock size, 0..1.
     """
     percent = round(100 * sparsity)
     name = f"pruned{percent}" if percent else "base"
+    if work < 1.0:
+        name = f"slim{round(100 * work)}" + (f"_{name}" if percent else "")
     return f"{name}{'_quant' if quantized else ''}-none{'-vnni' if block4 and percent else ''}"
 
 

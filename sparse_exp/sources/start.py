@@ -36,6 +36,7 @@ from sparse_exp.sources.stub import STUB_PREFIX, parse_stub
 
 _log = logging.getLogger(__name__)
 SCRATCH = "scratch"
+PARENT = "parent"  # as a teacher: the network of the run itself, before its first channels go
 
 
 @dataclass(frozen=True)
@@ -183,20 +184,20 @@ def teacher_file(
     """The checkpoint that a distilling recipe learns from.
 
     Args:
-        teacher: ``self``, ``baseline``, or a URI as for `locate`; None: there is no teacher.
+        teacher: ``self``, ``baseline``, ``parent``, or a URI as for `locate`; None: there is no teacher.
         cache: directory for downloads.
         zoo: the local zoo.
         baseline: the dense counterpart's checkpoint, where one was trained or found.
         offline: only look on this machine.
 
     Returns:
-        The file. None for ``self``, for a baseline that does not exist yet, and for a file that is not on
-        this machine where ``offline`` is set.
+        The file. None for ``self`` and ``parent``, for a baseline that does not exist yet, and for a file
+        that is not on this machine where ``offline`` is set.
 
     Raises:
         SourceUnavailable: the checkpoint cannot be fetched.
     """
-    if teacher in (None, "self", "baseline"):
+    if teacher in (None, "self", "baseline", PARENT):
         return baseline if teacher == "baseline" else None
     found = find_here(SourceConfig(uri=teacher), cache, zoo) if offline else locate(teacher, cache, zoo)
     return found.path if found else None

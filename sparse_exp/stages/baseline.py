@@ -59,8 +59,9 @@ class Baseline:
 
 
 def is_dense(recipe: Recipe) -> bool:
-    """Whether a recipe neither prunes nor quantizes nor distills: a run of it is a baseline itself."""
-    return not (recipe.prunes or recipe.quantization_start is not None or recipe.distills)
+    """Whether a recipe removes, rounds and distills nothing: a run of it is a baseline itself."""
+    changes = recipe.prunes or recipe.slimming or recipe.quantization_start is not None
+    return not (changes or recipe.distills)
 
 
 def _run(context: Context) -> Outcome:
@@ -81,7 +82,8 @@ def _find_or_train(context: Context) -> dict[str, Any]:
     """
     experiment, wanted = context.experiment, context.experiment.recovery.baseline
     known = "sha256" in context.facts("fetch")
-    if known and is_dense(context.recipe) and not experiment.recipe.oneshot:
+    whole = experiment.recipe.channels is None
+    if known and whole and is_dense(context.recipe) and not experiment.recipe.oneshot:
         if wanted != "none":
             _log.info("The recipe %s is dense: this run is a baseline itself.", context.recipe.name)
         return {"dense_fingerprint": _fingerprint(context, experiment, context.recipe)}

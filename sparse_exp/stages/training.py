@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from sparse_exp.errors import ConfigError
 from sparse_exp.files import write_json
 from sparse_exp.runs.replay import HISTORY
-from sparse_exp.sources.start import teacher_file
+from sparse_exp.sources.start import PARENT, teacher_file
 from sparse_exp.sparsity.measure import (
     SPARSE_FROM,
     layer_sparsity,
@@ -22,7 +23,7 @@ from sparse_exp.tracking import ENDED, epoch_metrics
 from sparse_exp.training.loop import Record, TrainingData, TrainingResult
 from sparse_exp.training.oneshot import apply_at_once, calibration_loader, refuse_untrained_start
 from sparse_exp.training.processes import fit_together
-from sparse_exp.training.start import Start, load_start, load_teacher, prune_start, suit_anchors
+from sparse_exp.training.start import Start, load_start, load_teacher, prune_start, slim_start, suit_anchors
 from sparse_exp.training.state import STATE, State, StateError, StateFile, not_used
 from sparse_exp.yolov5 import YOLOv5
 
@@ -109,6 +110,8 @@ def _teacher(context: Context, model: YOLOv5, start: Start) -> YOLOv5 | None:
     teacher = context.experiment.recipe.teacher
     if teacher is None or not context.recipe.distills:
         return None
+    if teacher == PARENT:
+        return copy.deepcopy(model)  # it gets its weights when the first channels go
     baseline = context.run.baseline_checkpoint
     if teacher == "baseline" and baseline is None:
         do = "Set recovery.baseline=auto, which trains it, or give a checkpoint: recipe.teacher=PATH."
@@ -118,8 +121,8 @@ def _teacher(context: Context, model: YOLOv5, start: Start) -> YOLOv5 | None:
 
 def _prepare(context: Context, model: YOLOv5) -> None:
     """Prune a dense start where the plan says so, and hold the start to the plan."""
-    planned = context.facts("plan")
-    experiment = context.experiment
+    planned, experiment = context.facts("plan"), context.experiment
+    slim_start(model, context.recipe, experiment.recipe)
     prune_start(model, planned.get("prune_to"), experiment.recipe, experiment.model.macs)
     layers = layer_sparsity(model.prunable_convolutions())
     require_sparsity(layers, context.planned_sparsity, "of the start weights")
@@ -148,7 +151,7 @@ def _data(context: Context) -> TrainingData:
         context.validation(),
         context.dataset.names,
         experiment.dataset.imgsz,
-        images if quantizes and not oneshot else None,
+        images if (quantizes or context.recipe.slimming) and not oneshot else None,
     )
 
 
@@ -173,6 +176,7 @@ def _fit(
         "seed": experiment.seed,
         "optimizer": experiment.recipe.optimizer,
         "teacher": teacher,
+        "parent_teaches": experiment.recipe.teacher == PARENT,
         "qat_split": context.facts("plan").get("qat_split", 1),
         "composed": composed,
         "state": file,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning_fabric import seed_everything
@@ -26,9 +26,11 @@ from sparse_exp.locks import give_way, waited_seconds
 from sparse_exp.progress import Bar, progress
 from sparse_exp.quantization.quantizers import calibrate, release
 from sparse_exp.recipes.checkpoints import CheckpointWriter
+from sparse_exp.recipes.modifiers import SlimmingModifier
 from sparse_exp.recipes.recipe import Phase, Recipe
 from sparse_exp.recipes.sparsifier import Sparsifier
-from sparse_exp.sparsity.measure import SparsityContract, layer_sparsity, overall
+from sparse_exp.sparsity.measure import SparsityContract, layer_sparsity, overall, total_macs
+from sparse_exp.sparsity.slimming import choose_channels, fit_norms, gradient_scores, weight_scores
 from sparse_exp.training.averaging import exponential, zero_where_zero
 from sparse_exp.training.batches import Buffers, no_images, weighted_parts
 from sparse_exp.training.evaluation import Validation, as_input
@@ -48,6 +50,8 @@ from sparse_exp.training.state import (
     short_reason,
 )
 from sparse_exp.yolov5 import DetectionLoss, YOLOv5, read_checkpoint
+from sparse_exp.yolov5.channels import channels_of, keep_channels
+from sparse_exp.yolov5.model import STRIDES
 
 _log = logging.getLogger(__name__)
 
@@ -65,8 +69,8 @@ class TrainingData:
         val: how accuracies on the validation split are measured.
         names: class names.
         imgsz: side of the images in pixels.
-        calibration: images on which the first ranges of quantization are found; None: in the first batches of
-            the quantized phase.
+        calibration: images on which the first ranges of quantization are found (None: in the first batches of
+            the quantized phase), and on which channels are judged.
     """
 
     train: DetectionLoader
@@ -108,6 +112,7 @@ class Trainer:
         on_epoch: called with each record of the history.
         optimizer: see `make_optimizer`.
         teacher: for a recipe that distills: a detector for as many classes as the model.
+        parent_teaches: the teacher gets the best weights of the phase before the first channels go.
         qat_split: number of parts into which a batch is cut in quantized phases. Their gradients add up to
             one step, as of the whole batch, but batch norms see only one part at a time. The number doubles
             when memory runs out.
@@ -133,6 +138,7 @@ class Trainer:
         on_epoch: Callable[[Record], None] = lambda _: None,
         optimizer: str = "adamw",
         teacher: YOLOv5 | None = None,
+        parent_teaches: bool = False,
         qat_split: int = 1,
         composed: str = "",
         state: StateFile | None = None,
@@ -144,6 +150,8 @@ class Trainer:
         self._share = data.train.share(collectives.rank(), collectives.size())
         self._writer = CheckpointWriter(weights, data.names, data.imgsz, composed or recipe.text)
         self._model, self._teacher = self._on_device(model), teacher and self._on_device(teacher).eval()
+        self._parent_teaches = parent_teaches
+        self._whole = total_macs(model.quantizable_convolutions(), STRIDES[-1])
         recipe.prepare(self._model)
         self._frozen = freeze(self._model, config.freeze)
         self._forward = ParallelForward(self._fabric, self._model)
@@ -174,6 +182,8 @@ class Trainer:
         """
         steps, phases = len(self._data.train), self._recipe.phases()
         check_phases(phases, steps)
+        if state:
+            self._slim_as(state)
         sparsifier = self._recipe.attach(self._model, self._optimizer, steps, teacher=self._teacher)
         self._contract.extend(self._model.prunable_convolutions(), self._expected_sparsity(0.0))
         if state:
@@ -211,6 +221,8 @@ class Trainer:
             "optimizer": self._optimizer.state_dict(),
             "sparsifier": sparsifier.state(),
             "zeros": self._contract.masks,
+            "widths": self._model.widths,
+            "start": self._start,
             "quantizing": self._quantizing,
             "split": self._split,
             "random": random_state(),
@@ -227,6 +239,8 @@ class Trainer:
                 sparsifier.before_step(step / steps)  # builds QAT modules, freezes batch norms, sets hooks
             sparsifier.restore(state["sparsifier"])
             self._restore(state)
+            if self._position.step > self._first_cut(steps):
+                self._let_parent_teach()
             state.clear()  # it is as large as the training itself, and no longer needed
         except Exception as error:  # SparseML and torch may raise anything for the state of another training
             raise StateError(f"it does not fit this training ({short_reason(error)})") from error
@@ -238,6 +252,7 @@ class Trainer:
         self._model.load_state_dict(state["model"])
         for name, weight in self._model.named_parameters():
             weight.requires_grad_(name not in state["fixed"])
+        self._start = state.get("start", self._start)
         self._quantizing, self._split = bool(state["quantizing"]), int(state["split"])
         if not self._quantizing:
             self._ema.load_state_dict(state["averaged"])
@@ -272,6 +287,83 @@ class Trainer:
         best = self._best[before.name]
         _log.info("Quantization starts from the best weights so far, those after epoch %g.", best.epoch)
         return read_checkpoint(best.path).state_dict
+
+    def _slim_as(self, state: State) -> None:
+        """Give the network as many channels as it had when a state was saved."""
+        widths = state.get("widths")
+        if not widths:
+            return
+        try:
+            kept = {name: torch.arange(widths[name]) for name in channels_of(self._model)}
+            for model in (self._model, self._averaged):
+                keep_channels(model, kept)
+        except Exception as error:
+            raise StateError(f"it does not fit this training ({short_reason(error)})") from error
+
+    @property
+    def _averaged(self) -> YOLOv5:
+        return cast(YOLOv5, self._ema.module)
+
+    def _first_cut(self, steps_per_epoch: int) -> float:
+        """The step before which the first channels go; infinite where none do."""
+        slimming = self._recipe.slimming
+        return first_step(slimming.start, steps_per_epoch) if slimming else math.inf
+
+    def _slim_if_due(self, step: int, steps_per_epoch: int, sparsifier: Sparsifier) -> None:
+        """Take channels out before a step where the recipe says so, the first out of the best weights."""
+        slimming = self._recipe.slimming
+        moments = slimming.moments if slimming else []
+        shares = [share for epoch, share in moments if first_step(epoch, steps_per_epoch) == step]
+        if slimming is None or not shares:
+            return
+        if step == self._first_cut(steps_per_epoch) and (best := self._before_slimming()):
+            _log.info("Channels are taken out of the best weights so far, those after epoch %g.", best.epoch)
+            state = read_checkpoint(best.path).state_dict
+            self._model.load_state_dict(state)
+            self._averaged.load_state_dict(state)
+            self._let_parent_teach()
+        self._slim(slimming, min(shares), sparsifier)
+
+    def _slim(self, slimming: SlimmingModifier, share: float, sparsifier: Sparsifier) -> None:
+        """Take channels out of the trained and of the averaged network, and of all that goes with them."""
+        if slimming.importance == "gradients":
+            scores = gradient_scores(self._averaged, self._samples(), self._loss)
+        else:
+            scores = weight_scores(self._averaged)
+        multiple = round(slimming.multiple)
+        kept = choose_channels(self._averaged, scores, share, whole=self._whole, multiple=multiple)
+        cuts = keep_channels(self._model, kept)
+        keep_channels(self._averaged, kept)
+        for name, parameter in self._model.named_parameters():
+            moments = self._optimizer.state.get(parameter, {})
+            for key, value in moments.items():
+                if name in cuts and isinstance(value, Tensor) and value.ndim:
+                    moments[key] = cuts[name].of(value)
+        sparsifier.cut(cuts)
+        masks = self._contract.masks
+        self._contract.masks = {name: cuts[f"{name}.weight"].of(mask) for name, mask in masks.items()}
+        convolutions = self._model.prunable_convolutions()
+        self._start = {layer.name: layer.sparsity for layer in layer_sparsity(convolutions)}
+        for model in (self._model, self._averaged):
+            fit_norms(model, (images for images, _ in self._samples()))
+        left = total_macs(self._model.quantizable_convolutions(), STRIDES[-1]) / self._whole
+        _log.info("Channels were taken out: %.1f %% of the multiplications are left.", 100 * left)
+
+    def _samples(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images that channels are judged on, and their targets."""
+        for batch in self._data.calibration or ():
+            yield self._as_input(batch), batch.targets.to(self._fabric.device)
+
+    def _before_slimming(self) -> Best | None:
+        """The best weights of the phase before the first channels go; None where they go at once."""
+        phases, slimming = self._recipe.phases(), self._recipe.slimming
+        before = [phase for phase in phases if slimming and phase.end <= slimming.start]
+        return self._best.get(before[-1].name) if before else None
+
+    def _let_parent_teach(self) -> None:
+        best = self._before_slimming()
+        if self._parent_teaches and self._teacher is not None and best is not None:
+            self._teacher.load_state_dict(read_checkpoint(best.path).state_dict)
 
     def _train_phase(
         self, phase: Phase, steps: int, train: Callable[[Phase, range], Record]
@@ -331,6 +423,7 @@ class Trainer:
             batch, epoch = next(batches), step / steps_per_epoch
             if not self._recipe.sets_learning_rate:
                 self._set_learning_rate(epoch)
+            self._slim_if_due(step, steps_per_epoch, sparsifier)
             sparsifier.before_step(epoch)
             for name, value in self._step(batch, sparsifier, epoch, quantized=phase.quantized).items():
                 sums[name] += value
@@ -468,7 +561,7 @@ class Trainer:
     def _check_zeros(self, phase: Phase, evaluated: YOLOv5, epoch: float) -> dict[str, float]:
         """Compare trained and evaluated weights with the contract; returns the promised shares of zeros."""
         expected = self._expected_sparsity(epoch)
-        if not phase.name.startswith("dense"):
+        if "prun" in phase.name:
             zero_where_zero(evaluated, self._model)
         for model in (self._model, evaluated):
             self._contract.check(model.prunable_convolutions(), f"after epoch {epoch:g}", expected)

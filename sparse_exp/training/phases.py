@@ -40,8 +40,11 @@ def score_of(record: Mapping[str, Any], monitor: str) -> float:
 
 
 def is_pruning(phase: Phase) -> bool:
-    """Whether zeros are still being made in a phase; then only the weights at its end may be its best."""
-    return phase.name.startswith("pruning")
+    """Whether zeros are still being made in a phase, or channels taken out.
+
+    Then only the weights at its end may be its best.
+    """
+    return not {"pruning", "slimming"}.isdisjoint(phase.name.split("_"))
 
 
 def first_step(epoch: float, steps_per_epoch: int) -> int:

@@ -35,6 +35,7 @@ from sparse_exp.config.schema import Experiment
 from sparse_exp.distributed.collectives import Disconnected
 from sparse_exp.distributed.peers import pipes
 from sparse_exp.errors import ConfigError, SparseExpError, StageFailed, expected, first_line
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.training.loop import Trainer, TrainingResult
 from sparse_exp.training.memory import is_out_of_memory
 from sparse_exp.training.state import State
@@ -56,16 +57,21 @@ join_training(int(sys.argv[1]))
 """
 
 
-def check_devices(experiment: Experiment) -> None:
+def check_devices(experiment: Experiment, recipe: Recipe) -> None:
     """Refuse a training that ``trainer.devices`` processes cannot do together.
 
     Args:
         experiment: the configuration.
+        recipe: its recipe.
 
     Raises:
-        ConfigError: this machine has GPUs, but fewer than processes.
+        ConfigError: this machine has GPUs, but fewer than processes; or the recipe takes channels out, which
+            torch's DistributedDataParallel cannot follow.
     """
     devices, gpus = experiment.trainer.devices, torch.cuda.device_count()
+    if devices > 1 and recipe.slimming:
+        do = f"{recipe.name} takes channels out while it trains, which one process does."
+        raise ConfigError(expected("trainer.devices", "1", devices, do))
     if gpus and devices > gpus:
         do = "Set trainer.devices to it, or less."
         raise ConfigError(

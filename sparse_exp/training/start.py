@@ -18,6 +18,7 @@ from sparse_exp.metrics.anchors import LEAST_RECALL, best_possible_recall, fit_a
 from sparse_exp.quantization.from_sparseml import published_state
 from sparse_exp.quantization.quantizers import is_quantized
 from sparse_exp.recipes.checkpoints import restore
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sources.start import SCRATCH, StartFile
 from sparse_exp.sparsity.measure import (
     SPARSE_FROM,
@@ -28,7 +29,9 @@ from sparse_exp.sparsity.measure import (
     work_sparsity,
 )
 from sparse_exp.sparsity.prune import BLOCK, prune_by_magnitude, prune_layer_adaptively
+from sparse_exp.sparsity.slimming import choose_channels, weight_scores
 from sparse_exp.yolov5 import Checkpoint, TransferReport, YOLOv5, read_checkpoint, transfer_weights
+from sparse_exp.yolov5.channels import build_detector, keep_channels
 from sparse_exp.yolov5.grow import grow
 from sparse_exp.yolov5.model import STRIDES, output_stride
 
@@ -94,8 +97,8 @@ def load_start(file: StartFile | None, size: str, num_classes: int, *, seed: int
         CheckpointError: the file cannot be read, or is of another architecture.
     """
     torch.manual_seed(seed)
-    model = YOLOv5(size, num_classes)
     if file is None:
+        model = YOLOv5(size, num_classes)
         return model, Start(SCRATCH, overall(layer_sparsity(model.prunable_convolutions())))
     checkpoint = read_checkpoint(file.file.path)
     quantized = is_quantized(list(checkpoint.state_dict))
@@ -105,6 +108,7 @@ def load_start(file: StartFile | None, size: str, num_classes: int, *, seed: int
     if file.grown:
         checkpoint = grow(checkpoint, size, seed=seed)
     grown_from = file.file.origin if file.grown else ""
+    model = build_detector(size, num_classes, checkpoint.widths if checkpoint.size == size else None)
     report = transfer_weights(model, checkpoint)
     sparsity = overall(layer_sparsity(model.prunable_convolutions()))
     return model, Start(file.name, sparsity, quantized, report.left, grown_from, checkpoint, report)
@@ -161,8 +165,28 @@ def suit_anchors(model: YOLOv5, dataset: DetectionDataset, experiment: Experimen
 
 def _in_floating_point(checkpoint: Checkpoint) -> Checkpoint:
     """A quantized checkpoint without its quantizers."""
-    model = YOLOv5(checkpoint.size, checkpoint.num_classes)
+    model = build_detector(checkpoint.size, checkpoint.num_classes, checkpoint.widths)
     return replace(checkpoint, state_dict=published_state(checkpoint.state_dict, model), quantization={})
+
+
+def slim_start(model: YOLOv5, recipe: Recipe, config: RecipeConfig) -> None:
+    """Take channels out of the start by its weights alone, for a recipe that takes none out itself.
+
+    Args:
+        model: changed in place.
+        recipe: of the training.
+        config: its ``channels``: the share of the multiplications that stays; None: all channels stay.
+
+    Raises:
+        ConfigError: so little cannot stay.
+    """
+    if config.channels is None or recipe.slimming:
+        return
+    kept = choose_channels(model, weight_scores(model), config.channels)
+    before = total_macs(model.quantizable_convolutions(), STRIDES[-1])
+    keep_channels(model, kept)
+    left = total_macs(model.quantizable_convolutions(), STRIDES[-1]) / before
+    _log.info("Took channels out of the start: %.1f %% of its multiplications are left.", 100 * left)
 
 
 def prune_start(
@@ -260,6 +284,6 @@ def _load_detector(path: Path) -> YOLOv5:
     checkpoint = read_checkpoint(path)
     if checkpoint.format == "sparse_exp" or is_quantized(list(checkpoint.state_dict)):
         return restore(path)[0]
-    model = YOLOv5(checkpoint.size, checkpoint.num_classes)
+    model = build_detector(checkpoint.size, checkpoint.num_classes, checkpoint.widths)
     transfer_weights(model, checkpoint)
     return model

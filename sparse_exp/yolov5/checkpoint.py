@@ -20,6 +20,7 @@ from sparse_exp.yolov5.model import SCALES, YOLOv5
 from sparse_exp.yolov5.restricted import Inert, RestrictedFile, TensorRecord, damaged, open_restricted
 
 FORMAT = "sparse_exp/1"
+SLIM_FORMAT = "sparse_exp/2"  # of slimmed detectors: what only knows the stock sizes refuses it by its name
 _HEAD = "model.24."
 _LEVELS = 3
 _SILU = {"SiLU", "Swish", "MemoryEfficientSwish"}  # one function; utils/activations.py has had all of them
@@ -57,6 +58,8 @@ class Checkpoint:
         imgsz: side of the images trained on, in pixels; None where unknown.
         quantization: how each layer is quantized, as plain data (see `sparse_exp.quantization.scheme`); empty
             for floating point.
+        widths: number of channels in each group of a slimmed detector, see `sparse_exp.yolov5.channels`;
+            empty for the stock sizes.
     """
 
     format: str
@@ -70,6 +73,7 @@ class Checkpoint:
     metrics: dict[str, float]
     imgsz: int | None
     quantization: dict[str, Any] = field(default_factory=dict)
+    widths: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,16 +123,21 @@ def _read(path: Path) -> Checkpoint:
 
 def _read_ours(path: Path, file: RestrictedFile) -> Checkpoint:
     tree = file.tree
-    if tree["format"] != FORMAT:
-        should_be, do = f"{FORMAT!r}", "Read it with the release of sparse_exp that wrote it."
+    if tree["format"] not in (FORMAT, SLIM_FORMAT):
+        should_be, do = (
+            f"{FORMAT!r} or {SLIM_FORMAT!r}",
+            "Read it with the release of sparse_exp that wrote it.",
+        )
         raise CheckpointError(expected(f"the format of {path}", should_be, tree["format"], do))
     kinds = {"num_classes": int, "names": list, "imgsz": int, "state_dict": dict, "recipe": str, "phase": str}
     wrong = [k for k, t in kinds.items() if not isinstance(tree.get(k), t)]
     wrong += [k for k in ("epoch",) if not isinstance(tree.get(k), int | float)]
-    wrong += [k for k in ("metrics", "quantization") if not isinstance(tree.get(k, {}), dict)]
+    wrong += [k for k in ("metrics", "quantization", "widths") if not isinstance(tree.get(k, {}), dict)]
     wrong += [k for k in ("size",) if tree.get(k) not in SCALES]
     wrong += [k for k in ("names",) if not wrong and len(tree[k]) != tree["num_classes"]]
     wrong += [k for k in ("imgsz",) if not wrong and not 0 < tree[k] <= _LARGEST_IMGSZ]
+    widths = _mapping(tree.get("widths", {})) if not wrong else {}
+    wrong += [] if all(type(width) is int for width in widths.values()) else ["widths"]
     if wrong:
         raise CheckpointError(damaged(path, f"its {wrong[0]} is malformed"))
     state = _tensors(path, file, tree["state_dict"])
@@ -148,6 +157,7 @@ def _read_ours(path: Path, file: RestrictedFile) -> Checkpoint:
         metrics={str(k): float(v) for k, v in tree["metrics"].items()},
         imgsz=tree["imgsz"],
         quantization=tree.get("quantization", {}),
+        widths=widths,
     )
 
 
@@ -345,16 +355,21 @@ def transfer_weights(model: YOLOv5, checkpoint: Checkpoint) -> TransferReport:
 
     Args:
         model: in floating point; changed in place.
-        checkpoint: of the same size.
+        checkpoint: of the same size and widths.
 
     Raises:
-        CheckpointError: the sizes differ, or a tensor is missing or has another shape. The model is then
-            unchanged.
+        CheckpointError: the sizes or widths differ, or a tensor is missing or has another shape. The model is
+            then unchanged.
     """
     if model.size != checkpoint.size:
         should_be = f"yolov5{model.size} as configured"
         do = f"Set model=yolov5{checkpoint.size}, or choose another checkpoint."
         raise CheckpointError(expected("the checkpoint", should_be, f"yolov5{checkpoint.size}", do))
+    if model.widths != checkpoint.widths:
+        kinds = {True: "slimmed", False: "of the stock widths"}
+        wanted, got = kinds[bool(model.widths)], kinds[bool(checkpoint.widths)]
+        do = "A model is built with the widths of its checkpoint."
+        raise CheckpointError(expected("the checkpoint", f"{wanted}, with the model's widths", got, do))
     own = model.state_dict()
     same_head = model.num_classes == checkpoint.num_classes
     wanted = [name for name in own if same_head or not name.startswith(f"{_HEAD}m.")]
@@ -399,6 +414,7 @@ def save_checkpoint(
     epoch: float,
     metrics: Mapping[str, float],
     quantization: Mapping[str, Any] | None = None,
+    widths: Mapping[str, int] | None = None,
 ) -> None:
     """Write a checkpoint in our own format, whole or not at all.
 
@@ -417,12 +433,13 @@ def save_checkpoint(
         epoch: epochs trained.
         metrics: values by name.
         quantization: see `Checkpoint`; None for floating point.
+        widths: see `Checkpoint`; None for the stock sizes.
 
     Raises:
         OSError: the directory cannot be written.
     """
     content = {
-        "format": FORMAT,
+        "format": SLIM_FORMAT if widths else FORMAT,
         "size": size,
         "num_classes": int(num_classes),
         "names": [str(name) for name in names],
@@ -434,6 +451,7 @@ def save_checkpoint(
         "epoch": float(epoch),
         "metrics": {str(k): float(v) for k, v in metrics.items()},
         "quantization": dict(quantization or {}),
+        **({"widths": {str(k): int(v) for k, v in widths.items()}} if widths else {}),
     }
     with landing(path) as temporary, temporary.open("wb") as file:  # to a path, torch hides OSErrors
         torch.save(content, file)

@@ -82,13 +82,16 @@ def grow(checkpoint: Checkpoint, size: str, *, seed: int = 0, noise: float = 1e-
         metrics and no recipe, because those of the smaller one do not hold for it.
 
     Raises:
-        CheckpointError: ``size`` is not larger, or a tensor of the checkpoint is missing or quantized.
+        CheckpointError: ``size`` is not larger, or the checkpoint is slimmed or quantized or lacks a tensor.
     """
     larger = _ORDER[_ORDER.index(checkpoint.size) + 1 :]
     if size not in larger:
         should_be = f"larger than {checkpoint.size} ({', '.join(larger) or 'there is none'})"
         do = "Name smaller sizes in model.grow_from."
         raise CheckpointError(expected("the size that a checkpoint is grown to", should_be, size, do))
+    if checkpoint.widths:
+        do = "Name checkpoints of stock widths in model.grow_from."
+        raise CheckpointError(expected("a checkpoint to grow", "of the stock widths", "slimmed", do))
     with torch.random.fork_rng(devices=[]):
         small, large = (YOLOv5(s, checkpoint.num_classes) for s in (checkpoint.size, size))
     transfer_weights(small, checkpoint)

@@ -332,6 +332,8 @@ class YOLOv5(nn.Module):
     Attributes:
         size: as given.
         num_classes: as given.
+        widths: number of channels in each group (see `sparse_exp.yolov5.channels`) where the detector was
+            slimmed; empty for the stock sizes.
         model: 25 modules, numbered and named as in the published checkpoints.
         stem: name of the first convolution, which reads the pixels.
 
@@ -351,6 +353,7 @@ class YOLOv5(nn.Module):
             raise ConfigError(expected("the number of classes", "at least 1", num_classes, do))
         self.size = size
         self.num_classes = num_classes
+        self.widths: dict[str, int] = {}
         self.model = nn.Sequential(*_layers(SCALES[size], num_classes))
 
     @property

@@ -70,7 +70,7 @@ def _summary(metadata: Mapping[str, Any]) -> str:
     zeros = f"{metadata['sparsity']:.1%} zeros in the prunable convolutions"
     blocks = ", in blocks of 4 input channels" if metadata["block4"] else ""
     numbers = "8-bit (quantization-aware training)" if metadata["quantized"] else "floating point"
-    classes = metadata["classes"]
+    classes, slim = metadata["classes"], metadata.get("work", 1.0) < 1.0
     shown = ", ".join(map(in_markdown, classes[:10])) + (
         f" and {len(classes) - 10} more" if len(classes) > 10 else ""
     )
@@ -78,6 +78,7 @@ def _summary(metadata: Mapping[str, Any]) -> str:
         "stub": f"`{metadata['stub']}`",
         "short": f"`{metadata['short']}`",
         "sparsity": zeros + blocks,
+        **({"channels": f"{metadata['work']:.1%} of the work of the stock size is left"} if slim else {}),
         "numbers": numbers,
         "image size": f"{metadata['imgsz']} px" if metadata.get("imgsz") else "not recorded",
         f"classes ({len(classes)})": shown,

@@ -12,9 +12,13 @@ from sparse_exp.sparsity.measure import (
     onnx_facts,
     overall,
     state_sparsity,
+    stock_macs,
+    total_macs,
 )
 from sparse_exp.sparsity.onnx_graph import layer_name
-from sparse_exp.yolov5 import read_checkpoint
+from sparse_exp.yolov5 import Checkpoint, read_checkpoint
+from sparse_exp.yolov5.channels import build_detector
+from sparse_exp.yolov5.model import STRIDES
 
 _NOT_PRUNABLE = ("model.0.", "model.24.")  # stem and head
 
@@ -30,6 +34,7 @@ class Measured:
         sparsity: share of zeros in the prunable convolutions, 0..1.
         quantized: whether it went through quantization-aware training.
         block4: whether the zeros come in blocks of four input channels.
+        work: multiplications as a share of those of the stock size, 0..1.
         ours: whether this project wrote it.
         phase: of the training, as in `sparse_exp.yolov5.Checkpoint`; "" where the file does not say.
         recipe: the SparseML recipe that the weights went through; "" for none.
@@ -42,6 +47,7 @@ class Measured:
     sparsity: float
     quantized: bool
     block4: bool
+    work: float
     ours: bool
     phase: str
     recipe: str
@@ -68,11 +74,20 @@ def measure_checkpoint(path: Path) -> Measured:
         sparsity,
         is_quantized(list(checkpoint.state_dict)),
         in_blocks(weights),
+        _work(checkpoint),
         checkpoint.format == "sparse_exp",
         checkpoint.phase or "",
         checkpoint.recipe,
         checkpoint.metrics,
     )
+
+
+def _work(checkpoint: Checkpoint) -> float:
+    if not checkpoint.widths:
+        return 1.0
+    size, classes, imgsz = checkpoint.size, checkpoint.num_classes, STRIDES[-1]
+    own = build_detector(size, classes, checkpoint.widths).quantizable_convolutions()
+    return total_macs(own, imgsz) / stock_macs(size, classes, imgsz)
 
 
 def onnx_sparsity(path: Path) -> float:

@@ -233,7 +233,9 @@ def import_directory(folder: Path, zoo: Path, *, stub: str | None = None, force:
 
 
 def _named(measured: Measured, dataset: str, *, repo: str = "sparse_exp") -> str:
-    tag = sparse_tag(measured.sparsity, quantized=measured.quantized, block4=measured.block4)
+    tag = sparse_tag(
+        measured.sparsity, quantized=measured.quantized, block4=measured.block4, work=measured.work
+    )
     return default_stub(measured.size, dataset, tag, repo=repo)
 
 
@@ -298,6 +300,7 @@ def _describe(stub: str, measured: Measured, metrics: Mapping[str, Any]) -> dict
         "sparsity": round(measured.sparsity, 6),
         "quantized": measured.quantized,
         "block4": measured.block4,
+        "work": round(measured.work, 6),
         "phase": measured.phase,
         "recipe": "",
         "metrics": dict(metrics),

@@ -5,8 +5,8 @@ Terms stand between spaces or commas, and a model is found when it meets them al
 - ``KEY OP VALUE`` as in ``compare --best``; see `sparse_exp.metrics.names`. KEY is one of `KEYS`, or else a
   metric, in full or short. Texts are compared without regard to case, and ``*`` and ``?`` stand for any
   letters; they take only ``=`` and ``!=``, except dates.
-- a word: ``quantized``, ``pruned``, ``dense`` or ``vnni``, or else the size, the data set, the recipe, a
-  class, or the tag or a part of it.
+- a word: ``quantized``, ``pruned``, ``slim``, ``dense`` or ``vnni``, or else the size, the data set, the
+  recipe, a class, or the tag or a part of it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ _NUMBERS: dict[str, Callable[[Metadata], Any]] = {
 }
 _FLAGS: dict[str, Test] = {
     "quantized": lambda model: bool(model.get("quantized")),
-    "pruned": lambda model: not str(model.get("tag")).startswith("base"),
+    "pruned": lambda model: not re.match("base|slim[0-9]+(_quant|-|$)", str(model.get("tag"))),
+    "slim": lambda model: str(model.get("tag")).startswith("slim"),
     "dense": lambda model: str(model.get("tag")).startswith("base"),
     "vnni": lambda model: bool(model.get("block4")),
 }

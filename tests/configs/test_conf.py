@@ -28,7 +28,8 @@ EXPECTED = {
     "paths": {"default"},
     "recipe": {
         "custom", "dense", "distill", "distill_layers", "oneshot", "prune", "prune_distill", "prune_quant",
-        "quant", "transfer", "transfer_quant", "transfer_quant_vnni", "published/prune_quant",
+        "quant", "slim", "slim_quant", "transfer", "transfer_quant", "transfer_quant_vnni",
+        "published/prune_quant",
         "published/transfer_pruned", "published/transfer_pruned_quant",
         "published/transfer_pruned_quant_v1_1",
     },

@@ -97,6 +97,17 @@ PRUNE_QUANT = {
     30: [("pruning", 0, 15), ("pruned", 15, 25), ("pruned_quant", 25, 30)],
     7.5: [("pruning", 0, 3.75), ("pruned", 3.75, 6.25), ("pruned_quant", 6.25, 7.5)],
 }
+SLIM = {
+    12: [("dense", 0, 3), ("slimming", 3, 5), ("slim", 5, 12)],
+    1: [("dense", 0, 0.25), ("slimming", 0.25, 5 / 12), ("slim", 5 / 12, 1)],
+    30: [("dense", 0, 7.5), ("slimming", 7.5, 12.5), ("slim", 12.5, 30)],
+}
+SLIM_QUANT = {
+    12: [("dense", 0, 2.5), ("slimming", 2.5, 25 / 6), ("slim", 25 / 6, 10), ("slim_quant", 10, 12)],
+    4: [("dense", 0, 0.75), ("slimming", 0.75, 1.25), ("slim", 1.25, 3), ("slim_quant", 3, 4)],
+    30: [("dense", 0, 6.25), ("slimming", 6.25, 125 / 12), ("slim", 125 / 12, 25), ("slim_quant", 25, 30)],
+    1: [("dense", 0, 3 / 16), ("slimming", 3 / 16, 5 / 16), ("slim", 5 / 16, 0.75), ("slim_quant", 0.75, 1)],
+}
 ONE_PHASE = (12, 2, 1, 30, 7.5)
 SCHEDULES = {
     "dense": {n: [("dense", 0, n)] for n in ONE_PHASE},
@@ -109,6 +120,8 @@ SCHEDULES = {
     "prune": PRUNE,
     "prune_distill": PRUNE,
     "prune_quant": PRUNE_QUANT,
+    "slim": SLIM,
+    "slim_quant": SLIM_QUANT,
 }
 
 
@@ -213,8 +226,10 @@ def test_what_makes_each_recipe_what_it_is():
         "prune", "prune_distill", "prune_quant", "oneshot", "published/prune_quant",
     }  # fmt: skip
     assert {name for name in NAMES if recipe_of(name).distills} == {
-        "distill", "distill_layers", "prune_distill",
+        "distill", "distill_layers", "prune_distill", "slim", "slim_quant",
     }  # fmt: skip
+    assert {name for name in NAMES if recipe_of(name).slimming} == {"slim", "slim_quant"}
+    assert {name for name in NAMES if chosen(name).teacher == "parent"} == {"slim", "slim_quant"}
     assert {name for name in NAMES if chosen(name).oneshot} == {"oneshot"}
     assert {name for name in NAMES if chosen(name).optimizer == "sgd"} == {
         name for name in NAMES if name.startswith("published/")

@@ -17,9 +17,13 @@ from available import needs_sparseml
 from sparse_exp.yolov5 import read_checkpoint
 
 WORDS = [
-    "experiment=smoke", "tracker=none", "stages=[fetch,plan,train]", "dataset.workers=1",
-    "recipe.variables.num_epochs=5", "recipe.variables.quantization_epochs=2.5",
-]  # fmt: skip
+    "experiment=smoke",
+    "tracker=none",
+    "stages=[fetch,plan,train]",
+    "dataset.workers=1",
+    "recipe.variables.num_epochs=5",
+]
+IN_QAT = "recipe.variables.quantization_epochs=2.5"  # fmt: skip
 
 
 def start(place: Path, *words: str) -> subprocess.Popen[str]:
@@ -51,10 +55,24 @@ def kill_after(process: subprocess.Popen[str], epoch: str, log: Path) -> None:
 
 
 @pytest.mark.slow
+def test_sigkill_while_channels_go(tmp_path):
+    words = ["recipe=slim_quant", "recipe.variables.quantization_epochs=1", "recipe.variables.dense_epochs=1",
+             "recipe.variables.slimming_epochs=2"]  # fmt: skip
+    finish(start(tmp_path, *words, "paths.run=whole"))
+    kill_after(start(tmp_path, *words, "paths.run=cut"), "2", tmp_path / "cut" / "sparse_exp.log")
+    output = finish(start(tmp_path, "resume=cut"))
+    assert "Going on with the training after epoch" in output
+    for name in ("best_dense.pt", "best_slim.pt", "best_slim_quant.pt", "last.pt"):
+        one, two = (read_checkpoint(tmp_path / run / "weights" / name) for run in ("whole", "cut"))
+        assert one.widths == two.widths
+        assert [k for k, v in one.state_dict.items() if not torch.equal(v, two.state_dict[k])] == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["native", pytest.param("sparseml", marks=needs_sparseml)])
 def test_sigkill_costs_at_most_the_epoch_in_progress(tmp_path, engine):
-    finish(start(tmp_path, f"recipe.engine={engine}", "paths.run=whole"))
-    cut = start(tmp_path, f"recipe.engine={engine}", "paths.run=cut")
+    finish(start(tmp_path, IN_QAT, f"recipe.engine={engine}", "paths.run=whole"))
+    cut = start(tmp_path, IN_QAT, f"recipe.engine={engine}", "paths.run=cut")
     kill_after(cut, "2", tmp_path / "cut" / "sparse_exp.log")
     kill_after(start(tmp_path, "resume=cut"), "4", tmp_path / "cut" / "sparse_exp.log")
     output = finish(start(tmp_path, "resume=cut"))

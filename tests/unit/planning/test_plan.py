@@ -149,6 +149,37 @@ def test_a_share_of_the_work_takes_the_place_of_a_sparsity(dense):
     assert unused.startswith("model.macs=0.01 is not used: dense.md does not hold the zeros")
 
 
+def test_how_many_channels_go_and_when(plan):
+    laid_out = plan(chosen=recipe("slim", num_epochs=12, channels=0.4), teacher="parent")
+    assert 0.35 < laid_out.macs / laid_out.dense_macs <= 0.4
+    lines = labelled_lines(laid_out)
+    wanted = "taken out; of the work stays 80% from epoch 3, 60% from epoch 4, 40% from epoch 5"
+    assert lines["channels"] == wanted
+    assert re.search(r"\((3[5-9]|40)% of the .* G of the dense network\)", lines["work"])
+    assert laid_out.sizes.onnx_mb < plan("dense").sizes.onnx_mb / 1.5
+    assert [row["phase"] for row in phase_rows(laid_out)] == ["dense", "slimming", "slim"]
+    (unused,) = plan(chosen=recipe("slim"), teacher="parent", channels=0.3).warnings
+    assert unused == "recipe.channels=0.3 is not used: slim.md itself says that 50% of the work stays."
+
+
+def test_channels_that_cannot_go_are_refused(plan):
+    quantized = Start("x.pt", 0.0, quantized=True)
+    for name, options in (("slim", {"teacher": "parent"}), ("dense", {"channels": 0.5})):
+        with pytest.raises(RecipeError, match=r"\(x\.pt\) is quantized, and channels are taken out") as error:
+            plan(name, quantized, chosen=recipe(name), **options)
+        assert "\n" not in str(error.value)
+    with pytest.raises(
+        ConfigError, match=r"the work of yolov5n that stays to be at least 0\.\d\d, but got 0\.01"
+    ):
+        plan(chosen=recipe("slim", channels=0.01), teacher="parent")
+    with pytest.raises(RecipeError, match=r"parent is the network before its first channels go, and r takes"):
+        plan(chosen=Recipe(DISTILLING, name="r"), teacher="parent")
+    at_once = recipe("slim", dense_epochs=0, warmup_epochs=0.1)
+    with pytest.raises(RecipeError, match=r"parent .* takes none out, or at once"):
+        plan(chosen=at_once, teacher="parent")
+    assert plan(chosen=at_once, teacher="self").slimming[0] == (0.0, pytest.approx(1 - 0.5 / 3))
+
+
 def test_a_sparse_start_is_left_as_it_is(plan, sparse):
     laid_out = plan(start=Start("zoo", 0.75), model=sparse)
     assert laid_out.prune_to is None

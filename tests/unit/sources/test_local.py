@@ -118,6 +118,11 @@ def test_tags(arguments, tag):
     assert sparse_tag(sparsity, quantized=quantized, block4=bool(block4)) == tag
 
 
+def test_the_tag_of_a_slim_model_says_how_much_work_is_left():
+    assert sparse_tag(0.0, quantized=True, work=0.4967) == "slim50_quant-none"
+    assert sparse_tag(0.75, quantized=False, work=0.7) == "slim70_pruned75-none"
+
+
 @pytest.mark.parametrize(
     ("dataset", "part"),
     [("trees", "trees"), ("my trees-2", "my_trees_2"), ("Bäume", "B_ume"), ("木", "custom"), ("../x", "x")],

@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 import torch
 
+from sparse_exp.config.plain import recipe_path
 from sparse_exp.config.schema import SHARES, DatasetConfig, Experiment, ModelConfig, RecipeConfig
 from sparse_exp.data.detection import DetectionDataset, Sample
 from sparse_exp.errors import CheckpointError, ConfigError, RecipeError, SourceUnavailable
 from sparse_exp.quantization.quantizers import is_rounding
 from sparse_exp.recipes.checkpoints import CheckpointWriter, restore
+from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sources.start import teacher_file
+from sparse_exp.sparsity.measure import layer_sparsity, overall, total_macs
 from sparse_exp.training.oneshot import refuse_untrained_start
-from sparse_exp.training.start import Start, load_teacher, prune_start, suit_anchors
+from sparse_exp.training.start import Start, load_teacher, prune_start, slim_start, suit_anchors
 from sparse_exp.yolov5 import Checkpoint, TransferReport, YOLOv5
 
 HEAD = ("model.24.m.0.bias", "model.24.m.0.weight", "model.24.m.1.bias", "model.24.m.1.weight")
@@ -215,3 +218,17 @@ def test_work_that_stem_and_head_take_cannot_be_saved():
     assert "\n" not in str(error.value)
     least = float(re.search(r"at least (0\.\d\d)", str(error.value))[1])
     prune_start(YOLOv5("n", 10), 0.75, RecipeConfig(shares="uniform"), macs=least)
+
+
+def test_channels_are_taken_out_of_the_start_for_recipes_that_take_none_out():
+    recipe, slim = (Recipe.from_file(recipe_path(f"{name}.md")) for name in ("transfer", "slim"))
+    model = YOLOv5("n", 10)
+    before = total_macs(model.quantizable_convolutions(), 64)
+    for chosen, channels in ((recipe, None), (slim, 0.5)):
+        slim_start(model, chosen, RecipeConfig(channels=channels))
+        assert model.widths == {}
+    slim_start(model, recipe, RecipeConfig(channels=0.5))
+    assert 0.45 < total_macs(model.quantizable_convolutions(), 64) / before <= 0.5
+    prune_start(model, 0.75, RecipeConfig())
+    assert overall(layer_sparsity(model.prunable_convolutions())) == pytest.approx(0.75, abs=1e-3)
+    assert work_left(model) < 0.7
