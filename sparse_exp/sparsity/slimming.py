@@ -75,7 +75,7 @@ def weight_scores(model: YOLOv5) -> dict[str, Tensor]:
         read = [(name, variances.get(name, torch.ones(3, dtype=torch.float64))) for name in layer.reads]
         given = torch.cat([v for _, v in read]) * cast(Tensor, weight).double().cpu().square().sum((2, 3))
         shares = (given / given.sum(1, keepdim=True).clamp_min(1e-30)).mean(0)
-        for (name, _), share in zip(read, shares.split([len(v) for _, v in read]), strict=True):
+        for (name, _), share in zip(read, torch.split(shares, [len(v) for _, v in read]), strict=True):
             if name != IMAGE:
                 scores[name] += share
     return scores

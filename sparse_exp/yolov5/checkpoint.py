@@ -367,9 +367,9 @@ def transfer_weights(model: YOLOv5, checkpoint: Checkpoint) -> TransferReport:
         raise CheckpointError(expected("the checkpoint", should_be, f"yolov5{checkpoint.size}", do))
     if model.widths != checkpoint.widths:
         kinds = {True: "slimmed", False: "of the stock widths"}
-        wanted, got = kinds[bool(model.widths)], kinds[bool(checkpoint.widths)]
+        own_kind, got = kinds[bool(model.widths)], kinds[bool(checkpoint.widths)]
         do = "A model is built with the widths of its checkpoint."
-        raise CheckpointError(expected("the checkpoint", f"{wanted}, with the model's widths", got, do))
+        raise CheckpointError(expected("the checkpoint", f"{own_kind}, with the model's widths", got, do))
     own = model.state_dict()
     same_head = model.num_classes == checkpoint.num_classes
     wanted = [name for name in own if same_head or not name.startswith(f"{_HEAD}m.")]
