@@ -7,6 +7,14 @@ TOOLS := $(VENV)/.installed-dev
 PYTHONS := 3.11 3.12 3.13 3.14
 PIP := $(ENV)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
+# Whether the Python in .venv is there, has pip, and is one of these versions. What is not so, as after an update of the
+# system or an interrupted call, is made anew.
+GOOD := -c 'import pip, sys; sys.exit("%d.%d" % sys.version_info[:2] not in "$(PYTHONS)".split())'
+ifneq ($(wildcard $(RUNTIME)),)
+ifneq ($(shell $(ENV)/python $(GOOD) 2>/dev/null && echo good),good)
+$(shell rm -f $(RUNTIME) $(TOOLS))
+endif
+endif
 # Tests run in so many processes, each on one thread: threads of several processes slow each other down.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(ENV)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
@@ -26,7 +34,7 @@ $(RUNTIME): pyproject.toml constraints.txt
 	echo "Python $(PYTHONS: =, ) is needed, with its venv module. Install one of these, or name it: make PYTHON=/path/to/python3.11" >&2; \
 	exit 1; }; \
 	echo "Installing into $(VENV) with $$python (several GB; minutes)"; \
-	test -x $(ENV)/python || $$python -m venv $(VENV)
+	{ $(ENV)/python $(GOOD) && $(ENV)/python -m pip --version; } >/dev/null 2>&1 || $$python -m venv --clear $(VENV)
 	@$(PIP) pip setuptools
 	@$(PIP) --no-compile --editable '.[train]'
 	@touch $@

@@ -109,3 +109,52 @@ def test_a_python_is_found_by_its_version_and_others_are_not_taken():
             [path, "-c", "import sys; print(*sys.version_info[:2], sep='.')"], text=True
         )
         assert version.strip() == own
+
+
+# A Python as above, but of an environment that `make` has made or found; what is broken in it says $1.
+IN_VENV = """#!/bin/sh
+echo "venv: $*" >>"$LOG"
+case "$1 $2" in
+"-c "*) [ "%(broken)s" = import ] && exit 1 ;;
+"-m pip") [ "%(broken)s" = pip ] && exit 1 ;;
+esac
+exit 0
+"""
+SYSTEM = """#!/bin/sh
+if [ "$1" = - ]; then cat >/dev/null; exit 0; fi
+echo "system: $*" >>"$LOG"
+mkdir -p "$4/bin" && rm -f "$4/bin/python" && cp "$GOOD_PYTHON" "$4/bin/python"
+"""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+@pytest.mark.parametrize("broken", ["missing", "dangling", "import", "pip", "good"])
+@pytest.mark.parametrize("installed", [False, True])
+def test_an_environment_that_is_broken_is_made_anew(tmp_path, broken, installed):
+    root = TOOLS.parent
+    shutil.copy(root / "Makefile", tmp_path)
+    shutil.copytree(root / "tools", tmp_path / "tools")
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+    for name, text in (("system", SYSTEM), ("good", IN_VENV % {"broken": ""})):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    if broken == "dangling":
+        python.symlink_to(tmp_path / "gone")
+    elif broken != "missing":
+        python.write_text(IN_VENV % {"broken": broken})
+        python.chmod(0o755)
+    if installed:
+        (tmp_path / ".venv" / ".installed").touch()
+    variables = {"LOG": str(tmp_path / "log"), "GOOD_PYTHON": str(tmp_path / "good")}
+    command = ["make", ".venv/.installed", f"PYTHON={tmp_path / 'system'}"]
+    ended = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, **variables}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    log = (tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""
+    anew = broken != "good" and not (installed and broken == "pip")  # which worked when it was installed
+    assert (f"system: -m venv --clear {'.venv'}" in log) == anew
+    assert ("pip install" in log) == (anew or not installed)
