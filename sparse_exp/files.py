@@ -1,4 +1,7 @@
-"""Files and directories that land whole or not at all; digests of files and of plain data."""
+"""Files and directories that land whole or not at all, through a power failure too; digests.
+
+What has landed is on the disk: the content is written out before the name shows it, and the name afterwards.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of the system that mean: no space is left, on the disk or for this user."""
+_MOST_SINGLE_FILES = 200  # with more, all that the system has to write is written out at once
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # constants of Linux, see renameat2(2)
 
 
@@ -38,17 +44,25 @@ def fingerprint(*parts: Any) -> str:
 
 
 @contextmanager
-def landing(path: Path) -> Iterator[Path]:
+def landing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place when the block ends well.
 
     When the block raises, nothing of it stays. The temporary name keeps the suffix, which some
     writers choose their format by.
+
+    Args:
+        path: of the file.
+        durable: wait until it is on the disk; not for many small files that can be made again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         yield temporary
+        if durable:
+            _write_out(temporary)
         temporary.replace(path)
+        if durable:
+            _write_out(path.parent)
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
@@ -81,11 +95,34 @@ def landing_directory(target: Path, *, part: Path | None = None) -> Iterator[Pat
     try:
         yield part
         target.parent.mkdir(parents=True, exist_ok=True)
+        _write_out_all(part)
         _put_in_place(part, target, old)
+        _write_out(target.parent)
     finally:
         for leftover in (part, old):
             with suppress(OSError):  # the next call clears it
                 _remove(leftover)
+
+
+def _write_out(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not on this file system
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _write_out_all(folder: Path) -> None:
+    paths = [path for path in folder.rglob("*") if path.is_dir() or path.is_file()]
+    if len(paths) > _MOST_SINGLE_FILES:
+        os.sync()
+        return
+    for path in [*paths, folder]:
+        _write_out(path)
 
 
 def replaced_by(part: Path) -> Path:

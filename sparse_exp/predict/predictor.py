@@ -77,7 +77,7 @@ class Predictor:
                 if result.drawn is not None:
                     suffix = ".png" if result.drawn.startswith(b"\x89PNG") else ".jpg"
                     name = self._names.name(result.input.file, suffix)
-                    with landing(self.folder / name) as temporary:
+                    with landing(self.folder / name, durable=False) as temporary:
                         temporary.write_bytes(result.drawn)
                 self._add(result, name)
                 count()

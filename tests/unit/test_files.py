@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 
 import pytest
 
-from sparse_exp.files import fingerprint, landing, sha256_of, write_json, write_text
+from sparse_exp.files import fingerprint, landing, landing_directory, sha256_of, write_json, write_text
 
 
 def names(folder) -> set[str]:
@@ -24,6 +26,24 @@ def test_landing_shows_the_file_only_when_it_is_whole(tmp_path):
         temporary.write_text("whole")
     assert target.read_text() == "whole"
     assert names(target.parent) == {"model.onnx"}
+
+
+def test_what_lands_is_on_the_disk_before_its_name_is_and_then_the_name(tmp_path, monkeypatch):
+    target, written = tmp_path / "a" / "b.json", []
+
+    def fsync(descriptor: int, real=os.fsync) -> None:
+        file = os.fstat(descriptor)
+        written.append(("directory" if stat.S_ISDIR(file.st_mode) else file.st_size, target.exists()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_text(target, "whole")
+    assert written == [(5, False), ("directory", True)]
+    written.clear()
+    with landing_directory(tmp_path / "model") as folder:
+        (folder / "below").mkdir()
+        (folder / "below" / "c.bin").write_bytes(b"1234")
+    assert sorted(map(str, (what for what, _ in written))) == ["4", *["directory"] * 3]
 
 
 def fail_while_landing(target, error) -> None:
