@@ -1,6 +1,7 @@
 """Measure the time of `compare` over many runs, and the share of a run's time that MLflow takes.
 
     python benchmarks/tracking.py                          # 1,000 runs of 200 metrics each
+    python benchmarks/tracking.py --runs 5000 --server     # and of a server, which is asked for the newest
     python benchmarks/tracking.py --runs 100 --log outputs/runs/2026-11-22/17-35-11-yolov5s-trees
 
 All files are made in a temporary folder. The project's own code writes the run directories. MLflow makes a
@@ -15,22 +16,26 @@ import json
 import os
 import random
 import resource
+import signal
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from sparse_exp.command import Parser, run_command, whole
 from sparse_exp.config.schema import TrackerConfig
+from sparse_exp.errors import SparseExpError
 from sparse_exp.files import write_json
 from sparse_exp.hardware import host_facts
 from sparse_exp.runs.directory import Run, StageRecord
 from sparse_exp.tracking import Artifact, Metrics, RunInfo, Tags
+from sparse_exp.tracking.dashboard import free_port
 from sparse_exp.tracking.mlflow import MlflowTracker, import_client
 
 _NAMED = ("val/map50", "benchmark/deepsparse/sparse/b1/items_per_s", "size/onnx_gzip_mb")
@@ -48,18 +53,53 @@ def main() -> int:
         _make_directories(folder / "runs", options.runs, options.metrics)
         _make_database(folder / "mlflow", options.runs, options.metrics)
         sources = {"run directories": [str(folder / "runs")], "MLflow, SQLite": ["--experiment", "many"]}
+        store = ["--store", str(folder / "mlflow")]
         for label, words in sources.items():
             for what, more in (
                 ("table", []),
                 ("table, CSV, Markdown, PNG, HTML", ["--out", str(folder / "out")]),
             ):
-                words_here = [*words, "--store", str(folder / "mlflow"), *more]
-                wall, cpu = min(_compare(words_here) for _ in range(options.repeats))
-                print(f"{label:16} {what:34} {wall:6.2f}   {cpu:6.2f}")
+                _measure(label, what, [*words, *store, *more], options.repeats)
+        if options.server:
+            with _serving(folder / "mlflow") as address:
+                for newest in (200, 1000):
+                    words = ["--experiment", "many", "--uri", address, "--newest", str(newest)]
+                    _measure("MLflow, server", f"table of the newest {newest}", words, options.repeats)
+                some = ["--experiment", "many", "--uri", address, "--filter", "metrics.`val/map50` > 59"]
+                _measure("MLflow, server", "table of those with val/map50 > 59", some, options.repeats)
         if options.log:
             print()
             _replay(options.log, folder / "replay")
     return 0
+
+
+def _measure(label: str, what: str, words: list[str], repeats: int) -> None:
+    wall, cpu = min(_compare(words) for _ in range(repeats))
+    print(f"{label:16} {what:34} {wall:6.2f}   {cpu:6.2f}", flush=True)
+
+
+@contextmanager
+def _serving(store: Path) -> Iterator[str]:
+    """The address of an MLflow server over a store, once it answers."""
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{store / 'mlflow.db'}"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    server = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            with suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
+                break
+            if server.poll() is not None:
+                raise SparseExpError("The MLflow server has ended. Start one by hand to see why.")
+            time.sleep(0.5)
+        yield address
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
 
 
 def _compare(words: list[str]) -> tuple[float, float]:
@@ -182,6 +222,7 @@ def _options() -> argparse.Namespace:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--runs", type=whole, default=1000)
     parser.add_argument("--metrics", type=whole, default=200, help="of each run, at least 3")
+    parser.add_argument("--server", action="store_true", help="also ask an MLflow server over the database")
     parser.add_argument("--repeats", type=whole, default=3)
     parser.add_argument("--log", type=Path, metavar="RUN", help="directory of a run to track again")
     return parser.parse_args()

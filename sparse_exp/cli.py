@@ -10,24 +10,26 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from sparse_exp.command import print_any_text
+from sparse_exp.config.places import apply_environment, register_schema
 from sparse_exp.config.plain import CONF_DIRECTORY, group
-from sparse_exp.config.schema import Experiment, TrackerConfig
+from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import ConfigError, SparseExpError, StageFailed, first_line, for_users
-from sparse_exp.sweep.naming import sweep_name
+from sparse_exp.redaction import RedactingFormatter, redact_tracebacks, secret_problem, without_secrets
+from sparse_exp.sweep import naming
 
 _log = logging.getLogger("sparse_exp")
 OmegaConfKeyError = (ConfigKeyError, ConfigAttributeError)
 # When this module is imported, as processes of a launcher do that never see `main`. What the launching
 # process found is kept with the configuration: the words of the others are not those of the command.
-OmegaConf.register_new_resolver("sweep_name", lambda: sweep_name(sys.argv[1:]), use_cache=True, replace=True)
+OmegaConf.register_new_resolver("sweep_name", lambda: naming.launched, use_cache=True, replace=True)
 _PLUGIN = re.compile(r"Could not find 'hydra/launcher/(\w+)'")
 _PLACE = re.compile(r"In '(.+?)': ")
 _EXTRAS = {"joblib": "joblib", "ray": "ray", "submitit_slurm": "slurm"}  # by Hydra's name of the launcher
@@ -38,8 +40,14 @@ def main() -> None:
     """Run the command line; every failure ends in plain lines and an exit code that is not 0."""
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors to us instead of printing them
-    _register_schema()
     print_any_text()
+    # Hydra's own property prints the job's command line before it raises: what is wrong is one line here.
+    JobReturn.return_value = property(_returned, JobReturn.return_value.fset)  # type: ignore[attr-defined]
+    redact_tracebacks()
+    naming.launched = None
+    if held := [override for override in sys.argv[1:] if without_secrets(override) != override]:
+        sys.exit(f"Error: {secret_problem(*held[0].partition('=')[::2])}")
+    register_schema()
     try:
         hydra.main(version_base="1.3", config_path=str(CONF_DIRECTORY), config_name="config")(task)()
     except BrokenPipeError as error:  # whoever read the output, such as head, has seen enough
@@ -53,6 +61,13 @@ def main() -> None:
         _exit(for_users(error) if isinstance(error, Exception) else error, unfinished)
     else:
         _exit(None, _close_sweep(None))
+
+
+def _returned(job: JobReturn) -> Any:
+    """What a job returned; its error is raised."""
+    if job.status == JobStatus.FAILED:
+        raise job._return_value
+    return job._return_value
 
 
 def _close_sweep(error: BaseException | None) -> str | None:
@@ -72,28 +87,18 @@ def _exit(error: BaseException | None, unfinished: str | None) -> None:
     if unfinished and (error is None or isinstance(error, SparseExpError)):
         sys.exit(f"Error: {unfinished}")
     if unfinished and isinstance(error, Exception):  # the launcher's, such as of a worker that was killed
-        sys.exit(f"Error: {type(error).__name__}: {first_line(error)} {unfinished}")
+        sys.exit(without_secrets(f"Error: {type(error).__name__}: {first_line(error)} {unfinished}"))
     if isinstance(error, ConfigError):
-        sys.exit("\n".join(f"Error: {problem}" for problem in error.problems))
+        sys.exit(without_secrets("\n".join(f"Error: {problem}" for problem in error.problems)))
     if isinstance(error, SparseExpError):
-        sys.exit(f"Error: {error}")
+        sys.exit(without_secrets(f"Error: {error}"))
     if isinstance(error, HydraException | OmegaConfBaseException):
-        sys.exit(f"Error: {_one_line(error)}")
+        sys.exit(without_secrets(f"Error: {_one_line(error)}"))
     groups = [word.removesuffix("=null") for word in sys.argv[1:] if word.endswith("=null")]
     if isinstance(error, ValueError) and groups and str(error).startswith(_NO_OPTION):
         sys.exit(f"Error: The group {groups[0]} needs an option. Choose one; --help lists them.")
     if error is not None:
         raise error
-
-
-def _register_schema() -> None:
-    store, schema = ConfigStore.instance(), OmegaConf.structured(Experiment)
-    # Which variables there are is for the recipe to know, whose file may be another than the option's.
-    OmegaConf.set_struct(schema.recipe.variables, False)
-    store.store(name="schema", node=schema)
-    # Hydra deep-copies the whole store about a hundred times for --help. It is only read from here on,
-    # and what is loaded from it is copied anyway.
-    ConfigStore.__deepcopy__ = lambda self, _: self  # type: ignore[attr-defined]
 
 
 def task(config: DictConfig) -> Any:
@@ -111,10 +116,14 @@ def task(config: DictConfig) -> Any:
 
     job = HydraConfig.get()
     swept = not OmegaConf.is_missing(job.job, "num")
+    if job.job.chdir:
+        raise ConfigError(naming.NO_CHDIR)
     log_to_console(f"[{job.job.num}] " if swept and config.launcher.jobs > 1 else "")
     if job.runtime.output_dir != str(Path.cwd()):  # a job of a sweep, or hydra.run.dir=... was given
         config.paths.run = job.runtime.output_dir
     _leave_option_variables(config, job)
+    apply_environment(config, job.overrides.task)
+    by_time = "${now:" in str(OmegaConf.to_container(config.paths)["run"])  # type: ignore[index, call-overload]
     if swept:
         return _run_job(config, job)
 
@@ -125,7 +134,7 @@ def task(config: DictConfig) -> Any:
         start = resumed(config, job)
         run(start.experiment, _hydra_words(start.words), start.words, whole=start.whole)
     else:
-        run(resolve(config), _hydra_files(config, job), words)
+        run(resolve(config), _hydra_files(config, job), words, numbered=by_time)
     return None
 
 
@@ -249,7 +258,7 @@ def log_to_console(prefix: str = "") -> None:
         _log.propagate = False
     for handler in _log.handlers:
         if isinstance(handler, _ConsoleHandler):
-            handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+            handler.setFormatter(RedactingFormatter(f"{prefix}%(message)s"))
     _log.setLevel(logging.INFO)
 
 

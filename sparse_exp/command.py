@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from sparse_exp.errors import ConfigError, SparseExpError, for_users
+from sparse_exp.redaction import redact_tracebacks, without_secrets
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,10 +84,11 @@ def run_command(command: Callable[[], int]) -> NoReturn:
         SystemExit: always; 1 after an error for users, 130 after Ctrl-C.
     """
     print_any_text()
+    redact_tracebacks()
     try:
         sys.exit(command())
     except SparseExpError as error:
-        sys.exit(f"Error: {error}")
+        sys.exit(without_secrets(f"Error: {error}"))
     except ModuleNotFoundError as error:
         if (told := for_users(error)) is error:
             raise

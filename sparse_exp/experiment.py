@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,16 @@ from sparse_exp import __version__
 from sparse_exp.config.plain import as_dict, as_yaml, recipe_path
 from sparse_exp.config.schema import Experiment
 from sparse_exp.errors import SparseExpError, StageFailed
-from sparse_exp.files import fingerprint, write_json, write_text
+from sparse_exp.files import FULL, fingerprint, write_json, write_text
 from sparse_exp.hardware import host_facts
 from sparse_exp.hardware.deepsparse import using
 from sparse_exp.hardware.targets import fit_to_host, mismatch_sentence
 from sparse_exp.hints import command_line, resume_command
 from sparse_exp.locks import waited_seconds, working
+from sparse_exp.redaction import RedactingFormatter, without_secrets
 from sparse_exp.runs.conditions import current, packages
-from sparse_exp.runs.directory import CONFIG, Run, StageRecord, locked
-from sparse_exp.runs.past import JOB_TAG, OVERRIDES_TAG
+from sparse_exp.runs.directory import CONFIG, MANIFEST, Run, StageRecord, claim, locked
+from sparse_exp.runs.past import DIED, JOB_TAG, OVERRIDES_TAG, has_died
 from sparse_exp.runs.replay import AT_THE_END, AT_THE_START, files_of, told_of, told_of_stage
 from sparse_exp.sources.cache import cache_directory
 from sparse_exp.sources.local import zoo_directory
@@ -34,7 +37,7 @@ from sparse_exp.stages import sharing
 from sparse_exp.stages.base import Context, Stage, SweepMember
 from sparse_exp.stages.fingerprint import Fingerprint, pass_on, take_fingerprint
 from sparse_exp.stages.registry import STAGES
-from sparse_exp.tracking import PARENT_TAG, RunInfo, Status, as_plain, create_tracker
+from sparse_exp.tracking import PARENT_TAG, RunInfo, Status, as_plain, create_tracker, end_open_runs
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +49,7 @@ def run(
     sweep: SweepMember | None = None,
     *,
     whole: Experiment | None = None,
+    numbered: bool = False,
 ) -> Mapping[str, Any] | None:
     """Run the stages of an experiment, or with ``dry_run`` only show its plan.
 
@@ -55,6 +59,7 @@ def run(
         overrides: the command line, to make the run again; None: it is not known.
         sweep: the sweep that the run is a job of, if it is one.
         whole: what is recorded as the run's configuration, where this start does a part of it.
+        numbered: nobody has named ``paths.run``: where that directory is taken, the next with a number is.
 
     Returns:
         What ``result.json`` holds; None for a dry run.
@@ -76,14 +81,14 @@ def run(
         show(experiment, recipe, mismatch)
         return None
     tracker = create_tracker(experiment.tracker, Path(experiment.paths.mlflow).absolute())
-    with _opened(experiment, wait=sweep is not None) as directory:
+    with _opened(experiment, wait=sweep is not None, numbered=numbered) as directory:
         context = Context(experiment, directory, tracker, recipe, sweep, mismatch, run_nested=_run_nested)
         with _logging_to(directory.path / "sparse_exp.log"), _terminated_as_interrupted():
-            _write_conditions(context, whole or asked, hydra_files, overrides, file)
+            record = partial(_write_conditions, context, whole or asked, hydra_files, overrides, file)
             if mismatch:
                 _log.warning("%s", mismatch_sentence(experiment.hardware.name, mismatch))
             with using(experiment.hardware.deepsparse_python):
-                _run_tracked(context)
+                _run_tracked(context, whole or experiment, record)
     return directory.result()
 
 
@@ -101,11 +106,14 @@ def _recipe_file(experiment: Experiment) -> Path:
 
 
 @contextmanager
-def _opened(experiment: Experiment, *, wait: bool) -> Iterator[Run]:
+def _opened(experiment: Experiment, *, wait: bool, numbered: bool) -> Iterator[Run]:
     """The directory of the run, new or as it was left, which no other process touches meanwhile."""
     path = Path(experiment.resume or experiment.paths.run)
     if experiment.resume:
         Run.read(path)  # what is no run gets no lock either
+    elif numbered:
+        path = claim(path)
+        experiment.paths.run = str(path)
     with locked(path, wait=wait):
         if experiment.resume:
             yield Run.reopen(path)
@@ -142,38 +150,62 @@ def _write_conditions(
     )
 
 
-def _run_tracked(context: Context) -> None:
-    """Run the stages, and tell manifest and tracker how it ended, whatever happens."""
-    tracker, run = context.tracker, context.run
+def _run_tracked(context: Context, whole: Experiment, record: Callable[[], None]) -> None:
+    """Run the stages, and tell manifest and tracker how it ended, whatever happens.
+
+    Args:
+        context: of the run.
+        whole: what the run is, with the stages of all its starts.
+        record: writes down with what it runs.
+    """
     try:
-        info = _run_info(context)
-        run.update(told=False, started=time.time(), ended=None)
-        tracker.start(info)
-        run.update(tracker_run_id=tracker.run_id, tracker_address=tracker.address)
-        for event, at in files_of(run, AT_THE_START, run.state["started"]):
-            tracker.log(event, at)
+        with _failures_of(context, "the start of the run"):
+            record()
+            _start_tracking(context, whole)
         _run_stages(context)
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt)
-        reason = "interrupted" if killed else " ".join(str(error).split())
+        reason = "interrupted" if killed else without_secrets(" ".join(str(error).split()))
         _finish(context, "KILLED" if killed else "FAILED", reason)
         raise
     _finish(context, "FINISHED", "")
 
 
+def _start_tracking(context: Context, whole: Experiment) -> None:
+    tracker, run, experiment = context.tracker, context.run, context.experiment
+    info = _run_info(context, whole)
+    run.update(told=False, started=time.time(), ended=None)
+    tracker.start(info)
+    if tracker.run_id is not None:  # else what an earlier start was tracked as stays
+        run.update(tracker_run_id=tracker.run_id, tracker_address=tracker.address)
+        if context.sweep is None:
+            store = Path(experiment.paths.mlflow)
+            end_open_runs(experiment.tracker, store, None, has_died, "KILLED", DIED)
+    for event, at in files_of(run, AT_THE_START, run.state["started"]):
+        tracker.log(event, at)
+
+
 def _finish(context: Context, status: Status, reason: str) -> None:
+    """Tell manifest and tracker how the run ended, each whether or not the other can be told."""
     run, ended = context.run, time.time()
-    run.update(status=status, failure=reason or None, ended=ended)
+    _note(run, status=status, failure=reason or None, ended=ended)
     for event, at in files_of(run, AT_THE_END, ended):
         context.tracker.log(event, at)
     told = context.tracker.finish(status, reason, ended)
-    run.update(told=told)
+    _note(run, told=told and context.tracker.run_id == run.tracker_run_id)
     if not told:
         again = command_line("sync", str(run.path), module="sparse_exp.tracking")
         _log.warning("The tracker does not know all of this run. When it answers again: %s", again)
 
 
-def _run_info(context: Context) -> RunInfo:
+def _note(run: Run, **state: Any) -> None:
+    try:
+        run.update(**state)
+    except OSError as error:
+        _log.warning("The end of the run is not in %s: %s.", run.path / MANIFEST, error.strerror)
+
+
+def _run_info(context: Context, whole: Experiment) -> RunInfo:
     experiment = context.experiment
     tags = {
         "model": experiment.model.name,
@@ -190,9 +222,9 @@ def _run_info(context: Context) -> RunInfo:
         tags |= {PARENT_TAG: context.sweep.parent} if context.sweep.parent else {}
         tags |= {JOB_TAG: str(context.sweep.job)} if context.sweep.job is not None else {}
     return RunInfo(
-        name=experiment.name,
+        name=" ".join(filter(None, (experiment.name, context.sweep.label if context.sweep else ""))),
         experiment=experiment.tracker.experiment,
-        config=as_dict(experiment),
+        config=as_dict(replace(experiment, stages=whole.stages, resume=None)),
         tags=tags,
         directory=context.run.path,
         run_id=context.run.tracker_run_id,
@@ -212,16 +244,21 @@ def _run_stages(context: Context) -> None:
                 held.close()
             before = pass_on(stage, context, before, _run_stage(context, stage, before))
             if stage.held_until:
-                held.enter_context(stage.held(context))
+                with _failures_of(context, f"the stage {name}"):
+                    held.enter_context(stage.held(context))
                 held_until = stage.held_until
 
 
 def _run_stage(context: Context, stage: Stage, before: Fingerprint) -> Fingerprint:
     """Run one stage, or keep it when it is finished; returns its fingerprint."""
+    with _failures_of(context, f"the stage {stage.name}"):
+        return _run_or_keep(context, stage, before)
+
+
+def _run_or_keep(context: Context, stage: Stage, before: Fingerprint) -> Fingerprint:
     started = time.monotonic() - waited_seconds()
     context.run.update(stage=stage.name)
-    with _failures_of(context, stage):
-        own = _adopted(context, stage, take_fingerprint(context, stage, before))
+    own = _adopted(context, stage, take_fingerprint(context, stage, before))
     if context.run.is_finished(stage.name, own.mark):
         _log.info("== %s: finished before, kept", stage.name)
         return own
@@ -268,7 +305,6 @@ def _why_again(context: Context, stage: Stage, own: Fingerprint) -> str:
 def _work(context: Context, stage: Stage, own: Fingerprint, started: float) -> None:
     """Do a stage and record it; ``started``: by the monotonic clock, less the time waited until then."""
     with (
-        _failures_of(context, stage),
         nullcontext() if stage.light else working(),
         _threads(context) if stage.computes else nullcontext(),
     ):
@@ -303,18 +339,18 @@ def _threads(context: Context) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _failures_of(context: Context, stage: Stage) -> Iterator[None]:
-    """Turn what stops a stage into one line; the traceback goes to the run's log."""
+def _failures_of(context: Context, what: str) -> Iterator[None]:
+    """Turn what stops a stage, or the start of the run, into one line; the traceback goes to the log."""
     try:
         yield
     except SparseExpError:
-        _log.debug("Stage %s stopped", stage.name, exc_info=True)
+        _log.debug("%s stopped", what, exc_info=True)
         raise
     except Exception as error:
-        _log.debug("Stage %s failed", stage.name, exc_info=True)
+        _log.debug("%s failed", what, exc_info=True)
         if _interrupted(error):
             raise KeyboardInterrupt from error
-        raise StageFailed(_failure(context, stage.name, error)) from error
+        raise StageFailed(_failure(context, what, error)) from error
 
 
 def _interrupted(error: BaseException | None) -> bool:
@@ -324,24 +360,35 @@ def _interrupted(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _failure(context: Context, stage: str, error: Exception) -> str:
+def _failure(context: Context, what: str, error: Exception) -> str:
     first = (str(error).strip().splitlines() or [""])[0]
     log = context.run.path / "sparse_exp.log"
     if isinstance(error, MemoryError) or "out of memory" in str(error):
         do = "Make trainer.batch_size smaller."
-        return f"The stage {stage} ran out of memory. {do} Its traceback is in {log}."
-    if isinstance(error, OSError) and error.errno == 28:
+        return f"{_sentence(what)} ran out of memory. {do} Its traceback is in {log}."
+    if isinstance(error, OSError) and error.errno in FULL:
         do = f"Free some space, then go on with: {resume_command(context.run.path)}"
-        return f"The disk is full (stage {stage}). {do}"
-    return f"The stage {stage} failed: {type(error).__name__}: {first} Its traceback is in {log}."
+        return f"The disk is full ({what.removeprefix('the ')}). {do}"
+    return f"{_sentence(what)} failed: {type(error).__name__}: {first} Its traceback is in {log}."
+
+
+def _sentence(what: str) -> str:
+    return what[:1].upper() + what[1:]
+
+
+class _RunLog(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Leave out what a full disk does not take: what the run itself cannot write ends it in one line."""
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
 
 
 @contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
     """Keep everything that is logged, debug lines and tracebacks included, in the run's log."""
     logger = logging.getLogger("sparse_exp")
-    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    handler = _RunLog(path, encoding="utf-8", errors="backslashreplace", delay=True)
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     handler.setLevel(logging.DEBUG)
     logger.addHandler(handler)
     previous = logger.level
@@ -356,17 +403,23 @@ def _logging_to(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM end a run as Ctrl-C does: recorded, tracked as KILLED, no process left behind."""
+    """Let SIGTERM, and SIGHUP of a terminal that is gone, end a run as Ctrl-C does.
+
+    It is then recorded, tracked as KILLED, and leaves no process behind. Signals that are ignored, as by
+    ``nohup``, stay so.
+    """
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
+    caught = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
     try:
-        previous = signal.signal(signal.SIGTERM, interrupt)
+        previous = {each: signal.signal(each, interrupt) for each in caught}
     except ValueError:  # not the main thread: whoever runs us there decides
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for each, handler in previous.items():
+            signal.signal(each, handler)

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from sparse_exp.cli import log_to_console
 from sparse_exp.command import Parser, run_command
+from sparse_exp.config.places import add_place_options, chosen_places
 from sparse_exp.config.plain import as_dict, recipe_path
 from sparse_exp.config.schema import Experiment, TrackerConfig
 from sparse_exp.data import is_prepared, prepare
@@ -33,7 +34,7 @@ from sparse_exp.runs.conditions import (
     package_differences,
 )
 from sparse_exp.runs.directory import MANIFEST
-from sparse_exp.runs.past import add_store_options, is_run_id, local_directory, tagged_overrides
+from sparse_exp.runs.past import is_run_id, local_directory, tagged_overrides
 from sparse_exp.sources.cache import cache_directory
 from sparse_exp.text import console_table
 from sparse_exp.tracking.reading import fetch_files, read_runs
@@ -114,7 +115,8 @@ class Record:
 def main() -> int:
     """Say what differs, then start the run, unless it is a dry run."""
     options = _options()
-    record = find_record(options.run, TrackerConfig(uri=options.uri), options.store)
+    places = chosen_places(options)
+    record = find_record(options.run, places.tracker, places.mlflow)
     experiment, filled = rebuild(record.config, options.overrides)
     place_anew(experiment, options.overrides)
     show(options.run, differences(record, experiment, filled))
@@ -125,7 +127,8 @@ def main() -> int:
     changed = [_as_hydra_reads_it(word, experiment) for word in options.overrides]
     words = None if record.overrides is None else [*record.overrides, *changed]
     told = {} if words is None else {"overrides.yaml": _as_yaml_list(words)}
-    run(experiment, {**record.hydra, **told}, words)
+    named = any(word.startswith("paths.run=") for word in options.overrides)
+    run(experiment, {**record.hydra, **told}, words, numbered=not named)
     return 0
 
 
@@ -290,7 +293,7 @@ def _options() -> argparse.Namespace:
     add("run", metavar="RUN", help="directory of a run, or its MLflow id")
     add("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="values to change")
     add("--dry-run", action="store_true", help="only say what differs (also: dry_run=true)")
-    add_store_options(parser)
+    add_place_options(parser, "uri", "store")
     return parser.parse_intermixed_args()
 
 

@@ -18,10 +18,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from sparse_exp.bounded_yaml import read_yaml
-from sparse_exp.config.plain import CONF_DIRECTORY, out_of_bounds, recipe_path
+from sparse_exp.config.places import apply_environment
+from sparse_exp.config.plain import CONF_DIRECTORY, as_dict, out_of_bounds, recipe_path
 from sparse_exp.config.schema import Experiment
 from sparse_exp.errors import ConfigError, SparseExpError, expected, first_line
 from sparse_exp.files import expanded
+from sparse_exp.redaction import secret_problem, without_secrets
 from sparse_exp.runs.directory import MANIFEST
 from sparse_exp.sources.cache import is_remote
 from sparse_exp.sources.start import SCRATCH, require_place
@@ -51,6 +53,7 @@ def resolve(config: DictConfig) -> Experiment:
         raise ConfigError([f"Unknown key {key}. Remove it; --help lists all keys." for key in unknown])
     experiment = OmegaConf.to_object(config)
     assert isinstance(experiment, Experiment)
+    refuse_secrets(as_dict(experiment))
     problems = [*out_of_bounds(experiment, ""), *_cross_checks(experiment)]
     if problems:
         raise ConfigError(problems)
@@ -58,6 +61,30 @@ def resolve(config: DictConfig) -> Experiment:
     given = {name: value for name, value in experiment.recipe.variables.items() if value is not None}
     experiment.recipe.variables = dict(given)  # the others are as the recipe has or derives them
     return experiment
+
+
+def refuse_secrets(config: Any) -> None:
+    """Refuse addresses with a user, a password or a token: a configuration is written down and shown.
+
+    Args:
+        config: nested dicts and lists of plain values.
+
+    Raises:
+        ConfigError: naming the keys.
+    """
+    values = dict(_values(config, ""))
+    held = [(key, text) for key, text in values.items() if without_secrets(text) != text]
+    if held:
+        raise ConfigError([secret_problem(key, text) for key, text in held])
+
+
+def _values(plain: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    """The texts of nested dicts and lists, under their full keys; interpolations are not followed."""
+    if isinstance(plain, dict | list):
+        for key, value in plain.items() if isinstance(plain, dict) else enumerate(plain):
+            yield from _values(value, f"{prefix}{key}.")
+    elif isinstance(plain, str):
+        yield prefix.rstrip("."), plain
 
 
 def read_record(text: str) -> DictConfig:
@@ -128,6 +155,7 @@ def rebuild(text: str, overrides: Sequence[str]) -> tuple[Experiment, list[str]]
     config = read_record(text)
     for word in overrides:
         config = _with_value(config, word)
+    apply_environment(config, overrides)
     known = {*_keys(OmegaConf.to_container(OmegaConf.create(text)), "")}
     whole = {key.rpartition(".")[0] for key in known}  # a value by default may be a mapping in the record
     filled = set(_keys(OmegaConf.to_container(OmegaConf.structured(Experiment)), "")) - known - whole

@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+from sparse_exp.config.places import apply_environment
 from sparse_exp.config.plain import as_dict, recipe_path
 from sparse_exp.config.schema import STAGES, Experiment
 from sparse_exp.errors import ConfigError
@@ -65,6 +66,7 @@ def resumed(composed: DictConfig, job: Any) -> Resumed:
     record = _record(run)
     config = copy.deepcopy(record)
     _lay_over(config, composed, job)
+    apply_environment(config, job.overrides.task)
     config.resume = composed.resume
     moved = Path(record.paths.run).resolve() != run.path
     config.paths.run = composed.resume if moved else record.paths.run

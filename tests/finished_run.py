@@ -11,7 +11,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from sparse_exp.cli import _register_schema
+from sparse_exp.config.places import register_schema
 from sparse_exp.config.plain import CONF_DIRECTORY, as_yaml
 from sparse_exp.files import sha256_of
 from sparse_exp.resolve import resolve
@@ -71,7 +71,7 @@ def finished_run(lively_model, deployment, digits, tmp_path_factory) -> Path:
 
 
 def _config(digits) -> str:
-    _register_schema()
+    register_schema()
     with initialize_config_dir(str(CONF_DIRECTORY), version_base="1.3"):
         composed = compose("config", ["model=yolov5n", "model.weights=scratch", "dataset=custom",
                                       "dataset.name=digits", f"dataset.imgsz={IMGSZ}", "paths.run=run",

@@ -94,10 +94,10 @@ contradict each other are refused before anything starts, all in one message.
 
 | variable | meaning |
 |---|---|
-| `SPARSE_EXP_CACHE` | directory for downloads and data sets; `paths.cache` wins over it |
-| `SPARSE_EXP_ZOO` | the local zoo; `paths.zoo` wins over it |
+| `SPARSE_EXP_CACHE` | downloads and data sets; wins over files, not over a typed `paths.cache` |
+| `SPARSE_EXP_ZOO` | the local zoo; wins over files, not over a typed `paths.zoo` |
 | `XDG_CACHE_HOME` | where the user's cache lies, if neither is set; `~/.cache` by default |
-| `MLFLOW_TRACKING_URI` | tracking server or database; wins over `tracker.uri` |
+| `MLFLOW_TRACKING_URI` | tracking server or database; wins over files, not over a typed `tracker.uri` |
 | `SPARSE_EXP_LOCKS` | holds the host-wide lock of the benchmark; else `/run/lock`, `/dev/shm` or `/tmp` do |
 | `HYDRA_FULL_ERROR=1` | show the traceback of an error in the configuration |
 """

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sparse_exp.command import Parser, run_command
+from sparse_exp.command import Parser, run_command, whole
 from sparse_exp.compare.comparison import Comparison, compare
 from sparse_exp.compare.files import write_files
 from sparse_exp.compare.table import as_data, remarks, shown_rows, terminal_table
-from sparse_exp.config.schema import TrackerConfig
+from sparse_exp.config.places import add_place_options, chosen_places
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.files import as_json
 from sparse_exp.locks import alone_in
-from sparse_exp.runs.past import add_store_options, select_runs
+from sparse_exp.runs.past import select_runs
 
 _ROWS = 40
 _TEXT = """
@@ -28,6 +28,7 @@ the compressed ONNX file. The lines below the table give the full names.
   python -m sparse_exp.compare                                             all runs below outputs
   python -m sparse_exp.compare outputs/sweeps/model-recipe-1f09c3 --out outputs/compare
   python -m sparse_exp.compare --experiment sparse_exp --x size --y map50
+  python -m sparse_exp.compare --experiment sparse_exp --newest 200 --filter "tags.model = 'yolov5s'"
   python -m sparse_exp.compare --best "map50>=0.6, size<=4" --by items_per_s
 """
 
@@ -36,8 +37,14 @@ def main() -> int:
     """Read the runs, write the comparison's files, print the comparison."""
     options = _options()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    if (options.only or options.newest) and not options.experiment:
+        raise ConfigError("--filter and --newest choose runs of an MLflow experiment. Add --experiment NAME.")
     runs = select_runs(
-        options.runs, TrackerConfig(uri=options.uri), options.store, experiment=options.experiment
+        options.runs,
+        chosen_places(options),
+        experiment=options.experiment,
+        only=options.only,
+        newest=options.newest,
     )
     comparison = compare(runs, options.x, options.y, limits=options.best, by=options.by)
     written: list[Path] = []
@@ -74,6 +81,14 @@ def _options() -> argparse.Namespace:
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="directory of a run or a sweep, or an MLflow id of one")
     add("--experiment", metavar="NAME", help="all runs of an MLflow experiment")
+    add(
+        "--filter",
+        metavar="TEXT",
+        dest="only",
+        default="",
+        help="of these, as MLflow filters: \"tags.model = 'yolov5s'\"",
+    )
+    add("--newest", metavar="N", type=whole, help="of these, so many that started last")
     add("--x", metavar="METRIC", default="items_per_s", help="horizontal axis (default: %(default)s)")
     add("--y", metavar="METRIC", default="map50", help="vertical axis (default: %(default)s)")
     add("--best", metavar="LIMITS", help="name the best run within limits: 'map50>=0.6, size<=4'")
@@ -81,7 +96,7 @@ def _options() -> argparse.Namespace:
     add("--out", metavar="DIR", type=Path, help="write compare.csv, .md, .png and .html there")
     add("--json", action="store_true", help="print the comparison as JSON instead of a table")
     add("--rows", metavar="N", type=int, default=_ROWS, help="rows to print besides the front (%(default)s)")
-    add_store_options(parser)
+    add_place_options(parser, "uri", "store")
     return parser.parse_args()
 
 

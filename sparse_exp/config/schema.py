@@ -7,7 +7,6 @@ the fields' metadata (see `bounded`) and are checked by `sparse_exp.resolve`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from sparse_exp.config.runtimes import RUNTIMES
@@ -37,6 +36,8 @@ PATTERNS = ("unstructured", "block4")
 SHARES = ("adaptive", "uniform", "work")
 RECIPE_ENGINES = ("native", "sparseml")
 RERUN = ("failed", "all")
+# Keys that say where and how a run is made; its results do not depend on them.
+WITHOUT_EFFECT = ("paths", "sweep", "launcher", "ray", "tracker", "resume", "overwrite", "dry_run")
 MISSING: Any = "???"
 
 
@@ -82,7 +83,9 @@ class ModelConfig:
 
     name: str = MISSING
     size: str = one_of(MISSING, SIZES, "depth and width of the architecture")
-    stub: Optional[str] = documented(None, "SparseZoo stub of the pre-sparsified variant")
+    stub: Optional[str] = documented(
+        None, "SparseZoo stub of the pre-sparsified variant; another than the shipped one alone is the start"
+    )
     sources: List[SourceConfig] = documented([], "places of the start checkpoint, first wins")
     grow_from: List[SourceConfig] = documented(
         [], "checkpoints of smaller sizes, largest first, to grow the start from where no source serves"
@@ -372,9 +375,16 @@ class TrackerConfig:
     """Where runs are logged."""
 
     backend: str = one_of("mlflow", ("mlflow", "none"))
-    uri: Optional[str] = documented(None, "tracking server; null: MLFLOW_TRACKING_URI, then SQLite")
+    uri: Optional[str] = documented(
+        None, "tracking server; null: SQLite. MLFLOW_TRACKING_URI wins over files, what is typed over both"
+    )
     experiment: str = "sparse_exp"
     system_metrics: bool = documented(True, "log CPU and memory use")
+    artifacts: str = one_of(
+        "deployed", ("all", "deployed", "none"),
+        "exported files that are uploaded: all, those that the run deploys, or none; reports, pictures and "
+        "records always are",
+    )  # fmt: skip
     register: Optional[str] = documented(
         None, "name in MLflow's model registry to register the deployed ONNX file under"
     )
@@ -388,9 +398,12 @@ class PathsConfig:
     output: str = "outputs"
     run: str = documented(MISSING, "directory of this run")
     mlflow: str = documented(MISSING, "database and artifacts of MLflow")
-    zoo: str = documented(MISSING, "local zoo: models that runs have published, for a team to share")
+    zoo: str = documented(
+        MISSING,
+        "local zoo: models that runs have published, for a team to share. SPARSE_EXP_ZOO wins over files",
+    )
     cache: Optional[str] = documented(
-        None, "downloads and data sets; null: SPARSE_EXP_CACHE, then the user's"
+        None, "downloads and data sets; null: the user's. SPARSE_EXP_CACHE wins over files"
     )
 
 
@@ -454,6 +467,3 @@ class Experiment:
     sweep: SweepConfig = field(default_factory=SweepConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     ray: RayConfig = field(default_factory=RayConfig)
-
-
-DEFAULT_DIRECTORIES = (Path("outputs/runs"), Path("outputs/sweeps"))

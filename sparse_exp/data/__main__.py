@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparse_exp.command import Parser, run_command
+from sparse_exp.config.places import add_place_options, chosen_places
 from sparse_exp.data.archives import open_tree
 from sparse_exp.data.check import Report, inspect
 from sparse_exp.data.convert import Converted, read_coco, read_voc, split_off, write_converted
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     checks.add_argument("--imgsz", type=int, default=640, help="image size of the training, px (default 640)")
     checks.add_argument("--json", action="store_true", help="print everything as json")
     checks.add_argument("--all", action="store_true", help=f"list every warning, not {_SHOWN} of a kind")
-    checks.add_argument("--cache", help="cache directory; default: SPARSE_EXP_CACHE, then the user's")
+    add_place_options(checks, "cache")
     converts = commands.add_parser("convert", help="write a data set in Ultralytics' format")
     converts.add_argument("format", choices=("coco", "voc"))
     converts.add_argument("source", type=Path, help="folder, zip or tar with annotations and images")
@@ -78,7 +79,8 @@ def check(options: argparse.Namespace) -> int:
     """
     if options.imgsz < 1:
         raise DataError(expected("--imgsz", "at least 1 px", options.imgsz, "Change it."))
-    report = inspect(expanded(options.yaml), options.imgsz, cache_directory(options.cache))
+    cache = cache_directory(chosen_places(options).cache)
+    report = inspect(expanded(options.yaml), options.imgsz, cache)
     if options.json:
         print(as_json(report.as_dict()))
     else:

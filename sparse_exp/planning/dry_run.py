@@ -14,7 +14,7 @@ from sparse_exp.planning.show import show_plan
 from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sources.cache import cache_directory
 from sparse_exp.sources.local import zoo_directory
-from sparse_exp.sources.start import SCRATCH, StartFile, cached_start, teacher_file
+from sparse_exp.sources.start import SCRATCH, StartFile, cached_start, chosen, teacher_file
 from sparse_exp.training.precision import choose_precision
 from sparse_exp.training.start import Start
 from sparse_exp.yolov5 import YOLOv5
@@ -64,5 +64,5 @@ def _unread(experiment: Experiment, start: StartFile | None) -> Start:
         return Start(SCRATCH, 0.0)
     if start:
         return Start(f"{start.name} (on this machine)", None)
-    uris = [model.weights, *(source.uri for source in (*model.sources, *model.grow_from))]
+    uris = [chosen(model), *(source.uri for source in (*model.sources, *model.grow_from))]
     return Start(f"{next(filter(None, uris), 'nowhere')} (to be fetched)", None)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparse_exp.command import Parser, run_command
+from sparse_exp.config.places import chosen_places
 from sparse_exp.data.detection import Listing, list_dataset
 from sparse_exp.errors import ConfigError, DataError, SparseExpError, expected
 from sparse_exp.files import expanded
@@ -74,7 +75,7 @@ def main() -> int:
 
 def _find_model(options: argparse.Namespace, data: Listing | None) -> Model:
     """The model at the size of ``--imgsz``, with the class names of ``--data``."""
-    model = find_model(options.model, engine=options.engine, zoo=options.zoo)
+    model = find_model(options.model, engine=options.engine, places=chosen_places(options))
     model = _at_size(model, options.imgsz)
     if data is None:
         return model

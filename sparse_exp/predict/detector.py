@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sparse_exp.config.places import find_places
 from sparse_exp.data.images import read_square, upright_rgb
 from sparse_exp.data.letterbox import PADDING, Letterbox, letterbox
 from sparse_exp.engines import Engine, create_engine
@@ -237,7 +238,7 @@ def load(
         batch_size: images of one inference.
         cores: physical cores for the engine.
         streams: inferences at once, for calls from several threads.
-        zoo: directory of the local zoo; None: ``SPARSE_EXP_ZOO``, else ``outputs/zoo``.
+        zoo: directory of the local zoo; None: see `sparse_exp.config.places.find_places`.
 
     Returns:
         The detector; use it as a context manager, or `Detector.close` it.
@@ -245,7 +246,8 @@ def load(
     Raises:
         SparseExpError: see `find_model` and `Detector`; its text is one line that says what to do.
     """
-    found = find_model(os.fspath(model), engine=engine, zoo=Path(zoo) if zoo else None)
+    places = find_places(typed={"paths.zoo": os.fspath(zoo)} if zoo else None)
+    found = find_model(os.fspath(model), engine=engine, places=places)
     return Detector(
         found, batch_size=batch_size, cores=cores, streams=streams, conf=conf, iou=iou, max_det=max_det
     )

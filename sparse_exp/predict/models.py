@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparse_exp.config.places import Places, find_places
 from sparse_exp.config.runtimes import RUNTIMES
-from sparse_exp.config.schema import DEFAULT_DIRECTORIES, ENGINES, STAGES
+from sparse_exp.config.schema import ENGINES, STAGES
 from sparse_exp.engines.signature import check_detector, read_signature
 from sparse_exp.errors import ConfigError, EngineError, MissingDependency, SourceUnavailable, expected
 from sparse_exp.files import expanded
@@ -19,7 +20,7 @@ from sparse_exp.runs.deployment import MODEL, TORCH, Deployment
 from sparse_exp.runs.directory import Run, find_directories
 from sparse_exp.runs.metadata import read_metadata
 from sparse_exp.sources.layout import CHECKPOINT_SUFFIXES, DEPLOYMENT, checkpoint_in
-from sparse_exp.sources.local import find, zoo_directory
+from sparse_exp.sources.local import find
 from sparse_exp.sources.stub import STUB_PREFIX
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Model:
     signature: Signature | None = None
 
 
-def find_model(name: str, *, engine: str | None = None, zoo: Path | None = None) -> Model:
+def find_model(name: str, *, engine: str | None = None, places: Places | None = None) -> Model:
     """The model that a person means.
 
     Args:
@@ -59,7 +60,7 @@ def find_model(name: str, *, engine: str | None = None, zoo: Path | None = None)
             file; a checkpoint, which torch runs.
         engine: one of `sparse_exp.config.schema.ENGINES`. None: the first that can run here of those of the
             run, DeepSparse, ONNX Runtime and OpenVINO; for a checkpoint torch.
-        zoo: the local zoo; None: see `sparse_exp.sources.local.zoo_directory`.
+        places: where outputs and zoo are; None: see `sparse_exp.config.places.find_places`.
 
     Returns:
         The model; of a quantized run or published model the file that suits the engine.
@@ -74,7 +75,7 @@ def find_model(name: str, *, engine: str | None = None, zoo: Path | None = None)
     if engine is not None and engine not in ENGINES:
         do = "Choose one of these."
         raise EngineError(expected("the engine", f"one of {', '.join(ENGINES)}", engine, do))
-    place = _place(name, zoo)
+    place = _place(name, places or find_places())
     run = Run.find(place) if place.is_dir() else None
     chosen = engine or _default_engine(place, run)
     path = place if place.is_file() else _file_in(place, run, chosen)
@@ -87,26 +88,25 @@ def find_model(name: str, *, engine: str | None = None, zoo: Path | None = None)
     return Model(path, names, imgsz, chosen, name, signature)
 
 
-def _place(name: str, zoo: Path | None) -> Path:
+def _place(name: str, places: Places) -> Path:
     """The file or directory that a name means."""
     if name.startswith(STUB_PREFIX):
-        directory = find(name, zoo or zoo_directory())
+        directory = find(name, places.zoo)
         if directory is None:
-            zoo = zoo or zoo_directory()
-            do = f"What it holds: {command_line('list', '--zoo', str(zoo), module='sparse_exp.zoo')}"
-            raise SourceUnavailable(f"{name} is not in the local zoo {zoo}. {do}")
+            do = f"What it holds: {command_line('list', '--zoo', str(places.zoo), module='sparse_exp.zoo')}"
+            raise SourceUnavailable(f"{name} is not in the local zoo {places.zoo}. {do}")
         return directory
     try:
         place = expanded(name)
-        return place if place.exists() else _named_run(name)
+        return place if place.exists() else _named_run(name, places)
     except OSError as error:
         raise ConfigError(f"Cannot read {name}: {error.strerror}. Allow it, or correct the name.") from error
 
 
-def _named_run(name: str) -> Path:
+def _named_run(name: str, places: Places) -> Path:
     """A run by the end of its path below ``outputs``, or by its MLflow id."""
     wanted = Path(name).parts
-    runs = [run for folder in DEFAULT_DIRECTORIES if folder.is_dir() for run in find_directories(folder)]
+    runs = [run for folder in places.runs if folder.is_dir() for run in find_directories(folder)]
     by_name = [run for run in runs if wanted and run.parts[-len(wanted) :] == wanted]
     found = by_name or [path for path in runs if (run := Run.find(path)) and run.tracker_run_id == name]
     if not found:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from sparse_exp.command import checked, share, whole
+from sparse_exp.config.places import add_place_options
 from sparse_exp.hardware import usable_physical_cores
 from sparse_exp.runs.metadata import CONF, IOU
 
@@ -18,7 +18,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="run, stub, directory or file, see below")
     add("--engine", help="deepsparse, onnxruntime, openvino or torch (default: the first that can run here)")
-    add("--zoo", metavar="DIR", type=Path, help="the local zoo (default: SPARSE_EXP_ZOO, outputs/zoo)")
+    add_place_options(parser, "zoo")
 
 
 def add_detector_options(parser: argparse.ArgumentParser, *, streams: str) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,16 @@ import yaml
 
 from sparse_exp.bounded_yaml import read_yaml
 from sparse_exp.errors import ConfigError, expected
-from sparse_exp.files import expanded, sha256_of, write_json, write_text
+from sparse_exp.files import FULL, expanded, landing, sha256_of, write_json, write_text
 from sparse_exp.hints import resume_command
 from sparse_exp.locks import IN_DIRECTORY, alone_in, is_held
 from sparse_exp.runs.deployment import FOLDER, Deployment
 from sparse_exp.sources.layout import BEFORE_QAT
 
 MANIFEST, CONFIG = "manifest.json", "config.yaml"
+FORMER = ".manifest.former.json"  # the manifest before, for where a power failure has damaged the last one
 LOCK = IN_DIRECTORY
+_log = logging.getLogger(__name__)
 _FLOATING_POINT = ("pruned", "pruning", "dense")  # phases, the last of a training first
 
 
@@ -50,9 +54,30 @@ def locked(directory: Path, *, wait: bool) -> Iterator[None]:
         yield
 
 
-def is_abandoned(directory: Path) -> bool:
-    """Whether a run was killed: it left its lock's file, and nobody works on it."""
-    return (directory / LOCK).exists() and not is_held(directory / LOCK)
+def claim(path: Path) -> Path:
+    """Make the directory of a new run: at a path, or where that is taken at the path with the next number.
+
+    Of processes that claim one path at once, on whatever machines, each gets a directory of its own.
+
+    Args:
+        path: the directory wanted.
+
+    Returns:
+        The directory that was made; it is empty.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    number, place = 1, path
+    while True:
+        try:
+            place.mkdir(parents=True)
+            return place
+        except FileExistsError:
+            number += 1
+            place = path.with_name(f"{path.name}-{number}")
+        except OSError as error:
+            raise ConfigError(f"Cannot make {place}: {error.strerror}. Set paths.run=PATH.") from error
 
 
 @dataclass(frozen=True)
@@ -120,9 +145,12 @@ class Run:
     def create(cls, path: Path, *, overwrite: bool) -> Run:
         """Make a new run directory.
 
+        A run that takes another's place has its `key`, too.
+
         Raises:
             ConfigError: it exists, is not empty, and ``overwrite`` is off; or cannot be made.
         """
+        former = None
         if _content(path):
             if not (path / MANIFEST).is_file():
                 raise ConfigError(
@@ -134,13 +162,14 @@ class Run:
                     f"The run directory {path} exists. Choose another with paths.run=PATH, replace it with "
                     f"overwrite=true, or go on with it: {resume_command(path)}"
                 )
+            former = cls.find(path)
             empty(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
+            run = cls(path)
+            run.update(status="RUNNING", key=(former and former.key) or uuid.uuid4().hex)
         except OSError as error:
             raise ConfigError(f"Cannot make {path}: {error.strerror}. Set paths.run=PATH.") from error
-        run = cls(path)
-        run.update(status="RUNNING")
         return run
 
     @classmethod
@@ -151,7 +180,7 @@ class Run:
             ConfigError: there is no readable manifest.
         """
         run = cls.read(path)
-        run.update(status="RUNNING", failure=None)
+        run.update(status="RUNNING", failure=None, key=run.key or uuid.uuid4().hex)
         return run
 
     @classmethod
@@ -165,16 +194,22 @@ class Run:
         Raises:
             ConfigError: there is no readable manifest.
         """
-        run = cls(path)
-        try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            stages = manifest.pop("stages")
-            run.records = {name: StageRecord.from_plain(entry) for name, entry in stages.items()}
-            run.state = dict(manifest)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        run, file = cls(path), path / MANIFEST
+        found = _manifest(file)
+        if found is None and file.is_file():
+            found = _manifest(file.with_name(FORMER))
+            if found is not None:
+                _log.warning(
+                    "%s is damaged: the one before it counts, and what came since is done again.", file
+                )
+        if found is None and file.is_file():
+            do = "Make the run anew in another directory, or in this one with overwrite=true."
+            raise ConfigError(f"{file} cannot be read: it is empty, cut off or no manifest. {do}")
+        if found is None:
             do = "Give a directory below outputs/runs."
             should_be = f"the directory of a run with its {MANIFEST}"
-            raise ConfigError(expected(what, should_be, str(path), do)) from error
+            raise ConfigError(expected(what, should_be, str(path), do))
+        run.records, run.state = found
         return run
 
     @classmethod
@@ -189,10 +224,16 @@ class Run:
     def status(self) -> str:
         """``RUNNING``, ``FINISHED``, ``FAILED`` or ``KILLED``; "" where it is not recorded.
 
-        A run whose process was killed says RUNNING in its manifest and is KILLED.
+        A run that says RUNNING in its manifest and that nobody works on was KILLED.
         """
         status = str(self.state.get("status", ""))
-        return "KILLED" if status == "RUNNING" and is_abandoned(self.path) else status
+        return "KILLED" if status == "RUNNING" and not is_held(self.path / LOCK) else status
+
+    @property
+    def key(self) -> str | None:
+        """What tells the run from all others, wherever its directory lies; None in records before 0.2."""
+        key = self.state.get("key")
+        return None if key is None else str(key)
 
     @property
     def tracker_run_id(self) -> str | None:
@@ -301,8 +342,19 @@ class Run:
     def update(self, **state: Any) -> None:
         """Change entries of the manifest beside the stages, such as ``status``."""
         self.state.update(state)
-        stages = {name: asdict(record) for name, record in self.records.items()}
-        write_json(self.path / MANIFEST, {**self.state, "stages": stages})
+        file, former = self.path / MANIFEST, self.path / FORMER
+        manifest = {**self.state, "stages": {name: asdict(record) for name, record in self.records.items()}}
+        if _manifest(file) is not None:  # a damaged one must not take the place of a good one
+            with suppress(OSError), landing(former, durable=False) as temporary:
+                temporary.unlink(missing_ok=True)
+                os.link(file, temporary)
+        try:
+            write_json(file, manifest)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            former.unlink(missing_ok=True)  # which leaves as much space as is needed
+            write_json(file, manifest)
 
     def is_whole(self, stage: str) -> bool:
         """Whether the files of a finished stage are still those that it wrote."""
@@ -330,6 +382,16 @@ class Run:
     def digests(self, files: Iterable[Path]) -> dict[str, str]:
         """The sha256 of files inside the run directory, by relative path."""
         return {str(path.relative_to(self.path)): sha256_of(path) for path in files}
+
+
+def _manifest(file: Path) -> tuple[dict[str, StageRecord], dict[str, Any]] | None:
+    """The records and the other entries of a manifest; None where it is not there or cannot be read."""
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        stages = manifest.pop("stages")
+        return {name: StageRecord.from_plain(entry) for name, entry in stages.items()}, dict(manifest)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
 
 
 def _digest(path: Path) -> str | None:

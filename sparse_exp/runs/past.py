@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import re
@@ -14,30 +13,25 @@ from typing import Any
 import yaml
 
 from sparse_exp.bounded_yaml import read_yaml
-from sparse_exp.config.schema import DEFAULT_DIRECTORIES, TrackerConfig
+from sparse_exp.config.places import Places
+from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.files import expanded, read_json
 from sparse_exp.hints import command_line
-from sparse_exp.runs.directory import Run, find_directories
+from sparse_exp.locks import is_held
+from sparse_exp.runs.directory import LOCK, MANIFEST, Run, find_directories
 from sparse_exp.tracking import PARENT_TAG, FoundRun
-from sparse_exp.tracking.dashboard import DEFAULT_STORE
 from sparse_exp.tracking.reading import read_runs
 
 OVERRIDES_TAG = "overrides"
 JOB_TAG = "sweep.job"
+DIED = "its process is gone"
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 # Words of a command line that say where a run lies or how it is started, not what it is.
 ABOUT_THE_PLACE = (
     "paths.run=", "resume=", "overwrite=", "dry_run=", "launcher=", "launcher.", "ray.", "sweep.",
 )  # fmt: skip
 _log = logging.getLogger(__name__)
-
-
-def add_store_options(parser: argparse.ArgumentParser) -> None:
-    """Let a command line say which MLflow to read: ``--uri`` and ``--store``."""
-    add = parser.add_argument
-    add("--uri", metavar="URI", help="MLflow server (default: MLFLOW_TRACKING_URI, then --store)")
-    add("--store", metavar="DIR", type=Path, default=DEFAULT_STORE, help="local MLflow store (%(default)s)")
 
 
 @dataclass(frozen=True)
@@ -75,16 +69,22 @@ class PastRun:
 
 
 def select_runs(
-    targets: Sequence[str], config: TrackerConfig, store: Path, *, experiment: str | None = None
+    targets: Sequence[str],
+    places: Places,
+    *,
+    experiment: str | None = None,
+    only: str = "",
+    newest: int | None = None,
 ) -> list[PastRun]:
     """The runs that somebody means.
 
     Args:
         targets: directories of runs or of sweeps (all runs below count), and ids of MLflow runs (of a
-            sweep's parent: its children). Empty and no experiment: `DEFAULT_DIRECTORIES`.
-        config: names the MLflow server.
-        store: directory of the local MLflow database, where no server is named.
+            sweep's parent: its children). Empty and no experiment: all below the outputs.
+        places: where the outputs are, and which MLflow is meant.
         experiment: name of an MLflow experiment, all of whose runs count.
+        only: of these, those that fit, in MLflow's language of filters; "": all.
+        newest: of these, so many that started last; None: all.
 
     Returns:
         Each run once, in the order of targets; at least one.
@@ -93,24 +93,24 @@ def select_runs(
         SparseExpError: a target is nothing of that, MLflow cannot be read, or there is no run.
     """
     if not targets and experiment is None:
-        targets = [str(directory) for directory in DEFAULT_DIRECTORIES if directory.is_dir()]
+        targets = [str(directory) for directory in places.runs if directory.is_dir()]
     runs: list[PastRun] = []
     for target in targets:
         if not expanded(target).is_dir() and not is_run_id(target):
             do = "Give a directory below outputs, or an id that MLflow shows."
             raise ConfigError(expected("RUN", "a run's or sweep's directory or MLflow id", target, do))
         if is_run_id(target) and not Path(target).is_dir():
-            runs += _from_mlflow(config, store, run_ids=[target])
+            runs += _from_mlflow(places.tracker, places.mlflow, run_ids=[target])
         else:
             read = map(read_run, find_directories(expanded(target)))
             runs += [run for run in read if run is not None]
     if experiment is not None:
-        runs += _from_mlflow(config, store, experiment=experiment)
+        runs += _from_mlflow(places.tracker, places.mlflow, experiment=experiment, only=only, newest=newest)
     once: dict[str, PastRun] = {}
     for run in runs:
         once.setdefault(run.run_id or str(Path(run.place).absolute()), run)
     if not once:
-        where = ", ".join(targets) or f"{DEFAULT_DIRECTORIES[0]} and {DEFAULT_DIRECTORIES[1]}"
+        where = ", ".join(targets) or " and ".join(map(str, places.runs))
         raise ConfigError(
             f"No run found in {where}. Give a run's or sweep's directory, or --experiment NAME."
         )
@@ -143,6 +143,12 @@ def local_directory(run: FoundRun) -> Path | None:
     directory = Path(run.tags.get("run.directory", ""))
     there = Run.find(directory)
     return directory if there and there.tracker_run_id == run.run_id else None
+
+
+def has_died(run: FoundRun) -> bool:
+    """Whether a run of MLflow's that has not ended lies on this machine, and nobody works on it any more."""
+    directory = Path(run.tags.get("run.directory", "/nowhere"))
+    return (directory / MANIFEST).is_file() and not is_held(directory / LOCK)
 
 
 def _from_mlflow(config: TrackerConfig, store: Path, **chosen: Any) -> list[PastRun]:

@@ -12,13 +12,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparse_exp.config.places import SQLITE
 from sparse_exp.errors import ConfigError, SparseExpError, expected
 from sparse_exp.locks import is_held
+from sparse_exp.redaction import without_secrets
 from sparse_exp.runs.directory import CONFIG, LOCK, MANIFEST, Run, find_directories, locked
+from sparse_exp.runs.past import DIED
 from sparse_exp.tracking.delivery import Delivery, Sent
 from sparse_exp.tracking.events import ENDED, Artifact, Event, Finish, Metrics, epoch_metrics, from_plain
-from sparse_exp.tracking.messages import one_line, without_password
-from sparse_exp.tracking.mlflow import RunWriter, connect
+from sparse_exp.tracking.messages import one_line
+from sparse_exp.tracking.mlflow import RunWriter, connect, is_deleted
 
 HISTORY = "history.json"
 AT_THE_START = (CONFIG, "recipe.md", "environment.txt")
@@ -107,10 +110,12 @@ class Sync:
 
     Args:
         uri: address of the store to send to; None: as each run says.
+        local: address of the local store, where runs say that theirs is a file that is not there any more:
+            it was moved together with them.
     """
 
-    def __init__(self, uri: str | None = None) -> None:
-        self._uri = uri
+    def __init__(self, uri: str | None = None, local: str | None = None) -> None:
+        self._uri, self._local = uri, local
         self._clients: dict[str, Any] = {}
 
     def send(self, directory: Path) -> Sent:
@@ -127,10 +132,13 @@ class Sync:
                 client = self._client(self._address(str(run.state.get("tracker_address", ""))))
             except Exception as error:
                 return Sent(0, 1, one_line(error))
+            if is_deleted(client, str(run.tracker_run_id)):
+                run.update(told=True)
+                return Sent(0, 0, "its run was deleted there")
             status: Any = run.state.get("status")
             end = Finish(status, str(run.state.get("failure") or ""))
             if status == "RUNNING":
-                end = Finish("KILLED", "its process is gone")
+                end = Finish("KILLED", DIED)
             delivery = Delivery(RunWriter(client, str(run.tracker_run_id)).send)
             told = [*told_of(run), (end, _ended(run))]
             sent = delivery.send_again(told, _PATIENCE_S)
@@ -146,11 +154,16 @@ class Sync:
         if self._uri:
             return self._uri
         environment = os.environ.get("MLFLOW_TRACKING_URI", "")
-        if without_password(environment) == recorded:
+        if without_secrets(environment) == recorded:
             return environment
         if "://***@" in recorded:
             do = "Set MLFLOW_TRACKING_URI to it, or give it with --uri."
             raise SparseExpError(f"The address {recorded} needs a user and a password. {do}")
+        if recorded.startswith(SQLITE) and not Path(recorded.removeprefix(SQLITE)).is_file():
+            if self._local is None:
+                do = "If it was moved, name it with --uri sqlite:///PATH/mlflow.db."
+                raise SparseExpError(f"The store {recorded} is not there. {do}")
+            return self._local
         return recorded
 
     def _client(self, uri: str) -> Any:

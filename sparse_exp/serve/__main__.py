@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparse_exp.command import Parser, checked, number, run_command, whole
+from sparse_exp.config.places import chosen_places
 from sparse_exp.config.runtimes import RUNTIMES
 from sparse_exp.errors import ConfigError, expected, first_line
 from sparse_exp.files import expanded
@@ -84,7 +85,7 @@ def _serve(options: argparse.Namespace, listener: socket.socket, connections: in
     from sparse_exp.serve.worker import DetectorSettings
 
     key = _key(options.api_key_file)
-    model = find_model(options.model, engine=options.engine, zoo=options.zoo)
+    model = find_model(options.model, engine=options.engine, places=chosen_places(options))
     settings = DetectorSettings(**tuned(model, detector_settings(options)))
     limits = Limits(
         options.max_bytes, options.max_pixels, options.max_files, options.image_formats, options.queue,

@@ -8,8 +8,11 @@ whole file, and the kept beginning is dropped.
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
+import netrc
+import os
 import re
 import urllib.request
 from contextlib import suppress
@@ -60,6 +63,13 @@ class _Http(urllib.request.HTTPHandler):
 class _Https(urllib.request.HTTPSHandler):
     def https_open(self, request: urllib.request.Request) -> Any:
         return self.do_open(_SecureConnection, request, context=getattr(self, "_context", None))
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if req.type == "https" and not newurl.lower().startswith("https:"):
+            raise HTTPError(req.full_url, code, "the server sends on to an address without TLS", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def download(url: str, part: Path, name: str) -> None:
@@ -114,7 +124,18 @@ def opened(request: urllib.request.Request) -> Any:
         OSError: it does not answer, or refuses (`urllib.error.HTTPError`).
         http.client.HTTPException: it breaks off.
     """
-    return urllib.request.build_opener(_Http, _Https).open(request, timeout=_READ_S)
+    if login := _login(request):
+        request.add_unredirected_header("Authorization", f"Basic {login}")
+    return urllib.request.build_opener(_Http, _Https, _Redirects).open(request, timeout=_READ_S)
+
+
+def _login(request: urllib.request.Request) -> str:
+    """User and password that ``~/.netrc`` (or the file that NETRC names) has for a host, in base 64."""
+    try:
+        found = netrc.netrc(os.environ.get("NETRC")).authenticators(urlsplit(request.full_url).hostname or "")
+    except (OSError, netrc.NetrcParseError):
+        return ""
+    return base64.b64encode(f"{found[0]}:{found[2]}".encode()).decode() if found else ""
 
 
 def _opened(url: str, part: Path) -> Any:

@@ -8,9 +8,10 @@ Nothing here imports torch, so that finding and listing models is fast.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,12 @@ from sparse_exp.sources.stub import STUB_PREFIX, parse_stub
 
 FORMAT = "sparse_exp.zoo/1"
 METADATA, SUMS, CARD, METRICS = "model.json", "SHA256SUMS", "model.md", "metrics.yaml"
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("stub", "short", "size", "dataset", "tag", "recipe", "published", "by"), str),
+    "classes": list, "sparsity": (int, float), "quantized": bool, "block4": bool, "metrics": dict,
+    "samples": dict,
+}  # fmt: skip
+_log = logging.getLogger(__name__)
 _DEPTH = 7  # names in a stub of the first grammar
 _PREFIX = ("cv", "detection")
 _REPO = "sparse_exp"
@@ -143,20 +150,31 @@ def short_name(stub: str) -> str:
 
 
 def published(zoo: Path) -> list[Published]:
-    """All models of the zoo that have a readable ``model.json``, sorted by stub."""
+    """All models of the zoo whose ``model.json`` says all that it must, sorted by stub.
+
+    Another that has such a file is left out with a warning.
+    """
     found = []
     for directory in _directories(zoo):
         metadata = read_metadata(directory)
-        if metadata:
+        if not lacking(metadata):
             found.append(Published(stub_of(directory, zoo), directory, metadata))
+        elif (directory / METADATA).exists():
+            what = ", ".join(lacking(metadata)) if metadata else "all that it should say"
+            _log.warning("%s is left out: its %s lacks %s.", directory, METADATA, what)
     return found
+
+
+def lacking(metadata: Mapping[str, Any]) -> list[str]:
+    """The keys that a ``model.json`` does not have, or has with a value of another kind."""
+    return [key for key, kind in _KINDS.items() if not isinstance(metadata.get(key), kind)]
 
 
 def read_metadata(directory: Path) -> dict[str, Any]:
     """The content of a model's ``model.json``; empty where it is missing, damaged or of another format."""
     try:
         content = json.loads((directory / METADATA).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) and content.get("format") == FORMAT else {}
 
@@ -210,14 +228,31 @@ def _long_parts(path: str) -> tuple[str, ...]:
     return (*_PREFIX, architecture, "pytorch", _REPO, dataset, f"{tag}-none")
 
 
-def require_free(stub: str, zoo: Path, *, force: bool) -> None:
-    """Refuse a stub that a model is published under, unless it is to be replaced.
+def is_free(stub: str, zoo: Path, owner: str | None = None) -> bool:
+    """Whether no model is published under a stub, or one that a run has published itself.
+
+    Args:
+        stub: of either grammar.
+        zoo: see `zoo_directory`.
+        owner: key of the run, see `sparse_exp.runs.directory.Run.key`; None: of none.
+
+    Raises:
+        ConfigError: the stub is malformed.
+    """
+    directory = directory_of(stub, zoo)
+    made_by = read_metadata(directory).get("run")
+    own = owner is not None and isinstance(made_by, dict) and made_by.get("key") == owner
+    return own or not directory.exists()
+
+
+def require_free(stub: str, zoo: Path, owner: str | None = None) -> None:
+    """Refuse a stub that is not free; see `is_free`.
 
     Raises:
         ConfigError: the stub is malformed, or taken.
     """
-    if directory_of(stub, zoo).exists() and not force:
-        do = "Publish under another one (--as STUB, publish=STUB), or replace it (--force, overwrite=true)."
+    if not is_free(stub, zoo, owner):
+        do = "Choose another (publish=STUB, --as STUB). To replace it: python -m sparse_exp.zoo, --force."
         raise ConfigError(f"{stub} is published already in {zoo}. {do}")
 
 

@@ -2,7 +2,8 @@
 
 Tried in this order: a model that the local zoo holds under ``model.stub``; the model's sources, first those
 whose file is on this machine and then the others; last, checkpoints of smaller sizes that one of the model's
-size can be grown from. Where ``model.weights`` is set, only that is tried.
+size can be grown from. Where somebody has chosen a start, with ``model.weights`` or another ``model.stub``
+than that of the shipped model, only that is tried: in the local zoo, then where it comes from.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from sparse_exp.config.plain import CONF_DIRECTORY
 from sparse_exp.config.schema import ModelConfig, SourceConfig
 from sparse_exp.errors import ConfigError, SourceUnavailable, expected
 from sparse_exp.files import expanded, sha256_of
@@ -84,7 +88,7 @@ def cached_start(model: ModelConfig, cache: Path, zoo: Path) -> StartFile | None
     """
     if model.weights == SCRATCH:
         return None
-    published = _published(model.stub, zoo) if model.stub and not model.weights else None
+    published = _published(model.stub, zoo) if model.stub and not chosen(model) else None
     file = published or _first_here(_sources(model), cache, zoo)
     if file:
         return StartFile(file, file.origin)
@@ -110,6 +114,8 @@ def fetch_start(model: ModelConfig, cache: Path, zoo: Path) -> StartFile | None:
     if model.weights == SCRATCH:
         return None
     here = cached_start(model, cache, zoo)
+    if model.stub and not chosen(model) and not _published(model.stub, zoo):
+        _log.info("No pruned start: %s is not in the local zoo. Looking for a dense one.", model.stub)
     if here and not here.grown:
         return here
     reasons: list[str] = []
@@ -121,6 +127,14 @@ def fetch_start(model: ModelConfig, cache: Path, zoo: Path) -> StartFile | None:
         raise SourceUnavailable(_why_none(model, reasons))
     _log.info("No %s can be had: its start is %s, from %s.", model.name, grown.name, grown.file.origin)
     return grown
+
+
+def chosen(model: ModelConfig) -> str | None:
+    """What alone a training may start from, as somebody has chosen it; None: what the model offers."""
+    shipped = CONF_DIRECTORY / "model" / f"{model.name}.yaml"
+    if model.weights or not model.stub or not shipped.is_file():
+        return model.weights
+    return model.stub if yaml.safe_load(shipped.read_text(encoding="utf-8"))["stub"] != model.stub else None
 
 
 def require_place(key: str, uri: str, word: str) -> None:
@@ -217,7 +231,7 @@ def find_here(source: SourceConfig, cache: Path, zoo: Path) -> FetchedFile | Non
 
 
 def _sources(model: ModelConfig) -> list[SourceConfig]:
-    return [SourceConfig(uri=model.weights)] if model.weights else list(model.sources)
+    return [SourceConfig(uri=only)] if (only := chosen(model)) else list(model.sources)
 
 
 def _published(stub: str, zoo: Path) -> FetchedFile | None:
@@ -250,7 +264,7 @@ def _first_fetched(
 
 
 def _grown_here(model: ModelConfig, cache: Path, zoo: Path) -> StartFile | None:
-    for source in () if model.weights else model.grow_from:
+    for source in () if chosen(model) else model.grow_from:
         file = find_here(source, cache, zoo)
         if file:
             return _grown(file, source)
@@ -258,7 +272,7 @@ def _grown_here(model: ModelConfig, cache: Path, zoo: Path) -> StartFile | None:
 
 
 def _grown_fetched(model: ModelConfig, cache: Path, zoo: Path, reasons: list[str]) -> StartFile | None:
-    for source in () if model.weights else model.grow_from:
+    for source in () if chosen(model) else model.grow_from:
         file = _first_fetched([source], cache, zoo, reasons)
         if file:
             return _grown(file, source)
@@ -276,7 +290,7 @@ def _grown(file: FetchedFile, source: SourceConfig) -> StartFile:
 def _why_none(model: ModelConfig, reasons: Sequence[str]) -> str:
     tried = " ".join(reason.removesuffix(ADVICE).strip() for reason in reasons)
     tried = tried or f"{model.name} names no source."
-    smaller = "" if model.weights or model.grow_from else " There is no smaller size to grow it from."
+    smaller = "" if chosen(model) or model.grow_from else " There is no smaller size to grow it from."
     do = "Give a checkpoint with model.weights=PATH, or start from random weights: model.weights=scratch."
     do = f"Check the network. {do}" if reasons else do
     return f"{tried}{smaller} {do}"

@@ -41,11 +41,13 @@ class SweepMember:
         directory: of the sweep; the run directories of its jobs lie in it.
         parent: the tracker's name of the sweep's own run; None where it is not tracked.
         job: its number, from 0; None for a run that a job makes for itself, such as its dense counterpart.
+        label: what tells the job from the others, as far as its name does not.
     """
 
     directory: Path
     parent: str | None
     job: int | None = None
+    label: str = ""
 
 
 RunNested = Callable[[Experiment, list[str], SweepMember | None], None]

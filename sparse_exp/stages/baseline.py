@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -45,8 +46,8 @@ class Baseline:
 
     Attributes:
         map50: COCO mAP50 of its torch model on the validation split, 0..1.
-        directory: of its run; empty for the start checkpoint itself.
-        checkpoint: path; None where the files are gone.
+        directory: of its run, absolute; empty for the start checkpoint itself.
+        checkpoint: path, absolute; None where the files are gone.
         origin: how it was had: ``found in MLflow``, ``found on disk``, ``trained``, ``given``,
             or ``the start``.
     """
@@ -87,11 +88,24 @@ def _find_or_train(context: Context) -> dict[str, Any]:
     if wanted == "none":
         return {}
     if wanted != "auto":
-        return asdict(_given(context, expanded(wanted)))
+        return _facts(context, _given(context, expanded(wanted)))
     if not known:
         _log.info("No baseline: recovery.baseline=auto needs the stage fetch. Name a run instead.")
         return {}
-    return asdict(_start_itself(context) if experiment.recipe.oneshot else _counterpart(context))
+    return _facts(context, _start_itself(context) if experiment.recipe.oneshot else _counterpart(context))
+
+
+def _facts(context: Context, baseline: Baseline) -> dict[str, Any]:
+    """What is recorded; paths that move together with the run, as all outputs do, are relative to it."""
+    here, output = context.run.path, Path(context.experiment.paths.output).resolve()
+    together = [folder for folder in (here.parent, output) if here.is_relative_to(folder)]
+
+    def recorded(path: str | None) -> str | None:
+        moves = path and any(Path(path).is_relative_to(folder) for folder in together)
+        return os.path.relpath(path, here) if path and moves else path
+
+    facts = asdict(baseline)
+    return facts | {key: recorded(facts[key]) for key in ("directory", "checkpoint")}
 
 
 def _counterpart(context: Context) -> Baseline:

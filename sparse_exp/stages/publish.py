@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 from sparse_exp.config.schema import Experiment
 from sparse_exp.errors import ConfigError
+from sparse_exp.runs.directory import Run
 from sparse_exp.sources.local import require_free, require_writable, zoo_directory
 from sparse_exp.stages.base import Context, Outcome, Stage
 from sparse_exp.tracking import Tags
@@ -24,8 +26,8 @@ def _run(context: Context) -> Outcome:
         context.run,
         context.zoo,
         stub=experiment.publish,
-        force=experiment.overwrite,
         numbered=experiment.publish == _AUTO,
+        again=True,
         dataset=context.dataset,
     )
     _log.info("Published as %s in %s", model.stub, model.directory)
@@ -51,7 +53,8 @@ def _check(experiment: Experiment) -> Iterator[str]:
         require_writable(zoo)
         # A run that goes on may be published already: then by itself.
         if experiment.publish != _AUTO and not experiment.resume:
-            require_free(experiment.publish, zoo, force=experiment.overwrite)
+            replaced = Run.find(Path(experiment.paths.run)) if experiment.overwrite else None
+            require_free(experiment.publish, zoo, replaced.key if replaced else None)
     except ConfigError as error:
         yield from error.problems
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,26 +17,26 @@ from typing import Any
 from sparse_exp import __version__
 from sparse_exp.compare.comparison import FINISHED
 from sparse_exp.config.plain import as_dict, recipe_path
-from sparse_exp.config.schema import Experiment, TrackerConfig
+from sparse_exp.config.schema import WITHOUT_EFFECT, Experiment, TrackerConfig
 from sparse_exp.data import prepare
 from sparse_exp.errors import ConfigError, SparseExpError, StageFailed, first_line
 from sparse_exp.experiment import run
-from sparse_exp.files import fingerprint, read_json, sha256_of
+from sparse_exp.files import fingerprint, read_json, sha256_of, write_json
+from sparse_exp.redaction import without_secrets
 from sparse_exp.runs.conditions import code_differences
-from sparse_exp.runs.directory import Run, empty, locked
+from sparse_exp.runs.directory import MANIFEST, Run, empty, locked
 from sparse_exp.runs.past import JOB_TAG, OVERRIDES_TAG
 from sparse_exp.sources.cache import cache_directory
 from sparse_exp.stages.base import SweepMember
 from sparse_exp.stages.fetch import content_now
 from sparse_exp.stages.fingerprint import content_name
 from sparse_exp.stages.names import resolve_objective
-from sparse_exp.sweep.parent import ensure_parent
+from sparse_exp.sweep.overview import REFUSED
+from sparse_exp.sweep.parent import ensure_parent, read_state
 from sparse_exp.sweep.superseded import superseded_manifest
 from sparse_exp.tracking import PARENT_TAG, RunInfo, create_tracker, delete_run
 
 _log = logging.getLogger(__name__)
-# Keys that say where and how a job runs. Its results do not depend on them.
-_WITHOUT_EFFECT = ("paths", "sweep", "launcher", "ray", "tracker", "resume", "overwrite", "dry_run")
 
 ObjectiveValues = float | tuple[float, ...] | None
 
@@ -83,12 +85,21 @@ def run_job(job: Job, experiment: Experiment) -> ObjectiveValues:
         run(experiment, job.hydra_files, job.overrides)
         return None
     with locked(job.directory, wait=True):
+        (job.directory / REFUSED).unlink(missing_ok=True)
         if not _is_finished(job, experiment):
             _prepare(job, experiment)
             parent = ensure_parent(job.sweep, experiment.tracker, Path(experiment.paths.mlflow))
-            member = SweepMember(job.sweep, parent, job.number)
+            member = SweepMember(job.sweep, parent, job.number, _label(job, experiment.name))
             run(experiment, job.hydra_files, job.overrides, member)
         return _objective_values(job, objectives)
+
+
+def _label(job: Job, name: str) -> str:
+    """What the job has for itself in its sweep and its name does not say, such as ``seed=1``."""
+    of_all = shlex.split(str(read_state(job.sweep).get("command", "")))
+    said = set(re.split("[-_ ]", name))
+    pairs = [word.lstrip("+").partition("=") for word in job.overrides if word not in of_all]
+    return " ".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs if value not in said)
 
 
 def _is_finished(job: Job, experiment: Experiment) -> bool:
@@ -124,6 +135,9 @@ def _prepare(job: Job, experiment: Experiment) -> None:
         _delete_tracked_run(experiment, state.get("tracker_run_id"))
         empty(job.directory)
         experiment.resume = None
+    elif earlier is None and (job.directory / MANIFEST).is_file():
+        _log.warning("The manifest of job %d is damaged: the job is made anew.", job.number)
+        empty(job.directory)
     elif earlier:
         _log.info("Job %d was not finished (%s): going on with it.", job.number, earlier.status)
         experiment.resume = str(job.directory)
@@ -170,7 +184,7 @@ def _with_effect(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a configuration that a job's results depend on; of the tracker, those of the registry."""
     tracker = config.get("tracker", {})
     registry = {key: tracker.get(key) for key in ("register", "alias")}
-    others = {key: value for key, value in config.items() if key not in _WITHOUT_EFFECT}
+    others = {key: value for key, value in config.items() if key not in WITHOUT_EFFECT}
     return {**others, "tracker": registry}
 
 
@@ -198,6 +212,8 @@ def record_failure(
 ) -> None:
     """Record a job that failed before its run began, in a manifest and in the tracker, so that it is seen.
 
+    A run that is there from an earlier start stays as it is; if that had finished, the job was refused now.
+
     Args:
         job: the job.
         name: of the run.
@@ -206,9 +222,11 @@ def record_failure(
         experiment: None where the configuration did not pass its checks.
         error: why it failed.
     """
-    if job.earlier:  # the run has recorded it itself, or the manifest is that of an earlier start
+    reason = without_secrets(first_line(error))
+    if earlier := job.earlier:
+        if earlier.status == FINISHED:  # else the run has recorded it itself
+            write_json(job.directory / REFUSED, {"reason": reason})
         return
-    reason = first_line(error)
     run = Run.create(job.directory, overwrite=False)
     state = {"name": name, "overrides": job.overrides, "version": __version__, "job": job.number}
     run.update(status="FAILED", failure=reason, **state)

@@ -12,23 +12,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sparse_exp.compare.comparison import FINISHED
+from sparse_exp.config.places import apply_environment
 from sparse_exp.config.plain import group, out_of_bounds
 from sparse_exp.config.schema import LauncherConfig, RayConfig, SweepConfig, TrackerConfig
 from sparse_exp.errors import ConfigError, SparseExpError
 from sparse_exp.locks import exclusive
-from sparse_exp.resolve import resolve
+from sparse_exp.resolve import refuse_secrets, resolve
 from sparse_exp.runs.directory import LOCK
-from sparse_exp.runs.past import PastRun
+from sparse_exp.runs.past import DIED, PastRun, has_died
 from sparse_exp.stages.names import resolve_objective
-from sparse_exp.sweep.launchers import check_launcher, start_launcher
+from sparse_exp.sweep import naming
+from sparse_exp.sweep.launchers import cancel_slurm_jobs, check_launcher, slurm_jobs, start_launcher
 from sparse_exp.sweep.overview import FOLDER, Overview, read_overview
 from sparse_exp.sweep.parent import STATE, open_parent, read_state, update_state
 from sparse_exp.sweep.superseded import restore_superseded, supersede_jobs
-from sparse_exp.tracking import Artifact, Metrics, Status, Tags, end_open_runs
-from sparse_exp.tracking.store import check_server
+from sparse_exp.tracking import Artifact, Metrics, Status, Tags, check_server, end_open_runs
 
 _log = logging.getLogger(__name__)
 _MULTIRUN = "multirun.yaml"  # Hydra's
@@ -44,6 +45,8 @@ class Sweep:
         tracker: where it is logged.
         store: see `sparse_exp.tracking.create_tracker`.
         dry_run: whether its jobs only print their plans.
+        launcher: name of its launcher.
+        submitted: numbers of Slurm's jobs of earlier starts.
         lock: holds the lock of the directory while the sweep is open.
     """
 
@@ -52,6 +55,8 @@ class Sweep:
     tracker: TrackerConfig
     store: Path
     dry_run: bool
+    launcher: str = ""
+    submitted: frozenset[str] = frozenset()
     lock: ExitStack = field(default_factory=ExitStack)
 
 
@@ -69,6 +74,13 @@ def open_sweep(config: DictConfig) -> None:
             answer, or another process runs this sweep.
     """
     global _open
+    params: Any = OmegaConf.select(config, "hydra.sweeper.params")
+    varied: Any = OmegaConf.to_container(params) if params else None
+    naming.launched = naming.sweep_name(sys.argv[1:], varied)
+    apply_environment(config, config.hydra.overrides.task)
+    refuse_secrets(OmegaConf.to_container(config))
+    if config.hydra.job.chdir:
+        raise ConfigError(naming.NO_CHDIR)
     sweep = Sweep(
         directory=Path(config.hydra.sweep.dir),
         config=group(config, "sweep", SweepConfig),
@@ -82,7 +94,7 @@ def open_sweep(config: DictConfig) -> None:
         raise ConfigError(problems)
     _check_objectives(config, sweep.config)
     ray = group(config, "ray", RayConfig)
-    check_launcher(launcher, ray)
+    check_launcher(launcher, ray, config.hydra.runtime.choices.get("hydra/launcher"))
     if sweep.dry_run:
         _open = sweep
         return
@@ -91,6 +103,7 @@ def open_sweep(config: DictConfig) -> None:
         exclusive(sweep.directory / LOCK, f"The sweep {sweep.directory} is being run", wait=False)
     )
     start_launcher(launcher, ray)
+    sweep.launcher, sweep.submitted = launcher.name, frozenset(slurm_jobs(sweep.directory))
     _open = sweep
     restore_superseded(sweep.directory)  # of a start that was killed
     if sweep.config.rerun == "all":
@@ -131,6 +144,8 @@ def close_sweep(error: BaseException | None) -> str | None:
     if sweep is None:
         return None
     try:
+        if isinstance(error, KeyboardInterrupt) and sweep.launcher == "slurm":
+            cancel_slurm_jobs(slurm_jobs(sweep.directory) - sweep.submitted)
         restore_superseded(sweep.directory)
         overview = read_overview(sweep.directory, sweep.config.objectives)
         if sweep.dry_run or not overview.jobs:
@@ -175,7 +190,9 @@ def _close_parent(
     except SparseExpError as error:
         _log.warning("The sweep's own run cannot be closed now; the same command does it. %s", error)
         return
-    end_open_runs(sweep.tracker, sweep.store, state["parent"], "KILLED", "its process is gone")
+    if tracker.run_id is not None:
+        update_state(sweep.directory, parent=tracker.run_id)  # a new one where the former was deleted
+        end_open_runs(sweep.tracker, sweep.store, tracker.run_id, has_died, "KILLED", DIED)
     tracker.log(Tags({"mlflow.note.content": overview.markdown}))
     failed = len(overview.failures)
     tracker.log(Metrics({"jobs/finished": len(overview.jobs) - failed, "jobs/failed": failed}))

@@ -8,12 +8,16 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import tempfile
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from sparse_exp.config.schema import LauncherConfig, RayConfig
 from sparse_exp.errors import ConfigError, MissingDependency, expected, first_line
 
+_log = logging.getLogger(__name__)
 _CONNECT_S = 5.0
 # HOST:PORT of the cluster's head, or ray://HOST:PORT of its client server.
 _ADDRESS = re.compile(r"(ray://)?(?P<host>\[[^\]]+\]|[^:/\[\]]+):(?P<port>\d{1,5})")
@@ -22,17 +26,27 @@ _FOUND_BY_RAY = ("auto", "local")
 _OBJECT_STORE_BYTES = 100 << 20
 
 
-def check_launcher(launcher: LauncherConfig, ray: RayConfig) -> None:
+# Hydra's own launchers, by the option that brings each with the settings of this project.
+_OF_HYDRA = {"serial": "basic", "joblib": "joblib", "ray": "ray", "slurm": "submitit_slurm"}
+
+
+def check_launcher(launcher: LauncherConfig, ray: RayConfig, of_hydra: str | None = None) -> None:
     """Refuse a launcher that cannot run jobs from here.
 
     Args:
         launcher: its name, and how many jobs it is to run at once.
         ray: the cluster of ``launcher=ray``.
+        of_hydra: the choice of Hydra's own group ``hydra/launcher``, which ``launcher`` makes.
 
     Raises:
-        ConfigError: the serial launcher is to run several jobs at once, no server answers at ``ray.address``
-            within 5 s, or Slurm is not on this machine.
+        ConfigError: another of Hydra's launchers was chosen than that of ``launcher``, whose jobs would not
+            share the cores; the serial launcher is to run several jobs at once, no server answers at
+            ``ray.address`` within 5 s, or Slurm is not on this machine.
     """
+    if of_hydra is not None and of_hydra != _OF_HYDRA.get(launcher.name, of_hydra):
+        ours = next((name for name, theirs in _OF_HYDRA.items() if theirs == of_hydra), None)
+        do = f"Use launcher={ours} instead." if ours else f"Launchers are {', '.join(_OF_HYDRA)}."
+        raise ConfigError(expected("hydra/launcher", f"that of launcher={launcher.name}", of_hydra, do))
     if launcher.name == "serial" and launcher.jobs > 1:
         do = f"To run several at once, add launcher=joblib launcher.jobs={launcher.jobs}."
         raise ConfigError(expected("launcher.jobs of launcher=serial", "1", launcher.jobs, do))
@@ -58,6 +72,22 @@ def _check_ray(address: str) -> None:
             f"No Ray cluster answers at ray.address={address} ({error.strerror or error}). Start one there "
             "with ray start --head, or leave ray.address out to start Ray on this machine."
         ) from error
+
+
+def slurm_jobs(sweep: Path) -> set[str]:
+    """Numbers of the arrays of Slurm jobs that were ever submitted for a sweep, as submitit noted them."""
+    return {path.name.partition("_")[0] for path in (sweep / ".submitit").glob("[0-9]*")}
+
+
+def cancel_slurm_jobs(numbers: Collection[str]) -> None:
+    """Let Slurm end jobs; they record that they were killed, and the same command goes on with them."""
+    if not numbers:
+        return
+    _log.info("Cancelling the Slurm jobs %s.", ", ".join(sorted(numbers)))
+    try:
+        subprocess.run(["scancel", *sorted(numbers)], check=True, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        _log.warning("They go on, as scancel failed: %s", first_line(error))
 
 
 def start_launcher(launcher: LauncherConfig, ray: RayConfig) -> None:

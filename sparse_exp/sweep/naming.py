@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-_FLAGS = ("-m", "--multirun")
 # Words that say where a sweep runs or is logged, or how it goes on, but do not change its jobs.
 _WITHOUT_EFFECT = re.compile(
     r"[+~]*(hydra[./]|launcher[.=]|ray\.|tracker[.=]|paths[.=]|sweep\.(name|rerun|trials)=|dry_run=|overwrite=)"
@@ -14,24 +15,37 @@ _WITHOUT_EFFECT = re.compile(
 _SWEPT = re.compile(r"[+~]*(?P<key>[^=]+)=(?P<value>.*)", re.DOTALL)
 _FUNCTIONS = re.compile(r"^\s*(choice|range|interval|glob|shuffle|sort|tag)\(")
 _SHOWN = 3
+launched: str | None = None
+"""Name of the sweep whose jobs this process launches, which ``sweep.name`` is by default."""
+NO_CHDIR = (
+    "hydra.job.chdir=true does not work here, as relative paths start at the current directory. "
+    "Leave it out; paths.run, hydra.run.dir and hydra.sweep.dir say where files go."
+)
 
 
-def sweep_name(words: Sequence[str]) -> str | None:
+def sweep_name(words: Sequence[str], params: Mapping[str, Any] | None = None) -> str:
     """A directory name for the sweep that a command line starts, for example ``model-recipe-1f09c3``.
 
     Args:
         words: the command line without the program's name.
+        params: ``hydra.sweeper.params``: what presets vary, or the command line itself.
 
     Returns:
-        Up to three keys that vary, and a digest of the words that affect the jobs. Their order counts, since
-        the numbers of the jobs depend on it. None for a command that starts no sweep.
+        Up to three keys that vary, and a digest of all that affects the jobs. Its order counts, since the
+        numbers of the jobs depend on it.
     """
-    if not any(word in _FLAGS for word in words):
-        return None
-    effective = [word for word in words if word not in _FLAGS and not _WITHOUT_EFFECT.match(word)]
-    varied = [key for key in map(_varied_key, effective) if key]
-    digest = hashlib.sha256("\n".join(effective).encode()).hexdigest()[:6]
-    return "-".join([*(varied[:_SHOWN] or ["sweep"]), digest])
+    effective = [word for word in words if not (_is_flag(word) or _WITHOUT_EFFECT.match(word))]
+    given = [f"{key}={value}" for key, value in (params or {}).items()]
+    varied = [key for key in map(_varied_key, effective) if key] or list(
+        filter(None, map(_varied_key, given))
+    )
+    text = "\n".join([*effective, *([json.dumps(given)] if given else [])])
+    return "-".join([*(varied[:_SHOWN] or ["sweep"]), hashlib.sha256(text.encode()).hexdigest()[:6]])
+
+
+def _is_flag(word: str) -> bool:
+    """Whether a word is ``-m``, ``--multirun``, or one of the abbreviations that argparse takes for it."""
+    return word == "-m" or (word.startswith("--m") and "--multirun".startswith(word))
 
 
 def _varied_key(word: str) -> str:

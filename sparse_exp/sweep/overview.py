@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -11,11 +11,14 @@ from sparse_exp.compare.comparison import FINISHED, Comparison, compare
 from sparse_exp.compare.files import write_files
 from sparse_exp.compare.table import as_markdown, remarks, terminal_table
 from sparse_exp.errors import ConfigError
+from sparse_exp.files import read_json
 from sparse_exp.runs.directory import Run, find_directories
-from sparse_exp.runs.past import PastRun, read_run
+from sparse_exp.runs.past import DIED, PastRun, read_run
 from sparse_exp.text import plain_text
 
 FOLDER = "compare"
+REFUSED = "refused.json"
+"""In the directory of a job that finished before, and was refused the last time: the reason."""
 # The axes without objectives: the first of each that the jobs have.
 _X_METRICS = ("items_per_s", "size/onnx_gzip_mb", "sparsity/prunable", "time/train_s")
 _Y_METRICS = ("map50", "val/map50_95", "sparsity/total")
@@ -69,13 +72,24 @@ def read_overview(sweep: Path, objectives: Sequence[str] = ()) -> Overview:
     """
     runs = [run for path in find_directories(sweep) if (run := Run.find(path))]
     jobs = sorted((run for run in runs if run.state.get("job") is not None), key=lambda run: run.state["job"])
+    refused = {run.path: str(read_json(run.path / REFUSED).get("reason", "")) for run in jobs}
     failures = [
-        f"{run.path.name} {run.status}: {run.state.get('failure') or 'its process is gone'}"
+        f"{run.path.name} refused: {refused[run.path]}"
+        if refused[run.path]
+        else f"{run.path.name} {run.status}: {run.state.get('failure') or _without_reason(run)}"
         for run in jobs
-        if run.status != FINISHED
+        if run.status != FINISHED or refused[run.path]
     ]
-    found = tuple(past for run in jobs if (past := read_run(run.path)))
+    found = tuple(
+        replace(past, status="FAILED") if refused[run.path] else past
+        for run in jobs
+        if (past := read_run(run.path))
+    )
     return Overview(found, tuple(failures), _comparison(found, objectives))
+
+
+def _without_reason(run: Run) -> str:
+    return "its process goes on" if run.status == "RUNNING" else DIED
 
 
 def _comparison(runs: Sequence[PastRun], objectives: Sequence[str]) -> Comparison | None:

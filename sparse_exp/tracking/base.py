@@ -20,7 +20,8 @@ class RunInfo:
         config: the resolved configuration; nested dicts and lists of plain values.
         tags: the first tags, such as ``mlflow.parentRunId`` of a sweep's runs.
         directory: of the run's files.
-        run_id: of an earlier start of the same run, which then goes on; None opens a new one.
+        run_id: of an earlier start of the same run, which then goes on; None opens a new one. So does one
+            that the backend does not have any more, or that has other parameters, which cannot be changed.
         told: all that the run has to tell so far, read from its directory, with the time of each event in
             seconds since 1970. A tracker that missed something sends it again from here.
         missed: whether an earlier start may not have told everything.

@@ -19,18 +19,21 @@ from sparse_exp.tracking import PARENT_TAG, FoundRun
 _RUNS = """
     SELECT r.run_uuid, r.name, r.status, r.start_time FROM runs r JOIN experiments e USING (experiment_id)
     WHERE r.lifecycle_stage = 'active' AND e.lifecycle_stage = 'active' AND {condition}
-    ORDER BY r.start_time DESC, r.run_uuid
+    ORDER BY r.start_time DESC, r.run_uuid LIMIT ?
 """
 _CHILD_OF = f"r.run_uuid IN (SELECT run_uuid FROM tags WHERE key = '{PARENT_TAG}' AND value IN ({{marks}}))"
 
 
-def read(database: Path, *, experiment: str | None, run_ids: Sequence[str]) -> list[FoundRun]:
+def read(
+    database: Path, *, experiment: str | None, run_ids: Sequence[str], newest: int | None = None
+) -> list[FoundRun]:
     """Runs of an MLflow database, newest first; see `sparse_exp.tracking.reading.read_runs`.
 
     Args:
         database: SQLite file; it is only read.
         experiment: name of the experiment to read, None: all.
         run_ids: read these runs and their children; empty: all.
+        newest: of these, so many that started last; None: all.
 
     Raises:
         sqlite3.Error: it is no such database, or one whose tables have changed.
@@ -40,7 +43,8 @@ def read(database: Path, *, experiment: str | None, run_ids: Sequence[str]) -> l
     with closing(
         sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", timeout=60, uri=True)
     ) as connection:
-        runs = connection.execute(_RUNS.format(condition=condition), values).fetchall()
+        limit = -1 if newest is None else newest  # -1: none, in SQLite
+        runs = connection.execute(_RUNS.format(condition=condition), [*values, limit]).fetchall()
         wanted = {run_id for run_id, *_ in runs}
         metrics = _by_run(
             connection, "SELECT run_uuid, key, value FROM latest_metrics WHERE NOT is_nan", wanted

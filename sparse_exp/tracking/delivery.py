@@ -24,11 +24,19 @@ class Sent:
         sent: how many the server took.
         left: how many it did not take, or were not tried any more.
         reason: why the last of these failed; "" where none did.
+        gone: how many can never be sent, as their file is gone.
     """
 
     sent: int
     left: int
     reason: str = ""
+    gone: int = 0
+
+
+def is_gone(event: Any) -> bool:
+    """Whether an event can never be sent, as the file that it is about is not there any more."""
+    path = getattr(event, "path", None)
+    return path is not None and not path.exists()
 
 
 class Delivery:
@@ -65,8 +73,11 @@ class Delivery:
 
     def send_again(self, told: Told, patience: float) -> Sent:
         """Send all events of a run, from its first; give up after so many seconds of failures."""
-        lost, sent, left, reason = 0.0, 0, 0, ""
+        lost, sent, left, reason, gone = 0.0, 0, 0, "", 0
         for event, at in told:
+            if is_gone(event):
+                gone += 1
+                continue
             if left and lost >= patience:
                 left += 1
                 continue
@@ -78,7 +89,7 @@ class Delivery:
                 _log.debug("Sending %s again failed", event, exc_info=error)
                 lost, left, reason = lost + time.monotonic() - started, left + 1, one_line(error)
         self.missed = left > 0
-        return Sent(sent, left, reason)
+        return Sent(sent, left, reason, gone)
 
     def _warn(self, kind: str, error: Exception) -> None:
         _log.debug("Tracking of %s failed", kind, exc_info=error)

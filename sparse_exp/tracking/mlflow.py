@@ -21,8 +21,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sparse_exp.config.schema import TrackerConfig
+from sparse_exp.config.schema import WITHOUT_EFFECT, TrackerConfig
 from sparse_exp.errors import MissingDependency, SparseExpError, expected
+from sparse_exp.redaction import without_secrets
 from sparse_exp.tracking.base import FoundRun, RunInfo
 from sparse_exp.tracking.delivery import Delivery
 from sparse_exp.tracking.description import NOTE_TAG, experiment_note
@@ -39,18 +40,23 @@ from sparse_exp.tracking.events import (
     Status,
     Tags,
 )
-from sparse_exp.tracking.messages import one_line, without_password
+from sparse_exp.tracking.messages import one_line
 from sparse_exp.tracking.params import flatten, sanitize, shorten
+from sparse_exp.tracking.relocation import ARTIFACTS, relocate
 from sparse_exp.tracking.source import source_tags
-from sparse_exp.tracking.store import ready_database, tracking_uri, unusable
+from sparse_exp.tracking.store import LOCAL, ready_database, tracking_uri, unusable
 
 _log = logging.getLogger(__name__)
 _MAX_TAG_LENGTH = 8000
 _MAX_DIGEST_LENGTH = 36
-_PER_BATCH = 100
+_PER_BATCH, _PER_PAGE = 100, 200
 _PATIENCE_AT_START_S, _PATIENCE_AT_FINISH_S = 1.0, 20.0
 _SYSTEM_METRICS_EVERY_S = 5
 _FAILURE_TAG = "failure"
+_CONTINUES_TAG, _CONTINUED_TAG = "continues", "continued_by"
+# Parameters that may differ while a tracked run goes on.
+_MAY_DIFFER = (*WITHOUT_EFFECT, "stages", "publish")
+_MOST_NAMED = 3
 _MODEL_FOLDER, _MODEL_FILE, _SHA256_TAG = "registered_model", "model.onnx", "sha256"
 _ENVIRONMENT = {
     # Of a server that does not answer, MLflow's own defaults wait many minutes before they say so.
@@ -67,7 +73,7 @@ class MlflowTracker:
     """Logs one run to MLflow: to a server that is named, or to SQLite in ``store``.
 
     Args:
-        config: ``uri`` names a server or database; the environment's ``MLFLOW_TRACKING_URI`` wins.
+        config: ``uri`` names a server or database; see `sparse_exp.tracking.store.tracking_uri`.
         store: directory of ``mlflow.db`` and ``artifacts/`` where no server is named.
     """
 
@@ -75,7 +81,7 @@ class MlflowTracker:
         self.run_id: str | None = None
         self._config, self._store = config, store.absolute()
         self._uri, self._uri_from = tracking_uri(config, self._store)
-        self.address: str | None = without_password(self._uri)
+        self.address: str | None = without_secrets(self._uri)
         self._delivery: Delivery | None = None
         self._run: RunInfo | None = None
         self._monitor: Any = None
@@ -83,7 +89,9 @@ class MlflowTracker:
     def start(self, run: RunInfo) -> None:
         """Open the run and log its configuration as flat parameters; see `Tracker.start`.
 
-        What an earlier start of the run could not send goes first.
+        What an earlier start of the run could not send goes first. What a new run of MLflow's, which takes
+        the place of an earlier one, is to know of the earlier starts is sent when the run ends: until then
+        some of it may still be replaced.
         """
         client_class = import_client()
         _log.info("Tracking to %s (%s)", self.address, self._uri_from)
@@ -91,10 +99,14 @@ class MlflowTracker:
             self._open(client_class, run)
         except Exception as error:
             self._abandon()
+            if isinstance(error, SparseExpError):
+                raise
             raise SparseExpError(unusable(self._uri, self._uri_from, error)) from error
         self._run = run
-        self._delivery = Delivery(RunWriter(self._client, str(self.run_id)).send, missed=run.missed)
-        if run.missed:
+        instead = run.run_id is not None and self.run_id != run.run_id
+        send = RunWriter(self._client, str(self.run_id)).send
+        self._delivery = Delivery(send, missed=run.missed or instead)
+        if run.missed and not instead:
             self._delivery.send_again(run.told(), _PATIENCE_AT_START_S)
         self._start_monitor(resume=False)
 
@@ -126,22 +138,35 @@ class MlflowTracker:
         from mlflow.entities import Param
 
         with ready_database(self._uri):
+            if self._uri_from == LOCAL:
+                for former in relocate(self._store):
+                    _log.info("The artifacts of %s are in %s now.", former, self._store)
             self._client = client_class(self._uri)
             experiment = self._experiment(run.experiment)
-        tags = {**source_tags(), **run.tags}
+        tags, params = {**source_tags(), **run.tags}, flatten(run.config)
         if run.run_id is not None:
-            _reopen(self._client, run.run_id)
-            self.run_id = run.run_id
-            return
+            why_not = _why_not(self._client, run.run_id, params)
+            if why_not is None:
+                _reopen(self._client, run.run_id)
+                self.run_id = run.run_id
+                _set_tags(self._client, self.run_id, run.tags)  # its directory may have been moved
+                return
+            _log.warning("MLflow gets a new run in place of %s: %s.", run.run_id, why_not)
+            tags[_CONTINUES_TAG] = run.run_id
         created = self._client.create_run(experiment, tags=_clean_tags(tags), run_name=run.name)
         self.run_id = created.info.run_id
-        params = [Param(key, value) for key, value in flatten(run.config).items()]
-        for batch in _batches(params):
+        for batch in _batches([Param(key, value) for key, value in params.items()]):
             self._client.log_batch(self.run_id, params=batch)
+        if run.run_id is not None:
+            _succeed(self._client, run.run_id, created)
 
     def _experiment(self, name: str) -> str:
         """The ID of the experiment of that name, made if there is none, with a description."""
         found = self._client.get_experiment_by_name(name) or self._new_experiment(name)
+        if found.lifecycle_stage == "deleted":
+            restore = f"mlflow experiments restore --experiment-id {found.experiment_id}"
+            do = f"Restore it with {restore}, or choose another with tracker.experiment=NAME."
+            raise SparseExpError(f"The MLflow experiment {name} was deleted. {do}")
         if NOTE_TAG not in found.tags:  # somebody's own text, an empty one too, stays
             note = experiment_note(found.experiment_id)
             self._client.set_experiment_tag(found.experiment_id, NOTE_TAG, note)
@@ -150,7 +175,7 @@ class MlflowTracker:
     def _new_experiment(self, name: str) -> Any:
         # A server places artifacts itself; for a database MLflow would take ./mlruns.
         remote = self._uri.startswith(("http:", "https:"))
-        location = None if remote else (self._store / "artifacts").as_uri()
+        location = None if remote else (self._store / ARTIFACTS).as_uri()
         try:
             self._client.create_experiment(name, artifact_location=location)
         except Exception:  # another process may have been faster
@@ -243,22 +268,49 @@ def connect(uri: str) -> Any:
     return client
 
 
-def close_children(config: TrackerConfig, store: Path, parent: str, end: Finish) -> int:
-    """Close the children of a run that still say RUNNING; see `sparse_exp.tracking.end_open_runs`.
+def close_dead(
+    config: TrackerConfig,
+    store: Path,
+    parent: str | None,
+    has_died: Callable[[FoundRun], bool],
+    end: Finish,
+) -> int:
+    """Close runs that still say RUNNING and are dead; see `sparse_exp.tracking.end_open_runs`.
 
     Raises:
         MissingDependency: MLflow is not installed.
         Exception: the store does not answer.
     """
     client = connect(tracking_uri(config, store)[0])
-    experiments = [client.get_run(parent).info.experiment_id]
-    wanted = f"tags.`{PARENT_TAG}` = '{parent}' and attributes.status = 'RUNNING'"
-    now, closed = int(time.time() * 1000), 0
-    while found := client.search_runs(experiments, wanted, max_results=_PER_BATCH):
-        for run in found:
-            _end(client, run.info.run_id, end, now)
-        closed += len(found)
-    return closed
+    experiments = [found.experiment_id for found in client.search_experiments()]
+    wanted = ["attributes.status = 'RUNNING'", *([f"tags.`{PARENT_TAG}` = '{parent}'"] if parent else [])]
+    dead = [
+        run.info.run_id
+        for run in pages(client, experiments, " and ".join(wanted))
+        if has_died(FoundRun(run.info.run_id, run.data.tags, run.data.metrics, run.info.run_name))
+    ]
+    for run_id in dead:
+        _end(client, run_id, end, int(time.time() * 1000))
+    return len(dead)
+
+
+def pages(client: Any, experiments: Sequence[str], wanted: str, at_most: int | None = None) -> Iterator[Any]:
+    """All runs that a search finds, newest first, page by page.
+
+    Args:
+        client: MLflow's.
+        experiments: their ids; at least one.
+        wanted: in MLflow's language of filters.
+        at_most: so many; None: all.
+    """
+    token, left = None, at_most
+    while experiments and (left is None or left > 0):
+        size = _PER_PAGE if left is None else min(left, _PER_PAGE)
+        page = client.search_runs(experiments, wanted, max_results=size, page_token=token)
+        yield from page
+        left = None if left is None else left - len(page)
+        if not (token := page.token):
+            return
 
 
 def forget(config: TrackerConfig, store: Path, run_id: str) -> None:
@@ -310,10 +362,56 @@ def import_client() -> Callable[[str], Any]:
     return MlflowClient
 
 
+def _why_not(client: Any, run_id: str, params: Mapping[str, str]) -> str | None:
+    """Why a run of MLflow's cannot go on with some parameters, as a clause; None: it can."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return "this store does not have it"
+    if found.info.lifecycle_stage != "active":
+        return "it was deleted"
+    then = found.data.params  # a key that only one of them has is of another version, and has its default
+    changed = [
+        key
+        for key, value in params.items()
+        if then.get(key, value) != value and key.partition(".")[0] not in _MAY_DIFFER
+    ]
+    more = f" and {len(changed) - _MOST_NAMED} more" if len(changed) > _MOST_NAMED else ""
+    return f"it has another {', '.join(changed[:_MOST_NAMED])}{more}" if changed else None
+
+
+def _succeed(client: Any, former: str, run: Any) -> None:
+    """Say on a former run which one takes its place, end it, and give its children to the new one."""
+    run_id, experiments = run.info.run_id, [run.info.experiment_id]
+    with suppress(Exception):  # it was deleted, or is on another server
+        client.set_tag(former, _CONTINUED_TAG, run_id)
+        if client.get_run(former).info.status == "RUNNING":
+            client.set_terminated(former, "KILLED")
+    children = f"tags.`{PARENT_TAG}` = '{former}'"
+    while found := client.search_runs(experiments, children, max_results=_PER_BATCH):
+        for child in found:
+            client.set_tag(child.info.run_id, PARENT_TAG, run_id)
+
+
+def is_deleted(client: Any, run_id: str) -> bool:
+    """Whether somebody has deleted a run in the store; False where that is not known."""
+    with suppress(Exception):
+        return bool(client.get_run(run_id).info.lifecycle_stage != "active")
+    return False
+
+
 def _reopen(client: Any, run_id: str) -> None:
     """Let a run that ended go on: it is RUNNING, and no longer failed."""
-    tags = client.get_run(run_id).data.tags
     client.update_run(run_id, status="RUNNING")
+    _forget_failure(client, run_id)
+
+
+def _forget_failure(client: Any, run_id: str) -> None:
+    tags = client.get_run(run_id).data.tags
     if _FAILURE_TAG in tags:
         client.set_tag(run_id, NOTE_TAG, _without_failure(tags))
         client.delete_tag(run_id, _FAILURE_TAG)
@@ -324,6 +422,8 @@ def _end(client: Any, run_id: str, end: Finish, milliseconds: int) -> None:
         rest = _without_failure(client.get_run(run_id).data.tags)
         note = f"{end.status}: {end.reason}" + (f"\n\n{rest}" if rest else "")
         _set_tags(client, run_id, {_FAILURE_TAG: end.reason, NOTE_TAG: note})
+    else:  # somebody may have taken it for dead meanwhile
+        _forget_failure(client, run_id)
     client.set_terminated(run_id, end.status, end_time=milliseconds)
 
 

@@ -7,40 +7,52 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sparse_exp.config.places import SQLITE
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import SparseExpError, expected
+from sparse_exp.redaction import without_secrets
 from sparse_exp.tracking import PARENT_TAG, FoundRun, database
-from sparse_exp.tracking.messages import one_line, without_password
-from sparse_exp.tracking.mlflow import import_client
-from sparse_exp.tracking.store import SQLITE, tracking_uri
-
-_PER_PAGE = 200
+from sparse_exp.tracking.messages import one_line
+from sparse_exp.tracking.mlflow import import_client, pages
+from sparse_exp.tracking.store import tracking_uri
 
 
 def read_runs(
-    config: TrackerConfig, store: Path, *, experiment: str | None = None, run_ids: Sequence[str] = ()
+    config: TrackerConfig,
+    store: Path,
+    *,
+    experiment: str | None = None,
+    run_ids: Sequence[str] = (),
+    only: str = "",
+    newest: int | None = None,
 ) -> list[FoundRun]:
     """Runs of MLflow, whatever their status, newest first.
 
-    A SQLite database is read as it is, without importing MLflow; a server is asked through MLflow's client.
+    A SQLite database is read as it is, without importing MLflow, unless it is to be filtered; a server is
+    asked through MLflow's client, page by page.
 
     Args:
         config: names the server; see `sparse_exp.tracking.store.tracking_uri`.
         store: directory of the local database, where no server is named.
         experiment: name of the experiment to read, None: all.
         run_ids: read these runs and their children (a sweep's runs) only.
+        only: of these, those that fit, in MLflow's language of filters; "": all.
+        newest: of these, so many that started last; None: all.
 
     Raises:
         SparseExpError: there is no such store or experiment, or it does not answer.
     """
     with _answering(config, store) as uri:
-        if uri.startswith(SQLITE):
-            found = database.read(_file_of(uri), experiment=experiment, run_ids=run_ids)
+        if uri.startswith(SQLITE) and not only:
+            found = database.read(_file_of(uri), experiment=experiment, run_ids=run_ids, newest=newest)
         else:
-            found = _ask(import_client()(uri), experiment, run_ids)
+            found = _ask(import_client()(uri), experiment, run_ids, only, newest)
         if experiment is not None and not found:
             do = "The experiments are in MLflow's UI (make dashboard); runs go to sparse_exp by default."
-            raise SparseExpError(expected("--experiment", "an MLflow experiment with runs", experiment, do))
+            fitting = f" that fit {only}" if only else ""
+            raise SparseExpError(
+                expected("--experiment", f"an MLflow experiment with runs{fitting}", experiment, do)
+            )
         return found
 
 
@@ -64,7 +76,9 @@ def fetch_files(config: TrackerConfig, store: Path, run_id: str, names: Sequence
             client.download_artifacts(run_id, name, str(place))
 
 
-def _ask(client: Any, experiment: str | None, run_ids: Sequence[str]) -> list[FoundRun]:
+def _ask(
+    client: Any, experiment: str | None, run_ids: Sequence[str], only: str = "", newest: int | None = None
+) -> list[FoundRun]:
     if experiment is None:
         experiments = [found.experiment_id for found in client.search_experiments()]
     else:
@@ -74,8 +88,9 @@ def _ask(client: Any, experiment: str | None, run_ids: Sequence[str]) -> list[Fo
         return []
     questions = [f"attributes.run_id = '{run_id}'" for run_id in run_ids]
     questions += [f"tags.`{PARENT_TAG}` = '{run_id}'" for run_id in run_ids]
-    runs = {run.info.run_id: run for text in questions or [""] for run in _pages(client, experiments, text)}
-    return [
+    filters = [" and ".join(filter(None, (text, only))) for text in questions or [""]]
+    runs = {run.info.run_id: run for text in filters for run in pages(client, experiments, text, newest)}
+    found = [
         FoundRun(
             run.info.run_id,
             run.data.tags,
@@ -86,15 +101,7 @@ def _ask(client: Any, experiment: str | None, run_ids: Sequence[str]) -> list[Fo
         )
         for run in sorted(runs.values(), key=lambda run: (-run.info.start_time, run.info.run_id))
     ]
-
-
-def _pages(client: Any, experiments: Sequence[str], question: str) -> Iterator[Any]:
-    token = None
-    while True:
-        page = client.search_runs(experiments, question, max_results=_PER_PAGE, page_token=token)
-        yield from page
-        if not (token := page.token):
-            return
+    return found[:newest]
 
 
 @contextmanager
@@ -115,7 +122,7 @@ def _answering(config: TrackerConfig, store: Path) -> Iterator[str]:
         raise
     except Exception as error:
         do = f"({one_line(error)}) Start or repair it, or give run directories."
-        raise SparseExpError(expected(what, "usable", without_password(uri), do)) from error
+        raise SparseExpError(expected(what, "usable", without_secrets(uri), do)) from error
 
 
 def _file_of(uri: str) -> Path:

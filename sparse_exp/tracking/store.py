@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import socket
 import sqlite3
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from sparse_exp.config.places import SQLITE
 from sparse_exp.config.schema import TrackerConfig
-from sparse_exp.errors import SparseExpError, expected
+from sparse_exp.errors import expected
 from sparse_exp.locks import exclusive
-from sparse_exp.tracking.messages import one_line, without_password
+from sparse_exp.redaction import without_secrets
+from sparse_exp.tracking.messages import one_line
 
-SQLITE = "sqlite:///"
+LOCAL = "paths.mlflow"
+"""What names the local store."""
 _LOCK_TIMEOUT_S = 120
 _ANSWER_TIMEOUT_S = 10
 _POSTGRES_LOCK = 7_341_905_522  # any number that nobody else takes
@@ -27,13 +28,15 @@ _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 def tracking_uri(config: TrackerConfig, store: Path) -> tuple[str, str]:
     """The address that runs are logged to, and what named it.
 
-    ``MLFLOW_TRACKING_URI`` of the environment wins, then ``config.uri``, then SQLite in ``store``.
+    That is ``config.uri``, which `sparse_exp.config.places` leaves empty where the environment wins, then
+    ``MLFLOW_TRACKING_URI`` of the environment, then SQLite in ``store``.
     """
+    local = f"{SQLITE}{store.absolute() / 'mlflow.db'}"
+    if config.uri:
+        return config.uri, LOCAL if config.uri == local else "tracker.uri"
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         return uri, "MLFLOW_TRACKING_URI"
-    if config.uri:
-        return config.uri, "tracker.uri"
-    return f"{SQLITE}{store.absolute() / 'mlflow.db'}", "paths.mlflow"
+    return local, LOCAL
 
 
 @contextmanager
@@ -87,30 +90,6 @@ def _require_listener(uri: str) -> None:
         socket.create_connection((address.hostname, address.port or port), _ANSWER_TIMEOUT_S).close()
 
 
-def check_server(config: TrackerConfig, store: Path) -> None:
-    """Refuse a tracking server that nobody answers for, within seconds; a local database is made when needed.
-
-    Args:
-        config: the ``tracker`` group of the configuration.
-        store: see `tracking_uri`.
-
-    Raises:
-        SparseExpError: nothing answers at its address.
-    """
-    if config.backend != "mlflow":
-        return
-    uri, named_by = tracking_uri(config, store)
-    try:
-        if uri.startswith(("http:", "https:")):
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_ANSWER_TIMEOUT_S).close()
-        else:
-            _require_listener(uri)
-    except urllib.error.HTTPError:
-        pass  # it answers
-    except (OSError, ValueError) as error:
-        raise SparseExpError(unusable(uri, named_by, error)) from error
-
-
 def unusable(uri: str, named_by: str, error: BaseException) -> str:
     """What to tell of a store that cannot be used.
 
@@ -121,4 +100,4 @@ def unusable(uri: str, named_by: str, error: BaseException) -> str:
     """
     what = f"the MLflow tracking store ({named_by})"
     do = f"({one_line(error)}) Start or repair it, name another with tracker.uri, or set tracker=none."
-    return expected(what, "usable", without_password(uri), do)
+    return expected(what, "usable", without_secrets(uri), do)

@@ -12,20 +12,22 @@ from rich.console import Console
 from rich.table import Table
 
 from sparse_exp.command import Parser, run_command
+from sparse_exp.config.places import add_place_options, chosen_places
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.files import as_json, expanded
 from sparse_exp.hints import command_line
 from sparse_exp.metrics.names import SIGNS
 from sparse_exp.sources.cache import cache_directory
 from sparse_exp.sources.local import (
+    METADATA,
     Published,
     find,
+    lacking,
     published,
     read_metadata,
     require_free,
     require_writable,
     stub_of,
-    zoo_directory,
 )
 from sparse_exp.sources.stub import STUB_PREFIX
 from sparse_exp.zoo.publish import (
@@ -45,7 +47,7 @@ _EPILOG = """examples:
   python -m sparse_exp.zoo search "size=s sparsity>=0.7 quantized"
   python -m sparse_exp model=yolov5s model.weights=STUB
 
-The zoo is --zoo, else $SPARSE_EXP_ZOO, else outputs/zoo. See docs/zoo.md."""
+The zoo is --zoo, else $SPARSE_EXP_ZOO, else paths.zoo of the configuration. See docs/zoo.md."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,12 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     options = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace, Path], int] = options.run
-    return run(options, zoo_directory(options.zoo))
+    return run(options, chosen_places(options).zoo)
 
 
 def _parser() -> argparse.ArgumentParser:
     shared = Parser(add_help=False)
-    shared.add_argument("--zoo", metavar="DIR", help="the local zoo")
+    add_place_options(shared, "zoo")
     parser = Parser(
         prog="python -m sparse_exp.zoo",
         description=_DESCRIPTION,
@@ -131,9 +133,10 @@ def _add_json(command: argparse.ArgumentParser) -> None:
 def _publish(options: argparse.Namespace, zoo: Path) -> int:
     run = read_finished(options.source)
     require_writable(zoo)
-    if options.stub:
-        require_free(options.stub, zoo, force=options.force)
-    dataset = dataset_of(run, cache_directory(options.cache or run.config["paths"]["cache"]))
+    if options.stub and not options.force:
+        require_free(options.stub, zoo)
+    cache = chosen_places(options).cache or run.config["paths"]["cache"]
+    dataset = dataset_of(run, cache_directory(cache))
     return _report(publish_run(run, zoo, stub=options.stub or AUTO, force=options.force, dataset=dataset))
 
 
@@ -190,8 +193,8 @@ def _print_table(models: list[Published]) -> None:
 
 def _row(model: Published) -> list[str]:
     info = model.metadata
-    numbers = [info.get("metrics", {}).get(key) for key in ("val/map50", "size/onnx_gzip_mb")]
-    map50, megabytes = ("" if number is None else f"{number:.3g}" for number in numbers)
+    numbers = [info["metrics"].get(key) for key in ("val/map50", "size/onnx_gzip_mb")]
+    map50, megabytes = (f"{number:.3g}" if isinstance(number, int | float) else "" for number in numbers)
     quantized, day = "yes" if info["quantized"] else "no", str(info["published"])[:10]
     texts = [info["size"], info["dataset"], info.get("imgsz") or "", f"{info['sparsity']:.1%}"]
     return [*map(str, texts), quantized, map50, megabytes, day, model.stub]
@@ -229,6 +232,9 @@ def _model(name: str, zoo: Path) -> Published:
     if directory is None or not metadata:
         do = f"See: {command_line('list', '--zoo', str(zoo), module='sparse_exp.zoo')}"
         raise ConfigError(expected("the model", f"one that is published in {zoo}", name, do))
+    if missing := lacking(metadata):
+        do = "It is damaged: publish or import the model again with --force."
+        raise ConfigError(f"{directory / METADATA} lacks {', '.join(missing)}. {do}")
     inside = directory.is_relative_to(zoo)
     return Published(stub_of(directory, zoo) if inside else metadata["stub"], directory, metadata)
 

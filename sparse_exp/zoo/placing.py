@@ -18,6 +18,7 @@ from sparse_exp.sources.local import (
     METADATA,
     Published,
     directory_of,
+    is_free,
     read_metadata,
     require_free,
     stub_of,
@@ -30,7 +31,15 @@ _WAIT_S = 600.0
 Fill = Callable[[str, Path], None]
 
 
-def put(stub: str, zoo: Path, fill: Fill, *, force: bool = False, numbered: bool = False) -> Published:
+def put(
+    stub: str,
+    zoo: Path,
+    fill: Fill,
+    *,
+    force: bool = False,
+    numbered: bool = False,
+    owner: str | None = None,
+) -> Published:
     """Publish a model.
 
     Args:
@@ -38,9 +47,10 @@ def put(stub: str, zoo: Path, fill: Fill, *, force: bool = False, numbered: bool
         zoo: see `sparse_exp.sources.local.zoo_directory`; made where it is not there.
         fill: is given the stub and an empty directory, and writes all files of the model into it,
             ``model.json`` among them.
-        force: replace a model that is there. Readers see the old one or the new one, whole, see
-            `sparse_exp.files.landing_directory`.
+        force: replace a model that is there, whosever it is. Readers see the old one or the new one,
+            whole, see `sparse_exp.files.landing_directory`.
         numbered: where the stub is taken, add the next free number to its tag.
+        owner: key of the run whose own models are replaced; see `sparse_exp.sources.local.is_free`.
 
     Raises:
         ConfigError: the stub is malformed or taken, another process publishes for minutes, or the zoo
@@ -52,8 +62,9 @@ def put(stub: str, zoo: Path, fill: Fill, *, force: bool = False, numbered: bool
             _clear(zoo)
             stub = stub_of(directory_of(stub, zoo), zoo)
             if numbered and not force:
-                stub = _free(stub, zoo)
-            require_free(stub, zoo, force=force)
+                stub = _free(stub, zoo, owner)
+            if not force:
+                require_free(stub, zoo, owner)
             target = directory_of(stub, zoo)
             with landing_directory(target, part=zoo / _PART) as folder:
                 fill(stub, folder)
@@ -81,9 +92,9 @@ def _clear(zoo: Path) -> None:
             shutil.rmtree(folder)
 
 
-def _free(stub: str, zoo: Path) -> str:
+def _free(stub: str, zoo: Path, owner: str | None) -> str:
     number, candidate = 1, stub
-    while directory_of(candidate, zoo).exists():
+    while not is_free(candidate, zoo, owner):
         number += 1
         candidate = f"{stub}-{number}"
     return candidate

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sparse_exp import __version__
-from sparse_exp.config.plain import from_dict
-from sparse_exp.config.schema import ENGINES, STAGES, DatasetConfig
+from sparse_exp.config.plain import from_dict, options
+from sparse_exp.config.schema import ENGINES, STAGES, DatasetConfig, ModelConfig
 from sparse_exp.data import prepare
 from sparse_exp.data.attributions import attributions_of, licences_of
 from sparse_exp.errors import ConfigError, SparseExpError, expected
@@ -30,6 +30,8 @@ from sparse_exp.sources.local import (
     SUMS,
     Published,
     default_stub,
+    directory_of,
+    lacking,
     read_metadata,
     short_name,
     sparse_tag,
@@ -46,6 +48,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 AUTO = "auto"
 _NEEDED = ("evaluate", "export")
+# What ``model.json`` says that is known from the checkpoint, or from where it is published.
+_MEASURED = ("size", "classes", "sparsity", "quantized", "block4")
+_OF_THE_PLACE = ("stub", "short", "dataset", "tag", "published")
 _LOGS = ("config.yaml", "history.json", "sparsity.csv", "benchmark.json", "environment.txt")
 _ENGINES = tuple(name for name in ENGINES if name != "torch")  # those of deployed files
 
@@ -79,6 +84,7 @@ def publish_run(
     stub: str = AUTO,
     force: bool = False,
     numbered: bool = False,
+    again: bool = False,
     dataset: DetectionDataset | None = None,
 ) -> Published:
     """Publish what a run has made.
@@ -89,6 +95,7 @@ def publish_run(
         stub: to publish it under; ``auto``: named after its size, data set, zeros and quantization.
         force: replace a model that is published there.
         numbered: where the stub is taken, add the next free number to its tag.
+        again: replace what this very run has published before.
         dataset: that sample images are taken from; None for no samples.
 
     Raises:
@@ -110,7 +117,7 @@ def publish_run(
         metadata = _describe(final_stub, measured, metrics) | _described_run(run, checkpoint, zoo)
         _write_texts(directory, {**metadata, "imgsz": imgsz, "samples": samples})
 
-    return put(stub, zoo, fill, force=force, numbered=numbered)
+    return put(stub, zoo, fill, force=force, numbered=numbered, owner=run.key if again else None)
 
 
 def dataset_of(run: Run, cache: Path) -> DetectionDataset | None:
@@ -142,7 +149,7 @@ def import_checkpoint(file: Path, zoo: Path, *, stub: str | None = None, force: 
     coco = len(measured.names) == 80 and measured.names[0] == "person"
     if stub is None:
         repo = "sparse_exp" if measured.ours else "ultralytics"
-        stub = _named(measured, "coco" if coco else file.stem, repo=repo)
+        stub = _require_asked(_named(measured, "coco" if coco else file.stem, repo=repo), zoo)
 
     def fill(final_stub: str, directory: Path) -> None:
         (directory / TRAINING).mkdir()
@@ -158,6 +165,28 @@ def import_checkpoint(file: Path, zoo: Path, *, stub: str | None = None, force: 
     return put(stub, zoo, fill, force=force)
 
 
+def _require_asked(stub: str, zoo: Path) -> str:
+    """A stub that an import found by itself, unless runs start from it by default.
+
+    Raises:
+        ConfigError: they do: whoever puts a model there must mean it.
+    """
+    for model in options("model", ModelConfig).values():
+        if model.stub and directory_of(model.stub, zoo) == directory_of(stub, zoo):
+            do = f"If that is meant, add --as {stub}; else choose another with --as STUB."
+            raise ConfigError(f"{stub} is what every run of model={model.name} would start from. {do}")
+    return stub
+
+
+def _require_plain_files(folder: Path) -> None:
+    """Refuse links, which may lead to anything on this machine, and what is neither file nor directory."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            do = "Copy the directory with cp -rL if all that it links to may be published."
+            what = f"what {folder} holds"
+            raise ConfigError(expected(what, "files and directories, no links", str(path), do))
+
+
 def import_directory(folder: Path, zoo: Path, *, stub: str | None = None, force: bool = False) -> Published:
     """Publish a directory in SparseZoo's layout: one of SparseZoo's own, or from another local zoo.
 
@@ -171,15 +200,18 @@ def import_directory(folder: Path, zoo: Path, *, stub: str | None = None, force:
     Raises:
         SourceUnavailable: it holds no checkpoint.
         CheckpointError: its checkpoint cannot be read.
-        ConfigError: its files are not what its list of hashes says, or see `sparse_exp.zoo.placing.put`.
+        ConfigError: it holds links, its files are not what its list of hashes says, it would take the stub
+            that runs start from by default, or see `sparse_exp.zoo.placing.put`.
     """
     from sparse_exp.zoo.facts import measure_checkpoint
 
+    _require_plain_files(folder)
     damaged = changed_files(folder)
     if damaged:
         do = "Copy the directory again."
         raise ConfigError(expected(f"the files of {folder}", f"those of its {SUMS}", damaged[0], do))
     own = read_metadata(folder)
+    own = {} if lacking(own) else own
     measured = measure_checkpoint(checkpoint_in(folder, "postqat"))
     coco = len(measured.names) == 80 and measured.names[0] == "person"
     fallback = _named(measured, "coco" if coco else folder.resolve().name, repo="sparsezoo")
@@ -188,12 +220,16 @@ def import_directory(folder: Path, zoo: Path, *, stub: str | None = None, force:
         shutil.copytree(folder, directory, dirs_exist_ok=True, copy_function=shutil.copyfile)
         metadata = _describe(final_stub, measured, measured.metrics)
         metadata |= {"origin": f"imported directory {folder.resolve().name}", "licence": []}
-        kept = {k: v for k, v in own.items() if k not in ("stub", "short", "published")}
-        write_json(directory / METADATA, {**metadata, **kept})
+        for key in _MEASURED:
+            if own.get(key, metadata[key]) != metadata[key]:
+                _log.warning("%s says %s %s; measured is %s.", METADATA, key, own[key], metadata[key])
+        metadata |= {key: value for key, value in own.items() if key not in (*_MEASURED, *_OF_THE_PLACE)}
+        write_json(directory / METADATA, metadata)
         if own or not (directory / "model.md").is_file():
-            write_card(directory, {**metadata, **kept})
+            write_card(directory, metadata)
 
-    return put(stub or own.get("stub") or fallback, zoo, fill, force=force)
+    chosen = stub or _require_asked(str(own.get("stub") or fallback), zoo)
+    return put(chosen, zoo, fill, force=force)
 
 
 def _named(measured: Measured, dataset: str, *, repo: str = "sparse_exp") -> str:
@@ -284,7 +320,7 @@ def _described_run(run: Run, checkpoint: Path, zoo: Path) -> dict[str, Any]:
         "origin": origin + (f", grown from {grown_from}" if grown_from else ""),
         "licence": licences_of(f"{origin} {grown_from} {run.config['dataset'].get('generator')}", zoo),
         "dataset_digest": fetched.get("dataset", ""),
-        "run": {"name": run.config["name"], "id": run.state.get("tracker_run_id")},
+        "run": {"name": run.config["name"], "id": run.state.get("tracker_run_id"), "key": run.key},
         "host": rows[0]["cpu"] if rows else "",
     }
 

@@ -14,6 +14,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 
 from sparse_exp import cli
+from sparse_exp.files import write_json, write_text
+from sparse_exp.sweep.job import Job, _label
 
 __all__ = ["command_line"]
 
@@ -96,8 +98,47 @@ def test_a_job_that_finished_with_other_settings_is_refused_and_stays(two):
     ended = two(*TWO, "seed=1")
     assert ended.code == 1
     assert "finished with other settings (seed)" in ended.output
+    assert ended.error.startswith("Error: 0 of 2 jobs finished")
+    assert ended.output.count("transfer_quant refused: The job") == 2
     assert manifest("0") == before
-    assert two(*TWO).code == 0  # nothing of it was touched
+    again = two(*TWO)  # nothing of it was touched
+    assert (again.code, again.output.count("2 of 2 jobs finished")) == (0, 1)
+    assert list(Path("outputs/sweeps/two").glob("*/refused.json")) == []
+
+
+@pytest.mark.parametrize("flag", ["hydra.mode=MULTIRUN", "--multi"])
+def test_sweeps_that_are_started_in_hydras_other_ways_have_directories_of_their_own(sx, flag):
+    for values in ("0,1", "0,2"):
+        ended = sx(flag, *TINY[1:], f"seed={values}")
+        assert ended.code == 0, ended.output
+        assert "2 of 2 jobs finished" in ended.output
+    names = [path.name for path in Path("outputs/sweeps").iterdir()]
+    assert len(names) == 2
+    assert all(name.startswith("seed-") for name in names)
+    assert sx("-m", *TINY[1:], "seed=0,2").output.count(": kept.") == 2
+
+
+def test_what_a_file_sweeps_names_the_sweep(sx):
+    preset = Path("mine/experiment/ladder.yaml")
+    for values in ("0,1", "0,2"):
+        write_text(preset, f"# @package _global_\nhydra: {{sweeper: {{params: {{seed: '{values}'}}}}}}\n")
+        assert sx(*TINY, "experiment=ladder", "--config-dir", "mine").code == 0
+    assert len(list(Path("outputs/sweeps").glob("seed-*"))) == 2
+
+
+def test_what_fails_is_told_in_one_line_without_hydras_own(sx):
+    for words in (TINY, TINY[1:]):
+        ended = sx(*words, "trainer.lr=5")
+        assert ended.code == 1
+        assert "Error executing job" not in ended.output
+        assert "HYDRA_FULL_ERROR" not in ended.output
+
+
+def test_a_job_is_labelled_by_what_its_name_does_not_say(tmp_path):
+    write_json(tmp_path / "sweep.json", {"command": "python -m sparse_exp -m model=a,b seed=0,1 'name=x y'"})
+    words = ["model=yolov5n", "seed=1", "+trainer.lr=0.1", "name=x y"]
+    job = Job(0, tmp_path / "0-x", tmp_path, words, {})
+    assert _label(job, "yolov5n-digits-dense") == "seed=1 lr=0.1"
 
 
 @pytest.mark.slow
@@ -135,6 +176,8 @@ def test_failed_jobs_are_made_anew_on_request(sx):
         (["sweep.rerun=some"], "sweep.rerun"),
         (["sweep=nothing"], "nothing"),
         (["launcher.jobs=2"], "launcher=joblib"),
+        (["hydra/launcher=joblib"], "Use launcher=joblib instead."),
+        (["hydra.job.chdir=true"], "hydra.job.chdir=true does not work here"),
     ],
 )
 def test_what_is_known_to_be_wrong_is_refused_before_the_first_job(sx, words, said, tmp_path):

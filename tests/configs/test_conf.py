@@ -49,9 +49,9 @@ PRESETS = sorted(name for group, name in OPTIONS if group == "experiment")
 @pytest.fixture
 def composed():
     """A function from overrides to what Hydra composes of them."""
-    from sparse_exp.cli import _register_schema
+    from sparse_exp.config.places import register_schema
 
-    _register_schema()
+    register_schema()
 
     def composed_of(*overrides, hydra: bool = False):
         with initialize_config_dir(str(CONF_DIRECTORY), version_base="1.3"):

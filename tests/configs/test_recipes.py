@@ -11,7 +11,7 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 
-from sparse_exp.cli import _register_schema
+from sparse_exp.config.places import register_schema
 from sparse_exp.config.plain import CONF_DIRECTORY
 from sparse_exp.config.schema import SIZES, RecipeConfig
 from sparse_exp.recipes.recipe import Recipe
@@ -26,7 +26,7 @@ PARAMETERS = {"n": 1_867_405, "s": 7_225_885, "m": 21_172_173, "l": 46_533_693, 
 
 @cache
 def chosen(name: str, size: str = "s") -> RecipeConfig:
-    _register_schema()
+    register_schema()
     with initialize_config_dir(str(CONF_DIRECTORY), version_base="1.3"):
         return resolve(compose("config", overrides=[f"recipe={name}", f"model=yolov5{size}"])).recipe
 

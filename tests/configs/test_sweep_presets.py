@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from hydra_plugins.sparse_exp_search._space import parse_space
-from sparse_exp.cli import _register_schema
+from sparse_exp.config.places import register_schema
 from sparse_exp.config.plain import CONF_DIRECTORY
 from sparse_exp.config.schema import SIZES, Experiment
 from sparse_exp.resolve import resolve
@@ -23,7 +23,7 @@ TARGET = "hydra_plugins.sparse_exp_search.search_sweeper.SearchSweeper"
 
 
 def composed(*words: str, hydra: bool = False):
-    _register_schema()
+    register_schema()
     with initialize_config_dir(str(CONF_DIRECTORY), version_base="1.3"):
         return compose("config", list(words), return_hydra_config=hydra)
 

@@ -271,9 +271,9 @@ TAKEN = "zoo:cv/detection/yolov5-n/pytorch/sparse_exp/digits/pruned75-none"
 def test_a_stub_to_publish_under_is_checked_before_anything_runs(zoo):
     assert resolve(config_of(paths__zoo=zoo, publish="auto")).publish == "auto"
     assert resolve(config_of(paths__zoo=zoo, publish=TAKEN.replace("75", "76"))).publish
-    assert resolve(config_of(paths__zoo=zoo, publish=TAKEN, overwrite=True)).publish == TAKEN
-    (taken,) = problems(paths__zoo=zoo, publish=TAKEN)
-    assert taken.startswith(f"{TAKEN} is published already in {zoo}.")
+    for overwrite in (False, True):  # which is about the run's directory
+        (taken,) = problems(paths__zoo=zoo, publish=TAKEN, overwrite=overwrite)
+        assert taken.startswith(f"{TAKEN} is published already in {zoo}.")
     (short,) = problems(paths__zoo=zoo, publish="zoo:yolov5-n-digits-pruned75")  # means the same
     assert "is published already" in short
     (malformed,) = problems(paths__zoo=zoo, publish="zoo:mine")

@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 
+from sparse_exp.config.places import find_places
 from sparse_exp.data.loader import make_loader
 from sparse_exp.engines import create_engine
 from sparse_exp.errors import ConfigError, EngineError, SourceUnavailable
@@ -152,10 +153,11 @@ def test_a_published_model_by_its_stub(deployment, tmp_path):
     shutil.copytree(deployment, place / "deployment")
     (place / "training").mkdir()
     write_json(place / "deployment" / "class_names.json", list("abcdefghij"))
-    found = find_model("zoo:yolov5-n-digits-pruned75_quant", engine="deepsparse", zoo=tmp_path)
+    zoo = find_places(typed={"paths.zoo": str(tmp_path)})
+    found = find_model("zoo:yolov5-n-digits-pruned75_quant", engine="deepsparse", places=zoo)
     assert (found.path, found.names) == (place / "deployment" / "model.onnx", tuple("abcdefghij"))
     with pytest.raises(SourceUnavailable, match="not in the local zoo"):
-        find_model("zoo:yolov5-n-digits-pruned99", zoo=tmp_path)
+        find_model("zoo:yolov5-n-digits-pruned99", places=zoo)
 
 
 def test_what_is_no_model(run, tmp_path, monkeypatch):

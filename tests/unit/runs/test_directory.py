@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
 
+from sparse_exp import files
 from sparse_exp.errors import ConfigError
 from sparse_exp.files import write_text
-from sparse_exp.runs.directory import MANIFEST, Run, StageRecord
+from sparse_exp.runs.directory import FORMER, MANIFEST, Run, StageRecord
 
 
 def names(folder) -> set[str]:
@@ -30,7 +32,15 @@ def a_run(path) -> Run:
 def test_a_new_run_is_running_and_empty(tmp_path):
     run = Run.create(tmp_path / "runs" / "one", overwrite=False)
     assert names(run.path) == {MANIFEST}
-    assert manifest(run) == {"status": "RUNNING", "stages": {}}
+    assert manifest(run) == {"status": "RUNNING", "key": run.key, "stages": {}}
+
+
+def test_a_run_keeps_its_key_and_one_that_takes_its_place_has_it(tmp_path):
+    first, other = (Run.create(tmp_path / name, overwrite=False) for name in ("one", "other"))
+    assert first.key != other.key
+    assert Run.reopen(first.path).key == Run.create(first.path, overwrite=True).key == first.key
+    first.update(key=None)  # as runs of earlier versions
+    assert Run.reopen(first.path).key
 
 
 def test_an_empty_directory_becomes_a_run(tmp_path):
@@ -124,3 +134,41 @@ def test_result_is_flat_and_has_the_time_of_each_stage(tmp_path):
         "val/map50": 0.5,
         "time/verify_s": 0.123,
     }
+
+
+@pytest.mark.parametrize("torn", ["", '{"status": "RUN', "\0" * 300])
+def test_a_manifest_that_a_power_failure_has_torn_costs_the_last_entry_only(tmp_path, torn, caplog):
+    run = a_run(tmp_path / "run")
+    run.record("verify", StageRecord("f2"))
+    (run.path / MANIFEST).write_text(torn)
+    again = Run.reopen(run.path)
+    assert again.is_finished("export", "f1")
+    assert (again.key, list(again.records)) == (run.key, ["export"])
+    assert "is damaged: the one before it counts" in caplog.text
+    (run.path / MANIFEST).write_text(torn)  # twice in a row: it never takes the place of a good one
+    assert list(Run.reopen(run.path).records) == ["export"]
+
+
+def test_a_torn_manifest_is_told_from_a_missing_one(tmp_path):
+    run = a_run(tmp_path / "run")
+    (run.path / MANIFEST).unlink()
+    with pytest.raises(ConfigError, match=r"to be the directory of a run with its manifest\.json"):
+        Run.read(run.path)
+    (run.path / MANIFEST).touch()
+    (run.path / FORMER).unlink()
+    with pytest.raises(ConfigError, match="cannot be read: it is empty, cut off"):
+        Run.read(run.path)
+    assert Run.create(run.path, overwrite=True).status
+
+
+def test_on_a_full_disk_the_former_manifest_gives_its_space(tmp_path, monkeypatch):
+    run = a_run(tmp_path / "run")
+
+    def write_out(path, real=files._write_out) -> None:
+        if (run.path / FORMER).exists() and path.name.startswith(".manifest."):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path)
+
+    monkeypatch.setattr(files, "_write_out", write_out)
+    run.update(status="FAILED")
+    assert manifest(run)["status"] == "FAILED"

@@ -1,9 +1,9 @@
 import pytest
 
-from sparse_exp.config.schema import TrackerConfig
+from sparse_exp.config.places import find_places
 from sparse_exp.errors import ConfigError
 from sparse_exp.files import write_text
-from sparse_exp.runs.directory import find_directories
+from sparse_exp.runs.directory import FORMER, find_directories, locked
 from sparse_exp.runs.past import read_run, select_runs
 
 
@@ -14,7 +14,7 @@ def place(tmp_path, monkeypatch):
 
 
 def select(*targets):
-    return select_runs([str(target) for target in targets], TrackerConfig(), None)
+    return select_runs([str(target) for target in targets], find_places())
 
 
 def test_a_run_is_read_as_it_was_written(past_run, tmp_path):
@@ -37,13 +37,16 @@ def test_runs_are_found_below_sweeps_once_each(past_run, tmp_path):
 def test_a_broken_manifest_is_left_out_with_a_warning(past_run, tmp_path, caplog):
     past_run(tmp_path / "a", {"val/map50": 0.5})
     write_text(past_run(tmp_path / "b", {}) / "manifest.json", '{"status": "FIN')
+    (tmp_path / "b" / FORMER).unlink()
     assert [run.name for run in select(tmp_path)] == ["a"]
     assert str(tmp_path / "b") in caplog.text
 
 
 def test_a_run_that_has_no_result_yet_counts_without_metrics(past_run, tmp_path):
     (past_run(tmp_path / "a", {}, status="RUNNING") / "result.json").unlink()
-    assert (select(tmp_path)[0].status, select(tmp_path)[0].metrics) == ("RUNNING", {})
+    with locked(tmp_path / "a", wait=False):
+        assert (select(tmp_path)[0].status, select(tmp_path)[0].metrics) == ("RUNNING", {})
+    assert select(tmp_path)[0].status == "KILLED"  # nobody works on it
 
 
 @pytest.mark.parametrize(("target", "said"), [("nowhere", "Expected RUN to be"), (".", "No run found in .")])

@@ -24,10 +24,11 @@ from sparse_exp.config.schema import (
 )
 from sparse_exp.errors import ConfigError
 from sparse_exp.files import write_text
-from sparse_exp.runs.directory import LOCK, MANIFEST, Run, is_abandoned, locked
-from sparse_exp.runs.past import read_run
+from sparse_exp.runs.directory import LOCK, MANIFEST, Run, locked
+from sparse_exp.runs.past import has_died, read_run
 from sparse_exp.stages.base import Outcome, SweepMember
 from sparse_exp.stages.registry import STAGES
+from sparse_exp.tracking import FoundRun
 
 FORK = multiprocessing.get_context("fork")
 
@@ -82,6 +83,51 @@ def kill(process) -> None:
 
 def status(run: Path) -> str:
     return json.loads((run / MANIFEST).read_text())["status"]
+
+
+def test_a_start_without_a_tracker_leaves_the_run_as_it_was_tracked_and_untold(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    monkeypatch.setitem(STAGES, "report", replace(STAGES["report"], run=lambda _: Outcome()))
+    experiments.run(experiment(run), {}, [])
+    Run.read(run).update(tracker_run_id="abc", tracker_address="http://there", told=True)
+    experiments.run(experiment(run, resume=str(run)), {}, [])
+    state = Run.read(run).state
+    assert (state["tracker_run_id"], state["tracker_address"], state["told"]) == (
+        "abc",
+        "http://there",
+        False,
+    )
+
+
+def test_the_run_of_a_process_that_is_gone_is_told_from_one_that_lives(running, tmp_path):
+    run, process = running
+    tracked = FoundRun("abc", {"run.directory": str(run)}, {})
+    assert not has_died(tracked)
+    kill(process)
+    assert has_died(tracked)
+    assert not has_died(replace(tracked, tags={"run.directory": str(tmp_path / "of another machine")}))
+    assert not has_died(replace(tracked, tags={}))
+
+
+def test_runs_that_start_in_the_same_moment_get_directories_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setitem(STAGES, "report", replace(STAGES["report"], run=lambda _: Outcome()))
+    together = FORK.Barrier(4)
+
+    def start() -> None:
+        together.wait()
+        experiments.run(experiment(tmp_path / "12-00-00-tiny"), {}, [], numbered=True)
+
+    processes = [FORK.Process(target=start) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    names = ["12-00-00-tiny", *(f"12-00-00-tiny-{number}" for number in (2, 3, 4))]
+    assert sorted(path.name for path in tmp_path.glob("12*")) == names
+    for name in names:
+        assert status(tmp_path / name) == "FINISHED"
+        assert Run.read(tmp_path / name).config["paths"]["run"] == str(tmp_path / name)
 
 
 @pytest.mark.parametrize("changes", [{"resume": True}, {"overwrite": True}, {}])
@@ -181,7 +227,9 @@ def test_a_place_that_cannot_be_made_is_refused(tmp_path):
         experiments.run(experiment(tmp_path / "file" / "run"), {}, [])
 
 
-def test_a_run_of_a_version_without_locks_is_taken_at_its_word(tmp_path):
-    run = Run.create(tmp_path / "run", overwrite=False)
-    assert not is_abandoned(run.path)
-    assert read_run(run.path).status == "RUNNING"
+def test_a_run_runs_only_while_somebody_has_its_lock(tmp_path):
+    """What could not write how it ended, as on a full disk, is over all the same."""
+    with locked(tmp_path / "run", wait=False):
+        Run.create(tmp_path / "run", overwrite=False)
+        assert read_run(tmp_path / "run").status == "RUNNING"
+    assert read_run(tmp_path / "run").status == "KILLED"

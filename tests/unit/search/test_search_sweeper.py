@@ -18,7 +18,7 @@ import json, logging, os, sys, time
 from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from sparse_exp.cli import _register_schema
+from sparse_exp.config.places import register_schema
 from sparse_exp.resolve import CONF_DIRECTORY
 
 def task(config):
@@ -35,7 +35,7 @@ def task(config):
     return values[: len(config.sweep.objectives)]
 
 if __name__ == "__main__":
-    _register_schema()
+    register_schema()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     hydra.main(version_base="1.3", config_path=str(CONF_DIRECTORY), config_name="config")(task)()
 """

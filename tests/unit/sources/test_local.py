@@ -21,10 +21,17 @@ OURS = "cv/detection/yolov5-s/pytorch/sparse_exp/trees/pruned75_quant-none"
 THEIRS = "cv/detection/yolov5-s/pytorch/ultralytics/coco/pruned75_quant-none"
 
 
+SAYS = {
+    "format": "sparse_exp.zoo/1", "short": "", "size": "s", "dataset": "trees", "tag": "", "recipe": "",
+    "published": "", "by": "me", "classes": ["a"], "sparsity": 0.75, "quantized": True, "block4": False,
+    "metrics": {}, "samples": {},
+}  # fmt: skip
+
+
 def model(zoo: Path, path: str, **metadata) -> Path:
     directory = zoo / path
     directory.mkdir(parents=True)
-    content = {"format": "sparse_exp.zoo/1", "stub": f"zoo:{path}", **metadata}
+    content = {**SAYS, "stub": f"zoo:{path}", **metadata}
     (directory / "model.json").write_text(json.dumps(content), encoding="utf-8")
     return directory
 

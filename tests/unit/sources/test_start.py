@@ -16,6 +16,8 @@ from sparse_exp.yolov5 import YOLOv5, save_checkpoint
 CONTENT = b"weights"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 DEAD = "http://127.0.0.1:9/b.pt"
+OWN = "zoo:cv/detection/yolov5-s/pytorch/ultralytics/coco/pruned75_quant-none"  # of the shipped yolov5s
+OTHER = "zoo:cv/detection/yolov5-s/pytorch/ultralytics/coco/pruned99_quant-none"
 STUB = "zoo:cv/detection/yolov5-n/pytorch/ultralytics/coco/pruned40_quant-none"
 
 
@@ -192,6 +194,26 @@ def test_a_directory_in_sparsezoos_layout(tmp_path, places):
     start = fetch_start(model(weights=str(folder)), *places)
     assert start.file.path.read_text() == "checkpoint_preqat.pt"
     assert cached_start(model(weights=str(folder)), *places) == start
+
+
+def test_a_stub_that_was_chosen_is_never_replaced_by_another_start(places, file, small, monkeypatch):
+    monkeypatch.setenv("SPARSEZOO_API_URL", DEAD)
+    wanted = model(str(file), stub=OTHER, grow_from=[SourceConfig(str(small))])
+    assert cached_start(wanted, *places) is None
+    with pytest.raises(SourceUnavailable) as raised:
+        fetch_start(wanted, *places)
+    assert OTHER in str(raised.value)
+    assert "model.weights=PATH" in str(raised.value)
+    folder = places[1] / OTHER.removeprefix("zoo:")
+    (folder / "training").mkdir(parents=True)
+    (folder / "training" / "model.pt").write_bytes(b"published")
+    assert fetch_start(wanted, *places).name.startswith(f"local zoo {OTHER}")
+
+
+def test_the_stub_of_a_shipped_model_is_named_where_the_zoo_does_not_have_it(places, file, caplog):
+    caplog.set_level(logging.INFO)
+    assert fetch_start(model(str(file), stub=OWN), *places).file.path == file
+    assert f"No pruned start: {OWN} is not in the local zoo." in caplog.text
 
 
 def test_what_was_published_under_the_models_stub_serves_first(places, file, tmp_path):

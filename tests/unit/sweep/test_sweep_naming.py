@@ -5,14 +5,18 @@ from sparse_exp.sweep.naming import sweep_name
 GRID = ["-m", "model=yolov5n,yolov5s", "recipe=dense,transfer"]
 
 
-def test_a_command_without_multirun_has_none():
-    assert sweep_name(["model=yolov5n", "recipe=dense"]) is None
-
-
 def test_the_varied_keys_are_in_the_name_and_the_same_command_has_the_same():
     name = sweep_name(GRID)
     assert name.startswith("model-recipe-")
-    assert sweep_name(["model=yolov5n,yolov5s", "recipe=dense,transfer", "--multirun"]) == name
+    for flag in ("--multirun", "--multi", "hydra.mode=MULTIRUN"):
+        assert sweep_name(["model=yolov5n,yolov5s", "recipe=dense,transfer", flag]) == name
+
+
+def test_what_a_file_varies_is_in_the_name():
+    name = sweep_name(["-m", "+experiment=mine"], {"seed": "0,1", "model.size": "n"})
+    assert name.startswith("seed-")
+    assert sweep_name(["-m", "+experiment=mine"], {"seed": "0,1,2", "model.size": "n"}) != name
+    assert sweep_name(["-m", "recipe=dense,quant"], {"seed": "0,1"}).startswith("recipe-")
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,9 @@ def test_who_names_the_server(tmp_path, monkeypatch):
     config = TrackerConfig(uri="http://config:1")
     assert tracking_uri(config, tmp_path) == ("http://config:1", "tracker.uri")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://env:1")
-    assert tracking_uri(config, tmp_path) == ("http://env:1", "MLFLOW_TRACKING_URI")
+    assert tracking_uri(TrackerConfig(), tmp_path) == ("http://env:1", "MLFLOW_TRACKING_URI")
+    # What files say is taken out before where the environment wins, so this was typed.
+    assert tracking_uri(config, tmp_path) == ("http://config:1", "tracker.uri")
 
 
 def test_the_environments_database_gets_the_run(store, tmp_path, monkeypatch, caplog):

@@ -61,19 +61,28 @@ def test_children_that_say_running_are_closed_and_no_others(store, tmp_path):
     other = start(store, tmp_path / "d", tags={PARENT_TAG: stranger.run_id})
     children[0].log(Metrics({"val/map50": 0.5}))
     children[0].finish("FINISHED")
-    assert end_open_runs(QUIET, store, parent.run_id, "KILLED", "its worker is gone") == 2
-    runs = [client(store).get_run(tracker.run_id) for tracker in [*children, other, parent, stranger]]
-    assert [run.info.status for run in runs] == ["FINISHED", "KILLED", "KILLED", *["RUNNING"] * 3]
+    living = start(store, tmp_path / "living", tags={PARENT_TAG: parent.run_id})
+
+    def end(of: str | None = parent.run_id) -> int:
+        dead = [tracker.run_id for tracker in [*children, other]]
+        return end_open_runs(QUIET, store, of, lambda run: run.run_id in dead, "KILLED", "its worker is gone")
+
+    assert end() == 2
+    trackers = [*children, other, parent, stranger, living]
+    runs = [client(store).get_run(tracker.run_id) for tracker in trackers]
+    assert [run.info.status for run in runs] == ["FINISHED", "KILLED", "KILLED", *["RUNNING"] * 4]
     assert runs[1].data.tags["failure"] == "its worker is gone"
     assert runs[1].info.end_time >= runs[1].info.start_time
-    assert end_open_runs(QUIET, store, parent.run_id, "KILLED", "its worker is gone") == 0
+    assert end() == 0
+    assert end(None) == 1
+    assert client(store).get_run(other.run_id).info.status == "KILLED"
 
 
 def test_closing_never_raises(tmp_path, caplog):
     (tmp_path / "mlflow.db").write_text("no database")
-    assert end_open_runs(QUIET, tmp_path, "a" * 32, "FAILED", "why") == 0
+    assert end_open_runs(QUIET, tmp_path, "a" * 32, bool, "FAILED", "why") == 0
     assert "cannot be closed" in caplog.text
-    assert end_open_runs(TrackerConfig(backend="none"), tmp_path, "a" * 32, "FAILED", "why") == 0
+    assert end_open_runs(TrackerConfig(backend="none"), tmp_path, "a" * 32, bool, "FAILED", "why") == 0
 
 
 def test_an_experiment_is_described_once_and_ones_own_text_stays(store, tmp_path):

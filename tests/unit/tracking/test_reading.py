@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from sparse_exp.config.places import find_places
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import SparseExpError
 from sparse_exp.runs.past import select_runs
@@ -81,12 +82,30 @@ def test_the_last_value_of_each_metric_is_read(store):
 
 
 def test_runs_of_mlflow_are_past_runs_like_others(store, past_run, tmp_path):
-    runs = select_runs([], LOCAL, store.path, experiment="trees")
+    places = find_places(typed={"paths.mlflow": str(store.path)})
+    runs = select_runs([], places, experiment="trees")
     assert {run.name: run.overrides for run in runs} == {"first": ("seed=1",), "second": None}  # no parent
     assert {run.name: run.metrics["val/map50"] for run in runs} == {"first": 0.25, "second": 0.75}
     directory = past_run(tmp_path / "first", {"val/map50": 0.25}, tracker_run_id=store.ids["first"])
-    both = select_runs([str(directory), store.ids["parent"]], LOCAL, store.path)
+    both = select_runs([str(directory), store.ids["parent"]], places)
     assert [run.place for run in both] == [str(directory), store.ids["second"]]  # the first only once
+
+
+def test_a_store_is_asked_for_no_more_than_is_wanted(store):
+    def names(**chosen) -> list[str]:
+        return [run.name for run in read_runs(LOCAL, store.path, experiment="trees", **chosen)]
+
+    everything = names()
+    assert len(everything) == 3
+    for newest in (1, 2, 3, 9):
+        assert names(newest=newest) == names(newest=newest, only="attributes.run_name != 'none'")
+        assert names(newest=newest) == everything[:newest]
+    assert names(only="attributes.status = 'FAILED'") == ["second"]
+    assert names(only="attributes.status = 'FAILED'", newest=1) == ["second"]
+    for wrong in ("attributes.nope = 'x'", "status ="):
+        with pytest.raises(SparseExpError) as raised:
+            names(only=wrong)
+        assert "\n" not in str(raised.value)
 
 
 def test_files_are_brought(store, tmp_path):

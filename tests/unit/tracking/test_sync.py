@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 from stores import QUIET, client
@@ -117,18 +118,27 @@ def test_a_kill_in_the_middle_of_a_sync_loses_nothing(store, tmp_path, monkeypat
     assert known(store, late) == known(store, whole)
 
 
-def test_what_cannot_be_sent_is_told_later_and_the_rest_is_sent(store, tmp_path, monkeypatch, capsys):
+def test_what_can_never_be_sent_is_dropped_with_a_line_and_the_rest_is_sent(
+    store, tmp_path, monkeypatch, capsys
+):
     directory = tmp_path / "runs" / "b"
-    run_id = track(store, directory, monkeypatch, outage=True)
+    track(store, directory, monkeypatch, outage=True)
     (directory / "plots.md").unlink()
-    assert main(["sync", "runs"]) == 1
-    out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith("runs/b: 10 events sent, 1 left: ")
-    assert "plots.md" in out[0]
-    assert out[1] == "1 run: 10 events sent, 1 left."
-    (directory / "plots.md").write_text("# Plots")
+    assert main(["doctor", "--store", str(store)]) == 0  # other outputs
     assert main(["sync", "runs"]) == 0
-    assert client(store).list_artifacts(run_id, "report")
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "runs/b: 10 events sent, 1 dropped, as their files are gone.",
+        "1 run: 10 events sent, 0 left.",
+    ]
+    assert main(["sync", "runs"]) == 0
+
+
+def test_a_run_that_was_deleted_in_the_store_is_told_nothing_more(store, tmp_path, monkeypatch, capsys):
+    run_id = track(store, tmp_path / "run", monkeypatch, outage=True)
+    client(store).delete_run(run_id)
+    assert main(["sync", "run"]) == 0
+    assert capsys.readouterr().out.startswith("run: 0 events sent (its run was deleted there).")
+    assert main(["sync", "run"]) == 0
 
 
 def test_stores_that_do_not_answer_or_do_not_know_the_run(store, tmp_path, capsys, monkeypatch):
@@ -181,6 +191,20 @@ def test_a_run_that_goes_on_sends_what_was_missed_but_not_its_earlier_end(store,
     assert tracker.finish("FINISHED")
     assert known(store, run_id)["status"][0] == "FINISHED"
     assert "failure" not in known(store, run_id)["tags"]
+
+
+def test_a_run_that_was_moved_with_its_store_is_told_to_it(make_store, tmp_path, monkeypatch, capsys):
+    (tmp_path / "old").mkdir()
+    shutil.move(make_store("moves"), tmp_path / "old" / "mlflow")
+    run_id = track(tmp_path / "old" / "mlflow", tmp_path / "old" / "runs" / "r", monkeypatch, outage=True)
+    (tmp_path / "old").rename(tmp_path / "outputs")
+    (tmp_path / "outputs" / "mlflow").rename(tmp_path / "elsewhere")
+    assert main(["sync"]) == 1
+    assert "mlflow.db is not there. If it was moved, name it with --uri" in capsys.readouterr().out
+    (tmp_path / "elsewhere").rename(tmp_path / "outputs" / "mlflow")
+    assert main(["sync"]) == 0
+    assert known(tmp_path / "outputs" / "mlflow", run_id)["status"][0] == "FAILED"
+    assert not (tmp_path / "old").exists()
 
 
 def test_another_address_may_be_given(store, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from sparse_exp.cli import _register_schema
+from sparse_exp.config.places import register_schema
 from sparse_exp.config.plain import CONF_DIRECTORY
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data import load_dataset, prepare
@@ -166,7 +166,7 @@ def test_two_processes_train_a_real_detector_as_one_does(tmp_path, monkeypatch):
 def real_arguments(folder: Path) -> dict:
     """What a trainer of yolov5s is made of, pruned by three quarters, on tree crowns at 160 px."""
     words = ["model=yolov5s", "dataset=trees", "dataset.imgsz=160", "recipe=transfer", "paths.run=run"]
-    _register_schema()
+    register_schema()
     with initialize_config_dir(str(CONF_DIRECTORY), version_base="1.3"):
         experiment = resolve(compose("config", words))
     cache = cache_directory(None)

@@ -18,13 +18,19 @@ import torch
 from finished_run import STUB, pruned, save
 
 from sparse_exp import files
+from sparse_exp.config.plain import from_dict
+from sparse_exp.config.schema import Experiment
 from sparse_exp.errors import CheckpointError, ConfigError, SourceUnavailable
 from sparse_exp.export.differences import matched_shares
 from sparse_exp.export.verification import predict
 from sparse_exp.locks import exclusive
 from sparse_exp.quantization.reference import as_deployed
+from sparse_exp.runs.directory import Run
 from sparse_exp.sources.layout import checkpoint_in
 from sparse_exp.sources.local import find, read_metadata
+from sparse_exp.stages.base import Context
+from sparse_exp.stages.registry import STAGES
+from sparse_exp.tracking import NoTracker
 from sparse_exp.yolov5 import non_max_suppression, read_checkpoint
 from sparse_exp.zoo import placing
 from sparse_exp.zoo.placing import put
@@ -78,7 +84,7 @@ def test_what_a_published_run_holds(published_model, finished_run, lively_model)
     assert says["sparsity"] == pytest.approx(share, abs=1e-6)
     assert (says["quantized"], says["size"], says["dataset"], says["imgsz"]) == (True, "n", "digits", 64)
     assert says["classes"] == [str(digit) for digit in range(10)]
-    assert says["run"] == {"name": "yolov5n-digits-transfer_quant", "id": "abc"}
+    assert says["run"] == {"name": "yolov5n-digits-transfer_quant", "id": "abc", "key": None}
     assert list(verify(directory)) == []
 
 
@@ -179,6 +185,64 @@ def test_numbered_takes_the_next_free_name(tmp_path):
     stubs = [put(BASE, tmp_path, minimal, numbered=True).stub for _ in range(3)]
     assert stubs == [BASE, f"{BASE}-2", f"{BASE}-3"]
     assert [read_metadata(find(stub, tmp_path))["stub"] for stub in stubs] == stubs
+
+
+@pytest.fixture
+def publish_stage(finished_run, tmp_path, digits):
+    """A function that runs the stage for a copy of the finished run, and returns the stub."""
+
+    def go(name: str, stub: str, *, overwrite: bool = False, fresh: bool = True) -> str:
+        place = tmp_path / name
+        if fresh:
+            run = Run.create(place, overwrite=overwrite)
+            key = run.key
+            shutil.copytree(finished_run, place, dirs_exist_ok=True)
+        run = Run.read(place)
+        if fresh:
+            run.update(key=key)
+        experiment = from_dict(Experiment, run.config)
+        experiment.publish, experiment.overwrite = stub, overwrite
+        experiment.paths.run, experiment.paths.zoo = str(place), str(tmp_path / "zoo")
+        experiment.resume = None if fresh else str(place)
+        experiment.stages += ["publish"]
+        assert list(STAGES["publish"].check(experiment)) == []
+        context = Context(experiment, run, NoTracker(), None)
+        context.dataset = digits
+        return STAGES["publish"].run(context).metrics["zoo/stub"]
+
+    return go
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_that_takes_any_name_never_takes_anothers(publish_stage, tmp_path, overwrite):
+    theirs = publish_stage("theirs", "auto")
+    before = (find(theirs, tmp_path / "zoo") / "model.json").read_bytes()
+    assert publish_stage("mine", "auto", overwrite=overwrite) == f"{theirs}-2"
+    assert (find(theirs, tmp_path / "zoo") / "model.json").read_bytes() == before
+
+
+def test_a_run_replaces_what_it_has_published_itself(publish_stage, tmp_path):
+    stub = publish_stage("mine", "auto")
+    of_before = find(stub, tmp_path / "zoo") / "of the one before"
+    of_before.touch()
+    assert publish_stage("mine", "auto", fresh=False) == stub
+    assert not of_before.exists()
+    of_before.touch()
+    assert publish_stage("mine", stub, overwrite=True) == stub  # made anew in its directory
+    assert not of_before.exists()
+    assert len(list((tmp_path / "zoo").rglob("model.json"))) == 1
+
+
+def test_a_taken_name_is_refused_before_the_training_even_where_the_run_may_be_overwritten(
+    publish_stage, tmp_path
+):
+    stub = publish_stage("theirs", "auto")
+    experiment = Experiment(stages=["evaluate", "export", "publish"], publish=stub, overwrite=True)
+    experiment.paths.run, experiment.paths.zoo = str(tmp_path / "mine"), str(tmp_path / "zoo")
+    (problem,) = STAGES["publish"].check(experiment)
+    assert "is published already" in problem
+    experiment.paths.run = str(tmp_path / "theirs")
+    assert list(STAGES["publish"].check(experiment)) == []
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
@@ -418,6 +482,49 @@ def test_a_model_goes_from_zoo_to_zoo(published_model, tmp_path):
     (damaged / "recipe.md").write_text("another")
     with pytest.raises(ConfigError, match=r"recipe\.md was changed"):
         import_directory(damaged, tmp_path / "zoo", force=True)
+
+
+def foreign(folder: Path, digits, **says) -> Path:
+    """A directory with a checkpoint of 60 % zeros and a ``model.json`` that says something of it."""
+    save(folder / "training/model.pt", pruned(digits.names, 0.6), digits.names, phase="pruned")
+    made = import_checkpoint(folder / "training/model.pt", folder / "zoo")
+    metadata = {**made.metadata, **says}
+    shutil.rmtree(folder / "zoo")
+    (folder / "model.json").write_text(json.dumps(metadata))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "dangling"])
+def test_an_import_follows_no_links(tmp_path, digits, kind):
+    folder, secret = foreign(tmp_path / "model", digits), tmp_path / "secret"
+    secret.mkdir()
+    (secret / "id_rsa").write_text("PRIVATE KEY")
+    target = {"file": secret / "id_rsa", "directory": secret, "dangling": tmp_path / "none"}[kind]
+    (folder / "extra").symlink_to(target)
+    with pytest.raises(ConfigError, match="no links"):
+        import_directory(folder, tmp_path / "zoo", stub=BASE)
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_what_is_measured_wins_over_what_an_imported_model_says(tmp_path, digits, caplog):
+    claims = {"sparsity": 0.9, "quantized": True, "size": "x", "classes": ["a"], "origin": "a friend"}
+    stub = "zoo:cv/detection/yolov5-n/pytorch/friend/digits/pruned60-none"
+    model = import_directory(foreign(tmp_path / "model", digits, **claims), tmp_path / "zoo", stub=stub)
+    says = model.metadata
+    assert says["sparsity"] == pytest.approx(0.6, abs=1e-3)
+    assert (says["quantized"], says["size"], len(says["classes"])) == (False, "n", 10)
+    assert (says["origin"], says["dataset"], says["tag"]) == ("a friend", "digits", "pruned60-none")
+    assert "model.json says sparsity 0.9; measured is 0.6" in caplog.text
+    assert list(verify(model.directory)) == []
+
+
+def test_an_import_takes_the_stub_that_runs_start_from_only_where_that_is_asked(tmp_path, digits):
+    default = "zoo:cv/detection/yolov5-s/pytorch/ultralytics/coco/pruned75_quant-none"
+    folder = foreign(tmp_path / "model", digits, stub=default)
+    with pytest.raises(ConfigError, match=r"what every run of model=yolov5s would start from.* --as zoo:cv/"):
+        import_directory(folder, tmp_path / "zoo")
+    assert not (tmp_path / "zoo").exists()
+    assert import_directory(folder, tmp_path / "zoo", stub=default).stub == default
 
 
 def test_licences_are_those_of_the_start_too(finished_run, tmp_path):

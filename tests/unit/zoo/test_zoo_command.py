@@ -196,3 +196,26 @@ def test_a_zoo_that_cannot_be_written_is_one_line(tmp_path, finished_run):
     (tmp_path / "file").write_text("no directory")
     with pytest.raises(ConfigError, match="Expected the local zoo to be a directory that you can write"):
         main(["publish", str(finished_run), "--zoo", str(tmp_path / "file" / "zoo")])
+
+
+@pytest.mark.parametrize(
+    "damage", ['{"format": "sparse_exp.zoo/1"', "[" * 100_000, "no size", "a text for metrics"]
+)
+def test_a_damaged_model_is_left_out_with_a_warning_and_the_others_are_listed(run, zoo, caplog, damage):
+    good = zoo / STUB.removeprefix("zoo:")
+    bad = good.with_name("damaged-none")
+    shutil.copytree(good, bad)
+    metadata = read_metadata(good)
+    if damage == "no size":
+        damage = json.dumps({key: value for key, value in metadata.items() if key != "size"})
+    elif damage == "a text for metrics":
+        damage = json.dumps({**metadata, "metrics": "none"})
+    (bad / "model.json").write_text(damage)
+    for words in (["list"], ["search", "size=n map50>0.1"], ["list", "--json"]):
+        code, text = run(*words)
+        assert code == 0
+        assert STUB in text
+        assert "damaged-none" not in text
+    assert f"{bad} is left out: its model.json lacks" in caplog.text
+    with pytest.raises(ConfigError):
+        run("show", bad)

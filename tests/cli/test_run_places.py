@@ -1,0 +1,70 @@
+"""Where a run goes: nobody's directory is taken, whoever else starts in the same moment."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import sys
+from contextlib import closing
+from pathlib import Path
+
+from command import command_line
+
+from sparse_exp.compare import __main__ as compare
+from sparse_exp.config.places import chosen_places
+from sparse_exp.files import write_text
+from sparse_exp.runs.directory import find_directories
+from sparse_exp.runs.past import select_runs
+
+__all__ = ["command_line"]
+
+
+def test_a_place_by_the_time_is_numbered_where_it_is_taken_and_one_that_was_named_is_refused(
+    command_line, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = ["experiment=smoke", "model.weights=scratch", "stages=[fetch]", "tracker=none", "paths.cache=c"]
+    for _ in range(2):
+        assert command_line(*words, "paths.run='runs/a ${now:%Y}'").code == 0
+        refused = command_line(*words, "paths.run=named")
+    assert [path.name[:1] + path.name[6:] for path in sorted((tmp_path / "runs").iterdir())] == ["a", "a-2"]
+    assert refused.error.startswith("Error: The run directory named exists.")
+
+
+def test_a_typed_server_wins_over_the_environment_and_that_over_files(
+    command_line, tmp_path, monkeypatch, new_database
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("typed", "environment", "file"):
+        shutil.copy(new_database, tmp_path / f"{name}.db")
+    local = tmp_path / "mine" / "local" / "default.yaml"
+    write_text(local, f"# @package _global_\ntracker: {{uri: 'sqlite:///{tmp_path}/file.db'}}\n")
+    words = ["experiment=smoke", "model.weights=scratch", "stages=[fetch]", "tracker.system_metrics=false"]
+    words += ["paths.cache=c", "--config-dir", "mine"]
+
+    def tracked(*more: str) -> str:
+        """The name of the database that a run was told to."""
+        assert command_line(*more, *words).code == 0
+        (name,) = [path.stem for path in tmp_path.glob("*.db") if runs(path) > before[path.stem]]
+        before[name] += 1
+        return name
+
+    def runs(path: Path) -> int:
+        with closing(sqlite3.connect(path)) as database:
+            return database.execute("SELECT count(*) FROM runs").fetchone()[0]
+
+    before = dict.fromkeys(("typed", "environment", "file"), 0)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracked() == "file"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/environment.db")
+    assert tracked() == "environment"
+    assert tracked(f"tracker.uri='sqlite:///{tmp_path}/typed.db'") == "typed"
+    (run,) = list(find_directories(tmp_path / "outputs"))[-1:]
+    assert tracked(f"resume='{run}'") == "environment"  # the record is a file like others
+    assert compare_finds(monkeypatch, "--uri", f"sqlite:///{tmp_path}/typed.db") == 1
+
+
+def compare_finds(monkeypatch, *options: str) -> int:
+    """How many runs ``compare`` finds in an experiment."""
+    monkeypatch.setattr(sys, "argv", ["compare", "--experiment", "sparse_exp", *options])
+    return len(select_runs([], chosen_places(compare._options()), experiment="sparse_exp"))
