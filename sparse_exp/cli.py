@@ -42,7 +42,8 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors to us instead of printing them
     print_any_text()
     # Hydra's own property prints the job's command line before it raises: what is wrong is one line here.
-    JobReturn.return_value = property(_returned, JobReturn.return_value.fset)  # type: ignore[assignment, attr-defined, method-assign]
+    returned: Any = JobReturn
+    returned.return_value = property(_returned, returned.return_value.fset)
     redact_tracebacks()
     naming.launched = None
     if held := [override for override in sys.argv[1:] if without_secrets(override) != override]:

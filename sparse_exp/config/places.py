@@ -21,6 +21,7 @@ from yaml import YAMLError
 from sparse_exp.config.plain import CONF_DIRECTORY, group
 from sparse_exp.config.schema import Experiment, TrackerConfig
 from sparse_exp.errors import ConfigError, expected, first_line
+from sparse_exp.files import expanded
 
 SQLITE = "sqlite:///"
 # Of each key that a variable of the environment sets, the variable.
@@ -124,13 +125,13 @@ def find_places(config_dir: str | None = None, typed: Mapping[str, str] | None =
     """
     typed = dict(typed or {})
     if "paths.mlflow" in typed and "tracker.uri" not in typed:
-        typed["tracker.uri"] = f"{SQLITE}{Path(typed['paths.mlflow']).expanduser().absolute() / 'mlflow.db'}"
+        typed["tracker.uri"] = f"{SQLITE}{expanded(typed['paths.mlflow']).absolute() / 'mlflow.db'}"
     config = _composed(config_dir)
     for key, value in typed.items():
         OmegaConf.update(config, key, value)
     apply_environment(config, list(typed))
     paths: Any = config.paths
-    output, mlflow, zoo = (Path(place).expanduser() for place in (paths.output, paths.mlflow, paths.zoo))
+    output, mlflow, zoo = (expanded(place) for place in (paths.output, paths.mlflow, paths.zoo))
     cache = paths.cache or os.environ.get(VARIABLES["paths.cache"])
     return Places(output, mlflow, zoo.absolute(), cache, group(config, "tracker", TrackerConfig))
 
@@ -143,7 +144,7 @@ def _composed(config_dir: str | None) -> DictConfig:
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
-    own = None if config_dir is None else Path(config_dir).expanduser().absolute()
+    own = None if config_dir is None else expanded(config_dir).absolute()
     if own is not None and not own.is_dir():
         raise ConfigError(expected("--config-dir", "a directory", config_dir, "Correct the path."))
     register_schema()

@@ -79,7 +79,8 @@ def check(options: argparse.Namespace) -> int:
     """
     if options.imgsz < 1:
         raise DataError(expected("--imgsz", "at least 1 px", options.imgsz, "Change it."))
-    report = inspect(expanded(options.yaml), options.imgsz, cache_directory(chosen_places(options).cache))
+    cache = cache_directory(chosen_places(options).cache)
+    report = inspect(expanded(options.yaml), options.imgsz, cache)
     if options.json:
         print(as_json(report.as_dict()))
     else:

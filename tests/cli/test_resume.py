@@ -43,6 +43,7 @@ class Start:
     hydra_files: dict[str, str]
     words: list[str] | None
     whole: Experiment | None = None
+    numbered: bool = False
 
 
 @pytest.fixture

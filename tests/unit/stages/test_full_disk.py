@@ -76,9 +76,10 @@ def test_where_not_even_the_end_can_be_written_the_tracker_is_told_all_the_same(
         full("manifest")
         return real(context)
 
-    monkeypatch.setitem(STAGES, "plan", replace(STAGES["plan"], run=fills))
-    with pytest.raises(StageFailed, match=r"The disk is full \(stage plan\)"):
-        go()
+    with monkeypatch.context() as patch:
+        patch.setitem(STAGES, "plan", replace(STAGES["plan"], run=fills))
+        with pytest.raises(StageFailed, match=r"The disk is full \(stage plan\)"):
+            go()
     assert Told.end[0] == "FAILED"
     assert Run.read(Path("run")).status == "KILLED"  # nobody works on it
     full(None)

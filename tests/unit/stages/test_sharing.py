@@ -34,7 +34,7 @@ from sparse_exp.config.schema import (
 )
 from sparse_exp.errors import StageFailed
 from sparse_exp.files import write_text
-from sparse_exp.runs.directory import MANIFEST, Run
+from sparse_exp.runs.directory import FORMER, MANIFEST, Run
 from sparse_exp.stages import baseline as recovery
 from sparse_exp.stages.base import Outcome, SweepMember
 from sparse_exp.stages.registry import STAGES
@@ -205,6 +205,7 @@ def test_what_is_no_longer_as_it_was_written_is_made_anew(done, change):
         (first / "train.txt").unlink()
     else:
         (first / MANIFEST).write_text((first / MANIFEST).read_text()[:-30])
+        (first / FORMER).unlink()
     second = run(job(1))
     assert origins(second)["train"] is None
     assert origins(second)["fetch"] == (None if change == "manifest" else "0-tiny")

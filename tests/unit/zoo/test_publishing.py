@@ -223,10 +223,13 @@ def test_a_run_that_takes_any_name_never_takes_anothers(publish_stage, tmp_path,
 
 def test_a_run_replaces_what_it_has_published_itself(publish_stage, tmp_path):
     stub = publish_stage("mine", "auto")
-    first = find(stub, tmp_path / "zoo").stat().st_ino
+    of_before = find(stub, tmp_path / "zoo") / "of the one before"
+    of_before.touch()
     assert publish_stage("mine", "auto", fresh=False) == stub
+    assert not of_before.exists()
+    of_before.touch()
     assert publish_stage("mine", stub, overwrite=True) == stub  # made anew in its directory
-    assert find(stub, tmp_path / "zoo").stat().st_ino != first
+    assert not of_before.exists()
     assert len(list((tmp_path / "zoo").rglob("model.json"))) == 1
 
 
