@@ -289,7 +289,7 @@ def test_an_earlier_prediction_stays_where_the_model_cannot_be_loaded(predict, p
         (["MODEL", "photos", "--out", "photos"], "photos exists"),
         (["MODEL", "photos", "--out", "photos", "--overwrite"], "is no prediction"),
         (["MODEL", "photos", "--imgsz", "640"], "64, which"),
-        (["MODEL", "photos", "--formats", "xml"], "json, csv, coco"),
+        (["MODEL", "photos", "--formats", "xml"], "json, jsonl, csv, coco"),
         (["MODEL", "photos", "--formats", "none", "--no-pictures"], "Nothing would be written"),
         (["MODEL", "photos", "--data", "two.yaml"], "the 10 of the model"),
         (["MODEL", "photos", "--data", "nowhere.yaml"], "the data yaml"),

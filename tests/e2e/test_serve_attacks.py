@@ -60,7 +60,7 @@ def peak_mb(process: Process) -> float:
 
 BODIES = {
     "16 WebP of 50 million pixels": (lambda: form(*[webp_of(7070)] * 16), 413),
-    "16 PNG of 50 million pixels": (lambda: form(*[png_of(5700)] * 16), 413),
+    "16 PNG of 32 million pixels": (lambda: form(*[png_of(5700)] * 16), 413),
     "WebP of 25 million pixels": (lambda: form(webp_of(5000)), 200),
     "PNG of 25 million pixels": (lambda: form(png_of(5000)), 200),
     "GIF of 25 million pixels": (lambda: form(encoded("GIF", 5000)), 200),
