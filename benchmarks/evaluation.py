@@ -45,7 +45,9 @@ def images_of(count: int) -> Iterator[Image]:
     for _ in range(count):
         corner, size = draw.uniform(0, 500, (_OBJECTS, 2)), draw.uniform(8, 140, (_OBJECTS, 2))
         boxes, labels = np.concatenate([corner, corner + size], 1), draw.integers(0, _CLASSES, _OBJECTS)
-        near = boxes[draw.integers(0, _OBJECTS, _FOUND // 3)] + draw.normal(0, 6, (_FOUND // 3, 4))
+        near = boxes[draw.integers(0, _OBJECTS, _FOUND // 3)]
+        near = near * draw.normal(1, 0.02, near.shape)
+        near = np.sort(near.reshape(-1, 2, 2), 1).reshape(-1, 4)
         corner = draw.uniform(0, 500, (_FOUND - len(near), 2))
         far = np.concatenate([corner, corner + draw.uniform(8, 140, corner.shape)], 1)
         rows = np.column_stack(

@@ -57,7 +57,7 @@ def test_boxes_follow_pixels(others: int) -> None:
 def test_nothing_switched_on_changes_nothing() -> None:
     example = lit(10, 20, 34, 60)
     result = augment_example([example], AugmentConfig(**OFF), np.random.default_rng(0))
-    assert all(torch.equal(got, given) for got, given in zip(result, example, strict=True))
+    assert all(map(torch.equal, result[:3], example[:3]))
 
 
 @pytest.mark.parametrize(
