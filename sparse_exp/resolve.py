@@ -103,7 +103,10 @@ def read_record(text: str) -> DictConfig:
     schema = OmegaConf.structured(Experiment)
     OmegaConf.set_struct(schema.recipe.variables, False)
     try:
-        _require_plain(read_yaml(text), "")
+        plain = read_yaml(text)
+        if not isinstance(plain, dict | None):
+            raise ValueError("it is no map of keys")
+        _require_plain(plain, "")
         recorded = OmegaConf.create(text)
         for key in _GONE:
             where, _, name = key.rpartition(".")

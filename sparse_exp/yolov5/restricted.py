@@ -117,16 +117,19 @@ class Inert:
     """
 
     name, refusal = "", ""
+    args: tuple[Any, ...]
+    state: dict[str, Any]
 
     def __new__(cls, *_: Any) -> Inert:
         """Make a stand-in, whatever the arguments."""
         if cls.refusal:
             raise CheckpointError(cls.refusal)
-        return object.__new__(cls)
+        made = object.__new__(cls)
+        made.args, made.state = (), {}  # pickles make objects without `__init__`, too
+        return made
 
     def __init__(self, *args: Any) -> None:
         self.args = args
-        self.state: dict[str, Any] = {}
 
     def __setstate__(self, state: Any) -> None:
         self.state = state if isinstance(state, dict) else {}

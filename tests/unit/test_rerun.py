@@ -100,7 +100,7 @@ def test_a_record_reads_nothing_of_this_machine(text, monkeypatch):
     assert "hunter2" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["seed: many", "unheard: of", "a: [", "- list"])
+@pytest.mark.parametrize("text", ["seed: many", "unheard: of", "a: [", "- list", "1"])
 def test_a_record_that_does_not_fit_is_one_line(text):
     with pytest.raises(ConfigError, match=r"recorded .* cannot be used") as error:
         rebuild(text, [])

@@ -288,7 +288,8 @@ def test_tensors_of_observers_survive(model, tmp_path):
         "view": torch.arange(12.0).view(3, 4).T[1:], "wide": torch.tensor(2.0).expand(5),
         "infinite": torch.tensor([float("inf")]),
     }  # fmt: skip
-    state = read_checkpoint(ours(tmp_path / "x.pt", model, model_state=odd)).state_dict
+    whole = {**model.state_dict(), **odd}
+    state = read_checkpoint(ours(tmp_path / "x.pt", model, model_state=whole)).state_dict
     for name, tensor in odd.items():
         assert torch.equal(state[name], tensor), name
         assert state[name].dtype == tensor.dtype
