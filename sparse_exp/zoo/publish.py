@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 AUTO = "auto"
 _NEEDED = ("evaluate", "export")
 # What ``model.json`` says that is known from the checkpoint, or from where it is published.
-_MEASURED = ("size", "classes", "sparsity", "quantized", "block4")
+_MEASURED = ("size", "classes", "sparsity", "quantized", "block4", "work")
 _OF_THE_PLACE = ("stub", "short", "dataset", "tag", "published")
 _LOGS = ("config.yaml", "history.json", "sparsity.csv", "benchmark.json", "environment.txt")
 _ENGINES = tuple(name for name in ENGINES if name != "torch")  # those of deployed files
