@@ -144,7 +144,8 @@ def convert(options: argparse.Namespace) -> int:
     Raises:
         DataError: an option or the source is wrong, or the data set cannot be written.
     """
-    dest = expanded(options.dest)
+    dest, source = expanded(options.dest), expanded(options.source)
+    _require_apart(source.resolve(), dest.resolve())  # before a lock is made, which may lie in the source
     with _alone_at(dest):
         _check_convert_options(options, dest)
         converted = _convert(options, dest)
@@ -183,18 +184,17 @@ def _alone_at(dest: Path) -> Iterator[None]:
         yield
 
 
+def _require_apart(source: Path, dest: Path) -> None:
+    if source == dest or source in dest.parents or dest in source.parents:
+        should_be = f"apart from {source}, neither inside nor around it"
+        raise DataError(expected("DEST", should_be, str(dest), "Change it."))
+
+
 def _check_convert_options(options: argparse.Namespace, dest: Path) -> None:
     if options.val_share is not None and not 0 < options.val_share < 1:
         raise DataError(expected("--val-share", "above 0 and below 1", options.val_share, "For example 0.2."))
     if options.link and not expanded(options.source).is_dir():
         raise DataError(f"--link needs a folder to link into, but {options.source} is none. Leave it out.")
-    source, place = expanded(options.source).resolve(), dest.resolve()
-    if source == place or source in place.parents or place in source.parents:
-        raise DataError(
-            expected(
-                "DEST", f"apart from {options.source}, neither inside nor around it", str(dest), "Change it."
-            )
-        )
     if dest.exists() and not options.force:
         raise DataError(f"{dest} exists. Choose another folder, or replace the data set in it with --force.")
     is_ours = dest.is_dir() and (not any(dest.iterdir()) or (dest / "data.yaml").is_file())
