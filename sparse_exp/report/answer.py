@@ -119,7 +119,7 @@ def _times(ratio: Ratio) -> str:
         return f"about {ratio.value:.2f} times (measured too shortly to be sure) as fast as"
     interval = f"{ratio.low:.2f} to {ratio.high:.2f}"
     if ratio.is_noise:
-        return f"within noise ({ratio.value:.2f}, {interval}) as fast as"
+        return f"as fast, within noise ({ratio.value:.2f}, {interval}), as"
     return f"{ratio.value:.2f} times ({interval}) as fast as"
 
 

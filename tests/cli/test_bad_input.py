@@ -121,7 +121,7 @@ def test_a_mistake_in_a_users_own_file_names_the_file(sx, cwd, line, message):
         (["recipe=custom"], ["recipe.file=VALUE"]),
         (["recipe.file=zoo:nowhere"], ["the SparseZoo stub", "'zoo:nowhere'"]),
         (["recipe.teacher=nowhere.pt"], ["recipe.teacher", "'nowhere.pt'"]),
-        (["recipe.teacher=baseline"], ["recovery.baseline=auto"]),
+        (["recipe.teacher=baseline", "recovery.baseline=none"], ["recovery.baseline=auto"]),
         (["recovery.baseline=nowhere"], ["recovery.baseline", "manifest.json"]),
         (["stages=[export]"], ["checkpoint=PATH"]),
         (["stages=[export]", "checkpoint=nowhere.pt"], ["checkpoint", "'nowhere.pt'"]),

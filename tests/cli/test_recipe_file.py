@@ -38,7 +38,7 @@ def variables(tmp_path, monkeypatch):
     seen: list[dict[str, float]] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setattr(experiment, "run", lambda e, *_: seen.append(e.recipe.variables))
+    monkeypatch.setattr(experiment, "run", lambda e, *_, **__: seen.append(e.recipe.variables))
 
     def of(*words: str) -> dict[str, float]:
         monkeypatch.setattr(sys, "argv", ["sparse-exp", *words])

@@ -16,7 +16,7 @@ from served import FORM, form, png
 from standin import write_detector
 
 ABSENT = (
-    "torch", "torchvision", "torchmetrics", "mlflow", "hydra", "omegaconf", "matplotlib", "sklearn",
+    "torch", "torchvision", "torchmetrics", "mlflow", "hydra", "matplotlib", "sklearn",
     "lightning_fabric", "faster_coco_eval", "sparseml", "sparsezoo", "deepsparse", "openvino", "nncf", "cv2",
 )  # fmt: skip
 ENGINE = ("--engine", "onnxruntime")

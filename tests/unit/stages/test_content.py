@@ -278,7 +278,11 @@ def marks_before(experiment, recipe: Recipe) -> dict[str, str]:
         not in ("name", "file", "variables", "num_epochs", "weight_scales", "weight_bits", "train_outputs")
     }
     parts = {
-        "fetch": {"model": config["model"], "dataset": config["dataset"], "start": True},
+        "fetch": {
+            "model": {key: value for key, value in config["model"].items() if key not in ("anchors", "macs")},
+            "dataset": {key: value for key, value in config["dataset"].items() if key != "cache"},
+            "start": True,
+        },
         "plan": {
             "seed": config["seed"],
             "trainer": config["trainer"],

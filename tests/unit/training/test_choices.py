@@ -10,8 +10,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.errors import ConfigError
+from sparse_exp.metrics.detection import Matcher
 from sparse_exp.training.averaging import exponential
+from sparse_exp.metrics.detection import Matcher
 from sparse_exp.training.evaluation import Evaluation, Validation
+from sparse_exp.metrics.detection import Matcher
 from sparse_exp.training.optimizer import WEIGHTS, make_optimizer
 from sparse_exp.yolov5 import YOLOv5, read_checkpoint
 
@@ -56,7 +59,8 @@ def test_the_monitored_accuracy_chooses_the_checkpoint(tiny_trainer, monkeypatch
     found = iter([(0.4, 0.1), (0.6, 0.2), (0.5, 0.3), (0.4, 0.2)])
 
     def evaluate_model(*_args, **_options) -> Evaluation:
-        return Evaluation(*next(found), np.zeros(101), np.zeros(101), images=6, seconds=0.0)
+        nothing, curve = Matcher(1), np.zeros(101)
+        return Evaluation(*next(found), curve, curve, 6, 0.0, nothing.accuracies().by_class, nothing)
 
     monkeypatch.setattr(Validation, "evaluate_model", evaluate_model)
     result = tiny_trainer(EPOCHS.format(4), monitor=monitor).fit()
