@@ -93,7 +93,7 @@ def late_zeros_plan(plan, dense, stages=None, engines=None):
     late = {n: c for n, c in model.prunable_convolutions().items() if output_stride(n) >= 16}
     prune_by_magnitude(late, 0.9)
     changed = experiment()
-    changed.stages = stages or changed.stages
+    changed.model.sparsity, changed.stages = 0.5, stages or changed.stages
     changed.hardware.engines = engines or changed.hardware.engines
     share = overall(layer_sparsity(model.prunable_convolutions()))
     return make_plan(changed, recipe("transfer_quant"), Start("zoo", share), FP32, model)
