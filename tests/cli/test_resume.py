@@ -165,7 +165,7 @@ def test_a_group_is_replaced_as_a_whole(run, start):
 def test_of_a_preset_counts_what_it_changes(run, start, tmp_path):
     texts = {
         "experiment/mine": "# @package _global_\ndefaults: [{override /export: loose}]\n"
-        "hardware: {repeats: 9, tune_s: 0.5}\n",
+        "hardware: {repeats: 9, tune_s: 0.3}\n",
         "export/loose": "opset: 15\nbox_atol: 2.0\n",
     }
     for name, text in texts.items():
@@ -173,7 +173,7 @@ def test_of_a_preset_counts_what_it_changes(run, start, tmp_path):
         (tmp_path / "conf" / f"{name}.yaml").write_text(text)
     again = start("--config-dir", "conf", "experiment=mine", "export.opset=14", RESUME)
     assert changes(run, again) == {
-        "hardware.repeats": (3, 9),  # hardware.tune_s is 0.5 anyway
+        "hardware.repeats": (3, 9),  # hardware.tune_s is 0.3 anyway
         "export.opset": (13, 14),
         "export.box_atol": (1.0, 2.0),
     }
