@@ -12,9 +12,7 @@ from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.errors import ConfigError
 from sparse_exp.metrics.detection import Matcher
 from sparse_exp.training.averaging import exponential
-from sparse_exp.metrics.detection import Matcher
 from sparse_exp.training.evaluation import Evaluation, Validation
-from sparse_exp.metrics.detection import Matcher
 from sparse_exp.training.optimizer import WEIGHTS, make_optimizer
 from sparse_exp.yolov5 import YOLOv5, read_checkpoint
 
