@@ -203,7 +203,10 @@ def test_stages_come_in_the_order_of_the_plan():
         ({"model__weights": "nowhere.pt"}, ["model.weights", "'nowhere.pt'"]),
         ({"recipe__file": "nowhere.md"}, ["recipe.file", "transfer_quant.md"]),
         ({"recipe__file": "zoo:nowhere"}, ["the SparseZoo stub", "'zoo:nowhere'"]),
-        ({"recipe__teacher": "nowhere.pt"}, ["recipe.teacher", "'nowhere.pt'", "'self' or 'baseline'"]),
+        (
+            {"recipe__teacher": "nowhere.pt"},
+            ["recipe.teacher", "'nowhere.pt'", "'self', 'baseline' or 'parent'"],
+        ),
         ({"recipe__teacher": "zoo:x"}, ["the SparseZoo stub", "'zoo:x'"]),
         ({"recipe__teacher": "baseline"}, ["recovery.baseline is 'none'", "recovery.baseline=auto"]),
         ({"recovery__baseline": "nowhere"}, ["recovery.baseline", "manifest.json", "auto or none"]),

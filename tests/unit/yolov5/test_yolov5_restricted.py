@@ -216,10 +216,10 @@ def test_missing_legacy_and_other_archives(tmp_path):
 
 @pytest.fixture
 def small(tmp_path):
-    """A checkpoint of ours with one 2x3 tensor."""
+    """A checkpoint of ours with one 2x3 tensor, and what passes for the head of one class."""
     path = tmp_path / "small.pt"
     values = {"names": ["a"], "num_classes": 1, "imgsz": 64, "recipe": "", "phase": "dense", "epoch": 1}
-    state = {"w": torch.arange(6.0).view(2, 3)}
+    state = {"w": torch.arange(6.0).view(2, 3), "model.24.m.0.weight": torch.zeros(18, dtype=torch.uint8)}
     save_checkpoint(path, model_state=state, size="n", metrics={"m": 0.5}, **values)
     return path
 
@@ -341,7 +341,7 @@ def test_damaged_pickles_are_one_clear_error_or_harmless(small):
     for _ in range(300):
         data = bytearray(whole)
         data[rng.randrange(len(data))] = rng.randrange(256)
-        archive(small, bytes(data), _0=numbers)
+        archive(small, bytes(data), _0=numbers, _1=bytes(18))
         try:
             read_checkpoint(small)
         except CheckpointError as error:
