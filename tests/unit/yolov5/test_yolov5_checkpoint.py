@@ -272,7 +272,7 @@ def test_our_own_round_trip(model, tmp_path):
     assert values == {
         "format": "sparse_exp", "size": "n", "num_classes": 2, "names": ("tree", "bush"), "imgsz": 320,
         "recipe": "modifiers: []", "phase": "pruned", "epoch": 12.0, "metrics": {"val/map50": 0.5},
-        "quantization": {"model.0.conv": {"inputs": None}},
+        "quantization": {"model.0.conv": {"inputs": None}}, "widths": {},
     }  # fmt: skip
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
