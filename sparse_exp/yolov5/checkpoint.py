@@ -27,6 +27,8 @@ _SILU = {"SiLU", "Swish", "MemoryEfficientSwish"}  # one function; utils/activat
 _MAX_MODULES = 10_000
 _NUMBERS = ("weight", "bias", "running_mean", "running_var")  # ranges of quantizers may be infinite
 _LARGEST_IMGSZ = 2**15  # px
+_MOST_CHANNELS = 2**12  # of a group; the largest detector has 1280
+_MOST_ROWS = 2**15  # of a head that the checkpoint does not hold
 # Other models (of Ultralytics and torchvision), each with a pattern for names that only its tensors have.
 _FOREIGN = {
     "the Focus layer of YOLOv5 before v6.0": r"^model\.0\.conv\.conv\.",
@@ -137,12 +139,14 @@ def _read_ours(path: Path, file: RestrictedFile) -> Checkpoint:
     wrong += [k for k in ("names",) if not wrong and len(tree[k]) != tree["num_classes"]]
     wrong += [k for k in ("imgsz",) if not wrong and not 0 < tree[k] <= _LARGEST_IMGSZ]
     widths = _mapping(tree.get("widths", {})) if not wrong else {}
-    wrong += [] if all(type(width) is int for width in widths.values()) else ["widths"]
+    counts = all(type(width) is int and 0 < width <= _MOST_CHANNELS for width in widths.values())
+    wrong += [] if counts else ["widths"]
     if wrong:
         raise CheckpointError(damaged(path, f"its {wrong[0]} is malformed"))
     state = _tensors(path, file, tree["state_dict"])
     head = _find(state, f"{_HEAD}m.0")
-    if head is None or head.shape[:1] != (_LEVELS * (5 + tree["num_classes"]),):  # a model of it is made next
+    rows = _LEVELS * (5 + tree["num_classes"])  # of the head of the model that is made next
+    if rows > _MOST_ROWS if head is None else head.shape[:1] != (rows,):
         problem = f"its head is not one of the {tree['num_classes']} classes that it names"
         raise CheckpointError(damaged(path, problem))
     return Checkpoint(

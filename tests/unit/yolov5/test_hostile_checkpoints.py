@@ -113,7 +113,18 @@ def test_members_that_unpack_or_overlap(tmp_path):
     assert "compressed or too large" in outcome(lambda: read_checkpoint(tmp_path / "b.pt"))
 
 
-@pytest.mark.parametrize("wrong", [{"num_classes": 10**9}, {"imgsz": 10**9}, {"num_classes": -1}])
+def test_without_a_head_there_are_not_a_million_classes(tmp_path):
+    save_checkpoint(
+        tmp_path / "a.pt", model_state={"w": torch.ones(1)}, size="n", names=["a"] * 10**6, recipe="",
+        phase="dense", epoch=1.0, metrics={}, num_classes=10**6, imgsz=64,
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match="its head"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_classes": 10**9}, {"imgsz": 10**9}, {"num_classes": -1}, {"widths": {"a": 10**9}}]
+)
 def test_what_a_checkpoint_of_ours_claims_fits_its_weights(wrong, tmp_path):
     claimed = {"num_classes": 2, "imgsz": 64, **wrong}
     save_checkpoint(
