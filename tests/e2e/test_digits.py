@@ -31,7 +31,7 @@ SMOKE = ["experiment=smoke", f"tracker.experiment={EXPERIMENT}"]
 FILES = {
     "sparse_exp.log", "config.yaml", "recipe.md", "manifest.json", "result.json", "environment.txt",
     "report.md", "report.html", "history.json", "benchmark.json", "benchmark.csv", "why.json", "sparsity.csv",
-    "classes.json", "first_outputs.npz",
+    "classes.json", "first_outputs.npz", ".manifest.former.json",
     ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml",
     "weights/last.pt", "weights/best_pruned.pt", "weights/best_pruned_quant.pt",
     "deployment/model.onnx", "deployment/model.qdq.onnx", "deployment/model.onnxruntime.onnx",
