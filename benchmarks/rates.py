@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from series import make_run, parse
 
 from sparse_exp.command import Parser, run_command, whole
 from sparse_exp.errors import StageFailed
@@ -82,9 +83,7 @@ def _options() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("outputs/rates"), help="folder of the runs")
     parser.add_argument("--write", type=Path, help="page to put the table into, between its marks")
-    # Taken out first: argparse would read those behind a list as parts of it.
-    overrides = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
-    return parser.parse_args([word for word in sys.argv[1:] if word not in overrides]), overrides
+    return parse(parser)
 
 
 def _make(trial: Trial, out: Path, overrides: Sequence[str]) -> None:
@@ -94,24 +93,18 @@ def _make(trial: Trial, out: Path, overrides: Sequence[str]) -> None:
         StageFailed: it has failed.
     """
     directory = out / trial.name
-    log = directory.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
     words = [
         f"recipe={trial.recipe}",
         f"dataset={trial.dataset}",
         f"recipe.variables.init_lr={trial.rate:g}",
         f"recipe.variables.num_epochs={trial.epochs}",
         f"seed={trial.seed}",
-        f"paths.run={directory}",
-        "overwrite=true",
         "recovery.baseline=none",
         _STAGES,
         *overrides,
     ]
-    with log.open("w", encoding="utf-8") as output:
-        command = [sys.executable, "-m", "sparse_exp", *words]
-        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
-    if code:
+    if make_run(directory, words):
+        log = directory.with_suffix(".log")
         raise StageFailed(f"The run {directory} failed. Look at {log}, then start again.")
 
 

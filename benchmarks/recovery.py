@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from series import make_run, parse
 
 from sparse_exp.command import Parser, run_command, whole
 from sparse_exp.errors import StageFailed
@@ -79,9 +79,7 @@ def _options() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--jobs", type=whole, default=1, help="runs at a time; they share the cores")
     parser.add_argument("--out", type=Path, default=Path("outputs/recovery"), help="folder of the runs")
     parser.add_argument("--write", type=Path, help=f"page to put the tables into, between its marks {MARK!r}")
-    # Taken out first: argparse would read those behind --recipes as recipes.
-    overrides = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
-    return parser.parse_args([word for word in sys.argv[1:] if word not in overrides]), overrides
+    return parse(parser)
 
 
 def _make_all(runs: Sequence[SeedRun], options: argparse.Namespace, overrides: list[str]) -> None:
@@ -105,22 +103,14 @@ def _make(run: SeedRun, options: argparse.Namespace, overrides: list[str]) -> in
     words = [
         f"recipe={run.recipe}",
         f"seed={run.seed}",
-        f"paths.run={run.directory}",
-        "overwrite=true",
         f"stages=[{','.join(stages)}]",
         f"hardware.cores=[{cores}]",
         *overrides,
     ]
     if run.recipe != "dense":
         words.append(f"recovery.baseline={options.out / f'dense-{run.seed}'}")
-    log = run.directory.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(cores), "MKL_NUM_THREADS": str(cores)}
-    with log.open("w", encoding="utf-8") as output:
-        command = [sys.executable, "-m", "sparse_exp", *words]
-        return subprocess.run(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False
-        ).returncode
+    threads = {"OMP_NUM_THREADS": str(cores), "MKL_NUM_THREADS": str(cores)}
+    return make_run(run.directory, words, threads)
 
 
 def tables(

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))  # scripts import one another
 
 
 def load_script(name: str) -> ModuleType:

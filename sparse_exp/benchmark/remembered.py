@@ -8,21 +8,19 @@ zeros are no part of the graph.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from sparse_exp.benchmark.cells import Cell
-from sparse_exp.benchmark.tuning import Setting, Tuned, stream_counts
+from sparse_exp.benchmark.tuning import Setting, Space, Tuned, stream_counts
 from sparse_exp.config.schema import HardwareConfig
 from sparse_exp.files import fingerprint, read_json, write_json
 from sparse_exp.hardware import host_facts
 
 _log = logging.getLogger(__name__)
 _FORMAT = 1
-Space = Callable[[int], Sequence[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)

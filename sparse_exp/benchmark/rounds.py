@@ -54,7 +54,6 @@ _TRIES = 3  # of a repeat that something else disturbs, in one turn
 _SPARE_MEMORY = 0.3  # share of the memory; if less is free, engines are loaded anew for each turn
 _INT8_NODES = frozenset(("ConvInteger", "QLinearConv", "QuantizeLinear", "MatMulInteger"))
 
-
 Check = Callable[[Cell, NDArray[np.float32]], Mapping[str, Any]]
 
 
