@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from sparse_exp.benchmark.gain import CORES, INT8, ZEROS, Gain
+from sparse_exp.benchmark.gain import CORES, INT8, ZEROS, Gain, load_of
 from sparse_exp.benchmark.layers import Costs
-from sparse_exp.benchmark.measurements import Row
-from sparse_exp.benchmark.ratios import Ratio, ratio_of_rows
+from sparse_exp.benchmark.measurements import Row, fastest
+from sparse_exp.benchmark.ratios import SAME, Ratio, ratio_of_rows
+from sparse_exp.config.runtimes import may_be_shipped
 
 # Shares of the time from which a kind of layer is worth a sentence.
 _LAYOUT = 0.15
@@ -17,43 +18,44 @@ _LITTLE = 1.15  # a factor below this is hardly a gain
 _EFFICIENT = 0.75  # share of the ideal gain that several cores should reach
 
 
-def advise(rows: Sequence[Row], engine: str, gains: Sequence[Gain], costs: Sequence[Costs]) -> Iterator[str]:
+def advise(
+    rows: Sequence[Row], deployed: Row, gains: Sequence[Gain], costs: Sequence[Costs]
+) -> Iterator[str]:
     """One or two sentences for each rule that applies, the most telling first.
 
     Args:
         rows: with numbers, of one network.
-        engine: that is deployed to; it has a row of the variant ``sparse``.
+        deployed: that of them that is shipped; see `sparse_exp.benchmark.gain.deployed_row`.
         gains: one for each load.
         costs: of the networks that were profiled.
     """
-    yield from _faster_engine(rows, engine)
-    yield from _quantization(rows, engine, gains)
+    engine = str(deployed["engine"])
+    yield from _faster_network(rows, deployed)
+    yield from _quantization(deployed, gains)
     yield from _sparsity(gains)
     yield from _layers(engine, costs)
     yield from _batches(rows, engine)
     yield from _cores(gains)
-    yield from _int8_elsewhere(rows, engine)
+    yield from _int8_elsewhere(rows, deployed)
     yield from _noise(rows)
 
 
-def _faster_engine(rows: Sequence[Row], engine: str) -> Iterator[str]:
-    """Another engine is faster than what is deployed, under the first load."""
-    deployed = _deployed(rows, engine)
-    same = [row for row in rows if _load_of(row) == _load_of(deployed)]
-    best = max(same, key=lambda row: float(row["items_per_s"]))
-    times, name = ratio_of_rows(best, deployed), best["engine"]
-    if name != engine and times.value > _LITTLE and times.low > 1:
-        do = f"put {name} first in hardware.engines"
-        if best["variant"] != "sparse":
-            do = f"deploy {best.get('model')} with {name} instead, if its accuracy suffices"
+def _faster_network(rows: Sequence[Row], deployed: Row) -> Iterator[str]:
+    """A dense network is faster than what is deployed, in an engine that may be shipped as well."""
+    allowed = may_be_shipped(deployed["engine"])
+    same = [row for row in rows if load_of(row) == load_of(deployed) and row["variant"] != "sparse"]
+    best = fastest(row for row in same if may_be_shipped(row["engine"]) or not allowed)
+    times = ratio_of_rows(best, deployed) if best else SAME
+    if best and times.value > _LITTLE and times.low > 1:
         yield (
-            f"{name} runs {best['variant']} {times} times as fast as {engine} runs what is deployed: {do}."
+            f"{best['engine']} runs {best['variant']} {times} times as fast as {deployed['engine']} runs "
+            f"what is deployed: deploy {best.get('model')} with {best['engine']} instead, if its accuracy "
+            "suffices."
         )
 
 
-def _quantization(rows: Sequence[Row], engine: str, gains: Sequence[Gain]) -> Iterator[str]:
+def _quantization(row: Row, gains: Sequence[Gain]) -> Iterator[str]:
     """8 bits gain little."""
-    row = _deployed(rows, engine)
     factor = _factor(gains, INT8)
     if row.get("precision") == "fp32" or factor is None or factor.high >= _LITTLE:
         return
@@ -107,7 +109,9 @@ def _layers(engine: str, costs: Sequence[Costs]) -> Iterator[str]:
 
 def _batches(rows: Sequence[Row], engine: str) -> Iterator[str]:
     """Larger batches gain nothing for each image, where zeros in blocks would."""
-    mine = [row for row in rows if _is_deployed(row, engine) and row["scenario"] == "sync"]
+    mine = [
+        row for row in rows if (row["engine"], row["variant"], row["scenario"]) == (engine, "sparse", "sync")
+    ]
     single = next((row for row in mine if row["batch"] == 1), None)
     large = max(mine, key=lambda row: int(row["batch"]), default=None)
     if single is None or large is None or large["batch"] == 1 or engine != "deepsparse":
@@ -133,13 +137,13 @@ def _cores(gains: Sequence[Gain]) -> Iterator[str]:
             return
 
 
-def _int8_elsewhere(rows: Sequence[Row], engine: str) -> Iterator[str]:
+def _int8_elsewhere(rows: Sequence[Row], deployed: Row) -> Iterator[str]:
     """Another engine runs the quantized network slower than the dense one in floating point."""
-    for row in rows:
-        if row["engine"] == engine or row["variant"] != "sparse" or row.get("precision") != "int8":
+    for row in [row for row in rows if load_of(row) == load_of(deployed) and row is not deployed]:
+        if row["variant"] != "sparse" or row.get("precision") != "int8":
             continue
         dense = next((r for r in rows if _is_dense_beside(r, row)), None)
-        if dense and _load_of(row) == _load_of(rows[0]) and (share := ratio_of_rows(row, dense)).high < 1:
+        if dense and (share := ratio_of_rows(row, dense)).high < 1:
             yield (
                 f"{row['engine']} runs the quantized network at {share} of the speed of its dense fp32: "
                 "there deploy a network in floating point, or one that it quantized itself."
@@ -152,22 +156,10 @@ def _noise(rows: Sequence[Row]) -> Iterator[str]:
         yield f"{noisy} of {len(rows)} cells are noisy: measure again with nothing else running."
 
 
-def _deployed(rows: Sequence[Row], engine: str) -> Row:
-    return next(row for row in rows if _is_deployed(row, engine))
-
-
-def _is_deployed(row: Row, engine: str) -> bool:
-    return bool(row["engine"] == engine and row["variant"] == "sparse")
-
-
 def _is_dense_beside(other: Row, row: Row) -> bool:
     """Whether a row is the dense network in the same engine under the same load."""
     same_engine, is_dense = other["engine"] == row["engine"], other["variant"] == "dense"
-    return same_engine and is_dense and _load_of(other) == _load_of(row)
-
-
-def _load_of(row: Row) -> tuple[object, ...]:
-    return row["scenario"], row["batch"], row["cores"], row.get("key")
+    return same_engine and is_dense and load_of(other) == load_of(row)
 
 
 def _factor(gains: Sequence[Gain], cause: str) -> Ratio | None:

@@ -6,7 +6,7 @@ whole gain.
 
 Zeros and 8 bits can be added in either order: dense -> pruned -> both, or dense -> quantized -> both. Where
 all four networks were measured, each of the two causes has two factors, and counts with their geometric mean.
-So neither order is preferred.
+So neither order is preferred. An engine that computes zeros like other numbers has no factor of zeros.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 from sparse_exp.benchmark.measurements import Row, fastest
 from sparse_exp.benchmark.ratios import Ratio, mean_ratio, ratio_of_rows, speeds_of
+from sparse_exp.config.runtimes import may_be_shipped, skips_zeros
 
 RUNTIME, ZEROS, INT8, CORES = "runtime", "sparsity", "8 bits", "cores"
 # Causes that cannot be told apart, as rows between them are missing.
@@ -76,9 +77,23 @@ def first_network(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.get("network") == rows[0].get("network")]
 
 
-def deployed_engine(rows: Iterable[Row]) -> str | None:
-    """The engine that a run deploys to: the first that has a row of the variant ``sparse``."""
-    return next((str(row["engine"]) for row in rows if row["variant"] == "sparse"), None)
+def deployed_row(rows: Iterable[Row]) -> Row | None:
+    """What to ship: the row of the variant ``sparse`` in the fastest engine that may be shipped.
+
+    Args:
+        rows: with numbers, of one network; the first load of that variant counts.
+
+    Returns:
+        The fastest of all engines where none of them may be shipped; None where nothing was deployed.
+    """
+    sparse = [row for row in rows if row["variant"] == "sparse"]
+    same = [row for row in sparse if load_of(row) == load_of(sparse[0])]
+    return fastest(row for row in same if may_be_shipped(row["engine"])) or fastest(same)
+
+
+def load_of(row: Row) -> tuple[Any, ...]:
+    """What rows have in common that were measured under the same load."""
+    return row.get("scenario", "sync"), row["batch"], row["cores"], row.get("key")
 
 
 def by_load(rows: Iterable[Row]) -> list[list[Row]]:
@@ -185,7 +200,9 @@ def _steps(speeds: _Speeds, baseline: Row | None, own: Row | None, end: Row) -> 
         return
     if baseline is not None:
         yield _mean_step(RUNTIME, [(baseline, own)])
-    if speeds.quantized:
+    if speeds.quantized and not skips_zeros(speeds.engine):
+        yield _mean_step(INT8, [(own, end)])
+    elif speeds.quantized:
         yield from _zeros_and_int8(speeds, own, end)
     else:
         yield _mean_step(ZEROS, [(own, end)])
@@ -224,7 +241,7 @@ def _missing(speeds: _Speeds, baseline: Row | None, own: Row | None) -> Iterator
         yield "dense in an engine other than the deployed one: without it the runtime's part is unknown"
     if own is None:
         yield f"{speeds.engine} dense: without it nothing can be told apart"
-    elif speeds.quantized:
+    elif speeds.quantized and skips_zeros(speeds.engine):
         absent = [name for name in ("sparse_fp32", "dense_int8") if speeds.own(name, speeds.few) is None]
         known = (
             "zeros and 8 bits cannot be told apart" if len(absent) == 2 else "one order of the two is known"

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from sparse_exp.benchmark.cells import Cell
-from sparse_exp.benchmark.gain import deployed_engine, first_network
+from sparse_exp.benchmark.gain import deployed_row, first_network
 from sparse_exp.benchmark.measurements import Row, measured
 from sparse_exp.engines import IsolatedEngine
 from sparse_exp.engines.profile import LayerTime, Profile
@@ -96,7 +96,8 @@ def profiles_of(
         logged.
     """
     found = first_network(measured(rows))
-    engine = deployed_engine(found)
+    deployed = deployed_row(found)
+    engine = deployed["engine"] if deployed else ""
     profiles: dict[str, Profile] = {}
     with measuring_alone(lock_path or default_lock_path()):
         for variant in ("sparse", "dense"):

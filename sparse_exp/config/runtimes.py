@@ -48,3 +48,13 @@ RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
     }
 )
 """By the name of the package that is imported, which is also the name of the engine."""
+
+
+def may_be_shipped(engine: str) -> bool:
+    """Whether the licence of an engine allows use in production."""
+    return engine in RUNTIMES and RUNTIMES[engine].production
+
+
+def skips_zeros(engine: str) -> bool:
+    """Whether an engine computes convolutions with zeros faster."""
+    return engine in RUNTIMES and RUNTIMES[engine].skips_zeros

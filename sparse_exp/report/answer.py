@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from sparse_exp.benchmark.gain import first_network
+from sparse_exp.benchmark.gain import deployed_row, first_network, load_of
 from sparse_exp.benchmark.measurements import Row, fastest, measured
 from sparse_exp.benchmark.ratios import Ratio, ratio_of_rows
 from sparse_exp.benchmark.speed_table import Table, load_text, ratio, shown_ratio
-from sparse_exp.config.runtimes import RUNTIMES
+from sparse_exp.config.runtimes import RUNTIMES, may_be_shipped
 from sparse_exp.metrics.result_rows import Result, number
 from sparse_exp.text import decimal
 
@@ -35,12 +35,11 @@ def answer(result: Result, rows: Sequence[Row]) -> list[str]:
         Sentences on what to ship, its speed and its accuracy; empty where nothing was deployed.
     """
     found = first_network(measured(rows)) if measured(rows) else []
-    same = [row for row in found if load_text(row) == load_text(found[0])]
-    deployed = [row for row in same if row["variant"] == "sparse"]
-    chosen = fastest(row for row in deployed if may_be_shipped(row["engine"])) or fastest(deployed)
+    chosen = deployed_row(found)
     sentences: list[str] = []
     if chosen is not None:
-        sentences += [_file(result, chosen), *_speed(same, chosen), *_others(deployed, chosen)]
+        same = [row for row in found if load_of(row) == load_of(chosen)]
+        sentences += [_file(result, chosen), *_speed(same, chosen), *_others(same, chosen)]
     engine = chosen["engine"] if chosen else next(iter(deployed_engines(result)), None)
     return [*sentences, *_accuracy(result, engine)]
 
@@ -66,11 +65,6 @@ def answer_table(rows: Sequence[Row]) -> Table:
         for row in same
     ]
     return ["engine", "network", "mAP50", "images/s", "x best fp32", "MB", "may be shipped"], cells
-
-
-def may_be_shipped(engine: str) -> bool:
-    """Whether the licence of an engine allows use in production."""
-    return engine in RUNTIMES and RUNTIMES[engine].production
 
 
 def deployed_engines(result: Result) -> list[str]:
@@ -123,9 +117,9 @@ def _times(ratio: Ratio) -> str:
     return f"{ratio.value:.2f} times ({interval}) as fast as"
 
 
-def _others(deployed: Sequence[Row], chosen: Row) -> Iterator[str]:
+def _others(rows: Sequence[Row], chosen: Row) -> Iterator[str]:
     """An engine that is faster and may not be shipped."""
-    best = fastest(deployed)
+    best = fastest(row for row in rows if row["variant"] == "sparse")
     if best is None or best is chosen or may_be_shipped(best["engine"]):
         return
     faster = ratio_of_rows(best, chosen)

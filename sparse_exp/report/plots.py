@@ -29,10 +29,10 @@ from numpy.typing import NDArray
 from sparse_exp.benchmark.measurements import PERCENTILES, Row, fastest
 from sparse_exp.benchmark.ratios import speeds_of
 from sparse_exp.benchmark.speed_table import load_text
+from sparse_exp.config.runtimes import may_be_shipped
 from sparse_exp.config.schema import VARIANTS
 from sparse_exp.files import landing
 from sparse_exp.metrics.pareto import Axis, Point, staircase
-from sparse_exp.report.answer import may_be_shipped
 from sparse_exp.text import in_picture
 
 DPI = 130

@@ -13,7 +13,7 @@ from sparse_exp.text import markdown_table
 
 def to_markdown(why: Why) -> str:
     """The body of the section; empty where there is nothing to say."""
-    parts = [_gain_part(gain) for gain in why.gains]
+    parts = [*(_gain_part(gain) for gain in why.gains), why.zeros]
     parts += [_kinds_part(why.costs), *(_layers_part(costs) for costs in why.costs[:1])]
     if why.advice:
         parts.append("**What to try next**\n\n" + "\n".join(f"- {line}" for line in why.advice))

@@ -42,7 +42,8 @@ def _run(context: Context) -> Outcome:
             {**_with_accuracy_and_size(context, one.row()), "mismatch": list(context.mismatch)}
             for one in measurements
         ]
-        why = explain(rows, profiles_of(cells, rows, images) if hardware.profile else None)
+        profiles = profiles_of(cells, rows, images) if hardware.profile else None
+        why = explain(rows, profiles, context.run.result().get("sparsity/macs"))
     finally:
         context.tracker.log(Resume())
     for line in console_lines(why):

@@ -10,7 +10,7 @@ import pytest
 
 from sparse_exp.benchmark.advice import advise
 from sparse_exp.benchmark.cells import Cell, Load
-from sparse_exp.benchmark.gain import CORES, INT8, RUNTIME, ZEROS, ZEROS_AND_INT8
+from sparse_exp.benchmark.gain import CORES, INT8, RUNTIME, ZEROS, ZEROS_AND_INT8, deployed_row
 from sparse_exp.benchmark.layers import costs_of, kind_of, profiles_of
 from sparse_exp.benchmark.why import console_lines, explain
 from sparse_exp.engines.profile import LayerTime, Profile
@@ -119,6 +119,26 @@ def test_a_run_that_deploys_floating_point_gains_by_its_zeros_alone():
     assert steps_of(gain) == pytest.approx({RUNTIME: 10 / 12, ZEROS: 2.0})
 
 
+def test_an_engine_that_computes_zeros_gains_nothing_by_them():
+    speeds = {("openvino", "dense"): 10.0, ("openvino", "dense_int8"): 20.0, ("openvino", "sparse"): 24.0}
+    why = explain(rows_of({**speeds, ("onnxruntime", "dense"): 8.0}), work=0.56)
+    (gain,) = why.gains
+    assert steps_of(gain) == pytest.approx({RUNTIME: 10 / 8, INT8: 24 / 10})
+    assert gain.missing == ()
+    assert why.zeros.startswith("56% of the multiplications meet a zero, but openvino computes them")
+    assert why.zeros in console_lines(why)
+    assert why.zeros in to_markdown(why)
+
+
+def test_the_zeros_of_an_engine_that_skips_them_are_held_against_the_work_that_they_save():
+    why = explain(rows_of(), work=0.5)
+    assert why.zeros == (
+        "50% of the multiplications meet a zero: to skip all of them would make it 2.00 times as fast; "
+        "measured: 2.83 times."
+    )
+    assert explain(rows_of()).zeros == ""
+
+
 def test_without_another_engine_or_without_its_own_dense_it_says_so():
     alone = {key: speed for key, speed in SPEEDS.items() if key[0] == "deepsparse"}
     (gain,) = explain(rows_of(alone)).gains
@@ -209,7 +229,7 @@ def test_what_the_layers_show_becomes_advice():
 
 
 def test_what_the_rows_show_becomes_advice():
-    slow = {**SPEEDS, ("deepsparse", "sparse"): 20.5, ("onnxruntime", "sparse"): 4.0}
+    slow = {**SPEEDS, ("deepsparse", "sparse"): 20.5}
     rows = rows_of(slow, isa=["avx2"])
     rows.append(row("deepsparse", "sparse", 21.0, batch=16, isa=["avx2"], noisy=True))
     text = advice_of(rows)
@@ -218,14 +238,35 @@ def test_what_the_rows_show_becomes_advice():
     assert "8 bits make it only 1.24" not in text
     assert "Batch 16 gives 1.02 times" in text
     assert "transfer_quant_vnni" in text
-    assert "onnxruntime runs the quantized network at 0.50 of the speed of its dense fp32" in text
     assert f"1 of {len(rows)} cells are noisy" in text
 
 
-def test_another_engine_that_runs_the_deployed_network_faster_comes_first():
-    text = advice_of(rows_of({**SPEEDS, ("openvino", "sparse"): 90.0}))
-    assert "openvino runs sparse 1.50 times as fast as deepsparse" in text
-    assert "put openvino first in hardware.engines" in text
+@pytest.mark.parametrize(
+    ("speeds", "shipped"),
+    [
+        ({("deepsparse", "sparse"): 60.0}, "deepsparse"),  # nothing else was deployed
+        ({("deepsparse", "sparse"): 60.0, ("openvino", "sparse"): 40.0}, "openvino"),  # it may be shipped
+        ({("onnxruntime", "sparse"): 50.0, ("openvino", "sparse"): 40.0}, "onnxruntime"),
+        ({("onnxruntime", "sparse"): 40.0, ("openvino", "sparse"): 50.0}, "openvino"),
+    ],
+)
+def test_the_fastest_engine_that_may_be_shipped_is_the_one_that_is_explained(speeds, shipped):
+    others = {key: speed for key, speed in SPEEDS.items() if key[1] != "sparse"}
+    why = explain(rows_of({**others, **speeds}))
+    assert why.gains[0].end == f"{shipped} sparse, 2 cores"
+    assert not any("instead" in line for line in why.advice)
+
+
+def test_an_engine_that_may_not_be_shipped_is_not_advised_in_place_of_one_that_may():
+    speeds = {("openvino", "dense"): 12.0, ("openvino", "sparse"): 20.0, ("deepsparse", "dense_int8"): 60.0}
+    assert "instead" not in advice_of(rows_of(speeds))
+    speeds = {("openvino", "dense"): 12.0, ("openvino", "sparse"): 20.0, ("onnxruntime", "dense_int8"): 60.0}
+    assert "deploy dense_int8.onnx with onnxruntime instead" in advice_of(rows_of(speeds))
+
+
+def test_an_engine_that_runs_the_quantized_network_slower_than_the_dense_one_is_named():
+    text = advice_of(rows_of({**SPEEDS, ("openvino", "sparse"): 40.0, ("onnxruntime", "sparse"): 4.0}))
+    assert "onnxruntime runs the quantized network at 0.50 of the speed of its dense fp32" in text
 
 
 def test_eight_bits_that_gain_nothing_without_vnni():
@@ -245,7 +286,8 @@ def test_zeros_and_cores_that_gain_little():
 
 
 def test_advice_needs_only_rows():
-    assert list(advise(rows_of(), "deepsparse", [], [])) == []
+    rows = rows_of()
+    assert list(advise(rows, deployed_row(rows), [], [])) == []
 
 
 def test_no_sentence_is_drawn_from_a_ratio_within_its_interval():
@@ -258,7 +300,6 @@ def test_no_sentence_is_drawn_from_a_ratio_within_its_interval():
     text = advice_of(rows)
     assert "Zeros" not in text
     assert "8 bits" not in text
-    assert "put openvino first" not in text
     steady = advice_of(rows_of(shaky))
     assert "Zeros make it only 1.06" in steady
 
@@ -287,7 +328,7 @@ def test_the_section_of_the_report_and_the_lines_on_the_console():
     lines = console_lines(why)
     assert len(lines) == 1 + 3
     assert not any("\n" in line for line in lines)
-    assert list(why.as_dict()) == ["splits", "costs", "advice"]  # the keys of why.json
+    assert list(why.as_dict()) == ["splits", "zeros", "costs", "advice"]  # the keys of why.json
     assert why.as_dict()["splits"][0]["steps"][0]["cause"] == RUNTIME
 
 
