@@ -40,6 +40,7 @@ _NETWORKS = {
     "onnxruntime/": "deployed, for ONNX Runtime",
 }
 SIZE_KINDS = ("checkpoint", "onnx", "onnx_gzip", "nonzero")
+_RECOVERY = re.compile(r"recovery/(?P<engine>[^/]+)/map50")
 _VERIFIED = re.compile(r"verify/(?P<engine>.+)/score_mean")
 
 
@@ -201,10 +202,15 @@ def work_sentence(macs: float, dense: float, zeros: float | None) -> str:
 
 
 def recovery(result: Result) -> str:
-    """A sentence on the share of the dense accuracy that is kept; empty where no baseline was measured."""
+    """A sentence on the share of the dense accuracy that is kept, and in which engine.
+
+    It is empty where no baseline was measured.
+    """
     share, dense = number(result, "recovery/map50"), number(result, "baseline/map50")
     if dense is None:
         return ""
     if share is None:
         return f"The dense baseline has mAP50 {dense:.3f}."
-    return f"Keeps {share:.1%} of the dense mAP50 {dense:.3f}."
+    found = ((_RECOVERY.fullmatch(name), value) for name, value in result.items())
+    where = next((f", in {match['engine']}" for match, value in found if match and value == share), "")
+    return f"Keeps {share:.1%} of the dense mAP50 {dense:.3f}{where}."

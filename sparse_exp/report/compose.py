@@ -294,10 +294,8 @@ def _recovery(source: _Source) -> str:
     baseline = source.run.facts("baseline")
     if "origin" not in baseline:
         return ""
-    result, engine = source.run.result(), recovery_engine(source.experiment.hardware.engines)
     run = f"run {baseline['directory']}, " if baseline["directory"] else ""
-    where = f"deployed in {engine}; " if "recovery/map50" in result else ""
-    return f"{recovery(result).rstrip('.')} ({where}baseline: {run}{baseline['origin']})."
+    return f"{recovery(source.run.result()).rstrip('.')} (baseline: {run}{baseline['origin']})."
 
 
 def _summary(source: _Source) -> dict[str, str]:

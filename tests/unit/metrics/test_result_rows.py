@@ -114,5 +114,8 @@ def test_recovery():
         recovery({"recovery/map50": 0.981, "baseline/map50": 0.612})
         == "Keeps 98.1% of the dense mAP50 0.612."
     )
+    each = {"recovery/openvino/map50": 0.97, "recovery/deepsparse/map50": 0.981}
+    said = recovery({**each, "recovery/map50": 0.981, "baseline/map50": 0.612})
+    assert said == "Keeps 98.1% of the dense mAP50 0.612, in deepsparse."
     assert recovery({"baseline/map50": 0.0}) == "The dense baseline has mAP50 0.000."
     assert recovery({"val/map50": 0.6}) == ""

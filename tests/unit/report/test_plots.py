@@ -133,6 +133,15 @@ def test_bars_are_as_long_as_the_numbers_and_errors_reach_from_low_to_high(monke
     assert [patch.get_height() for patch in axes[1].patches] == [17.7]
 
 
+@pytest.mark.parametrize(("accuracies", "least"), [((0.600, 0.605), 0.05), ((0.4, 0.7), 0.3)])
+def test_accuracies_that_are_nearly_equal_are_drawn_near_each_other(accuracies, least, monkeypatch):
+    rows = [{**row, "map50": accuracy} for row, accuracy in zip(SQUARE, accuracies, strict=False)]
+    (axes,) = figure_of(lambda path: plots.accuracy_and_speed(rows, path), monkeypatch).axes
+    low, high = axes.get_ylim()
+    assert least - 1e-9 <= high - low <= 1.5 * least
+    assert low < min(accuracies) < max(accuracies) < high
+
+
 def test_layers_are_marked_by_the_target_and_weighed_by_their_size(monkeypatch):
     layers = [("model.0.conv.weight", 0.0, 100, 3000), ("model.1.conv.weight", 0.7499, 300, 1000)]
     figure = figure_of(lambda path: plots.layer_sparsity(layers, path), monkeypatch)
