@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from series import make_run, parse
+from series import log_of, make_run, parse
 
 from sparse_exp.command import Parser, run_command, whole
 from sparse_exp.errors import StageFailed
@@ -104,8 +104,7 @@ def _make(trial: Trial, out: Path, overrides: Sequence[str]) -> None:
         *overrides,
     ]
     if make_run(directory, words):
-        log = directory.with_suffix(".log")
-        raise StageFailed(f"The run {directory} failed. Look at {log}, then start again.")
+        raise StageFailed(f"The run {directory} failed. Look at {log_of(directory)}, then start again.")
 
 
 def table(trials: Sequence[Trial], out: Path, overrides: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str
 
 
 def make_run(directory: Path, words: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
-    """Make a run in a process of its own, anew if it is there; its output goes into a log beside it.
+    """Make a run in a process of its own, anew if it is there; its output goes into `log_of`.
 
     Args:
         directory: of the run.
@@ -30,7 +30,7 @@ def make_run(directory: Path, words: Sequence[str], environment: Mapping[str, st
     Returns:
         Its exit code.
     """
-    log = directory.with_suffix(".log")
+    log = log_of(directory)
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "sparse_exp", f"paths.run={directory}", "overwrite=true", *words]
     variables = {**os.environ, **(environment or {})}
@@ -38,3 +38,8 @@ def make_run(directory: Path, words: Sequence[str], environment: Mapping[str, st
         return subprocess.run(
             command, stdout=output, stderr=subprocess.STDOUT, env=variables, check=False
         ).returncode
+
+
+def log_of(directory: Path) -> Path:
+    """The file beside a run's directory that takes what the run puts out."""
+    return directory.with_name(f"{directory.name}.log")
