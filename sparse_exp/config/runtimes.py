@@ -22,6 +22,8 @@ class Runtime:
         isa: those of `sparse_exp.config.schema.ISA` without which it cannot run.
         cpu: the CPU that it needs, in words.
         skips_zeros: whether it computes convolutions with zeros faster.
+        quantized: whether it runs networks that were quantized here.
+        module: name of the package as Python imports it; empty: that of the engine.
     """
 
     requirement: str
@@ -30,6 +32,8 @@ class Runtime:
     isa: tuple[str, ...] = ()
     cpu: str = "x86 with 64 bits"
     skips_zeros: bool = False
+    quantized: bool = True
+    module: str = ""
 
 
 RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
@@ -44,10 +48,18 @@ RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
         ),
         "onnxruntime": Runtime("onnxruntime>=1.17", "MIT"),
         "openvino": Runtime("openvino>=2025.0", "Apache-2.0"),
-        "torch": Runtime("torch>=2.5", "BSD-3-Clause"),
+        "mnn": Runtime(
+            "MNN>=3.6",
+            "Apache-2.0",
+            cpu="x86 or ARM with 64 bits",
+            skips_zeros=True,
+            quantized=False,
+            module="MNN",
+        ),
+        "torch": Runtime("torch>=2.5", "BSD-3-Clause", quantized=False),
     }
 )
-"""By the name of the package that is imported, which is also the name of the engine."""
+"""By the name of the engine, which is that of its package in lower case."""
 
 
 def may_be_shipped(engine: str) -> bool:

@@ -311,7 +311,7 @@ class HardwareConfig:
     name: str = MISSING
     engines: List[str] = one_of(
         ["deepsparse", "onnxruntime", "openvino"], ENGINES,
-        "runtimes to verify and to measure; the first is the one that is deployed to",
+        "runtimes to verify and to measure",
     )  # fmt: skip
     variants: List[str] = one_of(
         ["dense", "sparse"], VARIANTS,

@@ -7,6 +7,7 @@ from typing import Any
 from sparse_exp.engines.base import Engine, LocalEngine
 from sparse_exp.engines.deepsparse import DeepSparseEngine
 from sparse_exp.engines.isolated import IsolatedEngine
+from sparse_exp.engines.mnn import MnnEngine
 from sparse_exp.engines.onnxruntime import OnnxRuntimeEngine
 from sparse_exp.engines.openvino import OpenVinoEngine
 from sparse_exp.engines.profile import LayerTime, Profile
@@ -17,7 +18,8 @@ from sparse_exp.errors import EngineError, expected
 __all__ = ["Engine", "IsolatedEngine", "LayerTime", "Profile", "Timing", "create_engine", "search_space"]
 
 _ENGINES: dict[str, type[LocalEngine]] = {
-    engine.name: engine for engine in (DeepSparseEngine, OnnxRuntimeEngine, OpenVinoEngine, TorchEngine)
+    engine.name: engine
+    for engine in (DeepSparseEngine, OnnxRuntimeEngine, OpenVinoEngine, MnnEngine, TorchEngine)
 }
 
 

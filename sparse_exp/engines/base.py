@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import LifoQueue
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 
@@ -358,16 +358,19 @@ def not_loaded(name: str) -> str:
 
 
 @contextmanager
-def silence() -> Iterator[None]:
-    """Throw away what is printed while the block runs, also by native code: to file descriptors 1 and 2."""
+def silence() -> Iterator[IO[bytes]]:
+    """Keep what is printed while the block runs, also by native code: to file descriptors 1 and 2.
+
+    It goes into the file that the block is given, and is thrown away at its end.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
     try:
-        with tempfile.TemporaryFile() as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-            os.dup2(nowhere.fileno(), 2)
-            yield
+        with tempfile.TemporaryFile() as printed:
+            os.dup2(printed.fileno(), 1)
+            os.dup2(printed.fileno(), 2)
+            yield printed
             sys.stdout.flush()
             sys.stderr.flush()
     finally:

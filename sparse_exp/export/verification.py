@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sparse_exp.config.runtimes import RUNTIMES
 from sparse_exp.config.schema import Experiment, ExportConfig
 from sparse_exp.data.loader import Batch
 from sparse_exp.engines import IsolatedEngine
@@ -80,7 +81,7 @@ def verify_deployment(
     cores: int,
     first: FirstOutputs,
 ) -> tuple[dict[str, float], dict[str, Evaluation]]:
-    """Check what a run deploys in each engine but torch, on the whole validation split.
+    """Check what a run deploys in each engine that can run it but torch, on the whole validation split.
 
     Args:
         deployment: the exported files.
@@ -108,7 +109,7 @@ def verify_deployment(
     passes = _passes(validation, reference.from_the_start(), "torch", shifts[:1])
     passes += _passes(validation, reference.predict, "torch", shifts[1:])
     evaluations: dict[str, Evaluation] = {}
-    for name in [name for name in experiment.hardware.engines if name != TORCH]:
+    for name in [name for name in experiment.hardware.engines if _runs(name, quantized=rounds)]:
         with closing(IsolatedEngine(name)) as engine:
             batch_size = experiment.trainer.val_batch_size
             file, limits = deployment.deployed(name), experiment.export
@@ -119,6 +120,11 @@ def verify_deployment(
             found, evaluations[name] = _try_engine(engine, name, validation, limits, reference, passes, first)
         metrics.update(found)
     return metrics, evaluations
+
+
+def _runs(engine: str, *, quantized: bool) -> bool:
+    """Whether an engine runs what is deployed; torch runs the checkpoint itself."""
+    return engine != TORCH and (RUNTIMES[engine].quantized or not quantized)
 
 
 def views(images: int) -> tuple[int, ...]:

@@ -134,7 +134,7 @@ def _absence(engine: str, hardware: HardwareConfig | None) -> str:
     """Why an engine is not installed; empty where it is."""
     if engine == "deepsparse":
         return find_deepsparse(hardware.deepsparse_python if hardware else None).problem
-    return "" if find_spec(engine) else NOT_INSTALLED
+    return "" if find_spec(RUNTIMES[engine].module or engine) else NOT_INSTALLED
 
 
 def prefers(hardware: HardwareConfig, facts: HostFacts) -> Preference:

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparse_exp.config.runtimes import RUNTIMES
+
 _log = logging.getLogger(__name__)
 
 
@@ -38,7 +40,11 @@ def recovery_metrics(
 def recovery_engine(engines: Sequence[str]) -> str:
     """The engine whose accuracy stands for the run: DeepSparse if it is there, else the first.
 
-    Sparse files are made for DeepSparse. Torch is taken only where there is no other engine, since the
-    deployed file is ONNX.
+    Sparse files are made for DeepSparse. One that runs no quantized network is taken only where there is no
+    other, and torch last, since the deployed file is ONNX.
     """
-    return "deepsparse" if "deepsparse" in engines else min(engines, key=lambda name: name == "torch")
+
+    def place(name: str) -> tuple[bool, bool]:
+        return name == "torch", not RUNTIMES[name].quantized
+
+    return "deepsparse" if "deepsparse" in engines else min(engines, key=place)

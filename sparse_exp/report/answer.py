@@ -15,7 +15,13 @@ from sparse_exp.config.runtimes import RUNTIMES, may_be_shipped
 from sparse_exp.metrics.result_rows import Result, number
 from sparse_exp.text import decimal
 
-NAMES = {"deepsparse": "DeepSparse", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "torch"}
+NAMES = {
+    "deepsparse": "DeepSparse",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "mnn": "MNN",
+    "torch": "torch",
+}
 _VARIANTS = {
     "dense": "dense, fp32",
     "dense_int8": "dense, int8",

@@ -46,7 +46,7 @@ _WORK_LINE: dict[str, Any] = {
     "color": ORANGE, "linewidth": 0, "marker": "D", "markersize": 3.5, "markeredgecolor": INK,
     "markeredgewidth": 0.4,
 }  # fmt: skip
-_MARKERS = ("o", "s", "^", "D")
+_MARKERS = ("o", "s", "^", "D", "v")
 _CURVES = ((GREY, "-", 6.0), (BLUE, "-", 2.4), (RED, "--", 2.0), (GREEN, ":", 2.2), (ORANGE, "-.", 1.8))
 _PHASE_TINTS = ("#E8F1F8", "#FBEFD9", "#E6F4EF", "#F7E9F1")
 _PHASE_NAMES = {
@@ -419,9 +419,9 @@ def _latency_line(axes: Axes, place: int, row: Row) -> None:
 def accuracy_and_speed(rows: Sequence[Row], path: Path) -> None:
     """Draw each file's mAP50 over its items per second: a panel for each load, a marker for each engine.
 
-    Engines that may not be used in production are hollow. The axis of mAP50 spans at least 0.05, so that noise
-    does not look like a difference. A dashed line stands at the fastest dense network in fp32, a thin one
-    through each marker from the first to the third quartile of its turns.
+    Engines that may not be used in production are hollow. The axis of mAP50 spans at least 0.05, so that
+    noise does not look like a difference. A dashed line stands at the fastest dense network in fp32, a thin
+    one through each marker from the first to the third quartile of its turns.
 
     Args:
         rows: of the benchmark, at least one, all with ``map50`` (0..1).

@@ -40,10 +40,11 @@ TORCH = "torch"
 # Of the deployed network, which file an engine runs fast; where that is missing, the next.
 _CHOICES = {"deepsparse": (MODEL, QDQ), "onnxruntime": (ONNXRUNTIME, QDQ, MODEL), "openvino": (QDQ, MODEL)}
 CHECKPOINTS = {"dense": "dense.pt", "sparse_fp32": "sparse.fp32.pt"}  # for torch, by variant
-TORCH_INT8 = (
-    "torch has no int8 convolutions for a network that was quantized in training or by another engine: "
-    "it would simulate them in fp32"
-)
+_NO_INT8 = {
+    "torch": "torch has no int8 convolutions for a network that was quantized in training or by another "
+    "engine: it would simulate them in fp32",
+    "mnn": "mnn runs no quantized ONNX file: deploy a network in fp32, as recipe=transfer does",
+}
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,9 @@ class Deployment:
         Raises:
             Impossible: there can be no such file, or the export stage was not asked for it; says why.
         """
-        if engine == TORCH and (variant == "dense_int8" or (variant == "sparse" and self.quantized)):
-            raise Impossible(TORCH_INT8)
+        needs_int8 = variant == "dense_int8" or (variant == "sparse" and self.quantized)
+        if needs_int8 and engine in _NO_INT8:
+            raise Impossible(_NO_INT8[engine])
         path = self.deployed(engine) if variant == "sparse" else self.folder / file_name(engine, variant)
         if reason := self.impossible.get(path.name):
             raise Impossible(str(reason))
@@ -185,7 +187,7 @@ def wanted_files(engines: Iterable[str], variants: Sequence[str]) -> list[str]:
         Their names, sorted. Some of them may turn out to be impossible.
     """
     pairs = [(engine, variant) for engine in engines for variant in variants if variant != "sparse"]
-    files = {file_name(*pair) for pair in pairs if pair != (TORCH, "dense_int8")}
+    files = {file_name(*pair) for pair in pairs if pair[0] not in _NO_INT8 or pair[1] != "dense_int8"}
     return sorted(files - {DENSE})
 
 

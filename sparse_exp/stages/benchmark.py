@@ -10,10 +10,11 @@ from sparse_exp.benchmark import CERTAIN_NUMBERS, NUMBERS, cells_of, loads_of, w
 from sparse_exp.benchmark import benchmark as measure
 from sparse_exp.benchmark.layers import profiles_of
 from sparse_exp.benchmark.why import console_lines, explain
+from sparse_exp.config.runtimes import RUNTIMES
 from sparse_exp.config.schema import Experiment
 from sparse_exp.files import write_json
 from sparse_exp.hardware import usable_physical_cores
-from sparse_exp.runs.deployment import TORCH, accuracy_prefix, size_prefix
+from sparse_exp.runs.deployment import accuracy_prefix, size_prefix
 from sparse_exp.stages.base import Context, Outcome, Stage
 from sparse_exp.tracking import Pause, Resume
 
@@ -64,7 +65,7 @@ def _with_accuracy_and_size(context: Context, row: dict[str, Any]) -> dict[str, 
 
 def _certain_names(experiment: Experiment) -> Iterator[str]:
     hardware = experiment.hardware
-    engines = [name for name in hardware.engines if name != TORCH]
+    engines = [name for name in hardware.engines if RUNTIMES[name].quantized]
     variants = [name for name in hardware.variants if name in ("dense", "sparse")]
     yield from _speeds(experiment, engines, variants, CERTAIN_NUMBERS)
 

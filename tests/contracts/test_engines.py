@@ -20,6 +20,7 @@ import torch
 from available import each_engine, needs
 from onnx import TensorProto, helper, numpy_helper
 
+from sparse_exp.config.runtimes import RUNTIMES
 from sparse_exp.config.schema import ENGINES
 from sparse_exp.engines import IsolatedEngine, create_engine, search_space
 from sparse_exp.errors import EngineError, MissingDependency
@@ -340,15 +341,16 @@ def test_can_be_loaded_again_for_another_batch(make, model):
 
 
 def test_unknown_engine_is_refused():
-    with pytest.raises(EngineError, match="deepsparse, onnxruntime, openvino, torch"):
+    with pytest.raises(EngineError, match="deepsparse, onnxruntime, openvino, mnn, torch"):
         create_engine("tensorrt")
 
 
 @pytest.mark.parametrize("name", [name for name in ENGINES if name != "deepsparse"])
 def test_a_library_that_is_not_installed_is_named_with_what_to_install(name, model, checkpoint, monkeypatch):
     own = checkpoint if name == "torch" else model
-    monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MissingDependency, match=f"pip install '{name}[>=]=") as error:
+    package = RUNTIMES[name].module or name
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingDependency, match=f"pip install '{package}[>=]=") as error:
         create_engine(name).load(own.path, batch_size=1, cores=1)
     assert is_one_line(error)
 
@@ -432,7 +434,7 @@ KINDS_OF_LAYERS = {
 }
 
 
-@pytest.mark.parametrize("name", each_engine())
+@pytest.mark.parametrize("name", each_engine(*KINDS_OF_LAYERS))
 def test_a_profile_has_the_layers_of_the_model_with_their_times(name, model, checkpoint):
     engine = create_engine(name)
     engine.load((checkpoint if name == "torch" else model).path, batch_size=BATCH, cores=1)
@@ -443,6 +445,15 @@ def test_a_profile_has_the_layers_of_the_model_with_their_times(name, model, che
     assert sum(layer.ms for layer in profile.layers) > 0
     assert profile.supported == (1.0 if name == "deepsparse" else None)
     assert profile.note
+
+
+@needs("mnn")
+def test_an_engine_without_a_profiler_says_so(model):
+    engine = create_engine("mnn")
+    engine.load(model.path, batch_size=BATCH, cores=1)
+    with pytest.raises(EngineError, match="mnn has no profiler") as error:
+        engine.profile(some_images(1))
+    assert is_one_line(error)
 
 
 def test_an_isolated_profile_comes_from_the_child(isolated):

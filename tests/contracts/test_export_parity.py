@@ -143,7 +143,7 @@ def quantized_concatenation(path) -> None:
     onnx.save(model, str(path))
 
 
-@pytest.mark.parametrize("engine", RUNTIMES)
+@pytest.mark.parametrize("engine", [name for name in RUNTIMES if name != "mnn"])  # which runs none
 def test_a_quantized_concatenation_keeps_its_scale_once_it_is_unsigned(engine, tmp_path):
     """What OpenVINO 2026.4 gets wrong with int8 activations, in the smallest graph that shows it."""
     quantized_concatenation(tmp_path / "m.onnx")

@@ -175,7 +175,7 @@ def test_settings_that_no_scenario_looks_at_are_told_of(machine, scenarios, unus
 
 
 def test_the_licence_and_what_to_install_are_known_of_each_engine():
-    assert ENGINES == ("deepsparse", "onnxruntime", "openvino", "torch")
+    assert ENGINES == ("deepsparse", "onnxruntime", "openvino", "mnn", "torch")
     assert set(RUNTIMES) == set(ENGINES)
     assert {name: create_engine(name).name for name in ENGINES} == {name: name for name in ENGINES}
     project = tomllib.loads((CONF_DIRECTORY.parent / "pyproject.toml").read_text())["project"]
