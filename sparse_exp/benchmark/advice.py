@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from sparse_exp.benchmark.gain import CORES, INT8, ZEROS, Gain, load_of
 from sparse_exp.benchmark.layers import Costs
-from sparse_exp.benchmark.measurements import Row, fastest
+from sparse_exp.benchmark.measurements import Row, fastest, noise_sentence
 from sparse_exp.benchmark.ratios import SAME, Ratio, ratio_of_rows
 from sparse_exp.config.runtimes import may_be_shipped
 
@@ -151,9 +151,8 @@ def _int8_elsewhere(rows: Sequence[Row], deployed: Row) -> Iterator[str]:
 
 
 def _noise(rows: Sequence[Row]) -> Iterator[str]:
-    noisy = sum(bool(row.get("noisy")) for row in rows)
-    if noisy:
-        yield f"{noisy} of {len(rows)} cells are noisy: measure again with nothing else running."
+    if sentence := noise_sentence(rows):
+        yield sentence
 
 
 def _is_dense_beside(other: Row, row: Row) -> bool:

@@ -164,6 +164,22 @@ def measured(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if "impossible" not in row and row.get("items_per_s")]
 
 
+def noise_sentence(rows: Sequence[Row]) -> str:
+    """Why some rows are noisy, and what helps; empty where none is."""
+    noisy = [row for row in rows if row.get("noisy")]
+    if not noisy:
+        return ""
+    some = f"{len(noisy)} of {sum('impossible' not in row for row in rows)} cells"
+    taken = max(float(row.get(cause, 1.0)) for row in noisy for cause in CAUSES)
+    first = noisy[0]
+    if taken > float(first.get("max_disturbance", 0.0)):
+        return f"Something else ran while {some} were measured. Measure again with nothing else running."
+    return (
+        f"The ratios of {some} are not known to {first['precision_of_ratios']:.0%}: turns differ, though "
+        f"nothing else ran here. More turns tell more: hardware.budget_s={5 * first['budget_s']:g}."
+    )
+
+
 def fastest(rows: Iterable[Row]) -> Row | None:
     """The row with the most items per second; None of none."""
     return max(rows, key=lambda row: float(row["items_per_s"]), default=None)

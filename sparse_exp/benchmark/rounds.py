@@ -36,7 +36,7 @@ from sparse_exp.benchmark.host_state import (
     free_memory_share,
     look_around,
 )
-from sparse_exp.benchmark.measurements import Measurement, Round, megabytes
+from sparse_exp.benchmark.measurements import Measurement, Round, megabytes, noise_sentence
 from sparse_exp.benchmark.ratios import LEAST_TURNS, Speeds, ratio_of
 from sparse_exp.benchmark.remembered import file_of, keep, recall
 from sparse_exp.benchmark.tuning import Setting, Tuned, tune
@@ -429,7 +429,7 @@ def _conditions(
 def _warn_of_noise(measurements: Sequence[Measurement]) -> None:
     noisy = [one.cell.name for one in measurements if one.noisy]
     if noisy:
-        _log.warning("Noisy, though measured again: %s. Let nothing else run.", ", ".join(noisy))
+        _log.warning("Noisy: %s. %s", ", ".join(noisy), noise_sentence([one.row() for one in measurements]))
     for cause, share in _disturbances(measurements):
         _log.warning("%s up to %.0f %% of the time.", cause, 100 * share)
 

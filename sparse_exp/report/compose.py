@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparse_exp.benchmark.measurements import CAUSES, Row, measured
+from sparse_exp.benchmark.measurements import CAUSES, Row, measured, noise_sentence
 from sparse_exp.benchmark.speed_table import label
 from sparse_exp.config.schema import ENGINES, Experiment
 from sparse_exp.data import DetectionDataset, evenly_spread
@@ -368,7 +368,7 @@ def _warnings(source: _Source) -> list[str]:
     noisy = [row for row in source.rows if row.get("noisy")]
     if noisy:
         cells = ", ".join(label(row) for row in noisy)
-        warnings.append(f"The machine was not quiet: speeds are not known well enough in {cells}.")
+        warnings.append(f"Noisy: {cells}. {noise_sentence(source.rows)}")
     if source.dataset.splits.get("val"):
         warnings.append(
             "The checkpoint was chosen by mAP50 on the validation split that the accuracies are reported on, "

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sparse_exp.benchmark.measurements import Row
+from sparse_exp.benchmark.measurements import Row, noise_sentence
 from sparse_exp.benchmark.speed_table import impossible_lines, noisy_labels, shown_gains, vague_labels
 from sparse_exp.metrics.result_rows import (
     SIZES,
@@ -99,7 +99,7 @@ def _benchmark(result: Result, rows: Sequence[Row]) -> Table:
 
 def _remarks(rows: Sequence[Row]) -> list[str]:
     """The lines below the speeds."""
-    marks = ["! noisy: the machine was not quiet."] if noisy_labels(rows) else []
+    marks = [f"! noisy. {sentence}"] if (sentence := noise_sentence(rows)) else []
     marks += ["~ within noise of the fastest dense network."] if vague_labels(rows) else []
     return marks + [f"Not measured: {line}" for line in impossible_lines(rows)]
 

@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from sparse_exp.benchmark import Cell, Load, Measurement, write_rows
-from sparse_exp.benchmark.measurements import Round, as_csv, megabytes
+from sparse_exp.benchmark.measurements import CAUSES, Round, as_csv, megabytes, noise_sentence
 from sparse_exp.benchmark.rounds import precision
 
 CELL = Cell("deepsparse", "sparse", Path("model.onnx"), Load("b4", "sync", 4, 1, 2))
@@ -104,3 +104,19 @@ def test_the_other_variants_are_what_their_names_say(tmp_path):
     assert precision("sparse", tmp_path / "last.pt") == "fp32"
     assert precision("dense_int8", None) == "int8"
     assert precision("sparse_fp32", None) == precision("dense", None) == "fp32"
+
+
+def test_what_other_programs_took_is_told_from_turns_that_merely_differ():
+    limits = {"max_disturbance": 0.02, "precision_of_ratios": 0.03, "budget_s": 60.0}
+    none = dict.fromkeys(CAUSES, 0.01)
+    quiet, wide = {"noisy": False, **none, **limits}, {"noisy": True, **none, **limits}
+    impossible = {"impossible": "no such file"}
+    assert noise_sentence([quiet, impossible]) == ""
+    assert noise_sentence([quiet, wide, impossible]) == (
+        "The ratios of 1 of 2 cells are not known to 3%: turns differ, though nothing else ran here. "
+        "More turns tell more: hardware.budget_s=300."
+    )
+    for cause in CAUSES:
+        said = noise_sentence([quiet, wide, {**wide, cause: 0.3}])
+        assert said.startswith("Something else ran while 2 of 3 cells were measured.")
+    assert "nothing else running" in noise_sentence([{"noisy": True}])  # of an early version
