@@ -61,7 +61,7 @@ def main() -> int:
             options.datasets, [options.recipe], options.rates, options.epochs, options.seeds
         )
     ]
-    for trial in trials:
+    for trial in () if options.tables else trials:
         if trial.map50(options.out) is None:
             _make(trial, options.out, overrides)
     text = table(trials, options.out, overrides)
@@ -81,6 +81,7 @@ def _options() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--epochs", nargs="+", type=whole, default=[12])
     parser.add_argument("--datasets", nargs="+", default=["trees", "digits"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--tables", action="store_true", help="make no runs: the table of finished ones")
     parser.add_argument("--out", type=Path, default=Path("outputs/rates"), help="folder of the runs")
     parser.add_argument("--write", type=Path, help="page to put the table into, between its marks")
     return parse(parser)
@@ -121,6 +122,8 @@ def _rows(trials: Sequence[Trial], out: Path) -> Iterator[tuple[str, ...]]:
     groups = itertools.groupby(trials, lambda trial: (trial.dataset, trial.epochs, trial.rate))
     for (dataset, epochs, rate), group in groups:
         each = [found for trial in group if (found := trial.map50(out)) is not None]
+        if not each:
+            continue
         spread = f"{statistics.stdev(each):.3f}" if len(each) > 1 else "-"
         shown = ", ".join(f"{value:.3f}" for value in each)
         yield dataset, str(epochs), f"{rate:g}", f"{statistics.fmean(each):.3f}", spread, shown
