@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from sparse_exp.errors import first_line
+
 _MORE = 100_000  # values and keys that aliases may stand for, beyond as many as the text has characters
 
 
@@ -56,3 +58,10 @@ def _size(node: yaml.Node, known: dict[int, int | None]) -> int:
             size += sum(_size(part, known) for part in (child if isinstance(child, tuple) else (child,)))
     known[id(node)] = size
     return size
+
+
+def sentence_of(error: yaml.YAMLError) -> str:
+    """What is wrong with a file that is no YAML, where, and what to do about it."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    where = f"{mark.name}, line {mark.line + 1}: " if mark else ""
+    return f"{where}{problem or first_line(error)}. Correct the file."

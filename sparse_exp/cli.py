@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,7 +18,9 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
+from sparse_exp.bounded_yaml import sentence_of
 from sparse_exp.command import print_any_text
 from sparse_exp.config.places import apply_environment, register_schema
 from sparse_exp.config.plain import CONF_DIRECTORY, group
@@ -48,8 +52,8 @@ def main() -> None:
     naming.launched = None
     if held := [override for override in sys.argv[1:] if without_secrets(override) != override]:
         sys.exit(f"Error: {secret_problem(*held[0].partition('=')[::2])}")
-    register_schema()
     try:
+        register_schema(_config_dir(sys.argv[1:]))
         hydra.main(version_base="1.3", config_path=str(CONF_DIRECTORY), config_name="config")(task)()
     except BrokenPipeError as error:  # whoever read the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -62,6 +66,15 @@ def main() -> None:
         _exit(for_users(error) if isinstance(error, Exception) else error, unfinished)
     else:
         _exit(None, _close_sweep(None))
+
+
+def _config_dir(words: list[str]) -> str | None:
+    """The value of Hydra's own option ``--config-dir``."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config-dir", "-cd")
+    with suppress(argparse.ArgumentError):  # Hydra says it
+        return parser.parse_known_args(words)[0].config_dir
+    return None
 
 
 def _returned(job: JobReturn) -> Any:
@@ -95,6 +108,8 @@ def _exit(error: BaseException | None, unfinished: str | None) -> None:
         sys.exit(without_secrets(f"Error: {error}"))
     if isinstance(error, HydraException | OmegaConfBaseException):
         sys.exit(without_secrets(f"Error: {_one_line(error)}"))
+    if isinstance(error, YAMLError):
+        sys.exit(f"Error: {sentence_of(error)}")
     groups = [word.removesuffix("=null") for word in sys.argv[1:] if word.endswith("=null")]
     if isinstance(error, ValueError) and groups and str(error).startswith(_NO_OPTION):
         sys.exit(f"Error: The group {groups[0]} needs an option. Choose one; --help lists them.")

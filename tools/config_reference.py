@@ -87,7 +87,8 @@ All keys with their types, units, bounds, defaults and meanings. The command lin
     experiment=smoke                       a preset that sets several groups at once
 
 The command line beats a preset, a preset beats `conf/local/default.yaml`, and that beats the other
-options. Options of your own need no fork: `--config-dir DIR model=mine` also looks for `DIR/model/mine.yaml`.
+options. Options of your own need no fork: `--config-dir DIR model=mine` also looks for `DIR/model/mine.yaml`,
+under names that no shipped option has; `DIR/local/default.yaml` beats `conf/local/default.yaml`, key by key.
 `--help` lists the groups, `--cfg job` prints the composed configuration, `--info defaults-tree` shows
 where it came from, `dry_run=true` prints the plan. `-m model=yolov5n,yolov5s` makes several runs.
 

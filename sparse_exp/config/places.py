@@ -1,6 +1,6 @@
 """Where stores, outputs, zoo and cache are, by the same layers in every command.
 
-The layers are the shipped defaults, ``local/default.yaml`` of ``conf`` or else of ``--config-dir``, variables
+The layers are the shipped defaults, ``local/default.yaml`` of ``conf``, that of ``--config-dir``, variables
 of the environment, and what is typed; a later one wins. The small commands read them here. Experiments give
 the environment its place with `apply_environment`, once Hydra has composed the others.
 """
@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from sparse_exp.bounded_yaml import sentence_of
 from sparse_exp.config.plain import CONF_DIRECTORY, group
 from sparse_exp.config.schema import Experiment, TrackerConfig
 from sparse_exp.errors import ConfigError, expected, first_line
@@ -57,17 +58,48 @@ class Places:
         return self.output / "runs", self.output / "sweeps"
 
 
-def register_schema() -> None:
-    """Let Hydra know the types and the bounds of all keys."""
+def register_schema(config_dir: str | None = None) -> None:
+    """Let Hydra know the types and the bounds of all keys, and a layer that it would leave out.
+
+    Of files of one name Hydra takes the first that it finds, those of ``conf`` before those of
+    ``--config-dir``. So the ``local/default.yaml`` there is laid over that of ``conf`` as ``own``. The name
+    of another shipped file is refused, as nothing would come of it.
+
+    Args:
+        config_dir: see ``--config-dir`` of Hydra.
+
+    Raises:
+        ConfigError: a file there has the name of a shipped one, or cannot be read.
+    """
     from hydra.core.config_store import ConfigStore
 
     store, schema = ConfigStore.instance(), OmegaConf.structured(Experiment)
     # Which variables there are is for the recipe to know, whose file may be another than the option's.
     OmegaConf.set_struct(schema.recipe.variables, False)
     store.store(name="schema", node=schema)
+    store.store(name="own", node=_own_layer(config_dir), package="_global_")
     # Hydra deep-copies the whole store about a hundred times for --help. It is only read from here on,
     # and what is loaded from it is copied anyway.
     ConfigStore.__deepcopy__ = lambda self, _: self  # type: ignore[attr-defined]
+
+
+def _own_layer(config_dir: str | None) -> DictConfig:
+    """What ``local/default.yaml`` of ``--config-dir`` says, where ``conf`` has such a file, too."""
+    own = None if config_dir is None else expanded(config_dir)
+    if own is None or not own.is_dir() or own.samefile(CONF_DIRECTORY):
+        return OmegaConf.create({})
+    shipped = [path.relative_to(CONF_DIRECTORY) for path in CONF_DIRECTORY.rglob("*.yaml")]
+    hidden = [own / name for name in shipped if name != _LOCAL and (own / name).is_file()]
+    if hidden:
+        raise ConfigError(f"{hidden[0]} has the name of a shipped option, which is taken instead. Rename it.")
+    file = own / _LOCAL
+    if not file.is_file() or _LOCAL not in shipped:
+        return OmegaConf.create({})
+    try:
+        layer = OmegaConf.load(file)
+    except YAMLError as error:
+        raise ConfigError(sentence_of(error)) from error
+    return layer if isinstance(layer, DictConfig) else OmegaConf.create({})
 
 
 def apply_environment(config: DictConfig, words: Sequence[str]) -> None:
@@ -147,10 +179,12 @@ def _composed(config_dir: str | None) -> DictConfig:
     own = None if config_dir is None else expanded(config_dir).absolute()
     if own is not None and not own.is_dir():
         raise ConfigError(expected("--config-dir", "a directory", config_dir, "Correct the path."))
-    register_schema()
+    register_schema(config_dir)
     try:
         with initialize_config_dir(str(CONF_DIRECTORY), version_base="1.3"):
             return compose("config", [] if own is None else [f"hydra.searchpath=['file://{own}']"])
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    except YAMLError as error:
+        raise ConfigError(sentence_of(error)) from error
+    except (HydraException, OmegaConfBaseException) as error:
         reason, do = first_line(error).rstrip("."), "Correct it; python -m sparse_exp dry_run=true says more."
         raise ConfigError(f"The configuration cannot be read: {reason}. {do}") from error

@@ -23,7 +23,7 @@ from sparse_exp.config.schema import Experiment, RecipeConfig, RecoveryConfig
 from sparse_exp.errors import ConfigError, StageFailed, expected
 from sparse_exp.files import expanded, fingerprint, sha256_of
 from sparse_exp.locks import exclusive
-from sparse_exp.runs.directory import MANIFEST, Run
+from sparse_exp.runs.directory import MANIFEST, Run, claim
 from sparse_exp.stages.base import Context, Outcome, Stage
 from sparse_exp.tracking import Event, Tags, find_runs
 
@@ -113,13 +113,13 @@ def _facts(context: Context, baseline: Baseline) -> dict[str, Any]:
 def _counterpart(context: Context) -> Baseline:
     from sparse_exp.recipes.recipe import Recipe
 
-    dense = dense_experiment(context.experiment, context.recipe.epochs, context.run.path)
+    dense = dense_experiment(context.experiment, context.recipe.epochs)
     recipe = Recipe.from_file(recipe_path(dense.recipe.file), dense.recipe.variables)
     mark = _fingerprint(context, dense, recipe)
     if found := _found(context, mark):
         return found
     with _alone(context, mark):
-        return _found(context, mark) or _train(context, dense)
+        return _found(context, mark) or _train(context, dense, mark)
 
 
 def _found(context: Context, mark: str) -> Baseline | None:
@@ -153,30 +153,24 @@ def _alone(context: Context, mark: str) -> AbstractContextManager[None]:
     return exclusive(lock, "The dense baseline is being trained", label=f"the run {context.run.path.name}")
 
 
-def dense_experiment(experiment: Experiment, epochs: float, run: Path) -> Experiment:
-    """The dense counterpart of an experiment.
+def dense_experiment(experiment: Experiment, epochs: float) -> Experiment:
+    """The dense counterpart of an experiment, which needs a run directory of its own.
 
     Args:
         experiment: the sparse one.
         epochs: length of its training.
-        run: its run directory; the counterpart's lies beside it.
-
-    Returns:
-        An experiment of its own. An unfinished run in its directory is gone on with.
     """
     dense = copy.deepcopy(experiment)
     dense.name, dense.stages = f"{experiment.name}-dense", list(NEEDED)
     dense.recipe = RecipeConfig(name="dense", file="dense.md", variables={"num_epochs": float(epochs)})
     dense.recovery = RecoveryConfig(baseline="none")
-    directory = run.with_name(f"{run.name}-dense")
-    dense.paths.run = str(directory)
-    dense.resume = str(directory) if (directory / MANIFEST).is_file() else None
-    dense.checkpoint, dense.overwrite, dense.publish = None, False, None
+    dense.checkpoint, dense.resume, dense.overwrite, dense.publish = None, None, False, None
     dense.tracker.register = dense.tracker.alias = None
     return dense
 
 
-def _train(context: Context, dense: Experiment) -> Baseline:
+def _train(context: Context, dense: Experiment, mark: str) -> Baseline:
+    _place(context.run, dense, mark)
     _log.info("Training the dense baseline for %g epochs in %s.", context.recipe.epochs, dense.paths.run)
     kept = [word for word in context.run.state.get("overrides", []) if not word.startswith(_REPLACED)]
     own = ["recipe=dense", f"recipe.variables.num_epochs={context.recipe.epochs:g}"]
@@ -187,6 +181,18 @@ def _train(context: Context, dense: Experiment) -> Baseline:
         raise StageFailed(f"The dense baseline in {dense.paths.run} left no result. Its log is there.")
     _log.info("The dense baseline has mAP50 %.3f. Going on with the run itself.", trained.map50)
     return trained
+
+
+def _place(run: Run, dense: Experiment, mark: str) -> None:
+    """Let a counterpart go on where the run has begun it, else begin in a directory that is nobody's."""
+    begun = run.state.get("counterpart", {})
+    directory = (run.path / begun.get("directory", "")).resolve()
+    if begun.get("fingerprint") != mark or not directory.is_dir():
+        directory = claim(run.path.with_name(f"{run.path.name}-dense"))
+        place = os.path.relpath(directory, run.path)
+        run.update(counterpart={"fingerprint": mark, "directory": place})
+    dense.paths.run = str(directory)
+    dense.resume = str(directory) if (directory / MANIFEST).is_file() else None
 
 
 def _start_itself(context: Context) -> Baseline:

@@ -8,10 +8,16 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
+import pytest
+import yaml
 from command import command_line
 
+from sparse_exp import cli
 from sparse_exp.compare import __main__ as compare
-from sparse_exp.config.places import chosen_places
+from sparse_exp.config import places
+from sparse_exp.config.places import chosen_places, find_places
+from sparse_exp.config.plain import CONF_DIRECTORY
+from sparse_exp.errors import ConfigError
 from sparse_exp.files import write_text
 from sparse_exp.runs.directory import find_directories
 from sparse_exp.runs.past import select_runs
@@ -68,3 +74,63 @@ def compare_finds(monkeypatch, *options: str) -> int:
     """How many runs ``compare`` finds in an experiment."""
     monkeypatch.setattr(sys, "argv", ["compare", "--experiment", "sparse_exp", *options])
     return len(select_runs([], chosen_places(compare._options()), experiment="sparse_exp"))
+
+
+@pytest.fixture
+def conf(tmp_path, monkeypatch) -> Path:
+    """A copy of ``conf``, as of another machine; without its settings."""
+    copy = shutil.copytree(CONF_DIRECTORY, tmp_path / "conf", ignore=shutil.ignore_patterns("local"))
+    for module in (cli, places):
+        monkeypatch.setattr(module, "CONF_DIRECTORY", copy)
+    monkeypatch.chdir(tmp_path)
+    for variable in places.VARIABLES.values():
+        monkeypatch.delenv(variable, raising=False)
+    return copy
+
+
+def test_of_two_files_of_settings_that_of_config_dir_wins_key_by_key(command_line, conf):
+    write_text(
+        conf / "local/default.yaml",
+        "# @package _global_\ndefaults: [override /model: yolov5n]\npaths: {output: machine, zoo: machine}\n",
+    )
+    own = "# @package _global_\ndefaults: [override /dataset: digits]\npaths: {output: own}\n"
+    write_text(Path("mine/local/default.yaml"), own)
+
+    def found(*words: str) -> tuple[str, ...]:
+        shown = yaml.safe_load(command_line(*words, "--cfg", "job").output)
+        return (
+            shown["paths"]["output"],
+            shown["paths"]["zoo"],
+            shown["model"]["name"],
+            shown["dataset"]["name"],
+        )
+
+    assert found() == ("machine", "machine", "yolov5n", "trees")
+    assert found("--config-dir", "mine") == ("own", "machine", "yolov5n", "digits")
+    assert found("--config-dir=mine") == ("own", "machine", "yolov5n", "digits")
+    assert found("-cd", "mine", "paths.output=typed") == ("typed", "machine", "yolov5n", "digits")
+    for config_dir, output in ((None, "machine"), ("mine", "own")):
+        assert find_places(config_dir).output == Path(output)
+        assert find_places(config_dir).zoo == Path("machine").absolute()
+
+
+def test_an_own_file_with_the_name_of_a_shipped_one_is_refused(command_line, conf):
+    write_text(Path("mine/model/yolov5s.yaml"), "name: mine\n")
+    ended = command_line("--config-dir", "mine", "--cfg", "job")
+    said = "mine/model/yolov5s.yaml has the name of a shipped option, which is taken instead. Rename it."
+    assert (ended.code, ended.error) == (1, f"Error: {said}")
+    assert command_line("--config-dir", str(conf), "--cfg", "job").code == 0
+
+
+def test_a_file_of_settings_that_is_no_yaml_is_named_with_the_line(command_line, conf):
+    for shipped in (False, True):
+        if shipped:  # then it is a layer over that of `conf`
+            write_text(conf / "local/default.yaml", "# @package _global_\nseed: 1\n")
+        write_text(Path("mine/local/default.yaml"), "# @package _global_\npaths: {output: [own}\n")
+        ended = command_line("--config-dir", "mine", "--cfg", "job")
+        assert ended.code == 1
+        assert "mine/local/default.yaml, line 2: " in ended.error
+        assert ended.error.endswith(". Correct the file.")
+        assert len(ended.error.splitlines()) == 1
+        with pytest.raises(ConfigError, match=r"mine/local/default\.yaml, line 2: .* Correct the file\.$"):
+            find_places("mine")

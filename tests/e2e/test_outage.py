@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from percentiles import needs_many_inferences
+from stores import known
 
 from sparse_exp.runs.directory import Run
 from sparse_exp.tracking.dashboard import free_port
@@ -24,10 +23,6 @@ SMALL = [
     "hardware.warmup_s=0", "hardware.repeats=1", "tracker.system_metrics=false",
     "tracker.register=digits", "tracker.alias=candidate",
 ]  # fmt: skip
-# Of a run, as its name is, which its files hold, too: they differ between two undisturbed runs.
-OWN = re.compile(
-    r"time/|size/|benchmark/|images_per_s|seconds|run\.directory|overrides|mlflow\.runName|paths\.run"
-)
 
 
 class Server:
@@ -81,27 +76,6 @@ def popen(cwd: Path, cache: Path, *words: str) -> subprocess.Popen:
         [sys.executable, "-m", *words], cwd=cwd, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-
-
-def files_below(client, run_id: str, folder: str | None = None) -> set[str]:
-    found = set()
-    for file in client.list_artifacts(run_id, folder):
-        found |= files_below(client, run_id, file.path) if file.is_dir else {file.path}
-    return found
-
-
-def known(client, run_id: str) -> dict:
-    run = client.get_run(run_id)
-    keys = [key for key in run.data.metrics if not OWN.search(key)]
-    return {
-        "metrics": {key: [(m.step, m.value) for m in client.get_metric_history(run_id, key)] for key in keys},
-        "names": {name for name in (*run.data.metrics, *run.data.params) if not needs_many_inferences(name)},
-        "params": {key: value for key, value in run.data.params.items() if not OWN.search(key)},
-        "tags": {key: value for key, value in run.data.tags.items() if not OWN.search(key)},
-        "inputs": sorted((i.dataset.name, i.dataset.digest) for i in run.inputs.dataset_inputs),
-        "files": files_below(client, run_id),
-        "status": run.info.status,
-    }
 
 
 def test_all_of_a_run_arrives_after_an_outage_as_if_there_had_been_none(server, tmp_path):

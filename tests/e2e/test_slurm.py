@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -108,21 +107,25 @@ def wait_until(condition) -> None:
 
 @pytest.mark.slow
 def test_jobs_are_submitted_cancelled_and_gone_on_with(slurm, tmp_path):
-    training = ("stages=[fetch,plan,train]", "recipe.variables.num_epochs=500")
-    process = start(tmp_path, *training)
-    wait_until(lambda: [each.get("stage") for each in manifests(tmp_path)] == ["train"] * 2)
+    words = ("stages=[fetch,plan,train]", "dataset.imgsz=64", "recipe.variables.num_epochs=12")
+    jobs = tmp_path / "outputs" / "sweeps" / "s"
+    process = start(tmp_path, *words)
+    wait_until(lambda: list(jobs.glob("*/weights/state.pt")))  # one of them trains
     os.killpg(process.pid, signal.SIGINT)
     text = said(process, 130)
     assert "Cancelling the Slurm jobs 100." in text
     assert (slurm / "cancelled").read_text() == "100\n"
-    wait_until(lambda: [each["status"] for each in manifests(tmp_path)] == ["KILLED"] * 2)
-    assert [each["failure"] for each in manifests(tmp_path)] == ["interrupted"] * 2
+    wait_until(lambda: not {each["status"] for each in manifests(tmp_path)} & {"RUNNING"})
+    assert "interrupted" in [each["failure"] for each in manifests(tmp_path)]
 
-    shutil.rmtree(tmp_path / "outputs" / "sweeps")
-    process = start(tmp_path, "stages=[fetch]")
-    wait_until(lambda: list(tmp_path.glob("outputs/sweeps/s/.submitit/10*_*")))
+    process = start(tmp_path, *words)
+    going_on = "Going on with the training after epoch"
+    wait_until(lambda: any(going_on in log.read_text() for log in jobs.glob("*/sparse_exp.log")))
     process.kill()  # the launcher alone: its jobs go on
     process.communicate(timeout=PATIENCE_S)
-    wait_until(lambda: [each["status"] for each in manifests(tmp_path)] == ["FINISHED"] * 2)
-    text = said(start(tmp_path, "stages=[fetch]"), 0)
+    text = said(start(tmp_path, *words), 0)  # which waits for them
     assert "2 of 2 jobs finished" in text
+    assert [each["status"] for each in manifests(tmp_path)] == ["FINISHED"] * 2
+    for job in jobs.glob("*/history.json"):
+        assert [row["epoch"] for row in json.loads(job.read_text())] == list(range(1, 13))
+    assert (slurm / "cancelled").read_text() == "100\n"

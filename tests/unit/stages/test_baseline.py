@@ -22,7 +22,7 @@ from sparse_exp.config.schema import (
 )
 from sparse_exp.errors import ConfigError, StageFailed
 from sparse_exp.metrics.recovery import recovery_metrics
-from sparse_exp.runs.directory import MANIFEST
+from sparse_exp.runs.directory import MANIFEST, Run
 from sparse_exp.stages import baseline as recovery
 from sparse_exp.stages.base import Outcome
 from sparse_exp.stages.baseline import TAG, dense_experiment, read_baseline
@@ -169,7 +169,7 @@ class Wanted(Exception):
 
 @pytest.fixture
 def no_training(monkeypatch):
-    def refuse(context, dense):
+    def refuse(context, dense, mark):
         raise Wanted(dense)
 
     monkeypatch.setattr(recovery, "_train", refuse)
@@ -243,18 +243,41 @@ def test_of_a_recipe_that_trains_nothing_the_start_is_the_baseline(trained):
     assert trained == []
 
 
-def test_an_unfinished_run_is_gone_on_with(place):
-    (place / "cut-dense").mkdir()
-    (place / "cut-dense" / MANIFEST).write_text('{"stages": {}}')
-    cut = dense_experiment(sparse("cut"), 3, place / "cut")
-    assert (cut.resume, cut.paths.run) == (str(place / "cut-dense"), str(place / "cut-dense"))
-    fresh = dense_experiment(sparse("new", overwrite=True, resume="new"), 3, place / "new")
-    assert (fresh.resume, fresh.overwrite) == (None, False)
+@pytest.fixture
+def begun(monkeypatch) -> list[tuple[str, bool]]:
+    """Where counterparts are run, and whether they go on there; none is trained."""
+    found = []
+
+    def begin(dense, overrides, sweep):
+        found.append((Path(dense.paths.run).name, dense.resume == dense.paths.run))
+        if not dense.resume:
+            Run.create(Path(dense.paths.run), overwrite=False)
+        raise StopHereError
+
+    monkeypatch.setattr(experiments, "_run_nested", begin)
+    return found
+
+
+def test_a_counterpart_goes_on_where_it_was_begun_and_takes_no_directory_of_another_run(place, begun):
+    other = place / "cut-dense" / MANIFEST
+    other.parent.mkdir()
+    other.write_text('{"stages": {}, "name": "another"}')
+    for changes in ({}, {"resume": "cut"}, {"resume": "cut", "seed": 6}, {"seed": 6, "overwrite": True}):
+        with pytest.raises(StopHereError):
+            experiments.run(sparse("cut", **{"seed": 5, **changes}), {}, [])
+    assert begun == [
+        ("cut-dense-2", False),
+        ("cut-dense-2", True),
+        ("cut-dense-3", False),
+        ("cut-dense-4", False),
+    ]
+    assert other.read_text() == '{"stages": {}, "name": "another"}'
 
 
 def test_the_counterpart_differs_in_its_recipe_alone(place):
-    ours = sparse("run", seed=7)
-    dense = dense_experiment(ours, 12.5, place / "run")
+    ours = sparse("run", seed=7, overwrite=True, resume="run")
+    dense = dense_experiment(ours, 12.5)
+    assert (dense.resume, dense.overwrite) == (None, False)
     assert dense.recipe == RecipeConfig(name="dense", file="dense.md", variables={"num_epochs": 12.5})
     assert dense.recovery.baseline == "none"
     for part in ("model", "dataset", "trainer", "seed", "hardware", "tracker"):

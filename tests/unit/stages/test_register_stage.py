@@ -73,9 +73,9 @@ def test_what_was_not_verified_is_not_registered(context):
     assert STAGE.run(context) == Outcome()
 
 
-def test_the_dense_counterpart_does_not_register_or_publish_itself(context, tmp_path):
+def test_the_dense_counterpart_does_not_register_or_publish_itself(context):
     context.experiment.publish = "auto"
-    dense = dense_experiment(context.experiment, 3.0, tmp_path / "run")
+    dense = dense_experiment(context.experiment, 3.0)
     assert (dense.tracker.register, dense.tracker.alias, dense.publish) == (None, None, None)
     assert "register" not in dense.stages
     assert context.experiment.tracker.register == "crowns"

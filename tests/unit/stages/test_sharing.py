@@ -408,7 +408,8 @@ def test_a_dense_job_and_a_counterpart_are_the_same_training(done, monkeypatch):
     monkeypatch.setattr(recovery, "_fingerprint", lambda *_: "mark")
     sparse = job(0, recovery=RecoveryConfig("auto"))
     own = marks(run(job(1, recipe=DENSE, recovery=RecoveryConfig("auto"))))
-    counterpart = recovery.dense_experiment(sparse, 1.0, Path("sweep/0-tiny").absolute())
+    counterpart = recovery.dense_experiment(sparse, 1.0)
+    counterpart.paths.run = str(Path("sweep/0-tiny-dense").absolute())
     nested = marks(run(counterpart))
     assert nested == {stage: own[stage] for stage in nested if stage != "baseline"} | {
         "baseline": nested["baseline"]
