@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from sparse_exp.bounded_yaml import read_yaml
+from sparse_exp.config.imgsz import in_words
 from sparse_exp.config.places import apply_environment
 from sparse_exp.config.plain import CONF_DIRECTORY, as_dict, out_of_bounds, recipe_path
 from sparse_exp.config.schema import Experiment
@@ -238,9 +239,6 @@ def _check_hardware(experiment: Experiment) -> Iterator[str]:
         values = getattr(hardware, key)
         if len(set(values)) < len(values):
             yield expected(f"hardware.{key}", "different values", values, "Name each once.")
-    if hardware.imgsz is not None and hardware.imgsz % 32:
-        do = "It is compared with dataset.imgsz, which is one."
-        yield expected("hardware.imgsz", "a multiple of 32", hardware.imgsz, do)
     if hardware.max_warmup_s < hardware.warmup_s:
         do = f"Set hardware.max_warmup_s={hardware.warmup_s:g} or more."
         yield expected(
@@ -253,10 +251,11 @@ def _check_hardware(experiment: Experiment) -> Iterator[str]:
 
 def _check_dataset(experiment: Experiment) -> Iterator[str]:
     dataset = experiment.dataset
-    if dataset.imgsz % 32:
-        nearest = max(64, round(dataset.imgsz / 32) * 32)
-        do = f"The detector's largest stride is 32; use dataset.imgsz={nearest}."
-        yield expected("dataset.imgsz", "a multiple of 32", dataset.imgsz, do)
+    transpose = experiment.trainer.augment.transpose
+    if transpose and isinstance(dataset.imgsz, tuple):
+        do = "The axes of a rectangle cannot be swapped; set it to 0, or dataset.imgsz to one number."
+        should_be = f"0 with dataset.imgsz={in_words(dataset.imgsz)}"
+        yield expected("trainer.augment.transpose", should_be, transpose, do)
     if dataset.path is None and dataset.generator is None:
         yield "dataset.path has no value. Give the data yaml with dataset.path=PATH, or use dataset=trees."
     if dataset.path is not None and not expanded(dataset.path).is_file():

@@ -248,7 +248,11 @@ def _row(item: Field[Any], hint: Any, values: Mapping[str, Any], prefix: str) ->
         return KeyRow(f"{key}.*", "", "", "", "", _first_line(hint))
     default = item.default if item.default_factory is NO_DEFAULT else item.default_factory()
     value = values.get(item.name, default)
-    return KeyRow(key, _type(hint), metadata.get("unit", ""), _bounds(metadata), _shown(value), meaning)
+    kind = _SIZE if metadata.get("image_size") else _type(hint)
+    return KeyRow(key, kind, metadata.get("unit", ""), _bounds(metadata), _shown(value), meaning)
+
+
+_SIZE = "int or [int, int]"
 
 
 def _type(hint: Any) -> str:

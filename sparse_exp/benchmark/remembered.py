@@ -15,6 +15,7 @@ from typing import Any
 
 from sparse_exp.benchmark.cells import Cell
 from sparse_exp.benchmark.tuning import Setting, Space, Tuned, stream_counts
+from sparse_exp.config.imgsz import Imgsz
 from sparse_exp.config.schema import HardwareConfig
 from sparse_exp.files import fingerprint, read_json, write_json
 from sparse_exp.hardware import host_facts
@@ -40,14 +41,14 @@ class Remembered:
     searched: str
 
 
-def file_of(folder: Path, cell: Cell, hardware: HardwareConfig, imgsz: int, space: Space) -> Path:
+def file_of(folder: Path, cell: Cell, hardware: HardwareConfig, imgsz: Imgsz, space: Space) -> Path:
     """The file in which the setting of a cell is kept.
 
     Args:
         folder: of all such files.
         cell: with its model.
         hardware: how settings are searched for.
-        imgsz: size of the images in pixels.
+        imgsz: size of the images.
         space: returns the options worth a try with a number of streams.
     """
     facts = host_facts()

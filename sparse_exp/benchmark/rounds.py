@@ -40,6 +40,7 @@ from sparse_exp.benchmark.measurements import Measurement, Round, megabytes, noi
 from sparse_exp.benchmark.ratios import LEAST_TURNS, Speeds, ratio_of
 from sparse_exp.benchmark.remembered import file_of, keep, recall
 from sparse_exp.benchmark.tuning import Setting, Tuned, tune
+from sparse_exp.config.imgsz import Imgsz, imgsz_of
 from sparse_exp.config.schema import HardwareConfig
 from sparse_exp.engines import IsolatedEngine, search_space
 from sparse_exp.errors import EngineError, SparseExpError
@@ -182,7 +183,7 @@ class _Slot:
             return
         file = None
         if settings is not None and self._hardware.tune:
-            file = file_of(settings, self.cell, self._hardware, self._images.shape[-1], self._space)
+            file = file_of(settings, self.cell, self._hardware, _imgsz(self._images), self._space)
             if not self._hardware.tune_again and self._recalled(file):
                 return
         self.tuned = tune(self.cell, self._images, self._hardware, self._opened, self._space)
@@ -392,6 +393,11 @@ def _is_quantized(model: Path) -> bool:
     return any(node.op_type in _INT8_NODES for node in nodes)
 
 
+def _imgsz(images: np.ndarray) -> Imgsz:
+    """The size of images (N, 3, H, W)."""
+    return imgsz_of(images.shape[-2:])
+
+
 def _require_any(slots: Sequence[_Slot]) -> None:
     if any(slot.alive for slot in slots):
         return
@@ -414,7 +420,7 @@ def _conditions(
         "isa": facts.isa,
         "before": before.as_dict(),
         "after": after.as_dict(),
-        "imgsz": int(images.shape[-1]),
+        "imgsz": _imgsz(images),
         "pinning": hardware.pinning,
         "warmup_s": hardware.warmup_s,
         "max_warmup_s": hardware.max_warmup_s,

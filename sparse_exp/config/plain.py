@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sparse_exp.config.imgsz import STRIDE, imgsz_of, in_words, sides
 from sparse_exp.errors import ConfigError, expected, first_line
 from sparse_exp.files import expanded
 
@@ -107,6 +108,9 @@ def out_of_bounds(node: Any, prefix: str) -> Iterator[str]:
 
 
 def _value_out_of_bounds(key: str, value: Any, metadata: Any) -> Iterator[str]:
+    if metadata.get("image_size"):
+        yield from _size_out_of_bounds(key, value, metadata)
+        return
     choices, values = metadata.get("choices"), value if isinstance(value, list) else [value]
     if choices:
         wrong = [v for v in values if v not in choices]
@@ -126,3 +130,22 @@ def _value_out_of_bounds(key: str, value: Any, metadata: Any) -> Iterator[str]:
             unit = f" {metadata['unit']}" if metadata["unit"] else ""
             each = " each" if value is values else ""
             yield expected(key, f"{start}{end}{unit}{each}", number, f"Change {key}.")
+
+
+def _size_out_of_bounds(key: str, value: Any, metadata: Any) -> Iterator[str]:
+    """See `out_of_bounds`, for a size of images."""
+    try:
+        own = sides(imgsz_of(value))
+    except ValueError:
+        do = f"For example {key}=640, or {key}=[384,640]."
+        yield expected(key, "a whole number of pixels, or [height,width]", in_words(value), do)
+        return
+    low, high = metadata["low"], metadata["high"]
+    nearest = imgsz_of([min(high, max(low, round(side / STRIDE) * STRIDE)) for side in own])
+    if not all(low <= side <= high for side in own):
+        each = "" if isinstance(value, int) else " each"
+        bounds = f"at least {low} and at most {high} px{each}"
+        yield expected(key, bounds, in_words(value), f"Change {key}.")
+    elif any(side % STRIDE for side in own):
+        do = f"The detector's largest stride is {STRIDE}; use {key}={in_words(nearest)}."
+        yield expected(key, f"a multiple of {STRIDE}", in_words(value), do)

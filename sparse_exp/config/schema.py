@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional
 
+from sparse_exp.config.imgsz import imgsz_of
 from sparse_exp.config.runtimes import RUNTIMES
 
 STAGES = (
@@ -54,6 +55,11 @@ def one_of(default: Any, choices: tuple[str, ...], help: str = "") -> Any:
     return _field(default, {"choices": choices, "help": help})
 
 
+def image_size(default: Any, help: str) -> Any:
+    """A field that takes the side of square images, or a list of their height and width, in pixels."""
+    return _field(default, {"image_size": True, "low": 64, "high": 2048, "unit": "px", "help": help})
+
+
 def documented(default: Any, help: str) -> Any:
     """A field without bounds."""
     return _field(default, {"help": help})
@@ -63,6 +69,14 @@ def _field(default: Any, metadata: Dict[str, Any]) -> Any:
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def _one_form(value: Any) -> Any:
+    """A size of images as `sparse_exp.config.imgsz.Imgsz`; what is none stays, and is refused later."""
+    try:
+        return imgsz_of(value)
+    except ValueError:
+        return value
 
 
 @dataclass
@@ -122,7 +136,9 @@ class DatasetConfig:
     path: Optional[str] = documented(None, "data yaml in Ultralytics format; null: use the generator")
     generator: Optional[str] = one_of(None, GENERATORS, "data set to build or to convert")
     sources: List[SourceConfig] = documented([], "files that the generator reads, all of them")
-    imgsz: int = bounded(640, 64, 2048, unit="px", help="square image size, a multiple of 32")
+    imgsz: Any = image_size(
+        640, "that images are fitted into: the side of a square, or [height,width]; multiples of 32"
+    )
     workers: Optional[int] = bounded(
         None, 0, 64,
         help="processes that decode and augment; 0: the main one; null: some, where a split does not fit "
@@ -136,6 +152,10 @@ class DatasetConfig:
     on_corrupt: str = one_of(
         "fail", ("fail", "skip"), "images and labels that cannot be used: stop, or go on without them"
     )
+
+    def __post_init__(self) -> None:
+        """Give a size one form, `sparse_exp.config.imgsz.Imgsz`."""
+        self.imgsz = _one_form(self.imgsz)
 
 
 @dataclass
@@ -334,9 +354,7 @@ class HardwareConfig:
     streams: List[int] = bounded(
         [], 1, 1024, help="inferences at once; []: in throughput the search decides, in async one per core"
     )
-    imgsz: Optional[int] = bounded(
-        None, 64, 2048, unit="px", help="that the target is made for; null: dataset.imgsz"
-    )
+    imgsz: Any = image_size(None, "that the target is made for, as dataset.imgsz; null: any")
     isa: List[str] = one_of([], ISA, "instruction sets that the target's CPU has")
     production: bool = documented(False, "only engines whose licence allows use in production")
     recipes: List[str] = documented([], "recipes that suit the target, best first")
@@ -375,6 +393,10 @@ class HardwareConfig:
     deepsparse_python: Optional[str] = documented(
         None, "Python of an environment that has DeepSparse; null: .venv-deepsparse, or this one"
     )
+
+    def __post_init__(self) -> None:
+        """Give a size one form, `sparse_exp.config.imgsz.Imgsz`."""
+        self.imgsz = _one_form(self.imgsz)
 
 
 @dataclass

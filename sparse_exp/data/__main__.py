@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparse_exp.command import Parser, run_command
+from sparse_exp.config.imgsz import in_words, parse_imgsz, sides
 from sparse_exp.config.places import add_place_options, chosen_places
 from sparse_exp.data.archives import open_tree
 from sparse_exp.data.check import Report, inspect
@@ -51,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
         "check", help="report all that is wrong with a data set; exit code 1 on errors"
     )
     checks.add_argument("yaml", type=Path, help="data yaml in Ultralytics' format")
-    checks.add_argument("--imgsz", type=int, default=640, help="image size of the training, px (default 640)")
+    checks.add_argument(
+        "--imgsz", default="640", help="image size of the training, px: 640, or 384,640 (height, width)"
+    )
     checks.add_argument("--json", action="store_true", help="print everything as json")
     checks.add_argument("--all", action="store_true", help=f"list every warning, not {_SHOWN} of a kind")
     add_place_options(checks, "cache")
@@ -77,10 +80,9 @@ def check(options: argparse.Namespace) -> int:
     Raises:
         DataError: an option or the data yaml is wrong.
     """
-    if options.imgsz < 1:
-        raise DataError(expected("--imgsz", "at least 1 px", options.imgsz, "Change it."))
+    imgsz = parse_imgsz(options.imgsz, "--imgsz")
     cache = cache_directory(chosen_places(options).cache)
-    report = inspect(expanded(options.yaml), options.imgsz, cache)
+    report = inspect(expanded(options.yaml), imgsz, cache)
     if options.json:
         print(as_json(report.as_dict()))
     else:
@@ -92,6 +94,11 @@ def _show(report: Report, *, everything: bool) -> None:
     console = Console(soft_wrap=True, highlight=False)
     console.print(_split_table(report))
     console.print(_class_table(report))
+    if report.saved and report.fitting != report.imgsz:
+        size, side = in_words(report.fitting), max(sides(report.fitting))
+        fit = f"Nearly all images fit {size} px (height, width) at the scale of a square of {side} px"
+        do = f"set dataset.imgsz={size}, which saves {report.saved:.0%} of the work."
+        console.print(f"\n{fit}: {do}", markup=False)
     for level, kind in dict.fromkeys((finding.level, finding.kind) for finding in report.findings):
         same = [finding for finding in report.findings if finding.kind == kind]
         colour = "red" if level == "error" else "yellow"
@@ -107,7 +114,7 @@ def _show(report: Report, *, everything: bool) -> None:
 
 
 def _split_table(report: Report) -> Table:
-    table = Table(title=f"Splits; sizes of boxes at {report.imgsz} px", title_justify="left")
+    table = Table(title=f"Splits; sizes of boxes at {in_words(report.imgsz)} px", title_justify="left")
     table.add_column("")
     for split in report.splits:
         table.add_column(split, justify="right")

@@ -1,8 +1,8 @@
 """Training-time augmentation of uint8 images, with torchvision's v2 functions where they are fast.
 
-Mosaic, zoom and shift are one step: the pictures lie on a plane, and a square window is cut out of it. Pixels
-that do not appear in the result are never computed. All randomness comes from the generator that is passed
-in.
+Mosaic, zoom and shift are one step: the pictures lie on a plane, and a window of the images' proportions is
+cut out of it. Pixels that do not appear in the result are never computed. All randomness comes from the
+generator that is passed in.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as v2
 
+from sparse_exp.config.imgsz import Sides
 from sparse_exp.config.schema import AugmentConfig
 from sparse_exp.data.letterbox import PADDING
 
@@ -29,7 +30,7 @@ class Example(NamedTuple):
     """One image with its boxes.
 
     Attributes:
-        image: uint8 RGB ``(3, S, S)``.
+        image: uint8 RGB ``(3, H, W)``.
         boxes: float32 ``(M, 4)``: x1, y1, x2, y2 in pixels.
         classes: float32 ``(M,)``: class ids.
         picture: left, top, right and bottom edge, px, of what is not the grey of the letterbox; None: all of
@@ -72,68 +73,72 @@ def augment_example(examples: Sequence[Example], config: AugmentConfig, draw: np
 
 
 def _random_window(examples: Sequence[Example], config: AugmentConfig, draw: np.random.Generator) -> Example:
-    size = examples[0].image.shape[-1]
+    size = Sides(*examples[0].image.shape[-2:])
+    half = np.array([size.width / 2, size.height / 2])
     zoom = draw.uniform(1 - config.scale, 1 + config.scale)
-    side = max(1, round(size / zoom))
+    window = Sides(*(max(1, round(side / zoom)) for side in size))
     if len(examples) == 1:
-        places, centre = [(0, 0)], np.array([size / 2, size / 2])
+        places, centre = [(0, 0)], half
     else:
         # As in the mosaic of YOLOv5, four pictures, without grey, meet with a corner anywhere in the result.
         examples = [example.without_grey() for example in examples]
-        sides = [(example.image.shape[2], example.image.shape[1]) for example in examples]
+        shapes = [(example.image.shape[2], example.image.shape[1]) for example in examples]
         signs = [(-1, -1), (0, -1), (-1, 0), (0, 0)]
-        places = [(a * width, b * height) for (a, b), (width, height) in zip(signs, sides, strict=True)]
-        centre = draw.uniform(-size / 2, size / 2, 2)
-    shift = draw.uniform(-config.translate, config.translate, 2) * size
-    x, y = (int(edge) for edge in np.rint(centre + shift - side / 2))
-    return crop_window(list(zip(examples, places, strict=True)), x, y, side, size)
+        places = [(a * width, b * height) for (a, b), (width, height) in zip(signs, shapes, strict=True)]
+        centre = draw.uniform(-half, half)
+    shift = draw.uniform(-config.translate, config.translate, 2) * (2 * half)
+    middle = np.array([window.width / 2, window.height / 2])
+    x, y = (int(edge) for edge in np.rint(centre + shift - middle))
+    return crop_window(list(zip(examples, places, strict=True)), x, y, window, size)
 
 
 def crop_window(
-    pieces: Sequence[tuple[Example, tuple[int, int]]], x: int, y: int, side: int, size: int
+    pieces: Sequence[tuple[Example, tuple[int, int]]], x: int, y: int, window: Sides, size: Sides
 ) -> Example:
-    """Cut a square window out of a plane on which pictures lie, and scale it.
+    """Cut a window out of a plane on which pictures lie, and scale it.
 
     Args:
         pieces: pictures with x, y of their upper left corner on the plane, px.
         x: left edge of the window, px.
         y: upper edge of the window, px.
-        side: side of the window, px. Where it shows no picture it is grey.
-        size: side of the result, px.
+        window: its height and width, px. Where it shows no picture it is grey.
+        size: height and width of the result, px; of the window's proportions.
 
     Returns:
         The scaled window and the boxes that are visible in it.
     """
-    canvas = torch.full((3, side, side), PADDING, dtype=torch.uint8)
+    canvas = torch.full((3, *window), PADDING, dtype=torch.uint8)
     boxes, classes = [], []
     for example, (left, top) in pieces:
         left, top = left - x, top - y
         _paste(canvas, example.image, left, top)
         boxes.append(example.boxes + torch.tensor([left, top, left, top]))
         classes.append(example.classes)
-    kept, clipped = _clip(torch.cat(boxes), side, size / side)
+    kept, clipped = _clip(torch.cat(boxes), window, size)
     image: Tensor = canvas
-    if side != size:
-        image = v2.resize(canvas, [size, size], antialias=side > size)
-        scaled = tv_tensors.BoundingBoxes(clipped, format="XYXY", canvas_size=(side, side))
-        clipped = v2.resize(scaled, [size, size]).as_subclass(Tensor)
+    if window != size:
+        image = v2.resize(canvas, list(size), antialias=window > size)
+        scaled = tv_tensors.BoundingBoxes(clipped, format="XYXY", canvas_size=tuple(window))
+        clipped = v2.resize(scaled, list(size)).as_subclass(Tensor)
     return Example(image, clipped, torch.cat(classes)[kept])
 
 
 def _paste(canvas: Tensor, image: Tensor, left: int, top: int) -> None:
     """Copy an image into a canvas, cut where it reaches beyond the edges."""
     height, width = image.shape[-2:]
-    side = canvas.shape[-1]
-    x1, y1, x2, y2 = max(left, 0), max(top, 0), min(left + width, side), min(top + height, side)
+    lower, right = canvas.shape[-2:]
+    x1, y1, x2, y2 = max(left, 0), max(top, 0), min(left + width, right), min(top + height, lower)
     if x1 < x2 and y1 < y2:
         canvas[:, y1:y2, x1:x2] = image[:, y1 - top : y2 - top, x1 - left : x2 - left]
 
 
-def _clip(boxes: Tensor, side: int, scale: float) -> tuple[Tensor, Tensor]:
+def _clip(boxes: Tensor, window: Sides, size: Sides) -> tuple[Tensor, Tensor]:
     """Which boxes are kept (M,), and the kept ones clipped to the window (K, 4)."""
-    clipped = boxes.clamp(0, side)
+    limits = torch.tensor([window.width, window.height] * 2)
+    scale = torch.tensor([size.width / window.width, size.height / window.height])
+    clipped = boxes.clamp(min=0).minimum(limits)
     before, after = boxes[:, 2:] - boxes[:, :2], clipped[:, 2:] - clipped[:, :2]
-    kept = (after.amin(1) * scale >= _MIN_SIDE) & (after.prod(1) >= _MIN_VISIBLE * before.prod(1))
+    kept = ((after * scale).amin(1) >= _MIN_SIDE) & (after.prod(1) >= _MIN_VISIBLE * before.prod(1))
     return kept, clipped[kept]
 
 

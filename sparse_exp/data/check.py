@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparse_exp.config.imgsz import STRIDE, Imgsz, imgsz_of, in_words, sides
 from sparse_exp.config.schema import LossConfig
 from sparse_exp.data.detection import (
     Listing,
@@ -31,7 +33,8 @@ from sparse_exp.metrics.anchors import LEAST_RECALL, PUBLISHED, best_possible_re
 
 _SMALL, _MEDIUM = 32**2, 96**2  # upper bounds of a box's area, px² at imgsz, as in COCO's metrics
 _TINY = 3.0  # px at imgsz, of a box's shorter side; the finest stride of YOLOv5 is 8
-_LONG = 8.0  # ratio of an image's sides above which most of the letterboxed square is grey
+_NEARLY_ALL = 0.95  # share of the images that the size which is proposed shows as large as a square does
+_LONG = 8.0  # ratio of an image's sides above which most of a letterboxed square is grey
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,17 @@ class Report:
 
     Attributes:
         path: of the data yaml.
-        imgsz: side that images are scaled to, px; sizes of boxes refer to it.
+        imgsz: size that images are fitted into; sizes of boxes refer to it.
+        fitting: least size of images that shows nearly all images as large as a square of the longer side of
+            ``imgsz`` would; 0 where no image can be read.
         names: class names.
         splits: facts by split.
         findings: all problems, errors first.
     """
 
     path: str
-    imgsz: int
+    imgsz: Imgsz
+    fitting: Imgsz
     names: tuple[str, ...]
     splits: dict[str, SplitFacts]
     findings: list[Finding]
@@ -107,17 +113,24 @@ class Report:
         """Number of findings of level ``error``."""
         return sum(finding.level == "error" for finding in self.findings)
 
+    @property
+    def saved(self) -> float:
+        """Share of the pixels, and so of the work, that ``fitting`` saves against the square, 0..1."""
+        own = sides(self.fitting)
+        return 1 - math.prod(own) / max(own) ** 2 if max(own) else 0.0
+
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data, for json."""
-        return {**asdict(self), "errors": self.errors, "warnings": len(self.findings) - self.errors}
+        counts = {"errors": self.errors, "warnings": len(self.findings) - self.errors}
+        return {**asdict(self), "saved": self.saved, **counts}
 
 
-def inspect(yaml_path: Path, imgsz: int, cache: Path | None = None) -> Report:
+def inspect(yaml_path: Path, imgsz: Imgsz, cache: Path | None = None) -> Report:
     """Check every image and label of a data set.
 
     Args:
         yaml_path: the data yaml.
-        imgsz: side that images will be scaled to, px.
+        imgsz: size that images will be fitted into.
         cache: see `sparse_exp.data.detection.load_dataset`.
 
     Raises:
@@ -137,11 +150,21 @@ def inspect(yaml_path: Path, imgsz: int, cache: Path | None = None) -> Report:
         *_boxes_without_anchor(listing, facts),
     ]
     findings.sort(key=lambda finding: finding.level)  # stable: errors, then warnings
-    return Report(str(yaml_path), imgsz, listing.names, facts, findings)
+    return Report(str(yaml_path), imgsz, _fitting(scans, imgsz), listing.names, facts, findings)
 
 
-def _sides(scan: Scan, imgsz: int) -> NDArray[np.float32]:
-    """Width and height (M, 2) of an image's boxes once the image is scaled to ``imgsz``, px."""
+def _fitting(scans: Mapping[Path, Scan], imgsz: Imgsz) -> Imgsz:
+    """See `Report.fitting`; one image in twenty may be shown smaller."""
+    longer = max(sides(imgsz))
+    fitted = [fitted_size(scan.width, scan.height, longer) for scan in scans.values() if scan.width]
+    if not fitted:
+        return 0
+    width, height = np.quantile(np.array(fitted), _NEARLY_ALL, axis=0, method="higher").tolist()
+    return imgsz_of([math.ceil(side / STRIDE) * STRIDE for side in (height, width)])
+
+
+def _sides(scan: Scan, imgsz: Imgsz) -> NDArray[np.float32]:
+    """Width and height (M, 2) of an image's boxes once the image fits ``imgsz``, px."""
     if not scan.width:
         return np.zeros((0, 2), np.float32)
     return boxes_of(scan)[:, 3:] * np.array(fitted_size(scan.width, scan.height, imgsz), np.float32)
@@ -157,7 +180,7 @@ def _usable_of(samples: Sequence[Sample], listing: Listing, scans: Mapping[Path,
 
 
 def _facts_of(
-    samples: Sequence[Sample], listing: Listing, scans: Mapping[Path, Scan], imgsz: int
+    samples: Sequence[Sample], listing: Listing, scans: Mapping[Path, Scan], imgsz: Imgsz
 ) -> SplitFacts:
     usable = [scans[sample.image] for sample in _usable_of(samples, listing, scans)]
     facts = SplitFacts(len(samples), len(samples) - len(usable), sum(not scan.boxes for scan in usable))
@@ -219,7 +242,7 @@ def _unlearnable_classes(
             yield Finding("warning", "class never seen", name, text)
 
 
-def _odd_boxes(listing: Listing, scans: Mapping[Path, Scan], imgsz: int) -> Iterator[Finding]:
+def _odd_boxes(listing: Listing, scans: Mapping[Path, Scan], imgsz: Imgsz) -> Iterator[Finding]:
     """Boxes that stand in a label file twice, and tiny ones."""
     labels = {sample.image: sample.label for samples in listing.splits.values() for sample in samples}
     for image, scan in scans.items():
@@ -235,7 +258,8 @@ def _odd_boxes(listing: Listing, scans: Mapping[Path, Scan], imgsz: int) -> Iter
             yield Finding("warning", "duplicate box", f"{file}:{line}", text)
         for index in tiny:
             w, h = sides[index]
-            text = f"{w:.1f} x {h:.1f} px at {imgsz} px: too small to learn. Use a larger imgsz, or tiles."
+            size = f"{w:.1f} x {h:.1f} px at {in_words(imgsz)} px"
+            text = f"{size}: too small to learn. Use a larger imgsz, or tiles."
             yield Finding("warning", "tiny box", f"{labels[image]}:{lines[index]}", text)
 
 

@@ -26,6 +26,7 @@ import yaml
 from numpy.typing import NDArray
 
 from sparse_exp.bounded_yaml import read_yaml
+from sparse_exp.config.imgsz import Imgsz
 from sparse_exp.data.images import IMAGE_SUFFIXES
 from sparse_exp.data.labels import read_boxes
 from sparse_exp.data.letterbox import fitted_size
@@ -159,8 +160,8 @@ def _scanned(sample: Sample, scan: Scan) -> Sample:
     return sample._replace(boxes=scan.boxes, size=(scan.width, scan.height))
 
 
-def box_sides(samples: Iterable[Sample], imgsz: int) -> NDArray[np.float32]:
-    """Width and height (M, 2) in px of all boxes of scanned samples, once images are scaled to ``imgsz``."""
+def box_sides(samples: Iterable[Sample], imgsz: Imgsz) -> NDArray[np.float32]:
+    """Width and height (M, 2) in px of all boxes of scanned samples, once images fit ``imgsz``."""
     scaled = [
         np.frombuffer(sample.boxes or b"", np.float32).reshape(-1, 5)[:, 3:]
         * np.array(fitted_size(*sample.size, imgsz), np.float32)

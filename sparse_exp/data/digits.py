@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from sparse_exp.config.imgsz import Imgsz, sides
 from sparse_exp.data.writing import write_once, write_sample, write_yaml
 
 VERSION = "1"
@@ -14,7 +15,7 @@ _TRIES = 50  # to find a free place for a digit
 
 
 def materialize(
-    destination: Path, *, imgsz: int = 96, train: int = 24, val: int = 8, test: int = 8, seed: int = 0
+    destination: Path, *, imgsz: Imgsz = 96, train: int = 24, val: int = 8, test: int = 8, seed: int = 0
 ) -> Path:
     """Write the data set in Ultralytics' format; the same bytes every time.
 
@@ -23,7 +24,7 @@ def materialize(
 
     Args:
         destination: directory of the data set.
-        imgsz: side of the images, px, at least 64.
+        imgsz: size of the images, at least 64 px each way.
         train: number of training images.
         val: number of validation images.
         test: number of test images.
@@ -37,7 +38,7 @@ def materialize(
     return write_once(destination, version, lambda folder: _build(folder, imgsz, counts, seed))
 
 
-def _build(folder: Path, imgsz: int, counts: dict[str, int], seed: int) -> None:
+def _build(folder: Path, imgsz: Imgsz, counts: dict[str, int], seed: int) -> None:
     from sklearn.datasets import load_digits  # slow to import, and no other data set needs it
 
     bunch = load_digits()
@@ -52,7 +53,7 @@ def _build(folder: Path, imgsz: int, counts: dict[str, int], seed: int) -> None:
 
 
 def _paint(
-    imgsz: int,
+    imgsz: Imgsz,
     glyphs: NDArray[np.float64],
     classes: NDArray[np.int64],
     choice: NDArray[np.int64],
@@ -61,18 +62,18 @@ def _paint(
     """An image of two to five of the glyphs (fewer where there is no room), and its boxes.
 
     Args:
-        imgsz: side of the image, px.
+        imgsz: size of the image.
         glyphs: ``(G, 8, 8)`` in 0..1.
         classes: ``(G,)``: the digit of each.
         choice: indices of the glyphs that may be taken.
         draw: source of all randomness.
 
     Returns:
-        uint8 RGB ``(imgsz, imgsz, 3)``, and rows of class id, x1, y1, x2, y2 in pixels.
+        uint8 RGB ``(H, W, 3)``, and rows of class id, x1, y1, x2, y2 in pixels.
     """
-    canvas = draw.uniform(0, 70, (imgsz, imgsz, 3))
+    canvas = draw.uniform(0, 70, (*sides(imgsz), 3))
     boxes: list[tuple[float, ...]] = []
-    taken = np.zeros((imgsz, imgsz), bool)
+    taken = np.zeros(sides(imgsz), bool)
     for pick in draw.choice(choice, draw.integers(2, 6), replace=False):
         ink = _enlarge(glyphs[pick], int(draw.integers(2, 5)))
         place = _free_place(taken, ink.shape, draw)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
+from sparse_exp.config.imgsz import Imgsz
 from sparse_exp.data.letterbox import Letterbox, fitted_size, letterbox
 from sparse_exp.errors import DataError, first_line
 
@@ -90,7 +91,9 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         return np.asarray(_upright_rgb(image))
 
 
-def read_square(path: Path, imgsz: int, content: bytes | None = None) -> tuple[NDArray[np.uint8], Letterbox]:
+def read_square(
+    path: Path, imgsz: Imgsz, content: bytes | None = None
+) -> tuple[NDArray[np.uint8], Letterbox]:
     """Decode an image and letterbox it.
 
     A JPEG more than twice as large as needed is scaled by 1/2, 1/4 or 1/8 while it is decoded, but never
@@ -99,11 +102,11 @@ def read_square(path: Path, imgsz: int, content: bytes | None = None) -> tuple[N
 
     Args:
         path: the image.
-        imgsz: side of the square, px.
+        imgsz: size that it is fitted into.
         content: the file's bytes, if they are in memory; ``path`` then only names it in messages.
 
     Returns:
-        RGB, uint8 ``(imgsz, imgsz, 3)``, and the mapping of boxes from the whole image into it.
+        RGB, uint8 ``(H, W, 3)`` of that size, and the mapping of boxes from the whole image into it.
 
     Raises:
         DataError: as `read_image`.
@@ -113,7 +116,7 @@ def read_square(path: Path, imgsz: int, content: bytes | None = None) -> tuple[N
 
 
 def read_picture(
-    path: Path, imgsz: int, content: bytes | None = None
+    path: Path, imgsz: Imgsz, content: bytes | None = None
 ) -> tuple[NDArray[np.uint8], Letterbox, Image.Image | None]:
     """Decode an image, letterbox it, and keep the whole image too if it was decoded.
 

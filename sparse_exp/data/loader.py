@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sparse_exp.config.imgsz import Imgsz, sides
 from sparse_exp.config.schema import AugmentConfig
 from sparse_exp.data.augment import Example, augment_example
 from sparse_exp.data.detection import Sample
@@ -30,9 +31,9 @@ class Batch(NamedTuple):
     """Images and their boxes.
 
     Attributes:
-        images: uint8 RGB ``(N, 3, S, S)``.
+        images: uint8 RGB ``(N, 3, H, W)``.
         targets: float32 ``(M, 6)``: index of the image in the batch, class id, and x, y, w, h (centre and
-            size) as shares of S.
+            size) as shares of W and H.
     """
 
     images: Tensor
@@ -62,7 +63,7 @@ class DetectionImages(Dataset[Example]):
     Args:
         samples: images and labels.
         num_classes: class ids must be below it.
-        imgsz: side of the square that images are scaled to, px.
+        imgsz: size that images are fitted into.
         seed: of the augmentation.
         augment: probabilities and strengths of the augmentation; None: no augmentation.
         store: where decoded images are kept: ``ram``, ``disk`` or ``none``.
@@ -74,7 +75,7 @@ class DetectionImages(Dataset[Example]):
     """
 
     def __init__(
-        self, samples: Sequence[Sample], num_classes: int, imgsz: int, seed: int = 0,
+        self, samples: Sequence[Sample], num_classes: int, imgsz: Imgsz, seed: int = 0,
         augment: AugmentConfig | None = None, store: str = "ram", folder: Path | None = None,
     ) -> None:  # fmt: skip
         self._samples, self._num_classes, self._imgsz = samples, num_classes, imgsz
@@ -121,7 +122,7 @@ class DetectionImages(Dataset[Example]):
         boxes = mapping.boxes(np.concatenate([centre - half, centre + half], axis=1))
         width, height = fitted_size(*mapping.size, self._imgsz)
         left, top = mapping.left, mapping.top
-        picture = None if (width, height) == (self._imgsz,) * 2 else (left, top, left + width, top + height)
+        picture = None if (height, width) == sides(self._imgsz) else (left, top, left + width, top + height)
         return Example(planes, torch.from_numpy(boxes), torch.from_numpy(labels[:, 0].copy()), picture)
 
 
@@ -218,7 +219,7 @@ def _loader(
 
 
 def make_loader(
-    samples: Sequence[Sample], num_classes: int, *, imgsz: int, batch_size: int, train: bool, seed: int = 0,
+    samples: Sequence[Sample], num_classes: int, *, imgsz: Imgsz, batch_size: int, train: bool, seed: int = 0,
     workers: int | None = None, augment: AugmentConfig | None = None, cache: str = "auto",
     folder: Path | None = None,
 ) -> DetectionLoader:  # fmt: skip
@@ -227,7 +228,7 @@ def make_loader(
     Args:
         samples: images and labels.
         num_classes: class ids must be below it.
-        imgsz: side of the images, px.
+        imgsz: size of the images.
         batch_size: images in a batch; the last batch may have fewer, and no image is dropped.
         train: whether to shuffle and augment.
         seed: of all randomness.
@@ -250,7 +251,8 @@ def collate(examples: Sequence[Example]) -> Batch:
     """Stack examples of one size into a `Batch`."""
     rows = []
     for position, (image, boxes, classes, _) in enumerate(examples):
-        low, high = boxes[:, :2] / image.shape[-1], boxes[:, 2:] / image.shape[-1]
+        size = torch.tensor([image.shape[-1], image.shape[-2]])
+        low, high = boxes[:, :2] / size, boxes[:, 2:] / size
         where = torch.full((len(boxes), 1), float(position))
         rows.append(torch.cat([where, classes[:, None], (low + high) / 2, high - low], dim=1))
     return Batch(torch.stack([example.image for example in examples]), torch.cat(rows))

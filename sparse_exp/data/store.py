@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from sparse_exp.config.imgsz import Imgsz, sides
 from sparse_exp.data.images import read_square
 from sparse_exp.data.scan import in_threads, stamp
 from sparse_exp.errors import DataError
@@ -29,21 +31,21 @@ _VERSION = 1  # of the file; raise it when images are decoded or letterboxed oth
 _PIXELS, _SIZES = "pixels.npy", "sizes.npy"
 
 
-def choose_store(configured: str, images: int, imgsz: int) -> str:
+def choose_store(configured: str, images: int, imgsz: Imgsz) -> str:
     """Where the images of a split are kept.
 
     Args:
         configured: ``dataset.cache``; ``auto`` keeps them in memory where they take at most a fifth of what
             is free, limits of cgroups included, and else nowhere.
         images: of the split.
-        imgsz: side of the images, px.
+        imgsz: size of the images.
 
     Returns:
         ``ram``, ``disk`` or ``none``.
     """
     if configured != "auto":
         return configured
-    return "ram" if images * 3 * imgsz**2 <= _SHARE * free_memory() else "none"
+    return "ram" if images * 3 * math.prod(sides(imgsz)) <= _SHARE * free_memory() else "none"
 
 
 class Squares:
@@ -51,14 +53,14 @@ class Squares:
 
     Args:
         images: paths of the images.
-        imgsz: side that they are scaled to, px.
+        imgsz: size that they are scaled to.
         folder: of all such files; this split's is made in it unless it is there.
 
     Raises:
         DataError: an image is damaged, or there is no room.
     """
 
-    def __init__(self, images: Sequence[Path], imgsz: int, folder: Path) -> None:
+    def __init__(self, images: Sequence[Path], imgsz: Imgsz, folder: Path) -> None:
         place = folder / _key(images, imgsz)
         with exclusive(folder / f".{place.name}.lock", f"The images of {place} are being decoded"):
             if not place.is_dir():
@@ -71,7 +73,7 @@ class Squares:
         self._sizes: NDArray[np.int32] = np.load(self._place / _SIZES)
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
-        """An image, uint8 ``(3, S, S)``, as a copy; and width and height of the original, px."""
+        """An image, uint8 ``(3, H, W)``, as a copy; and width and height of the original, px."""
         width, height = self._sizes[index].tolist()
         return np.array(self._pixels[index]), (width, height)
 
@@ -84,7 +86,7 @@ class Squares:
         self._open()
 
 
-def _key(images: Sequence[Path], imgsz: int) -> str:
+def _key(images: Sequence[Path], imgsz: Imgsz) -> str:
     """A digest of all that the file holds: the images are told by path, size and times."""
     digest = hashlib.sha256(json.dumps([_VERSION, imgsz]).encode())
     for image in images:
@@ -92,8 +94,8 @@ def _key(images: Sequence[Path], imgsz: int) -> str:
     return digest.hexdigest()[:20]
 
 
-def _build(images: Sequence[Path], imgsz: int, place: Path) -> None:
-    need = len(images) * 3 * imgsz**2
+def _build(images: Sequence[Path], imgsz: Imgsz, place: Path) -> None:
+    need = len(images) * 3 * math.prod(sides(imgsz))
     free = shutil.disk_usage(place.parent).free
     if need > free:
         do = "Set dataset.cache=none, or paths.cache to a larger disk."
@@ -101,7 +103,7 @@ def _build(images: Sequence[Path], imgsz: int, place: Path) -> None:
             f"The decoded images need {need / 1e9:.1f} GB, but {place.parent} has {free / 1e9:.1f} GB. {do}"
         )
     with landing_directory(place) as part:
-        shape = (len(images), 3, imgsz, imgsz)
+        shape = (len(images), 3, *sides(imgsz))
         pixels = np.lib.format.open_memmap(part / _PIXELS, "w+", np.uint8, shape)
         sizes = np.zeros((len(images), 2), np.int32)
         with progress("Decoding images", total=len(images), unit="images") as bar:

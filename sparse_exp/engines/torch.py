@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparse_exp.config.imgsz import imgsz_of
 from sparse_exp.engines.base import Execute, LocalEngine, Options, Setup
 from sparse_exp.engines.profile import RUNS, Profile, merged
 from sparse_exp.engines.signature import Signature
@@ -28,9 +29,9 @@ _GRAPHS = (".onnx", ".xml")
 class TorchEngine(LocalEngine):
     """torch on the CPU, in fp32; see `sparse_exp.engines.base.Engine`.
 
-    It takes a checkpoint (.pt) instead of an ONNX file, and square images whose side is any multiple of
-    32. Batch norms are folded into their convolutions. A quantized checkpoint runs as it was trained, with
-    fake quantization in floating point: its predictions are those of the quantized network, its speed is not.
+    It takes a checkpoint (.pt) instead of an ONNX file, and images whose sides are any multiples of 32. Batch
+    norms are folded into their convolutions. A quantized checkpoint runs as it was trained, with fake
+    quantization in floating point: its predictions are those of the quantized network, its speed is not.
 
     Until it is closed it sets the number of threads of the whole process.
 
@@ -112,7 +113,7 @@ class _Network:
 
     def _prepared(self, images: Tensor) -> Any:
         """The module for images of that shape."""
-        with self._model.export_mode(images.shape[-1]) as model:
+        with self._model.export_mode(imgsz_of(tuple(images.shape[-2:]))) as model:
             if not self._options.get("frozen", False):
                 return copy.deepcopy(model)  # stays in that mode
             jit = self._torch.jit

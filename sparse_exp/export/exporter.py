@@ -14,6 +14,7 @@ import torch
 from onnx import ModelProto
 
 from sparse_exp import __version__
+from sparse_exp.config.imgsz import Imgsz, in_words
 from sparse_exp.config.schema import Experiment
 from sparse_exp.data import DetectionDataset
 from sparse_exp.data.attributions import licences_of
@@ -167,8 +168,8 @@ class _Exports:
         self.model, self.checkpoint = restore(self.file)
         self.imgsz = self.experiment.dataset.imgsz
         if self.checkpoint.imgsz not in (None, self.imgsz):
-            trained = f"{self.checkpoint.imgsz} px"
-            _log.warning("The checkpoint was trained at %s, and is exported for %d px.", trained, self.imgsz)
+            trained, own = in_words(self.checkpoint.imgsz), in_words(self.imgsz)
+            _log.warning("The checkpoint was trained at %s px, and is exported for %s px.", trained, own)
 
     @cached_property
     def deployed(self) -> Network:
@@ -298,7 +299,7 @@ def _attempt(file: Path, make: Callable[[], None]) -> None:
         raise Impossible(f"{file.name} could not be made: {reason(error)}") from error
 
 
-def _save_checkpoint(path: Path, network: Network, checkpoint: Checkpoint, imgsz: int) -> None:
+def _save_checkpoint(path: Path, network: Network, checkpoint: Checkpoint, imgsz: Imgsz) -> None:
     """One of this project's checkpoints, whatever format the weights came in."""
     save_checkpoint(
         path,

@@ -14,6 +14,7 @@ import torch
 from onnx import ModelProto
 from torch import Tensor, nn
 
+from sparse_exp.config.imgsz import Imgsz, sides
 from sparse_exp.export.integer import to_integer_graph
 from sparse_exp.export.outputs import Images, quantize_outputs
 from sparse_exp.export.pairs import keep_inputs, tidy
@@ -31,13 +32,13 @@ class FileForm:
     """How an ONNX file is written, and what it says of itself.
 
     Attributes:
-        imgsz: side of the images in pixels.
+        imgsz: size of the images.
         opset: ONNX operator set; at least 13 for a quantized model.
         names: of the classes.
         facts: further entries of the file; see `sparse_exp.runs.metadata`.
     """
 
-    imgsz: int
+    imgsz: Imgsz
     opset: int
     names: Sequence[str] = ()
     facts: Mapping[str, object] = field(default_factory=dict)
@@ -65,7 +66,7 @@ def export_float(model: YOLOv5, destination: Path, form: FileForm) -> None:
 
     Args:
         model: the detector; left as it was.
-        destination: ONNX file: uint8 images (N, 3, imgsz, imgsz) to float32 (N, A, 5 + nc).
+        destination: ONNX file: uint8 images (N, 3, H, W) to float32 (N, A, 5 + nc).
         form: of the file.
     """
     with landing(destination) as temporary:
@@ -120,7 +121,7 @@ def export_onnxruntime(traced: ModelProto, destination: Path, images: Images) ->
     Args:
         traced: as of `export_qdq`.
         destination: ONNX file.
-        images: batches, uint8 (N, 3, imgsz, imgsz), to find the ranges with that were not trained.
+        images: batches, uint8 (N, 3, H, W), to find the ranges with that were not trained.
     """
     with landing(destination) as temporary:
         exported = copy.deepcopy(traced)
@@ -146,7 +147,7 @@ def _with_rounded_weights(model: YOLOv5) -> YOLOv5:
 
 def _trace(model: YOLOv5, form: FileForm) -> ModelProto:
     """The graph of a model, with any batch and sizes that are numbers, and the metadata of its file."""
-    pixels = torch.zeros(1, 3, form.imgsz, form.imgsz, dtype=torch.uint8)
+    pixels = torch.zeros(1, 3, *sides(form.imgsz), dtype=torch.uint8)
     with (
         model.export_mode(form.imgsz),
         warnings.catch_warnings(),

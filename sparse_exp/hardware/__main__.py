@@ -14,6 +14,7 @@ import psutil
 from rich.console import Console
 
 from sparse_exp.command import Parser, run_command
+from sparse_exp.config.imgsz import in_words
 from sparse_exp.config.plain import options
 from sparse_exp.config.runtimes import RUNTIMES
 from sparse_exp.config.schema import HardwareConfig
@@ -215,7 +216,7 @@ def _target_table(targets: list[dict[str, Any]]) -> Table:
 def _needs(target: dict[str, Any]) -> str:
     """What a target asks of the host, the data and the licences, besides its engines."""
     cores = [f"{max(target['cores'])} cores"] if target["cores"] else []
-    size = [f"{target['imgsz']} px"] if target["imgsz"] else []
+    size = [f"{in_words(target['imgsz'])} px"] if target["imgsz"] else []
     licence = ["production use"] if target["production"] else []
     return ", ".join([*target["isa"], *cores, *size, *licence])
 

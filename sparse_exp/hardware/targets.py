@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
+from sparse_exp.config.imgsz import Imgsz, in_words
 from sparse_exp.config.runtimes import RUNTIMES
 from sparse_exp.config.schema import Experiment, HardwareConfig
 from sparse_exp.errors import ConfigError, expected
@@ -66,14 +67,14 @@ _NO_ZEROS = Preference(
 
 
 def compare(
-    hardware: HardwareConfig, facts: HostFacts | None = None, imgsz: int | None = None
+    hardware: HardwareConfig, facts: HostFacts | None = None, imgsz: Imgsz | None = None
 ) -> list[Mismatch]:
     """Compare a target with a host and with the data.
 
     Args:
         hardware: the target.
         facts: of the host; None: this host. Cores and installed engines are always those of this host.
-        imgsz: image size of the data in pixels; None: it is not compared.
+        imgsz: image size of the data; None: it is not compared.
 
     Returns:
         What does not fit: of instruction sets, cores, engines, licences and image size, in this order.
@@ -89,7 +90,7 @@ def compare(
 
 
 def mismatches(
-    hardware: HardwareConfig, facts: HostFacts | None = None, imgsz: int | None = None
+    hardware: HardwareConfig, facts: HostFacts | None = None, imgsz: Imgsz | None = None
 ) -> list[str]:
     """What does not fit, a clause each; see `compare`."""
     return [mismatch.clause for mismatch in compare(hardware, facts, imgsz)]
@@ -299,11 +300,12 @@ def _missing_licences(hardware: HardwareConfig) -> Iterator[Mismatch]:
         )
 
 
-def _other_imgsz(hardware: HardwareConfig, imgsz: int | None) -> Iterator[Mismatch]:
+def _other_imgsz(hardware: HardwareConfig, imgsz: Imgsz | None) -> Iterator[Mismatch]:
     if imgsz and hardware.imgsz and imgsz != hardware.imgsz:
-        do = f"Set dataset.imgsz={hardware.imgsz}, or hardware.imgsz=null."
-        refusal = expected("dataset.imgsz", f"the {hardware.imgsz} px of hardware={hardware.name}", imgsz, do)
-        yield Mismatch(f"{imgsz} px instead of {hardware.imgsz} px", refusal)
+        wanted, got = in_words(hardware.imgsz), in_words(imgsz)
+        do = f"Set dataset.imgsz={wanted}, or hardware.imgsz=null."
+        refusal = expected("dataset.imgsz", f"the {wanted} px of hardware={hardware.name}", got, do)
+        yield Mismatch(f"{got} px instead of {wanted} px", refusal)
 
 
 def _and(names: Collection[str]) -> str:

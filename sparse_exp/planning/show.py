@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from sparse_exp.config.imgsz import in_words
 from sparse_exp.config.schema import HardwareConfig
 from sparse_exp.hardware import host_facts, usable_physical_cores
 from sparse_exp.hardware.targets import prefers
@@ -130,7 +131,7 @@ def labelled_lines(plan: Plan) -> dict[str, str]:
     """What else there is to say, a line for each label."""
     experiment, start = plan.experiment, plan.start
     setting = {
-        "data": f"{experiment.dataset.name}, {experiment.dataset.imgsz} px",
+        "data": f"{experiment.dataset.name}, {in_words(experiment.dataset.imgsz)} px",
         "engines": ", ".join(experiment.hardware.engines),
         "target": _target(experiment.hardware),
         "stages": " -> ".join(experiment.stages),

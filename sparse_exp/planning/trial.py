@@ -18,6 +18,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from sparse_exp.config.imgsz import Imgsz
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data.loader import Batch
 from sparse_exp.errors import ConfigError
@@ -68,7 +69,7 @@ def try_steps(
     batch: Batch,
     trainer: TrainerConfig,
     precision: Precision,
-    imgsz: int,
+    imgsz: Imgsz,
     *,
     optimizer: str = "adamw",
     teacher: YOLOv5 | None = None,
@@ -85,7 +86,7 @@ def try_steps(
         batch: as the training will see them, of full size.
         trainer: hyper-parameters.
         precision: how floating-point phases compute.
-        imgsz: side of the images in pixels.
+        imgsz: size of the images.
         optimizer: see `RecipeConfig.optimizer`.
         teacher: for a recipe that distills; None where it is not there yet: the model stands in for it.
 
@@ -115,7 +116,7 @@ class _Rig:
         recipe: Recipe,
         trainer: TrainerConfig,
         precision: Precision,
-        imgsz: int,
+        imgsz: Imgsz,
         optimizer: str,
         teacher: YOLOv5 | None,
     ) -> None:

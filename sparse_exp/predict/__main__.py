@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparse_exp.command import Parser, run_command
+from sparse_exp.config.imgsz import STRIDE, Imgsz, in_words, parse_imgsz, sides
 from sparse_exp.config.places import chosen_places
 from sparse_exp.data.detection import Listing, list_dataset
 from sparse_exp.errors import ConfigError, DataError, SparseExpError, expected
@@ -35,7 +36,6 @@ if TYPE_CHECKING:  # it imports the engines
 
 _log = logging.getLogger(__name__)
 _MOST_STREAMS = 8
-_STRIDE = 32  # px: the coarsest of the detector's three strides
 _SETTINGS = ("conf", "iou", "max_det", "multi_label", "batch_size", "cores", "streams")
 _TEXT = """
 MODEL is a run's directory, the end of its path below outputs or its MLflow id, a stub of the local zoo, a
@@ -76,7 +76,7 @@ def main() -> int:
 def _find_model(options: argparse.Namespace, data: Listing | None) -> Model:
     """The model at the size of ``--imgsz``, with the class names of ``--data``."""
     model = find_model(options.model, engine=options.engine, places=chosen_places(options))
-    model = _at_size(model, options.imgsz)
+    model = _at_size(model, parse_imgsz(options.imgsz, "--imgsz") if options.imgsz else model.imgsz)
     if data is None:
         return model
     if model.names and len(model.names) != len(data.names):
@@ -88,17 +88,18 @@ def _find_model(options: argparse.Namespace, data: Listing | None) -> Model:
     return replace(model, names=data.names)
 
 
-def _at_size(model: Model, imgsz: int | None) -> Model:
+def _at_size(model: Model, imgsz: Imgsz) -> Model:
     """The model for images of a size: torch takes any size, an exported model only its own."""
-    if imgsz in (None, model.imgsz):
+    if imgsz == model.imgsz:
         return model
-    assert imgsz is not None
-    if model.engine == "torch" and imgsz > 0 and imgsz % _STRIDE == 0:
+    if model.engine == "torch" and not any(side % STRIDE for side in sides(imgsz)):
         return replace(model, imgsz=imgsz)
     if model.engine == "torch":
-        raise ConfigError(expected("--imgsz", f"a multiple of {_STRIDE}", imgsz, "Change it."))
-    do = "Leave it out, or export at that size: dataset.imgsz=N stages=[export] checkpoint=PATH."
-    raise ConfigError(expected("--imgsz", f"{model.imgsz}, which {model.path} was exported for", imgsz, do))
+        raise ConfigError(expected("--imgsz", f"a multiple of {STRIDE}", in_words(imgsz), "Change it."))
+    words = f"dataset.imgsz={in_words(imgsz)} stages=[export] checkpoint=PATH"
+    do = f"Leave it out, or export at that size: {words}."
+    own = f"{in_words(model.imgsz)}, which {model.path} was exported for"
+    raise ConfigError(expected("--imgsz", own, in_words(imgsz), do))
 
 
 def _load(options: argparse.Namespace, model: Model, media: Media) -> Detector:
@@ -193,8 +194,8 @@ def _options() -> argparse.Namespace:
     add(
         "--imgsz",
         metavar="PX",
-        type=int,
-        help="of an exported model: refuse another size; of torch: the size to take",
+        help="640, or 384,640 (height, width); of an exported model: refuse another size; of torch: the size "
+        "to take",
     )
     several = "a box may have several classes, as when mAP is measured"
     add("--multi-label", action="store_true", help=several)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sparse_exp.config.imgsz import sides
 from sparse_exp.config.places import find_places
 from sparse_exp.data.images import read_square, upright_rgb
 from sparse_exp.data.letterbox import PADDING, Letterbox, letterbox
@@ -139,7 +140,7 @@ class Detector:
                 ``image[..., ::-1]`` turns round. The orientation that a camera noted is applied.
 
         Returns:
-            The square, uint8 (S, S, 3), and how boxes of the image map into it.
+            The letterboxed image, uint8 (H, W, 3) of the model's size, and how boxes map into it.
 
         Raises:
             DataError: it is missing, no image, or damaged.
@@ -155,16 +156,15 @@ class Detector:
         """Run the engine on prepared images.
 
         Args:
-            squares: at least one, at most ``batch_size``: uint8 (S, S, 3).
+            squares: at least one, at most ``batch_size``: uint8 (H, W, 3), see `prepare`.
 
         Returns:
-            float32 (N, A, 5 + nc): x, y, w, h in pixels of the square, objectness, class scores.
+            float32 (N, A, 5 + nc): x, y, w, h in pixels of the prepared images, objectness, class scores.
 
         Raises:
             EngineError: the engine failed.
         """
-        size = self.model.imgsz
-        images = np.empty((len(squares), 3, size, size), np.uint8)
+        images = np.empty((len(squares), 3, *sides(self.model.imgsz)), np.uint8)
         for image, square in zip(images, squares, strict=True):
             image[:] = square.transpose(2, 0, 1)
         return self._engine.run(images)[0]
@@ -205,7 +205,7 @@ class Detector:
     def _try_out(self) -> tuple[str, ...]:
         """Run a grey image, compare the shape of the predictions with the class names, return the names."""
         size, names = self.model.imgsz, self.model.names
-        square, box = letterbox(np.full((size, size, 3), PADDING, np.uint8), size)
+        square, box = letterbox(np.full((*sides(size), 3), PADDING, np.uint8), size)
         predictions = self.infer([square])
         wanted = f"(1, A, {5 + len(names)})" if names else "(1, A, 5 + classes)"
         classes = predictions.shape[2] - 5 if predictions.ndim == 3 else 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparse_exp.config.imgsz import Imgsz, imgsz_of
 from sparse_exp.config.places import Places, find_places
 from sparse_exp.config.runtimes import RUNTIMES
 from sparse_exp.config.schema import ENGINES, STAGES
@@ -37,7 +38,7 @@ class Model:
     Attributes:
         path: its file: ONNX, or for torch a checkpoint.
         names: of the classes, the class id being the position; empty where nothing says them.
-        imgsz: side of the square images that it takes, px.
+        imgsz: size of the images that it takes.
         engine: that runs it; one of `sparse_exp.config.schema.ENGINES`.
         origin: what it was found by, for people.
         signature: what the ONNX file takes and gives; None for a checkpoint.
@@ -45,7 +46,7 @@ class Model:
 
     path: Path
     names: tuple[str, ...]
-    imgsz: int
+    imgsz: Imgsz
     engine: str
     origin: str
     signature: Signature | None = None
@@ -146,7 +147,7 @@ def _file_in(directory: Path, run: Run | None, engine: str) -> Path:
     raise ConfigError(expected("MODEL", _FORMS, str(directory), f"It holds no {MODEL}."))
 
 
-def _of_checkpoint(path: Path, engine: str) -> tuple[tuple[str, ...], int]:
+def _of_checkpoint(path: Path, engine: str) -> tuple[tuple[str, ...], Imgsz]:
     if engine != "torch":
         do = "Give its run's directory or an ONNX file, or choose --engine torch."
         raise EngineError(f"{engine} runs no checkpoints such as {path}. {do}")
@@ -160,18 +161,15 @@ def _of_checkpoint(path: Path, engine: str) -> tuple[tuple[str, ...], int]:
     return checkpoint.names, checkpoint.imgsz or 640
 
 
-def _of_onnx(path: Path, engine: str) -> tuple[tuple[str, ...], int, Signature]:
+def _of_onnx(path: Path, engine: str) -> tuple[tuple[str, ...], Imgsz, Signature]:
     """Class names, image size and signature of an ONNX file; refuses what takes no images as ours do."""
     if engine == "torch":
         do = "Give a run or a checkpoint, or choose another engine."
         raise EngineError(f"torch runs checkpoints, not ONNX files such as {path}. {do}")
     signature = read_signature(path)
     check_detector(path, signature, signature.batch or 1)
-    height, width = signature.size or (0, 0)
-    if height != width:
-        do = "Export it for square images."
-        raise EngineError(expected(f"the images that {path} takes", "square", f"{width} x {height}", do))
-    return read_metadata(path).get("names", ()), height, signature
+    assert signature.size is not None  # of what `check_detector` lets through
+    return read_metadata(path).get("names", ()), imgsz_of(signature.size), signature
 
 
 def _recorded_names(places: Iterable[Path]) -> tuple[str, ...]:

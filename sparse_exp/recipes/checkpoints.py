@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparse_exp.config.imgsz import Imgsz
 from sparse_exp.errors import CheckpointError
 from sparse_exp.quantization.from_sparseml import from_sparseml
 from sparse_exp.quantization.quantizers import (
@@ -31,13 +32,13 @@ class CheckpointWriter:
     Attributes:
         folder: an existing directory.
         names: class names.
-        imgsz: side of the training images in pixels.
+        imgsz: size of the training images.
         recipe: the recipe that the weights are trained with, that of the start checkpoint included.
     """
 
     folder: Path
     names: tuple[str, ...]
-    imgsz: int
+    imgsz: Imgsz
     recipe: str
 
     def save(

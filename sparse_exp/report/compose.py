@@ -16,6 +16,7 @@ import torch
 
 from sparse_exp.benchmark.measurements import CAUSES, Row, measured, noise_sentence
 from sparse_exp.benchmark.speed_table import label
+from sparse_exp.config.imgsz import in_words
 from sparse_exp.config.schema import ENGINES, Experiment
 from sparse_exp.data import DetectionDataset, evenly_spread
 from sparse_exp.data.attributions import attributions_of
@@ -223,7 +224,8 @@ def _sheet(source: _Source, folder: Path) -> dict[str, Path]:
         )
         predictions = engine.run(batch.images.numpy())[0]
     found = non_max_suppression(predictions, 0.05, trainer.iou, trainer.max_det)
-    size = batch.images.shape[-1]
+    height, width = batch.images.shape[-2:]
+    size = torch.tensor([width, height] * 2)
     rows = []
     for index, (image, detections) in enumerate(zip(batch.images, found, strict=True)):
         x, y, w, h = (batch.targets[batch.targets[:, 0] == index][:, 2:] * size).T
@@ -303,7 +305,7 @@ def _summary(source: _Source) -> dict[str, str]:
     exported = f"{_shown(source)}, phase {evaluated['phase']}" if evaluated else ""
     boxes = source.run.facts("fetch").get("boxes", {})
     return {
-        "model": f"{experiment.model.name}, {experiment.dataset.imgsz} px",
+        "model": f"{experiment.model.name}, {in_words(experiment.dataset.imgsz)} px",
         "data": f"{experiment.dataset.name}: " + ", ".join(f"{s} {n} boxes" for s, n in boxes.items()),
         "recipe": experiment.recipe.name,
         **({"exported checkpoint": f"{exported}, epoch {evaluated['epoch']:g}"} if exported else {}),
@@ -325,7 +327,7 @@ def _conditions(source: _Source) -> dict[str, str]:
         "engines": ", ".join(f"{engine} {number}" for engine, number in versions.items()),
         "host": f"{first['cpu']}; {', '.join(first['isa'])}",
         "does not fit the target": "; ".join(first.get("mismatch", ())) or "nothing",
-        "images": f"{first['imgsz']} px, uint8, of the validation split",
+        "images": f"{in_words(first['imgsz'])} px, uint8, of the validation split",
         "scenarios": "; ".join(_SCENARIOS[name] for name in dict.fromkeys(row["scenario"] for row in found)),
         "protocol": f"at least {first['repeats']} repeats in turns of {first['duration_s']:g} s each after "
         f"{first['warmup_s']:g} s of warm-up or more; median, spread = (max - min) / median over the repeats",

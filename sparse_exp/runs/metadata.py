@@ -7,7 +7,8 @@ OpenVINO carries such entries on into its own format, as ``rt_info/framework`` o
 entry                  what it says
 =====================  ==========================================================================
 ``names``              the classes, a JSON list
-``imgsz``, ``stride``  side of the images and largest stride of the network, in pixels
+``imgsz``              of the images in pixels: the side of squares, or ``[height, width]``
+``stride``             largest stride of the network, in pixels
 ``task``               ``detect``
 ``conf``, ``iou``      thresholds of detections that are shown: the least confidence, and the overlap
                        at which the weaker of two boxes goes, 0..1
@@ -28,22 +29,24 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from sparse_exp.config.imgsz import Imgsz, imgsz_of
+
 TASK, STRIDE = "detect", 32
 CONF, IOU = 0.25, 0.45
 """Least confidence and overlap with which a detector is used, unless others are given."""
-_WHOLE, _SHARES = ("imgsz", "stride"), ("conf", "iou", "sparsity")
+_WHOLE, _SHARES = ("stride",), ("conf", "iou", "sparsity")
 _TEXTS = ("task", "version", "run", "recipe", "checkpoint_sha256", "licence")
 
 
-def describe(names: Sequence[str], imgsz: int, facts: Mapping[str, object]) -> dict[str, str]:
+def describe(names: Sequence[str], imgsz: Imgsz, facts: Mapping[str, object]) -> dict[str, str]:
     """The entries of a detector's file.
 
     Args:
         names: of the classes; empty where they are not known, and left out then.
-        imgsz: side of the images in pixels.
+        imgsz: size of the images.
         facts: further entries, of those that this module's table names.
     """
-    known = {"imgsz": imgsz, "task": TASK, "stride": STRIDE, "conf": CONF, "iou": IOU, **facts}
+    known = {"imgsz": json.dumps(imgsz), "task": TASK, "stride": STRIDE, "conf": CONF, "iou": IOU, **facts}
     texts = {key: str(value) for key, value in known.items()}
     return texts | ({"names": json.dumps(list(names))} if names else {})
 
@@ -65,14 +68,15 @@ def read_metadata(path: Path) -> dict[str, Any]:
         path: an ONNX file, or the ``.xml`` of OpenVINO's format.
 
     Returns:
-        The entries as far as they are there and well formed: ``names`` a tuple of texts, pixels int, shares
-        float. Empty for files of other exporters, and for what cannot be read: that is the engine's to
-        report.
+        The entries as far as they are there and well formed: ``names`` a tuple of texts, ``imgsz`` as
+        `sparse_exp.config.imgsz.Imgsz`, ``stride`` int, shares float. Empty for files of other exporters, and
+        for what cannot be read: that is the engine's to report.
     """
     texts = _of_xml(path) if path.suffix == ".xml" else _of_onnx(path)
     found: dict[str, Any] = {key: texts[key] for key in _TEXTS if key in texts}
     found |= {key: int(texts[key]) for key in _WHOLE if texts.get(key, "").isdecimal()}
     found |= {key: float(texts[key]) for key in _SHARES if _is_share(texts.get(key, ""))}
+    found |= {"imgsz": size} if (size := _imgsz(texts.get("imgsz", ""))) else {}
     names = _names(texts.get("names", ""))
     return found | ({"names": names} if names else {})
 
@@ -105,6 +109,13 @@ def _names(text: str) -> tuple[str, ...]:
         return ()
     good = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return tuple(names) if good else ()
+
+
+def _imgsz(text: str) -> Imgsz | None:
+    try:
+        return imgsz_of(json.loads(text or "null"))
+    except ValueError:
+        return None
 
 
 def _is_share(text: str) -> bool:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from sparse_exp import __version__
+from sparse_exp.config.imgsz import Imgsz
 from sparse_exp.config.runtimes import RUNTIMES
 from sparse_exp.errors import SparseExpError
 from sparse_exp.predict.outputs import described
@@ -83,7 +84,7 @@ class Health(Status):
     version: str
     licence: str
     production: bool
-    imgsz: int
+    imgsz: Imgsz
     classes: list[str]
 
 

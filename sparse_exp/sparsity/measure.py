@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 from torch import nn
 
+from sparse_exp.config.imgsz import Imgsz, sides
 from sparse_exp.errors import SparsityError, StageFailed, expected
 from sparse_exp.sparsity.onnx_graph import constants, per_channel, producers, quantized_weight
 from sparse_exp.sparsity.prune import BLOCK, blocks
@@ -44,16 +46,17 @@ class LayerSparsity:
         """Share of zeros, 0..1."""
         return self.zeros / self.weights
 
-    def macs(self, imgsz: int) -> int:
+    def macs(self, imgsz: Imgsz) -> int:
         """Multiplications for one image, each with an addition (MACs), those with zeros included.
 
         Args:
-            imgsz: side of the image in pixels, a multiple of 32.
+            imgsz: size of the image, each side a multiple of 32.
 
         Raises:
             ValueError: the name is not that of a detector's layer.
         """
-        return self.weights * (imgsz // output_stride(self.name)) ** 2
+        stride = output_stride(self.name)
+        return self.weights * math.prod(side // stride for side in sides(imgsz))
 
 
 def layer_sparsity(convolutions: Mapping[str, nn.Conv2d]) -> list[LayerSparsity]:
@@ -86,12 +89,12 @@ def overall(layers: Sequence[LayerSparsity]) -> float:
     return sum(layer.zeros for layer in layers) / max(1, sum(layer.weights for layer in layers))
 
 
-def total_macs(convolutions: Mapping[str, nn.Conv2d], imgsz: int) -> int:
-    """Multiplications of convolutions for one image of ``imgsz`` pixels; see `LayerSparsity.macs`."""
+def total_macs(convolutions: Mapping[str, nn.Conv2d], imgsz: Imgsz) -> int:
+    """Multiplications of convolutions for one image of size ``imgsz``; see `LayerSparsity.macs`."""
     return sum(LayerSparsity(name, 0, c.weight.numel()).macs(imgsz) for name, c in convolutions.items())
 
 
-def stock_macs(size: str, num_classes: int, imgsz: int) -> int:
+def stock_macs(size: str, num_classes: int, imgsz: Imgsz) -> int:
     """`total_macs` of a detector of a size as it was published: n, s, m, l or x."""
     with torch.device("meta"):
         return total_macs(YOLOv5(size, num_classes).quantizable_convolutions(), imgsz)
@@ -162,13 +165,13 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def sparsity_table(layers: Sequence[LayerSparsity], promised: Mapping[str, float], imgsz: int) -> str:
+def sparsity_table(layers: Sequence[LayerSparsity], promised: Mapping[str, float], imgsz: Imgsz) -> str:
     """Zeros and work per layer as CSV: ``layer,weights,zeros,sparsity,promised,macs``.
 
     Args:
         layers: a row each.
         promised: least share of zeros of each layer, 0..1; 0 for those it does not name.
-        imgsz: side of the image that multiplications are counted for, in pixels.
+        imgsz: size of the image that multiplications are counted for.
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")

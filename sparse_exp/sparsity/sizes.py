@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from sparse_exp.config.imgsz import Imgsz, sides
 from sparse_exp.sparsity.measure import MEGABYTE
 
 # Bits of a stored weight after gzip (level 6): the first number for a value that is not 0, the second times
@@ -37,7 +38,9 @@ class Sizes:
     onnx_gzip_mb: float
 
 
-def estimate_sizes(model: nn.Module, sparsity: Mapping[str, float], *, quantized: bool, imgsz: int) -> Sizes:
+def estimate_sizes(
+    model: nn.Module, sparsity: Mapping[str, float], *, quantized: bool, imgsz: Imgsz
+) -> Sizes:
     """Estimate the sizes of a detector's files from counts alone.
 
     A stored weight takes 4 bytes (fp32) or 1 (int8), zero or not. In ONNX batch norms are folded into the
@@ -49,7 +52,7 @@ def estimate_sizes(model: nn.Module, sparsity: Mapping[str, float], *, quantized
         model: the detector, in floating point.
         sparsity: share of zeros that a convolution will have, 0..1, by name; 0 for those without an entry.
         quantized: whether weights are stored as int8.
-        imgsz: side of the images in pixels.
+        imgsz: size of the images.
     """
     convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     state = list(model.state_dict().values())
@@ -57,7 +60,8 @@ def estimate_sizes(model: nn.Module, sparsity: Mapping[str, float], *, quantized
     checkpoint = 4 * sum(tensor.numel() for tensor in state) + _PER_TENSOR * tensors
     weights = sum(conv.weight.numel() for conv in convs.values())
     biases = 4 * sum(conv.out_channels for conv in convs.values())
-    graph = _GRID * _PREDICTIONS * imgsz**2 + (_NODES_INT8 if quantized else _NODES_FP32) * len(convs)
+    nodes = (_NODES_INT8 if quantized else _NODES_FP32) * len(convs)
+    graph = _GRID * _PREDICTIONS * math.prod(sides(imgsz)) + nodes
     bits = _GZIP_INT8 if quantized else _GZIP_FP32
     compressed = sum(
         conv.weight.numel() * _gzip_bits(sparsity.get(name, 0.0), *bits) / 8 for name, conv in convs.items()

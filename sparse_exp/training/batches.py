@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from sparse_exp.config.imgsz import Imgsz, sides
 from sparse_exp.data.loader import Batch
 from sparse_exp.distributed.collectives import total_of
 
@@ -29,13 +30,13 @@ def split_batch(batch: Batch, parts: int) -> Iterator[Batch]:
         first = last
 
 
-def no_images(imgsz: int) -> Batch:
+def no_images(imgsz: Imgsz) -> Batch:
     """A batch without images.
 
     Args:
-        imgsz: side of the images if there were any, px.
+        imgsz: size of the images if there were any.
     """
-    return Batch(torch.zeros(0, 3, imgsz, imgsz, dtype=torch.uint8), torch.zeros(0, 6))
+    return Batch(torch.zeros(0, 3, *sides(imgsz), dtype=torch.uint8), torch.zeros(0, 6))
 
 
 def weighted_parts(batch: Batch, parts: int) -> list[tuple[Batch, float]]:

@@ -75,7 +75,7 @@ class Validation:
         """Measure how well the boxes of the split are found.
 
         Args:
-            predict: takes uint8 images ``(N, 3, S, S)``, returns ``(N, A, 5 + num_classes)``: x, y, w, h
+            predict: takes uint8 images ``(N, 3, H, W)``, returns ``(N, A, 5 + num_classes)``: x, y, w, h
                 in pixels, objectness, class scores.
             description: of the progress bar.
             keep_detections: return every image's detections.
@@ -164,8 +164,9 @@ def _checked(predictions: Tensor, images: int, num_classes: int) -> Tensor:
 
 def _objects_of(batch: Batch) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
     """For each image its labelled boxes (M, 4), x1, y1, x2, y2 in pixels, and their class ids (M,)."""
-    targets, side = batch.targets.numpy(), batch.images.shape[-1]
-    centre, half = targets[:, 2:4] * side, targets[:, 4:6] * (side / 2)
+    targets, (height, width) = batch.targets.numpy(), batch.images.shape[-2:]
+    size = np.array([width, height], np.float32)
+    centre, half = targets[:, 2:4] * size, targets[:, 4:6] * (size / 2)
     boxes, labels = np.concatenate([centre - half, centre + half], 1), targets[:, 1].astype(np.int64)
     for position in range(len(batch.images)):
         own = targets[:, 0] == position

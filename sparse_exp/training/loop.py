@@ -17,6 +17,7 @@ from lightning_fabric import seed_everything
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from sparse_exp.config.imgsz import Imgsz
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data.loader import Batch, DetectionLoader
 from sparse_exp.distributed import collectives
@@ -68,7 +69,7 @@ class TrainingData:
         train: augmented batches of the training split.
         val: how accuracies on the validation split are measured.
         names: class names.
-        imgsz: side of the images in pixels.
+        imgsz: size of the images.
         calibration: images on which the first ranges of quantization are found (None: in the first batches of
             the quantized phase), and on which channels are judged.
     """
@@ -76,7 +77,7 @@ class TrainingData:
     train: DetectionLoader
     val: Validation
     names: tuple[str, ...]
-    imgsz: int
+    imgsz: Imgsz
     calibration: DetectionLoader | None = None
 
 

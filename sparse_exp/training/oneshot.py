@@ -6,6 +6,7 @@ import random
 import time
 from pathlib import Path
 
+from sparse_exp.config.imgsz import Imgsz
 from sparse_exp.data import DetectionDataset
 from sparse_exp.data.loader import DetectionLoader, make_loader
 from sparse_exp.errors import RecipeError
@@ -35,14 +36,14 @@ def refuse_untrained_start(start: Start) -> None:
 
 
 def calibration_loader(
-    dataset: DetectionDataset, images: int, *, imgsz: int, batch_size: int, seed: int
+    dataset: DetectionDataset, images: int, *, imgsz: Imgsz, batch_size: int, seed: int
 ) -> DetectionLoader:
     """A loader of images to calibrate quantization: a random choice of the training split, not augmented.
 
     Args:
         dataset: has a training split.
         images: number of images; at most all of the split are taken.
-        imgsz: side of the images in pixels.
+        imgsz: size of the images.
         batch_size: images in a batch.
         seed: of the choice.
     """

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sparse_exp.config.imgsz import Imgsz, imgsz_of, sides
 from sparse_exp.errors import CheckpointError, expected
 from sparse_exp.files import landing
 from sparse_exp.text import whole_text
@@ -57,7 +58,7 @@ class Checkpoint:
         phase: "dense", "pruned" or "pruned_quant"; None for published checkpoints, which do not tell.
         epoch: epochs trained; -1 or less where unknown.
         metrics: values by name, for example ``val/map50``.
-        imgsz: side of the images trained on, in pixels; None where unknown.
+        imgsz: size of the images trained on; None where unknown.
         quantization: how each layer is quantized, as plain data (see `sparse_exp.quantization.scheme`); empty
             for floating point.
         widths: number of channels in each group of a slimmed detector, see `sparse_exp.yolov5.channels`;
@@ -73,7 +74,7 @@ class Checkpoint:
     phase: str | None
     epoch: float
     metrics: dict[str, float]
-    imgsz: int | None
+    imgsz: Imgsz | None
     quantization: dict[str, Any] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)
 
@@ -131,13 +132,14 @@ def _read_ours(path: Path, file: RestrictedFile) -> Checkpoint:
             "Read it with the release of sparse_exp that wrote it.",
         )
         raise CheckpointError(expected(f"the format of {path}", should_be, tree["format"], do))
-    kinds = {"num_classes": int, "names": list, "imgsz": int, "state_dict": dict, "recipe": str, "phase": str}
+    kinds = {"num_classes": int, "names": list, "state_dict": dict, "recipe": str, "phase": str}
     wrong = [k for k, t in kinds.items() if not isinstance(tree.get(k), t)]
     wrong += [k for k in ("epoch",) if not isinstance(tree.get(k), int | float)]
     wrong += [k for k in ("metrics", "quantization", "widths") if not isinstance(tree.get(k, {}), dict)]
     wrong += [k for k in ("size",) if tree.get(k) not in SCALES]
     wrong += [k for k in ("names",) if not wrong and len(tree[k]) != tree["num_classes"]]
-    wrong += [k for k in ("imgsz",) if not wrong and not 0 < tree[k] <= _LARGEST_IMGSZ]
+    imgsz = _imgsz(tree.get("imgsz"))
+    wrong += [] if imgsz else ["imgsz"]
     widths = _mapping(tree.get("widths", {})) if not wrong else {}
     counts = all(type(width) is int and 0 < width <= _MOST_CHANNELS for width in widths.values())
     wrong += [] if counts else ["widths"]
@@ -159,10 +161,19 @@ def _read_ours(path: Path, file: RestrictedFile) -> Checkpoint:
         phase=tree["phase"],
         epoch=float(tree["epoch"]),
         metrics={str(k): float(v) for k, v in tree["metrics"].items()},
-        imgsz=tree["imgsz"],
+        imgsz=imgsz,
         quantization=tree.get("quantization", {}),
         widths=widths,
     )
+
+
+def _imgsz(value: object) -> Imgsz | None:
+    """A size that images may have; None for all else."""
+    try:
+        found = imgsz_of(value)
+    except ValueError:
+        return None
+    return found if max(sides(found)) <= _LARGEST_IMGSZ else None
 
 
 def _read_ultralytics(path: Path, file: RestrictedFile) -> Checkpoint:
@@ -412,7 +423,7 @@ def save_checkpoint(
     size: str,
     num_classes: int,
     names: Sequence[str],
-    imgsz: int,
+    imgsz: Imgsz,
     recipe: str,
     phase: str,
     epoch: float,
@@ -431,7 +442,7 @@ def save_checkpoint(
         size: n, s, m, l or x.
         num_classes: number of classes of the head.
         names: class names.
-        imgsz: side of the training images in pixels.
+        imgsz: size of the training images.
         recipe: the SparseML recipe that the weights were trained with, or "".
         phase: "dense", "pruned" or "pruned_quant".
         epoch: epochs trained.
@@ -447,7 +458,7 @@ def save_checkpoint(
         "size": size,
         "num_classes": int(num_classes),
         "names": [str(name) for name in names],
-        "imgsz": int(imgsz),
+        "imgsz": imgsz if isinstance(imgsz, int) else list(imgsz),
         # copies: a view would be written with the whole storage behind it
         "state_dict": {k: v.detach().cpu().contiguous().clone() for k, v in model_state.items()},
         "recipe": str(recipe),

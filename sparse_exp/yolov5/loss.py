@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
@@ -11,6 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.nn.functional import one_hot
 from torchvision.ops import box_convert, complete_box_iou_loss
 
+from sparse_exp.config.imgsz import Imgsz, sides
 from sparse_exp.config.schema import LossConfig
 from sparse_exp.distributed.collectives import batch_mean, total_of
 
@@ -80,16 +82,16 @@ class DetectionLoss:
         num_classes: number of classes of the head; with one, there is no class loss.
         gains: weights of the three parts for a 640 px image and 80 classes. They are scaled to ``imgsz`` and
             ``num_classes``.
-        imgsz: side of the images in pixels.
+        imgsz: size of the images.
     """
 
-    def __init__(self, anchors: Tensor, num_classes: int, gains: LossConfig, imgsz: int) -> None:
+    def __init__(self, anchors: Tensor, num_classes: int, gains: LossConfig, imgsz: Imgsz) -> None:
         self._anchors = anchors.detach().float()
         self._anchor_t = gains.anchor_t
         per_level = 3 / len(anchors)
         self._gains = {
             "box": gains.box * per_level,
-            "obj": gains.obj * per_level * (imgsz / 640) ** 2,
+            "obj": gains.obj * per_level * math.prod(side / 640 for side in sides(imgsz)),
             "cls": gains.cls * per_level * num_classes / 80,
         }
 

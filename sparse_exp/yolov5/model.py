@@ -16,6 +16,7 @@ from typing import ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from sparse_exp.config.imgsz import Imgsz, in_words, sides
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.metrics.anchors import PUBLISHED
 
@@ -386,26 +387,28 @@ class YOLOv5(nn.Module):
         return cast(Output, layers[-1]([kept[index] for index in HEAD_INPUTS]))
 
     @contextmanager
-    def export_mode(self, imgsz: int) -> Iterator[YOLOv5]:
-        """Put the model into evaluation mode for tracing, with square images of one size and any batch size.
+    def export_mode(self, imgsz: Imgsz) -> Iterator[YOLOv5]:
+        """Put the model into evaluation mode for tracing, with images of one size and any batch size.
 
         Within the block the model returns only predictions. Sizes are Python integers and the grid is a
         constant, so that the traced graph has no shape arithmetic. A deep copy made within the block stays in
         this mode.
 
         Args:
-            imgsz: side of the images in pixels, a multiple of 32.
+            imgsz: size of the images, each side a multiple of 32.
 
         Yields:
             The model itself.
 
         Raises:
-            ConfigError: ``imgsz`` is no positive multiple of 32.
+            ConfigError: a side is no positive multiple of 32.
         """
-        if imgsz < STRIDES[-1] or imgsz % STRIDES[-1]:
-            raise ConfigError(expected("imgsz", "a positive multiple of 32", imgsz, "Change dataset.imgsz."))
+        height, width = sides(imgsz)
+        if any(side < STRIDES[-1] or side % STRIDES[-1] for side in (height, width)):
+            do = "Change dataset.imgsz."
+            raise ConfigError(expected("imgsz", "a positive multiple of 32", in_words(imgsz), do))
         head, was_training = self.head, self.training
-        sizes = [(imgsz // stride, imgsz // stride) for stride in STRIDES]
+        sizes = [(height // stride, width // stride) for stride in STRIDES]
         head.static = (sizes, make_grid(head.anchors, sizes))
         self.eval()
         try:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparse_exp.command import Parser, run_command
+from sparse_exp.config.imgsz import in_words
 from sparse_exp.config.places import add_place_options, chosen_places
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.files import as_json, expanded
@@ -196,7 +197,7 @@ def _row(model: Published) -> list[str]:
     numbers = [info["metrics"].get(key) for key in ("val/map50", "size/onnx_gzip_mb")]
     map50, megabytes = (f"{number:.3g}" if isinstance(number, int | float) else "" for number in numbers)
     quantized, day = "yes" if info["quantized"] else "no", str(info["published"])[:10]
-    texts = [info["size"], info["dataset"], info.get("imgsz") or "", f"{info['sparsity']:.1%}"]
+    texts = [info["size"], info["dataset"], in_words(info.get("imgsz") or ""), f"{info['sparsity']:.1%}"]
     return [*map(str, texts), quantized, map50, megabytes, day, model.stub]
 
 
@@ -205,12 +206,12 @@ def _show(options: argparse.Namespace, zoo: Path) -> int:
     if options.json:
         print(as_json(_as_data(model)))
         return 0
-    info = model.metadata
+    info, size = model.metadata, in_words(model.metadata.get("imgsz") or "?")
     lines = {
         "stub": model.stub,
         "short": info["short"],
         "directory": str(model.directory),
-        "model": f"YOLOv5{info['size']}, {len(info['classes'])} classes, {info.get('imgsz') or '?'} px",
+        "model": f"YOLOv5{info['size']}, {len(info['classes'])} classes, {size} px",
         "zeros": f"{info['sparsity']:.2%}" + (" in blocks of 4" if info["block4"] else ""),
         "8 bit": "yes" if info["quantized"] else "no",
         "recipe": info["recipe"],

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from sparse_exp.config.imgsz import in_words
 from sparse_exp.runs.deployment import MODEL
 from sparse_exp.sources.local import CARD
 from sparse_exp.text import in_markdown, markdown_table
@@ -80,7 +81,7 @@ def _summary(metadata: Mapping[str, Any]) -> str:
         "sparsity": zeros + blocks,
         **({"channels": f"{metadata['work']:.1%} of the work of the stock size is left"} if slim else {}),
         "numbers": numbers,
-        "image size": f"{metadata['imgsz']} px" if metadata.get("imgsz") else "not recorded",
+        "image size": f"{in_words(metadata['imgsz'])} px" if metadata.get("imgsz") else "not recorded",
         f"classes ({len(classes)})": shown,
         "recipe": metadata.get("recipe") or "not recorded",
         "start weights": metadata.get("origin") or "not recorded",

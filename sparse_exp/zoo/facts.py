@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sparse_exp.config.imgsz import Imgsz
 from sparse_exp.recipes.recipe import is_quantized
 from sparse_exp.sparsity.measure import (
     LayerSparsity,
@@ -30,7 +31,7 @@ class Measured:
     Attributes:
         size: n, s, m, l or x.
         names: of the classes.
-        imgsz: side of the training images in pixels; None where the file does not say.
+        imgsz: size of the training images; None where the file does not say.
         sparsity: share of zeros in the prunable convolutions, 0..1.
         quantized: whether it went through quantization-aware training.
         block4: whether the zeros come in blocks of four input channels.
@@ -43,7 +44,7 @@ class Measured:
 
     size: str
     names: tuple[str, ...]
-    imgsz: int | None
+    imgsz: Imgsz | None
     sparsity: float
     quantized: bool
     block4: bool

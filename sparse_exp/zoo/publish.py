@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sparse_exp import __version__
+from sparse_exp.config.imgsz import Imgsz, imgsz_of
 from sparse_exp.config.plain import from_dict, options
 from sparse_exp.config.schema import ENGINES, STAGES, DatasetConfig, ModelConfig
 from sparse_exp.data import prepare
@@ -110,7 +111,7 @@ def publish_run(
 
     def fill(final_stub: str, directory: Path) -> None:
         _copy_files(run, checkpoint, directory, measured)
-        imgsz = int(run.facts("export")["imgsz"])
+        imgsz = imgsz_of(run.facts("export")["imgsz"])
         write_json(Deployment(directory / DEPLOYMENT).class_names, list(measured.names))
         samples = _samples(directory, dataset, imgsz)
         metrics = {name: value for record in run.records.values() for name, value in record.metrics.items()}
@@ -279,7 +280,7 @@ def _copy_files(run: Run, checkpoint: Path, directory: Path, measured: Measured)
             shutil.copyfile(run.path / name, directory / "logs" / name)
 
 
-def _samples(directory: Path, dataset: DetectionDataset | None, imgsz: int) -> dict[str, str]:
+def _samples(directory: Path, dataset: DetectionDataset | None, imgsz: Imgsz) -> dict[str, str]:
     from sparse_exp.zoo.samples import write_samples
 
     return write_samples(directory, dataset, imgsz) if dataset else {}

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from sparse_exp.config.imgsz import Imgsz
 from sparse_exp.data import DetectionDataset, Sample, evenly_spread
 from sparse_exp.data.loader import make_loader
 from sparse_exp.engines import IsolatedEngine
@@ -25,17 +26,17 @@ _ENGINES = ("onnxruntime", "deepsparse")  # those that SparseZoo's client knows
 INPUTS, OUTPUTS = "sample-inputs", "sample-outputs"
 
 
-def write_samples(directory: Path, dataset: DetectionDataset, imgsz: int) -> dict[str, str]:
+def write_samples(directory: Path, dataset: DetectionDataset, imgsz: Imgsz) -> dict[str, str]:
     """Put validation images and their predictions beside a deployed model.
 
     Written are ``sample-originals`` and ``sample-labels`` (files of the data set), ``sample-inputs``
-    (``inp-0000.npz``: uint8 (3, S, S)) and for each engine that can run here ``sample-outputs_<engine>``
+    (``inp-0000.npz``: uint8 (3, H, W)) and for each engine that can run here ``sample-outputs_<engine>``
     (``out-0000.npz``: float32 (A, 5 + nc)). Where only one engine can, it is called ``sample-outputs``.
 
     Args:
         directory: of the model, with ``model.onnx``.
         dataset: the images are taken from its validation split, evenly spread.
-        imgsz: side of the images that the model takes, in pixels.
+        imgsz: size of the images that the model takes.
 
     Returns:
         The directory of each engine's outputs, by engine.
@@ -98,7 +99,7 @@ def _outputs(model: Path, images: NDArray[np.uint8]) -> Iterator[tuple[str, NDAr
             _log.warning("No sample outputs of %s: %s", engine, error)
 
 
-def _as_input(samples: Sequence[Sample], classes: int, imgsz: int) -> NDArray[np.uint8]:
+def _as_input(samples: Sequence[Sample], classes: int, imgsz: Imgsz) -> NDArray[np.uint8]:
     loader = make_loader(samples, classes, imgsz=imgsz, batch_size=len(samples), train=False)
     images: NDArray[np.uint8] = next(iter(loader)).images.contiguous().numpy()
     return images

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+from sparse_exp.config.imgsz import imgsz_of, sides
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.metrics.names import (
     SIGNS,
@@ -34,7 +35,7 @@ Test = Callable[[Metadata], bool]
 _TEXTS = ("size", "dataset", "tag", "recipe", "stub", "origin", "by", "published")
 _NUMBERS: dict[str, Callable[[Metadata], Any]] = {
     "sparsity": operator.methodcaller("get", "sparsity"),
-    "imgsz": operator.methodcaller("get", "imgsz"),
+    "imgsz": lambda model: max(sides(imgsz_of(size))) if (size := model.get("imgsz")) else None,
     "classes": lambda model: len(model.get("classes", ())),
 }
 _FLAGS: dict[str, Test] = {

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as v2
 
+from sparse_exp.config.imgsz import Sides
 from sparse_exp.config.schema import AugmentConfig
 from sparse_exp.data.augment import Example, augment_example, crop_window, jitter_colours
 from sparse_exp.data.letterbox import PADDING
 
 SIZE = 64
+SQUARE = Sides(SIZE, SIZE)
 OFF = {"mosaic": 0, "scale": 0, "translate": 0, "fliplr": 0, "flipud": 0, "transpose": 0, "jitter": 0}
 
 
@@ -85,8 +87,8 @@ def test_window_outside_is_grey_and_drops_what_hardly_shows() -> None:
     # The window starts at 20, 0. Of 40 px wide boxes 4 px (10 %) and 8 px (20 %) are left.
     first, second = lit(0, 0, 24, 40), lit(0, 0, 28, 40, class_id=5)
     first.boxes[0, 0], second.boxes[0, 0] = -16, -12
-    assert len(crop_window([(first, (0, 0))], 20, 0, SIZE, SIZE).boxes) == 0
-    result = crop_window([(second, (0, 0))], 20, 0, SIZE, SIZE)
+    assert len(crop_window([(first, (0, 0))], 20, 0, SQUARE, SQUARE).boxes) == 0
+    result = crop_window([(second, (0, 0))], 20, 0, SQUARE, SQUARE)
     assert result.boxes.tolist() == [[0, 0, 8, 40]]
     assert (result.image[:, :, SIZE - 20 :] == PADDING).all()
     assert (result.image[:, :, : SIZE - 20] != PADDING).all()
@@ -95,14 +97,16 @@ def test_window_outside_is_grey_and_drops_what_hardly_shows() -> None:
 def test_classes_stay_with_their_boxes() -> None:
     gone, stays = lit(0, 0, 10, 10, class_id=1), lit(30, 30, 50, 50, class_id=2)
     both = Example(stays.image, torch.cat([gone.boxes, stays.boxes]), torch.tensor([1.0, 2.0]))
-    result = crop_window([(both, (0, 0))], 20, 20, SIZE, SIZE)
+    result = crop_window([(both, (0, 0))], 20, 20, SQUARE, SQUARE)
     assert (result.boxes.tolist(), result.classes.tolist()) == ([[10, 10, 30, 30]], [2])
 
 
 def test_tiny_boxes_are_dropped() -> None:
     example = lit(10, 10, 13, 40)
-    assert len(crop_window([(example, (0, 0))], 0, 0, SIZE, SIZE).boxes) == 1
-    assert len(crop_window([(example, (0, 0))], 0, 0, 2 * SIZE, SIZE).boxes) == 0  # 1.5 px wide
+    assert len(crop_window([(example, (0, 0))], 0, 0, SQUARE, SQUARE).boxes) == 1
+    assert (
+        len(crop_window([(example, (0, 0))], 0, 0, Sides(2 * SIZE, 2 * SIZE), SQUARE).boxes) == 0
+    )  # 1.5 px wide
 
 
 @pytest.mark.parametrize("factor", [0.8, 1.0, 1.2])
@@ -180,3 +184,36 @@ def test_a_mosaic_of_square_pictures_is_what_it_was() -> None:
     one, other = (augment_example(each, config, np.random.default_rng(3)) for each in (plain, said))
     assert torch.equal(one.image, other.image)
     assert torch.equal(one.boxes, other.boxes)
+
+
+WIDE = Sides(48, 96)
+
+
+@pytest.mark.parametrize("others", [0, 3])
+def test_boxes_follow_pixels_of_rectangles(others: int) -> None:
+    config = AugmentConfig(scale=0.5, translate=0.3, fliplr=0.5, flipud=0.5, transpose=0.0, jitter=0.0)
+    image = torch.zeros(3, *WIDE, dtype=torch.uint8)
+    image[:, 12:36, 20:70] = 255
+    example = Example(image, torch.tensor([[20.0, 12, 70, 36]]), torch.tensor([3.0]))
+    black = Example(torch.zeros_like(image), torch.zeros(0, 4), torch.zeros(0))
+    seen = 0
+    for seed in range(40):
+        result = augment_example([example, *[black] * others], config, np.random.default_rng(seed))
+        assert result.image.shape == (3, *WIDE)
+        if len(result.boxes):
+            seen += 1
+            assert np.abs(np.array(bright_box(result.image)) - result.boxes[0].numpy()).max() <= 1.5
+    assert seen > 10
+
+
+def test_a_window_of_a_rectangle_by_hand() -> None:
+    # Of 96 x 48 px the right lower quarter, 48 x 24 px, twice as large.
+    example = Example(
+        torch.zeros(3, *WIDE, dtype=torch.uint8), torch.tensor([[50.0, 26, 60, 36]]), torch.ones(1)
+    )
+    result = crop_window([(example, (0, 0))], 48, 24, Sides(24, 48), WIDE)
+    assert (result.boxes.tolist(), result.image.shape) == ([[4, 4, 24, 24]], (3, *WIDE))
+    # Of twice the size a box 3 px high is 1.5 px high, and goes, as does one 3 px wide.
+    thin = torch.tensor([[10.0, 10, 13, 40], [10.0, 10, 40, 13], [10.0, 10, 14, 14]])
+    many = Example(example.image, thin, torch.arange(3.0))
+    assert crop_window([(many, (0, 0))], 0, 0, Sides(96, 192), WIDE).classes.tolist() == [2]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sparse_exp.config.imgsz import in_words
 from sparse_exp.data.__main__ import main
 from sparse_exp.data.check import Finding, inspect
 
@@ -178,3 +179,30 @@ def test_boxes_that_no_anchor_answers_for(clean: Path) -> None:
     assert finding.level == "warning"
     assert "50.0% of the boxes in train" in finding.message
     assert "model.anchors=auto" in finding.message
+
+
+@pytest.mark.parametrize(
+    ("sizes", "imgsz", "fitting", "saved"),
+    [
+        ([(1920, 1080)], 640, (384, 640), 0.4),  # 640 x 360 px
+        ([(1080, 1920)], 640, (640, 384), 0.4),
+        ([(1920, 1080), (1080, 1920)], 640, 640, 0.0),
+        ([(1920, 1080)] * 40 + [(640, 640)], 640, (384, 640), 0.4),  # one in twenty may be smaller
+        ([(640, 480)], (480, 640), (480, 640), 0.25),
+        ([(500, 500)], 320, 320, 0.0),
+    ],
+)
+def test_which_rectangle_fits(tmp_path: Path, capsys, sizes, imgsz, fitting, saved) -> None:
+    for number, size in enumerate(sizes):
+        for split in ("train", "val"):
+            write(tmp_path, f"{split}/{number}", "0 0.5 0.5 0.5 0.5\n", size=size, shade=number)
+    (tmp_path / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [cat]\n")
+    report = inspect(tmp_path / "data.yaml", imgsz)
+    assert (report.fitting, report.saved) == (fitting, pytest.approx(saved))
+    main(["check", str(tmp_path / "data.yaml"), "--imgsz", in_words(imgsz)])
+    said = (
+        f"set dataset.imgsz=[{','.join(map(str, fitting))}], which saves 40%"
+        if saved == 0.4
+        else "which saves"
+    )
+    assert (said in capsys.readouterr().out) == (saved == 0.4)

@@ -92,3 +92,28 @@ def test_other_formats_are_decoded_whole(tmp_path: Path) -> None:
     photo(1280, 960).save(tmp_path / "a.png")
     square, _ = read_square(tmp_path / "a.png", 320)
     assert np.array_equal(square, letterbox(read_image(tmp_path / "a.png"), 320)[0])
+
+
+@pytest.mark.parametrize(
+    ("size", "imgsz", "picture", "box"),
+    [
+        # 1920 x 1080 by a third: 640 x 360, 12 rows of grey above and below; the box 300..600, 150..450
+        ((1920, 1080), (384, 640), (0, 12, 640, 372), [100, 62, 200, 162]),
+        ((1920, 1080), 640, (0, 140, 640, 500), [100, 190, 200, 290]),
+        # 1000 x 500 by 0.384 would be wider than 320: by 0.32, 320 x 160, of 224 more rows the half above
+        ((1000, 500), (384, 320), (0, 112, 320, 272), [96, 160, 192, 256]),
+        # 600 x 1200 by 0.32: 192 x 384, of 448 more columns the half on the left
+        ((600, 1200), (384, 640), (224, 0, 416, 384), [320, 48, 416, 144]),
+    ],
+)
+def test_a_rectangle_by_hand(
+    size: tuple[int, int], imgsz: int | tuple[int, int], picture: tuple[int, ...], box: list[float]
+) -> None:
+    result, mapping = letterbox(np.full((*size[::-1], 3), 200, np.uint8), imgsz)
+    assert result.shape == (*((imgsz, imgsz) if isinstance(imgsz, int) else imgsz), 3)
+    rows, columns = np.nonzero(result[..., 0] == 200)
+    assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == picture
+    assert (result[..., 0] == PADDING).sum() == result[..., 0].size - len(rows)
+    given = np.array([[300, 150, 600, 450]], np.float32)
+    np.testing.assert_allclose(mapping.boxes(given), [box], atol=1e-4)
+    np.testing.assert_allclose(mapping.boxes_back(mapping.boxes(given)), given, atol=1e-3)

@@ -17,6 +17,7 @@ from sparse_exp.data.letterbox import PADDING
 from sparse_exp.data.loader import Batch, DetectionImages, choose_workers, make_loader
 from sparse_exp.data.store import choose_store
 from sparse_exp.errors import DataError
+from sparse_exp.training.evaluation import Validation
 
 
 @pytest.fixture(scope="module")
@@ -261,3 +262,29 @@ def test_without_room_for_decoded_images(
     with pytest.raises(DataError, match=r"decoded images need 0\.0 GB, but .* Set dataset\.cache=none"):
         batches_of(dataset, "disk", tmp_path)
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def test_targets_of_a_rectangle_are_shares_of_its_own_sides(tmp_path: Path) -> None:
+    # 192 x 108 px fit 96 x 64 by a half: 96 x 54, 5 rows of grey above and below.
+    Image.new("RGB", (192, 108)).save(tmp_path / "a.png")
+    sample = Sample(tmp_path / "a.png", tmp_path / "a.txt")
+    sample.label.write_text("0 0.25 0.5 0.5 1.0\n")
+    for cache in ("ram", "disk", "none"):
+        loader = make_loader(
+            [sample],
+            1,
+            imgsz=(64, 96),
+            batch_size=1,
+            train=False,
+            workers=0,
+            cache=cache,
+            folder=tmp_path / "cache",
+        )
+        (batch,) = loader
+        assert batch.images.shape == (1, 3, 64, 96)
+        torch.testing.assert_close(batch.targets, torch.tensor([[0, 0, 0.25, 0.5, 0.5, 54 / 64]]))
+        # a perfect detector of it
+        found = torch.tensor([[[24.0, 32, 48, 54, 1, 1]]])
+        assert Validation(loader, 1).evaluate(lambda _, found=found: found).map50_95 == pytest.approx(
+            1, abs=0.01
+        )

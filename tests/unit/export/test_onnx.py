@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 import torch
 from onnx import TensorProto
 
+from sparse_exp.engines import create_engine
+from sparse_exp.engines.signature import read_signature
+from sparse_exp.errors import EngineError
 from sparse_exp.export import onnx as exporting
 from sparse_exp.export.onnx import (
     FileForm,
@@ -184,3 +188,25 @@ SEVEN_BITS = """modifiers:
       weights: {{num_bits: 7, symmetric: True, strategy: {strategy}}}
     ignore: [SiLU, BatchNorm2d, MaxPool2d, Upsample, Concat]
 """
+
+
+RECTANGLE = (64, 96)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_rectangle_in_engines_is_that_in_torch(model, tmp_path, engine):
+    file = tmp_path / "model.onnx"
+    export_float(model, file, FileForm(RECTANGLE, opset=13))
+    assert read_signature(file).size == RECTANGLE
+    graph = onnx.load(str(file)).graph
+    assert {node.op_type for node in graph.node}.isdisjoint(DATA_DEPENDENT)
+    predictions = 3 * (8 * 12 + 4 * 6 + 2 * 3)
+    assert [d.dim_value for d in graph.output[0].type.tensor_type.shape.dim[1:]] == [predictions, 15]
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, *RECTANGLE), np.uint8)
+    with torch.no_grad():
+        wanted = model.eval()(torch.from_numpy(images).float() / 255)[0].numpy()
+    with closing(create_engine(engine)) as running:
+        running.load(file, batch_size=2, cores=1)
+        np.testing.assert_allclose(running.run(images)[0], wanted, rtol=1e-3, atol=2e-3)
+        with pytest.raises(EngineError, match="64 px high and 96 px wide"):
+            running.run(images.transpose(0, 1, 3, 2))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
-from standin import SIDE, write_detector
+from standin import SIDE, write_cells_detector, write_detector
 
 import sparse_exp
 from sparse_exp import Detection, Detections, Detector, load
@@ -169,3 +169,38 @@ def test_the_package_offers_it_and_is_light():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert said.stdout.strip() == "[]"
+
+
+def test_a_wide_picture_in_a_square_and_in_a_rectangle(file, tmp_path):
+    """Boxes are in pixels of the picture, by hand: the detector says them in those of what it is given."""
+    wide = write_detector(tmp_path / "wide.onnx", size=(64, 128))
+    with load(wide, engine="onnxruntime", cores=1) as running:
+        assert running.model.imgsz == (64, 128)
+        # 256 x 72 px fit 128 x 64 px by a half: 128 x 36, 14 rows of grey above. A car at (20, 30), 12 wide.
+        found = running(image((20, 30, 12), width=256, height=72))
+        np.testing.assert_allclose(found.boxes[0], [28, 16, 52, 48], atol=1e-3)
+        assert found.size == (256, 72)
+        # 64 x 128 px by a half: 32 x 64, 48 columns of grey on the left; a car at (60, 30).
+        np.testing.assert_allclose(
+            running(image((60, 30, 12), 64, 128)).boxes[0], [12, 44, 36, 76], atol=1e-3
+        )
+    with load(
+        file, engine="onnxruntime", cores=1
+    ) as square:  # 256 x 72 px by an eighth: 32 x 9, 11 rows of grey
+        car = square(image((20, 15, 12), width=256, height=72)).boxes[0]
+        np.testing.assert_allclose(car, [112, 0, 208, 72], atol=1e-3)
+
+
+def test_a_rectangle_finds_what_a_square_finds(tmp_path):
+    picture = np.zeros((144, 256, 3), np.uint8)  # 16:9; by a half 128 x 72 px
+    for row, column, colour in ((0, 0, (250, 20, 12)), (50, 100, (240, 8, 30)), (112, 224, (230, 10, 10))):
+        picture[row : row + 32, column : column + 32] = colour
+    found = []
+    for number, size in enumerate([(128, 128), (96, 128)]):
+        file = write_cells_detector(tmp_path / f"{number}.onnx", size)
+        with load(file, engine="onnxruntime", cores=1, conf=0.6) as running:
+            found.append(running(picture))
+    square, rectangle = found
+    assert len(square) >= 3
+    np.testing.assert_allclose(rectangle.boxes, square.boxes, atol=1e-4)
+    np.testing.assert_allclose(rectangle.scores, square.scores, atol=1e-6)

@@ -41,7 +41,7 @@ def test_what_is_written_is_read(file):
 @pytest.mark.parametrize("names", ["{0: 'person'}", "[1, 2]", "null", "[]", "not json"])
 def test_names_of_other_exporters_are_not_guessed(file, names):
     write_metadata(file, {"names": names, "imgsz": "[640, 640]", "stride": "32", "conf": "1.5", "iou": "x"})
-    assert read_metadata(file) == {"stride": 32}
+    assert read_metadata(file) == {"imgsz": 640, "stride": 32}
 
 
 def test_files_without_entries_and_no_files(file, tmp_path):
@@ -63,3 +63,10 @@ def test_an_export_says_its_classes_and_reading_them_needs_no_torch(tmp_path):
         [sys.executable, "-c", code, str(tmp_path / "m.onnx")], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == f"{NAMES!a};False"
+
+
+def test_the_size_of_rectangles(file):
+    write_metadata(file, describe(NAMES, (384, 640), {}))
+    assert read_metadata(file)["imgsz"] == (384, 640)
+    texts = {item.key: item.value for item in onnx.load(str(file)).metadata_props}
+    assert texts["imgsz"] == "[384, 640]"  # as Ultralytics writes it

@@ -347,3 +347,8 @@ def test_less_sparse_than_planned_is_refused_with_both_numbers():
     require_sparsity(layers, 0.7005, "in x.pt")  # a tenth of a percent is let pass
     with pytest.raises(SparsityError, match=r"sparsity in x\.pt to be at least 75\.00%, but got '70\.00%'"):
         require_sparsity(layers, 0.75, "in x.pt")
+
+
+def test_work_of_a_rectangle_is_that_of_its_pixels():
+    assert stock_macs("n", 3, (64, 96)) == 6 * stock_macs("n", 3, 32)
+    assert LayerSparsity("model.0.conv", 0, 10).macs((64, 96)) == 10 * 32 * 48

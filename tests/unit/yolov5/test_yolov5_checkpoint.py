@@ -314,7 +314,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(model, monkeypatch,
 @pytest.mark.parametrize(
     ("key", "value"),
     [("size", "q"), ("num_classes", "2"), ("names", None), ("state_dict", []), ("epoch", None),
-     ("metrics", 3), ("metrics", {"a": "b"}), ("recipe", None), ("imgsz", 1.5), ("format", "sparse_exp/9")],
+     ("metrics", 3), ("metrics", {"a": "b"}), ("recipe", None), ("imgsz", 1.5), ("imgsz", [384]),
+     ("imgsz", [384, 0]), ("imgsz", "640"), ("format", "sparse_exp/9")],
 )  # fmt: skip
 def test_malformed_files_of_ours_are_refused(model, key, value, tmp_path):
     path = ours(tmp_path / "x.pt", model)
@@ -394,3 +395,10 @@ def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_changed(model, tenso
     with pytest.raises(CheckpointError, match=message):
         transfer_weights(fresh, checkpoint)
     assert torch.equal(fresh.state_dict()["model.0.conv.weight"], before)
+
+
+def test_the_size_of_images_survives(model, tmp_path):
+    path = ours(tmp_path / "x.pt", model, imgsz=(384, 640))
+    assert read_checkpoint(path).imgsz == (384, 640)
+    assert torch.load(path, weights_only=True)["imgsz"] == [384, 640]
+    assert torch.load(ours(tmp_path / "y.pt", model), weights_only=True)["imgsz"] == 320

@@ -197,3 +197,11 @@ def test_gradients_stay_finite_for_vanishing_boxes():
     )
     total.backward()
     assert all(torch.isfinite(r.grad).all() for r in raw)
+
+
+def test_objectness_is_scaled_by_the_pixels_of_a_rectangle():
+    raw = [torch.zeros(1, 3, 8 // k, 16 // k, 6) for k in (1, 2, 4)]  # of 64 x 128 px
+    anchors, none = torch.ones(3, 3, 2), torch.zeros(0, 6)
+    losses = [DetectionLoss(anchors, 1, LossConfig(), size)(raw, none)[0] for size in ((64, 128), 64, 128)]
+    assert float(losses[0]) == pytest.approx(2 * float(losses[1]))
+    assert float(losses[0]) == pytest.approx(float(losses[2]) / 2)
