@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sparse_exp.errors import ConfigError, expected
 
@@ -67,6 +67,11 @@ def parse_imgsz(text: str, option: str) -> Imgsz:
     except ValueError as error:
         should_be = "a positive number of pixels, or HEIGHT,WIDTH"
         raise ConfigError(expected(option, should_be, text, "For example 640, or 384,640.")) from error
+
+
+def plain(imgsz: Any) -> Any:
+    """A size as files hold it: a number, or a list of height and width."""
+    return list(imgsz) if isinstance(imgsz, tuple) else imgsz
 
 
 def in_words(imgsz: object) -> str:

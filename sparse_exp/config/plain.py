@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sparse_exp.config.imgsz import STRIDE, imgsz_of, in_words, sides
+from sparse_exp.config.imgsz import STRIDE, imgsz_of, in_words, plain, sides
 from sparse_exp.errors import ConfigError, expected, first_line
 from sparse_exp.files import expanded
 
@@ -138,14 +138,14 @@ def _size_out_of_bounds(key: str, value: Any, metadata: Any) -> Iterator[str]:
         own = sides(imgsz_of(value))
     except ValueError:
         do = f"For example {key}=640, or {key}=[384,640]."
-        yield expected(key, "a whole number of pixels, or [height,width]", in_words(value), do)
+        yield expected(key, "a positive whole number of pixels, or [height,width]", plain(value), do)
         return
     low, high = metadata["low"], metadata["high"]
     nearest = imgsz_of([min(high, max(low, round(side / STRIDE) * STRIDE)) for side in own])
     if not all(low <= side <= high for side in own):
         each = "" if isinstance(value, int) else " each"
         bounds = f"at least {low} and at most {high} px{each}"
-        yield expected(key, bounds, in_words(value), f"Change {key}.")
+        yield expected(key, bounds, plain(value), f"Change {key}.")
     elif any(side % STRIDE for side in own):
         do = f"The detector's largest stride is {STRIDE}; use {key}={in_words(nearest)}."
-        yield expected(key, f"a multiple of {STRIDE}", in_words(value), do)
+        yield expected(key, f"a multiple of {STRIDE}", plain(value), do)

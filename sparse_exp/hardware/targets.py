@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
-from sparse_exp.config.imgsz import Imgsz, in_words
+from sparse_exp.config.imgsz import Imgsz, in_words, plain
 from sparse_exp.config.runtimes import RUNTIMES
 from sparse_exp.config.schema import Experiment, HardwareConfig
 from sparse_exp.errors import ConfigError, expected
@@ -304,7 +304,7 @@ def _other_imgsz(hardware: HardwareConfig, imgsz: Imgsz | None) -> Iterator[Mism
     if imgsz and hardware.imgsz and imgsz != hardware.imgsz:
         wanted, got = in_words(hardware.imgsz), in_words(imgsz)
         do = f"Set dataset.imgsz={wanted}, or hardware.imgsz=null."
-        refusal = expected("dataset.imgsz", f"the {wanted} px of hardware={hardware.name}", got, do)
+        refusal = expected("dataset.imgsz", f"the {wanted} px of hardware={hardware.name}", plain(imgsz), do)
         yield Mismatch(f"{got} px instead of {wanted} px", refusal)
 
 

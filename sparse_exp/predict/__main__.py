@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparse_exp.command import Parser, run_command
-from sparse_exp.config.imgsz import STRIDE, Imgsz, in_words, parse_imgsz, sides
+from sparse_exp.config.imgsz import STRIDE, Imgsz, in_words, parse_imgsz, plain, sides
 from sparse_exp.config.places import chosen_places
 from sparse_exp.data.detection import Listing, list_dataset
 from sparse_exp.errors import ConfigError, DataError, SparseExpError, expected
@@ -95,11 +95,11 @@ def _at_size(model: Model, imgsz: Imgsz) -> Model:
     if model.engine == "torch" and not any(side % STRIDE for side in sides(imgsz)):
         return replace(model, imgsz=imgsz)
     if model.engine == "torch":
-        raise ConfigError(expected("--imgsz", f"a multiple of {STRIDE}", in_words(imgsz), "Change it."))
+        raise ConfigError(expected("--imgsz", f"a multiple of {STRIDE}", plain(imgsz), "Change it."))
     words = f"dataset.imgsz={in_words(imgsz)} stages=[export] checkpoint=PATH"
     do = f"Leave it out, or export at that size: {words}."
     own = f"{in_words(model.imgsz)}, which {model.path} was exported for"
-    raise ConfigError(expected("--imgsz", own, in_words(imgsz), do))
+    raise ConfigError(expected("--imgsz", own, plain(imgsz), do))
 
 
 def _load(options: argparse.Namespace, model: Model, media: Media) -> Detector:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparse_exp.config.imgsz import Imgsz, imgsz_of, sides
+from sparse_exp.config.imgsz import Imgsz, imgsz_of, plain, sides
 from sparse_exp.errors import CheckpointError, expected
 from sparse_exp.files import landing
 from sparse_exp.text import whole_text
@@ -458,7 +458,7 @@ def save_checkpoint(
         "size": size,
         "num_classes": int(num_classes),
         "names": [str(name) for name in names],
-        "imgsz": imgsz if isinstance(imgsz, int) else list(imgsz),
+        "imgsz": plain(imgsz),
         # copies: a view would be written with the whole storage behind it
         "state_dict": {k: v.detach().cpu().contiguous().clone() for k, v in model_state.items()},
         "recipe": str(recipe),

@@ -16,7 +16,7 @@ from typing import ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from sparse_exp.config.imgsz import Imgsz, in_words, sides
+from sparse_exp.config.imgsz import Imgsz, plain, sides
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.metrics.anchors import PUBLISHED
 
@@ -406,7 +406,7 @@ class YOLOv5(nn.Module):
         height, width = sides(imgsz)
         if any(side < STRIDES[-1] or side % STRIDES[-1] for side in (height, width)):
             do = "Change dataset.imgsz."
-            raise ConfigError(expected("imgsz", "a positive multiple of 32", in_words(imgsz), do))
+            raise ConfigError(expected("imgsz", "a positive multiple of 32", plain(imgsz), do))
         head, was_training = self.head, self.training
         sizes = [(height // stride, width // stride) for stride in STRIDES]
         head.static = (sizes, make_grid(head.anchors, sizes))

@@ -56,13 +56,13 @@ def test_words_that_are_refused(text):
 @pytest.mark.parametrize(
     ("value", "fragments"),
     [
-        ([100, 640], ["a multiple of 32, but got [100,640]", "imgsz=[96,640]"]),
-        ([384, 2080], ["at least 64 and at most 2048 px each", "[384,2080]"]),
-        ([384], ["a whole number of pixels, or [height,width]", "[384]"]),
-        ("wide", ["a whole number of pixels, or [height,width]", "wide", "imgsz=[384,640]"]),
-        (320.5, ["a whole number of pixels", "320.5"]),
-        (True, ["a whole number of pixels"]),
-        (-32, ["a whole number of pixels", "-32"]),
+        ([100, 640], ["a multiple of 32, but got [100, 640]", "imgsz=[96,640]"]),
+        ([384, 2080], ["at least 64 and at most 2048 px each", "[384, 2080]"]),
+        ([384], ["a positive whole number of pixels, or [height,width]", "[384]"]),
+        ("wide", ["a positive whole number of pixels, or [height,width]", "wide", "imgsz=[384,640]"]),
+        (320.5, ["a positive whole number of pixels", "320.5"]),
+        (True, ["a positive whole number of pixels"]),
+        (-32, ["a positive whole number of pixels", "-32"]),
         (2080, ["at least 64 and at most 2048 px", "2080"]),
     ],
 )  # fmt: skip
