@@ -205,12 +205,12 @@ def read_coco(tree: Tree, images: str | None = None) -> Converted:
     categories = _categories(parts)
     converted = Converted(tuple(categories.values()), {})
     positions = {category: position for position, category in enumerate(categories)}
-    finder = _ImageFinder(tree)
+    folders = {name: _coco_folders(PurePosixPath(name), images) for name, _ in parts}
+    finder = _ImageFinder(tree, folders.values())
     for name, part in parts:
-        path = PurePosixPath(name)
-        rows = converted.splits.setdefault(_split_of(path), {})
+        rows = converted.splits.setdefault(_split_of(PurePosixPath(name)), {})
         try:
-            _read_coco_part(tree, finder, (path, images), part, positions, rows, converted.dropped)
+            _read_coco_part(tree, finder, folders[name], part, positions, rows, converted.dropped)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise DataError(
@@ -241,19 +241,27 @@ def _categories(parts: Sequence[tuple[str, dict[str, Any]]]) -> dict[int, str]:
 
 
 class _ImageFinder:
-    """Finds images of a tree by their file names."""
+    """Finds images of a tree by their file names.
 
-    def __init__(self, tree: Tree) -> None:
+    Args:
+        tree: holds the images.
+        folders: of the images of each annotation file. What is missing in those of one file is not taken from
+            those of another, where an image of that name is another image.
+    """
+
+    def __init__(self, tree: Tree, folders: Iterable[Iterable[PurePosixPath]]) -> None:
         self._names = tree.readers
+        self._claimed = {_normal(folder) for one in folders for folder in one}
         self._by_name: dict[str, list[str]] = {}
         for name in sorted(tree.readers):
             if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
                 self._by_name.setdefault(_composed(PurePosixPath(name).name), []).append(name)
 
-    def find(self, file_name: str, folders: Iterable[PurePosixPath]) -> str | None:
+    def find(self, file_name: str, folders: Sequence[PurePosixPath]) -> str | None:
         """The image in the first of the folders that has it, or else the only image of that name."""
+        own = {_normal(folder) for folder in folders}
         for folder in folders:
-            name = os.path.normpath(folder / file_name).replace("\\", "/")
+            name = _normal(folder / file_name)
             if name in self._names:
                 return name if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES else None
         wanted = _composed(file_name.replace("\\", "/"))
@@ -261,8 +269,18 @@ class _ImageFinder:
             name
             for name in self._by_name.get(PurePosixPath(wanted).name, [])
             if f"/{_composed(name)}".endswith(f"/{wanted}")
+            and _above(name, wanted) not in self._claimed - own
         ]
         return same[0] if len(same) == 1 else None
+
+
+def _normal(path: PurePosixPath) -> str:
+    return os.path.normpath(path).replace("\\", "/")
+
+
+def _above(name: str, end: str) -> str:
+    """The folder of ``name`` that the path ``end`` starts at."""
+    return _normal(PurePosixPath(*PurePosixPath(name).parts[: -len(PurePosixPath(end).parts)]))
 
 
 def _composed(name: str) -> str:
@@ -270,18 +288,18 @@ def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _read_coco_part(
-    tree: Tree, finder: _ImageFinder, where: tuple[PurePosixPath, str | None], part: Mapping[str, Any],
-    positions: Mapping[int, int], rows: dict[str, list[Row]], dropped: Counter[str],
-) -> None:  # fmt: skip
-    path, images = where
+def _coco_folders(path: PurePosixPath, images: str | None) -> list[PurePosixPath]:
+    """Where the images of an annotation file are looked for, ``images`` alone where it is given."""
     tag = path.stem.removeprefix("instances_")  # train2017
     above = path.parent.parent
-    folders = (
-        [PurePosixPath(images)]
-        if images
-        else [path.parent, above / tag, above / "images" / tag, above / "images", above]
-    )
+    usual = [path.parent, above / tag, above / "images" / tag, above / "images", above]
+    return [PurePosixPath(images)] if images else usual
+
+
+def _read_coco_part(
+    tree: Tree, finder: _ImageFinder, folders: Sequence[PurePosixPath], part: Mapping[str, Any],
+    positions: Mapping[int, int], rows: dict[str, list[Row]], dropped: Counter[str],
+) -> None:  # fmt: skip
     found: dict[Any, tuple[str, _Canvas]] = {}
     for image in part["images"]:
         name = finder.find(str(image["file_name"]), folders)
@@ -346,7 +364,7 @@ def read_voc(tree: Tree, sets: Mapping[str, Sequence[str]] | None = None) -> Con
     }
     items = (item for parts in chosen.values() for _, part in parts for item in part.objects)
     names = tuple(sorted({item.name for item in items if not item.difficult}))
-    converted, finder = Converted(names, {}), _ImageFinder(tree)
+    converted, finder = Converted(names, {}), _ImageFinder(tree, map(_voc_folders, map(PurePosixPath, xmls)))
     own = {name: _image_of(finder, PurePosixPath(name)) for name in sorted(xmls)}
     for split, parts in chosen.items():
         rows = converted.splits.setdefault(split, {})

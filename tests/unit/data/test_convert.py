@@ -155,6 +155,45 @@ def test_voc_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "left out: 3 difficult objects" in printed
 
 
+def test_voc_images_of_another_split_are_not_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An image of train is missing; the one of its name in val is another picture."""
+    dog, cat = voc_xml({"dog": (1, 1, 100, 50)}), voc_xml({"cat": (11, 11, 20, 20)})
+    for number, (mine, note) in enumerate((("a", cat), ("c", "<filename>c.jpg</filename>"))):
+        files = {
+            "train/Annotations/a.xml": dog.replace("<annotation>", f"<annotation>{note}") if number else dog,
+            "train/Annotations/b.xml": dog,
+            "train/JPEGImages/b.jpg": image_bytes(shade=1),
+            f"val/Annotations/{'z' if number else mine}.xml": cat,
+            "val/JPEGImages/z.jpg": image_bytes(shade=2),
+            f"val/JPEGImages/{mine}.jpg": image_bytes(shade=3),
+        }
+        source, out = put(tmp_path / f"set{number}", files), tmp_path / f"out{number}"
+        assert main(["convert", "voc", str(source), str(out)]) == 0
+        every = {**labels(out / "data.yaml", "train"), **labels(out / "data.yaml", "val")}
+        assert set(every) == {"b.jpg", "z.jpg" if number else "a.jpg"}
+        assert sum(map(len, every.values())) == 2
+        assert "1 images not found" in capsys.readouterr().out
+
+
+def test_coco_images_of_another_split_are_not_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = [{"id": n, "file_name": f"{n}.jpg", "width": 0, "height": 0} for n in range(2)]
+    box = [{"image_id": n, "category_id": 3, "bbox": [0, 0, 10, 5]} for n in range(2)]
+    files = {
+        "annotations/instances_train2017.json": coco("train", images=images, annotations=box),
+        "annotations/instances_val2017.json": coco("val", images=images[:1], annotations=box[:1]),
+        "train2017/1.jpg": image_bytes(shade=1),
+        "val2017/0.jpg": image_bytes(shade=2),
+    }
+    assert main(["convert", "coco", str(put(tmp_path / "set", files)), str(tmp_path / "out")]) == 0
+    assert list(labels(tmp_path / "out/data.yaml", "train")) == ["1.jpg"]
+    assert list(labels(tmp_path / "out/data.yaml", "val")) == ["0.jpg"]
+    assert "1 images not found" in capsys.readouterr().out
+
+
 def test_voc_beside_images(tmp_path: Path) -> None:
     size = "<filename>b ä.jpg</filename><size><width>200</width><height>100</height></size>"
     files = {
