@@ -27,6 +27,7 @@ from sparse_exp.benchmark import Cell, Row, benchmark, loads_of
 from sparse_exp.benchmark.measurements import measured
 from sparse_exp.benchmark.speed_table import impossible_lines, options_table, speed_table
 from sparse_exp.command import Parser, amount, run_command, whole
+from sparse_exp.config.imgsz import Imgsz, imgsz_of, in_words, parse_imgsz, sides
 from sparse_exp.config.schema import ENGINES, SCENARIOS, VARIANTS, HardwareConfig
 from sparse_exp.engines.base import check_images
 from sparse_exp.engines.signature import read_signature
@@ -71,8 +72,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cores", nargs="*", type=whole, default=[], help="default: all physical ones")
     parser.add_argument("--streams", nargs="*", type=whole, default=[], help="default: what tuning finds")
     pixels = parser.add_mutually_exclusive_group()
-    pixels.add_argument("--imgsz", type=whole, help="pixels; default: what the first ONNX file takes")
-    pixels.add_argument("--images", type=Path, help="uint8 (N, 3, S, S) in a .npy file; default: noise")
+    pixels.add_argument(
+        "--imgsz", type=parse_imgsz, help="640, or 384,640 (height, width); default: of the first ONNX file"
+    )
+    pixels.add_argument("--images", type=Path, help="uint8 (N, 3, H, W) in a .npy file; default: noise")
     parser.add_argument("--seconds", type=amount, default=defaults.duration_s, help="of one measurement")
     parser.add_argument("--repeats", type=whole, default=defaults.repeats)
     parser.add_argument("--warmup", type=amount, default=defaults.warmup_s, help="seconds at least")
@@ -171,13 +174,13 @@ def _images(options: argparse.Namespace, count: int) -> np.ndarray:
         check_images(loaded)
         return loaded
     size = options.imgsz or _size_of([spec.model for spec in options.cell])
-    return np.random.default_rng(0).integers(0, 256, (count, 3, size, size), np.uint8)
+    return np.random.default_rng(0).integers(0, 256, (count, 3, *sides(size)), np.uint8)
 
 
-def _size_of(models: Sequence[Path]) -> int:
+def _size_of(models: Sequence[Path]) -> Imgsz:
     for model in models:
         if model.suffix == ".onnx" and (size := read_signature(model).size):
-            return size[1]
+            return imgsz_of(size)
     do = "Give --imgsz, or correct the paths of the cells."
     raise ConfigError(expected("a cell's file", "an ONNX file, which tells its image size", models[0], do))
 
@@ -199,7 +202,7 @@ def _conditions(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         before: dict[str, Any] = row["before"]
         sentence = (
-            f"{row['cpu']} ({', '.join(row['isa'])}), {row['imgsz']} px, median of at "
+            f"{row['cpu']} ({', '.join(row['isa'])}), {in_words(row['imgsz'])} px, median of at "
             f"least {row['repeats']} repeats in turns of {row['duration_s']:g} s; before: load average "
             f"{before['load_average']}, other programs on {before['busy_cores']} cores; "
             f"{row['started'][:16]} to {row['ended'][:16]} UTC."

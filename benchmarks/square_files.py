@@ -5,6 +5,7 @@ is fully convolutional, and its speed does not depend on its training. So its ch
 any size.
 
     python benchmarks/square_files.py outputs/runs/2026-11-23/10-00-00-yolov5s --imgsz 640 --out files/s
+    python benchmarks/square_files.py RUN --imgsz 384,640 --out files/wide
     python benchmarks/square_files.py RUN --dense DENSE_RUN --imgsz 640 --out files/s
 
 The script writes `dense.onnx` (of DENSE_RUN, else with initial weights), with `--int8` each engine's
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparse_exp.command import Parser, run_command, whole
+from sparse_exp.config.imgsz import parse_imgsz
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.export.exporter import export_dense_integer, export_deployment
@@ -36,14 +38,11 @@ from sparse_exp.yolov5 import YOLOv5
 from sparse_exp.zoo.publish import dataset_of, read_finished
 
 OPSET = 13
-_STRIDE = 32
 
 
 def main() -> int:
     """Write the files."""
     options = _options()
-    if options.imgsz % _STRIDE:
-        raise ConfigError(expected("--imgsz", f"a multiple of {_STRIDE}", options.imgsz, "Correct it."))
     run, file = _read(options.run)
     model, checkpoint = restore(file)
     dense = restore(_read(options.dense)[1])[0] if options.dense else initial_network(model)
@@ -68,7 +67,9 @@ def _options() -> argparse.Namespace:
         "--dense", type=Path, metavar="RUN", help="run with the weights of the dense baselines"
     )
     parser.add_argument("--int8", action="store_true", help="quantize the dense baseline for each engine")
-    parser.add_argument("--imgsz", type=whole, default=640, help="side of the images, px, a multiple of 32")
+    parser.add_argument(
+        "--imgsz", type=parse_imgsz, default=640, help="px, multiples of 32: 640, or 384,640 (height, width)"
+    )
     parser.add_argument("--images", type=whole, default=32, help="to calibrate with")
     parser.add_argument("--out", type=Path, required=True, help="directory")
     return parser.parse_args()

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sparse_exp.errors import ConfigError, expected
+from sparse_exp.command import checked
 
 Imgsz = int | tuple[int, int]
 """Side of a square, or height and width of a rectangle that is no square, px."""
@@ -50,23 +50,16 @@ def imgsz_of(value: object) -> Imgsz:
     return height if height == width else (height, width)
 
 
-def parse_imgsz(text: str, option: str) -> Imgsz:
-    """The size that a word of a command line means: ``640``, ``384,640`` or ``[384,640]``.
-
-    Args:
-        text: the word.
-        option: what it was given for, for the message.
+def parse_imgsz(text: str) -> Imgsz:
+    """A type of `argparse`: a size as ``640``, ``384,640`` or ``[384,640]``, height first.
 
     Raises:
-        ConfigError: it is something else.
+        argparse.ArgumentTypeError: it is none.
     """
     match = _TEXT.fullmatch(text.strip())
     numbers = [int(number) for number in match.groups() if number] if match else []
-    try:
-        return imgsz_of(numbers * 2 if len(numbers) == 1 else numbers)
-    except ValueError as error:
-        should_be = "a positive number of pixels, or HEIGHT,WIDTH"
-        raise ConfigError(expected(option, should_be, text, "For example 640, or 384,640.")) from error
+    checked(text, bool(numbers) and min(numbers) > 0, "pixels as 640, or HEIGHT,WIDTH as 384,640")
+    return imgsz_of(numbers * 2 if len(numbers) == 1 else numbers)
 
 
 def plain(imgsz: Any) -> Any:

@@ -53,7 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     checks.add_argument("yaml", type=Path, help="data yaml in Ultralytics' format")
     checks.add_argument(
-        "--imgsz", default="640", help="image size of the training, px: 640, or 384,640 (height, width)"
+        "--imgsz",
+        type=parse_imgsz,
+        default=640,
+        help="image size of the training, px: 640 (default), or 384,640 (height, width)",
     )
     checks.add_argument("--json", action="store_true", help="print everything as json")
     checks.add_argument("--all", action="store_true", help=f"list every warning, not {_SHOWN} of a kind")
@@ -80,9 +83,8 @@ def check(options: argparse.Namespace) -> int:
     Raises:
         DataError: an option or the data yaml is wrong.
     """
-    imgsz = parse_imgsz(options.imgsz, "--imgsz")
     cache = cache_directory(chosen_places(options).cache)
-    report = inspect(expanded(options.yaml), imgsz, cache)
+    report = inspect(expanded(options.yaml), options.imgsz, cache)
     if options.json:
         print(as_json(report.as_dict()))
     else:

@@ -76,7 +76,7 @@ def main() -> int:
 def _find_model(options: argparse.Namespace, data: Listing | None) -> Model:
     """The model at the size of ``--imgsz``, with the class names of ``--data``."""
     model = find_model(options.model, engine=options.engine, places=chosen_places(options))
-    model = _at_size(model, parse_imgsz(options.imgsz, "--imgsz") if options.imgsz else model.imgsz)
+    model = _at_size(model, options.imgsz or model.imgsz)
     if data is None:
         return model
     if model.names and len(model.names) != len(data.names):
@@ -194,6 +194,7 @@ def _options() -> argparse.Namespace:
     add(
         "--imgsz",
         metavar="PX",
+        type=parse_imgsz,
         help="640, or 384,640 (height, width); of an exported model: refuse another size; of torch: the size "
         "to take",
     )
