@@ -134,7 +134,8 @@ def read_picture(
     """
     with _opened(path if content is None else BytesIO(content), path) as image:
         size, stored = _frame(image).upright, image.size
-        image.draft("RGB", fitted_size(*image.size, imgsz))
+        wanted = fitted_size(*size, imgsz)
+        image.draft("RGB", wanted if size == stored else wanted[::-1])
         picture = _upright_rgb(image)
         square, mapping = letterbox(picture, imgsz, size)
         return square, mapping, picture if image.size == stored else None

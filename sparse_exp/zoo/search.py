@@ -35,7 +35,7 @@ Test = Callable[[Metadata], bool]
 _TEXTS = ("size", "dataset", "tag", "recipe", "stub", "origin", "by", "published")
 _NUMBERS: dict[str, Callable[[Metadata], Any]] = {
     "sparsity": operator.methodcaller("get", "sparsity"),
-    "imgsz": lambda model: max(sides(imgsz_of(size))) if (size := model.get("imgsz")) else None,
+    "imgsz": lambda model: _longer_side(model.get("imgsz")),
     "classes": lambda model: len(model.get("classes", ())),
 }
 _FLAGS: dict[str, Test] = {
@@ -50,6 +50,13 @@ KEYS = (*_TEXTS, *_NUMBERS, *_FLAGS)
 _USUAL = ("val/map50", "val/map50_95", "recovery/map50", "size/onnx_mb", "size/onnx_gzip_mb")
 _EQUAL = ("=", "==", "!=")
 _YES, _NO = ("true", "yes", "1"), ("false", "no", "0")
+
+
+def _longer_side(imgsz: object) -> int | None:
+    try:
+        return max(sides(imgsz_of(imgsz)))
+    except ValueError:  # not recorded
+        return None
 
 
 def find_models(text: str, models: Sequence[Published]) -> list[Published]:

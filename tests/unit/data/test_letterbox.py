@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
 from sparse_exp.data.images import read_image, read_square
 from sparse_exp.data.letterbox import PADDING, letterbox
@@ -117,3 +117,15 @@ def test_a_rectangle_by_hand(
     given = np.array([[300, 150, 600, 450]], np.float32)
     np.testing.assert_allclose(mapping.boxes(given), [box], atol=1e-4)
     np.testing.assert_allclose(mapping.boxes_back(mapping.boxes(given)), given, atol=1e-3)
+
+
+def test_a_turned_photo_is_decoded_as_large_as_a_rectangle_shows_it(tmp_path: Path) -> None:
+    """Of 800 x 600 px as stored, upright 384 x 512 px are shown: half of what is stored would be too few."""
+    grain = np.random.default_rng(0).integers(0, 256, (150, 200), np.uint8).repeat(4, 0).repeat(4, 1)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    Image.fromarray(grain).convert("RGB").save(tmp_path / "a.jpg", quality=95, exif=turned)
+    shown, mapping = read_square(tmp_path / "a.jpg", (640, 384))
+    wanted, _ = letterbox(read_image(tmp_path / "a.jpg"), (640, 384))
+    assert mapping.size == (600, 800)
+    assert np.abs(shown.astype(int) - wanted).mean() < 0.5
