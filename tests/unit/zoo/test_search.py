@@ -131,3 +131,11 @@ def test_a_term_that_cannot_be_is_named(query, term, fragment):
 def test_a_metric_that_fits_several_lists_them():
     with pytest.raises(ConfigError, match=r"got 'latency'.*latency_p50_ms, \S+latency_p99_ms. Name more"):
         find_models("latency<20", MODELS)
+
+
+@pytest.mark.parametrize(
+    ("imgsz", "fits"), [([384, 640], True), (640, True), (384, False), (None, False), ("?", False)]
+)
+def test_the_longer_side_of_images_counts(imgsz, fits):
+    model = Published("tag", Path(), {**MODEL, "imgsz": imgsz})
+    assert find_models("imgsz=640", [model]) == [model] * fits
