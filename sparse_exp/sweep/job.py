@@ -96,7 +96,8 @@ def run_job(job: Job, experiment: Experiment) -> ObjectiveValues:
 
 def _label(job: Job, name: str) -> str:
     """What the job has for itself in its sweep and its name does not say, such as ``seed=1``."""
-    of_all = shlex.split(str(read_state(job.sweep).get("command", "")))
+    state = read_state(job.sweep)
+    of_all = [*shlex.split(str(state.get("command", ""))), *state.get("fixed", [])]
     said = set(re.split("[-_ ]", name))
     pairs = [word.lstrip("+").partition("=") for word in job.overrides if word not in of_all]
     return " ".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs if value not in said)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sparse_exp.compare.comparison import FINISHED
@@ -109,8 +110,15 @@ def open_sweep(config: DictConfig) -> None:
     if sweep.config.rerun == "all":
         supersede_jobs(sweep.directory)
     command = shlex.join(["python", "-m", "sparse_exp", *sys.argv[1:]])
-    update_state(sweep.directory, command=command, launcher=launcher.name)
+    update_state(sweep.directory, command=command, fixed=_fixed(config), launcher=launcher.name)
     _log.info("Sweep %s in %s", sweep.directory.name, sweep.directory)
+
+
+def _fixed(config: DictConfig) -> list[str]:
+    """The words of the command that are the same for all jobs, as Hydra writes them down for each."""
+    words = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    alike = [word for word in words if not word.is_sweep_override() and not word.is_delete()]
+    return [f"{word.get_key_element()}={word.get_value_element_as_str()}" for word in alike]
 
 
 def _check_objectives(config: DictConfig, sweep: SweepConfig) -> None:

@@ -141,6 +141,16 @@ def test_a_job_is_labelled_by_what_its_name_does_not_say(tmp_path):
     assert _label(job, "yolov5n-digits-dense") == "seed=1 lr=0.1"
 
 
+def test_words_that_hydra_writes_in_another_way_are_no_label(two):
+    words = ["tracker.system_metrics=false", "trainer.lr=1e-3,2e-3", "recipe.variables.final_lr=1e-5"]
+    assert two(*TINY, *words, "sweep.name=other").code == 0
+    jobs = [Path(f"outputs/sweeps/other/{number}-yolov5n-digits-transfer_quant") for number in (0, 1)]
+    said = [json.loads((job / "manifest.json").read_text())["overrides"] for job in jobs]
+    assert "tracker.system_metrics=False" in said[0]
+    labels = [_label(Job(0, job, job.parent, words, {}), "x") for job, words in zip(jobs, said, strict=True)]
+    assert labels == ["lr=0.001", "lr=0.002"]
+
+
 @pytest.mark.slow
 def test_all_are_made_anew_on_request(two):
     ended = two(*TWO, "seed=1", "sweep.rerun=all")

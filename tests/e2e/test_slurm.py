@@ -127,5 +127,7 @@ def test_jobs_are_submitted_cancelled_and_gone_on_with(slurm, tmp_path):
     assert "2 of 2 jobs finished" in text
     assert [each["status"] for each in manifests(tmp_path)] == ["FINISHED"] * 2
     for job in jobs.glob("*/history.json"):
-        assert [row["epoch"] for row in json.loads(job.read_text())] == list(range(1, 13))
+        epochs = [row["epoch"] for row in json.loads(job.read_text())]
+        assert epochs == sorted(set(epochs))
+        assert epochs[-1] == 12
     assert (slurm / "cancelled").read_text() == "100\n"
