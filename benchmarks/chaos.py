@@ -54,8 +54,8 @@ from sparse_exp.tracking.dashboard import free_port
 
 MARK = "chaos"
 SMALL = [
-    "experiment=smoke", "recipe.variables.num_epochs=2", "dataset.workers=1", "trainer.threads=1",
-    "hardware.engines=[onnxruntime]", "hardware.warmup_s=0", "hardware.repeats=1",
+    "experiment=smoke", "dataset.imgsz=64", "recipe.variables.num_epochs=2", "dataset.workers=1",
+    "trainer.threads=1", "hardware.engines=[onnxruntime]", "hardware.warmup_s=0", "hardware.repeats=1",
     "tracker.system_metrics=false",
 ]  # fmt: skip
 RUN = [*SMALL, "paths.run=run"]
