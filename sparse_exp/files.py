@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,11 +21,16 @@ from typing import Any
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Errors of the system that mean: no space is left, on the disk or for this user."""
 _MOST_SINGLE_FILES = 200  # with more, all that the system has to write is written out at once
+_PART = re.compile(r"\..*\.\d+\.part(\.[^.]*)?", re.DOTALL)  # a temporary name that `landing` gives
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # constants of Linux, see renameat2(2)
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with the home directory in the place of ``~`` or ``~user``; one of an unknown user stays."""
+    """A path with the home directory in the place of ``~`` or ``~user``; one of an unknown user stays.
+
+    No file has a null character in its name: another stands for it, so that the path is one of no file.
+    """
+    path = str(path).replace("\0", "\ufffd")
     return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises an error of its own
 
 
@@ -66,6 +72,23 @@ def landing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def remove_parts(directory: Path, *, below: bool) -> None:
+    """Delete what killed processes left half-written: their `landing` did not end.
+
+    Nobody may write there meanwhile: hold the directory's lock.
+
+    Args:
+        directory: it may not exist.
+        below: whether also in the directories below it; links are not followed.
+    """
+    for folder, folders, names in os.walk(directory):
+        if not below:
+            folders.clear()
+        for name in filter(_PART.fullmatch, names):
+            with suppress(FileNotFoundError):
+                Path(folder, name).unlink()
 
 
 @contextmanager
@@ -194,10 +217,28 @@ def _finite(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Plain data from JSON, which may be anybody's.
+
+    Raises:
+        ValueError: it is no JSON, is nested too deeply, or holds a whole number that no float can hold.
+    """
+    try:
+        return json.loads(text, parse_int=_whole)
+    except (RecursionError, OverflowError) as error:
+        raise ValueError(f"it is nested too deeply, or a number is too large ({error})") from error
+
+
+def _whole(text: str) -> int:
+    number = int(text)
+    float(number)
+    return number
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """An object from a JSON file; empty where there is none that can be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

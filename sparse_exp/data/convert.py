@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -18,6 +17,7 @@ from sparse_exp.data.images import IMAGE_SUFFIXES, Box, Frame, read_frame
 from sparse_exp.data.voc import VocAnnotation, read_annotation
 from sparse_exp.data.writing import write_yaml
 from sparse_exp.errors import DataError, expected
+from sparse_exp.files import parse_json
 from sparse_exp.progress import progress
 
 Row = tuple[int, float, float, float, float]
@@ -221,7 +221,7 @@ def read_coco(tree: Tree, images: str | None = None) -> Converted:
 
 def _load_coco(tree: Tree, name: str) -> dict[str, Any] | None:
     try:
-        part = json.loads(tree.read(name))
+        part = parse_json(tree.read(name))
     except ValueError as error:
         raise DataError(f"Cannot read {name} in {tree.place}: {error}. Correct it.") from error
     wanted = {"images", "annotations", "categories"}

@@ -188,16 +188,19 @@ def list_dataset(yaml_path: Path) -> Listing:
     """
     spec = _read_yaml(yaml_path)
     names, keypoints = _read_names(spec, yaml_path), _read_keypoints(spec, yaml_path)
-    root, hint = _find_root(spec, yaml_path)
     missing: dict[Path, str] = {}
-    splits = {
-        split: tuple(
-            Sample(image, _label_of(image), keypoints=keypoints)
-            for image in _images_of(split, spec[split], root, hint, yaml_path, missing)
-        )
-        for split in SPLITS
-        if spec.get(split)
-    }
+    try:
+        root, hint = _find_root(spec, yaml_path)
+        splits = {
+            split: tuple(
+                Sample(image, _label_of(image), keypoints=keypoints)
+                for image in _images_of(split, spec[split], root, hint, yaml_path, missing)
+            )
+            for split in SPLITS
+            if spec.get(split)
+        }
+    except OSError as error:
+        raise DataError(f"Cannot read what {yaml_path} names: {error}. Correct or allow it.") from error
     _require_images(splits, yaml_path)
     return Listing(yaml_path, root, names, splits, missing, keypoints)
 
@@ -438,6 +441,7 @@ def _listed_images(listing: Path, root: Path, missing: dict[Path, str]) -> Itera
     for number, line in enumerate(map(str.strip, lines), start=1):
         if not line:
             continue
+        line = line.replace("\0", "\ufffd")  # of no file
         # As upstream: ./x is relative to the list's own folder, x to the root of the data set.
         starts = (listing.parent, root) if line.startswith("./") else (root, listing.parent)
         spellings = dict.fromkeys((line, line.replace("\\", "/")))  # lists may come from Windows

@@ -82,16 +82,16 @@ def read_signature(model: Path) -> Signature:
 
     try:
         loaded = onnx.load(str(model), load_external_data=False)
-    except (OSError, ValueError, DecodeError) as error:
+        if not loaded.HasField("graph"):
+            raise _not_whole(model)
+        dtypes = {number: name.lower() for name, number in TensorProto.DataType.items()}
+        dtypes |= {0: "", TensorProto.FLOAT: "float32", TensorProto.DOUBLE: "float64"}
+        graph = loaded.graph
+        constants = {constant.name for constant in graph.initializer}
+        inputs = tuple(_port(value, dtypes) for value in graph.input if value.name not in constants)
+        return Signature(inputs, tuple(_port(value, dtypes) for value in graph.output))
+    except (OSError, ValueError, DecodeError) as error:  # a name may be no text
         raise _not_whole(model) from error
-    if not loaded.HasField("graph"):
-        raise _not_whole(model)
-    dtypes = {number: name.lower() for name, number in TensorProto.DataType.items()}
-    dtypes |= {0: "", TensorProto.FLOAT: "float32", TensorProto.DOUBLE: "float64"}
-    graph = loaded.graph
-    constants = {constant.name for constant in graph.initializer}
-    inputs = (_port(value, dtypes) for value in graph.input if value.name not in constants)
-    return Signature(tuple(inputs), tuple(_port(value, dtypes) for value in graph.output))
 
 
 def _not_whole(model: Path) -> EngineError:

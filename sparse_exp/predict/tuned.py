@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from sparse_exp.engines import create_engine
+from sparse_exp.files import parse_json
 from sparse_exp.hardware import host_facts, usable_physical_cores
 from sparse_exp.predict.models import Model
 
@@ -47,8 +47,8 @@ def _rows(model: Model) -> list[dict[str, Any]]:
     for place in model.path.absolute().parents[:2]:
         for name in _BESIDE:
             try:
-                rows = json.loads((place / name).read_text(encoding="utf-8"))
-            except (OSError, ValueError, RecursionError):
+                rows = parse_json((place / name).read_text(encoding="utf-8"))
+            except (OSError, ValueError):
                 continue
             return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
     return []

@@ -25,12 +25,12 @@ No other module spells these names. The export stage makes the files that ``hard
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparse_exp.errors import Impossible, expected
+from sparse_exp.files import parse_json
 
 FOLDER = "deployment"
 MODEL, QDQ, ONNXRUNTIME = "model.onnx", "model.qdq.onnx", "model.onnxruntime.onnx"
@@ -107,7 +107,7 @@ class Deployment:
     def names(self) -> tuple[str, ...]:
         """The class names in ``class_names.json``; empty where there is no such list."""
         try:
-            names = json.loads(self.class_names.read_text(encoding="utf-8"))
+            names = parse_json(self.class_names.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return ()
         return tuple(map(str, names)) if isinstance(names, list) else ()

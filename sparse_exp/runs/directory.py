@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
 
 from sparse_exp.bounded_yaml import read_yaml
 from sparse_exp.errors import ConfigError, expected
-from sparse_exp.files import FULL, expanded, landing, sha256_of, write_json, write_text
+from sparse_exp.files import (
+    FULL,
+    expanded,
+    landing,
+    parse_json,
+    remove_parts,
+    sha256_of,
+    write_json,
+    write_text,
+)
 from sparse_exp.hints import resume_command
 from sparse_exp.locks import IN_DIRECTORY, alone_in, is_held
 from sparse_exp.runs.deployment import FOLDER, Deployment
@@ -124,10 +133,21 @@ class StageRecord:
         """A record from its entry; keys of later versions are left out.
 
         Raises:
-            TypeError: the entry has no fingerprint, or is no mapping.
+            TypeError: the entry has no fingerprint, is no mapping, or has a value of another kind.
         """
-        known = {item.name for item in fields(cls)}
-        return cls(**{key: value for key, value in entry.items() if key in known})
+        found = {key: value for key, value in entry.items() if key in _KINDS}
+        for key, value in found.items():
+            if not isinstance(value, _KINDS[key]):
+                raise TypeError(f"{key} is {value!r}")
+        return cls(**found)
+
+
+_KINDS: dict[str, Any] = {
+    "fingerprint": str, "outputs": dict, "metrics": dict, "seconds": (int, float), "facts": dict,
+    "shared_from": (str, NoneType), "ended": (int, float), "events": list, "conditions": str, "parts": dict,
+    "step": (int, NoneType),
+}  # fmt: skip
+_STATE: dict[str, type] = {"overrides": list, "environments": dict}  # of the manifest's other entries
 
 
 class Run:
@@ -159,6 +179,7 @@ class Run:
             ConfigError: it exists, is not empty, and ``overwrite`` is off; or cannot be made.
         """
         former = None
+        remove_parts(path, below=False)  # of a process that was killed before it had written the manifest
         if _content(path):
             if not (path / MANIFEST).is_file():
                 raise ConfigError(
@@ -182,12 +203,13 @@ class Run:
 
     @classmethod
     def reopen(cls, path: Path) -> Run:
-        """Open an existing run to go on with it.
+        """Open an existing run to go on with it; what a killed process left half-written goes.
 
         Raises:
             ConfigError: there is no readable manifest.
         """
         run = cls.read(path)
+        remove_parts(run.path, below=True)
         run.update(status="RUNNING", failure=None, key=run.key or uuid.uuid4().hex)
         return run
 
@@ -302,8 +324,8 @@ class Run:
     def baseline_checkpoint(self) -> Path | None:
         """File of the dense counterpart that the baseline stage found or trained; None without one."""
         checkpoint = self.facts("baseline").get("checkpoint")
-        file = self.path / checkpoint if checkpoint else None
-        return file if file and file.is_file() else None
+        file = self.path / str(checkpoint) if checkpoint else None
+        return file if file and os.path.isfile(file) else None  # noqa: PTH113 - false for names of any length
 
     @property
     def dense_fingerprint(self) -> str | None:
@@ -326,11 +348,9 @@ class Run:
     def deployment(self) -> Deployment:
         """The exported files; the directory need not exist."""
         exported = self.facts("export")
+        impossible, dense = (_mapping(exported.get(key)) for key in ("impossible", "dense"))
         return Deployment(
-            self.path / FOLDER,
-            self.checkpoint,
-            exported.get("impossible", {}),
-            dense_is_trained=bool(exported.get("dense", {}).get("trained")),
+            self.path / FOLDER, self.checkpoint, impossible, dense_is_trained=bool(dense.get("trained"))
         )
 
     def before_quantization(self, checkpoint: Path) -> Path | None:
@@ -395,11 +415,18 @@ class Run:
 def _manifest(file: Path) -> tuple[dict[str, StageRecord], dict[str, Any]] | None:
     """The records and the other entries of a manifest; None where it is not there or cannot be read."""
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = parse_json(file.read_text(encoding="utf-8"))
         stages = manifest.pop("stages")
+        for key, kind in _STATE.items():
+            if not isinstance(manifest.get(key, kind()), kind):
+                return None
         return {name: StageRecord.from_plain(entry) for name, entry in stages.items()}, dict(manifest)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _digest(path: Path) -> str | None:

@@ -24,17 +24,20 @@ entry                  what it says
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from sparse_exp.config.imgsz import Imgsz, imgsz_of
+from sparse_exp.files import parse_json
 
 TASK, STRIDE = "detect", 32
 CONF, IOU = 0.25, 0.45
 """Least confidence and overlap with which a detector is used, unless others are given."""
 _WHOLE, _SHARES = ("stride",), ("conf", "iou", "sparsity")
+_PIXELS = re.compile("[0-9]{1,9}")
 _TEXTS = ("task", "version", "run", "recipe", "checkpoint_sha256", "licence")
 
 
@@ -74,7 +77,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """
     texts = _of_xml(path) if path.suffix == ".xml" else _of_onnx(path)
     found: dict[str, Any] = {key: texts[key] for key in _TEXTS if key in texts}
-    found |= {key: int(texts[key]) for key in _WHOLE if texts.get(key, "").isdecimal()}
+    found |= {key: int(texts[key]) for key in _WHOLE if _PIXELS.fullmatch(texts.get(key, ""))}
     found |= {key: float(texts[key]) for key in _SHARES if _is_share(texts.get(key, ""))}
     found |= {"imgsz": size} if (size := _imgsz(texts.get("imgsz", ""))) else {}
     names = _names(texts.get("names", ""))
@@ -87,15 +90,15 @@ def _of_onnx(path: Path) -> dict[str, str]:
 
     try:
         model = onnx.load(str(path), load_external_data=False)
-    except (OSError, DecodeError):
+        return {item.key: item.value for item in model.metadata_props}
+    except (OSError, DecodeError, UnicodeDecodeError):
         return {}
-    return {item.key: item.value for item in model.metadata_props}
 
 
 def _of_xml(path: Path) -> dict[str, str]:
     try:
         root = ElementTree.parse(path).getroot()
-    except (OSError, ElementTree.ParseError):
+    except (OSError, ElementTree.ParseError, LookupError, ValueError):  # the last two of unknown encodings
         return {}
     entries = root.find("rt_info/framework")
     return {} if entries is None else {item.tag: item.get("value", "") for item in entries}
@@ -104,7 +107,7 @@ def _of_xml(path: Path) -> dict[str, str]:
 def _names(text: str) -> tuple[str, ...]:
     """Class names of a JSON list; others (Ultralytics writes a Python dict) are not ours to guess."""
     try:
-        names = json.loads(text or "null")
+        names = parse_json(text or "null")
     except ValueError:
         return ()
     good = isinstance(names, list) and all(isinstance(name, str) for name in names)
@@ -113,7 +116,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _imgsz(text: str) -> Imgsz | None:
     try:
-        return imgsz_of(json.loads(text or "null"))
+        return imgsz_of(parse_json(text or "null"))
     except ValueError:
         return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from sparse_exp.bounded_yaml import read_yaml
 from sparse_exp.config.places import Places
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import ConfigError, expected
-from sparse_exp.files import expanded, read_json
+from sparse_exp.files import expanded, parse_json, read_json
 from sparse_exp.hints import command_line
 from sparse_exp.locks import is_held
 from sparse_exp.runs.directory import LOCK, MANIFEST, Run, find_directories
@@ -133,7 +132,7 @@ def read_run(directory: Path) -> PastRun | None:
         place=str(directory),
         status=run.status,
         metrics={name: float(value) for name, value in result.items() if isinstance(value, int | float)},
-        overrides=tuple(run.state["overrides"]) if "overrides" in run.state else None,
+        overrides=tuple(map(str, run.state["overrides"])) if "overrides" in run.state else None,
         run_id=run.tracker_run_id,
     )
 
@@ -171,7 +170,7 @@ def _from_mlflow(config: TrackerConfig, store: Path, **chosen: Any) -> list[Past
 def tagged_overrides(tags: Mapping[str, str]) -> tuple[str, ...] | None:
     """The words of the command line of an MLflow run; None of one from before they were tagged."""
     try:
-        words = json.loads(tags.get(OVERRIDES_TAG, "null"))
+        words = parse_json(tags.get(OVERRIDES_TAG, "null"))
     except ValueError:  # longer than a tag may be, and cut
         return None
     return tuple(map(str, words)) if isinstance(words, list) else None

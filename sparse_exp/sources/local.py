@@ -7,7 +7,6 @@ Nothing here imports torch, so that finding and listing models is fast.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_exp.errors import ConfigError, expected
-from sparse_exp.files import expanded
+from sparse_exp.files import expanded, parse_json
 from sparse_exp.sources.layout import TRAINING
 from sparse_exp.sources.stub import STUB_PREFIX, parse_stub
 
@@ -28,6 +27,7 @@ _KINDS: dict[str, Any] = {
     "classes": list, "sparsity": (int, float), "quantized": bool, "block4": bool, "metrics": dict,
     "samples": dict,
 }  # fmt: skip
+_OPTIONAL: dict[str, Any] = {"imgsz": (int, float), "licence": list}
 _log = logging.getLogger(__name__)
 _DEPTH = 7  # names in a stub of the first grammar
 _PREFIX = ("cv", "detection")
@@ -171,15 +171,16 @@ def published(zoo: Path) -> list[Published]:
 
 
 def lacking(metadata: Mapping[str, Any]) -> list[str]:
-    """The keys that a ``model.json`` does not have, or has with a value of another kind."""
-    return [key for key, kind in _KINDS.items() if not isinstance(metadata.get(key), kind)]
+    """The keys that a ``model.json`` does not have and must, or has with a value of another kind."""
+    there = {key: kind for key, kind in _OPTIONAL.items() if metadata.get(key) is not None}
+    return [key for key, kind in (_KINDS | there).items() if not isinstance(metadata.get(key), kind)]
 
 
 def read_metadata(directory: Path) -> dict[str, Any]:
     """The content of a model's ``model.json``; empty where it is missing, damaged or of another format."""
     try:
-        content = json.loads((directory / METADATA).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = parse_json((directory / METADATA).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) and content.get("format") == FORMAT else {}
 

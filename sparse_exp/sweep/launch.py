@@ -20,6 +20,7 @@ from sparse_exp.config.places import apply_environment
 from sparse_exp.config.plain import group, out_of_bounds
 from sparse_exp.config.schema import LauncherConfig, RayConfig, SweepConfig, TrackerConfig
 from sparse_exp.errors import ConfigError, SparseExpError
+from sparse_exp.files import remove_parts
 from sparse_exp.locks import exclusive
 from sparse_exp.resolve import refuse_secrets, resolve
 from sparse_exp.runs.directory import LOCK
@@ -107,6 +108,7 @@ def open_sweep(config: DictConfig) -> None:
     sweep.launcher, sweep.submitted = launcher.name, frozenset(slurm_jobs(sweep.directory))
     _open = sweep
     restore_superseded(sweep.directory)  # of a start that was killed
+    remove_parts(sweep.directory / FOLDER, below=False)
     if sweep.config.rerun == "all":
         supersede_jobs(sweep.directory)
     command = shlex.join(["python", "-m", "sparse_exp", *sys.argv[1:]])

@@ -10,7 +10,7 @@ from typing import Any
 
 from sparse_exp import __version__
 from sparse_exp.config.schema import TrackerConfig
-from sparse_exp.files import read_json, write_json
+from sparse_exp.files import read_json, remove_parts, write_json
 from sparse_exp.locks import exclusive
 from sparse_exp.tracking import RunInfo, Tracker, create_tracker
 
@@ -79,8 +79,9 @@ def read_state(sweep: Path) -> dict[str, Any]:
 
 
 def update_state(sweep: Path, **values: Any) -> None:
-    """Change some values of the state."""
+    """Change some values of the state; what a killed process left half-written beside it goes."""
     with _state_lock(sweep):
+        remove_parts(sweep, below=False)
         write_json(sweep / STATE, {**read_state(sweep), **values})
 
 

@@ -47,6 +47,7 @@ from sparse_exp.training.state import (
     StateError,
     StateFile,
     random_state,
+    require_whole,
     set_random_state,
     short_reason,
 )
@@ -262,8 +263,7 @@ class Trainer:
         self._history = list(state["history"])
         for name, kept in state["best"].items():
             best = Best(**{**kept, "path": self._writer.folder / Path(kept["path"]).name})
-            if not best.path.is_file():
-                raise FileNotFoundError(f"{best.path.name} is missing")
+            require_whole(best.path)
             self._best[name] = best
         set_random_state(state["random"])  # last, because the lines above may draw random numbers
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,8 +78,6 @@ class StateFile:
 
     def __init__(self, path: Path, mark: str, earlier_mark: str | None = None) -> None:
         self.path, self._mark, self._marks = path, mark, {mark, earlier_mark} - {None}
-        for part in path.parent.glob(f".{path.stem}.*.part{path.suffix}"):  # of a process that was killed
-            part.unlink(missing_ok=True)
 
     def write(self, state: State) -> None:
         """Replace the kept state. If the new one cannot be written whole, the former one stays.
@@ -108,6 +107,7 @@ class StateFile:
 
     def _load(self) -> State:
         try:
+            require_whole(self.path)
             state = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file may raise anything
             raise StateError(f"it cannot be read ({short_reason(error)})") from error
@@ -116,6 +116,18 @@ class StateFile:
         if state.get("mark") not in self._marks:
             raise StateError("the configuration, the data or the code has changed since")
         return state
+
+
+def require_whole(path: Path) -> None:
+    """Compare a file that torch wrote with the checksums in it, which torch itself does not when it reads.
+
+    Raises:
+        OSError: it cannot be read.
+        zipfile.BadZipFile: it has changed since it was written.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if (changed := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"its part {changed} has changed")
 
 
 def short_reason(error: BaseException) -> str:

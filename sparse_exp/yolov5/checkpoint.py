@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from sparse_exp.config.imgsz import Imgsz, imgsz_of, plain, sides
 from sparse_exp.errors import CheckpointError, expected
-from sparse_exp.files import landing
+from sparse_exp.files import landing, parse_json
 from sparse_exp.text import whole_text
 from sparse_exp.yolov5.model import SCALES, YOLOv5
 from sparse_exp.yolov5.restricted import Inert, RestrictedFile, TensorRecord, damaged, open_restricted
@@ -219,10 +218,10 @@ def _read_safetensors(path: Path) -> Checkpoint:
 def _names_in_header(text: str | None) -> Any:
     """Class names from JSON, whose keys are texts where names are mapped from ids; None without names."""
     try:
-        names = json.loads(text or "null")
+        names = parse_json(text or "null")
+        return {int(k): v for k, v in names.items() if k.isdecimal()} if isinstance(names, dict) else names
     except ValueError:
         return None
-    return {int(k): v for k, v in names.items() if k.isdigit()} if isinstance(names, dict) else names
 
 
 def _published(

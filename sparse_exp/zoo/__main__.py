@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sparse_exp.command import Parser, run_command
 from sparse_exp.config.imgsz import in_words
@@ -186,7 +187,7 @@ def _print_table(models: list[Published]) -> None:
         table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
     table.add_column("stub", no_wrap=True)
     for model in models:
-        table.add_row(*_row(model))
+        table.add_row(*map(Text, _row(model)))  # in which brackets are no markup
     console = Console()
     console.width = max(console.width, _WIDE)  # a stub is there to be copied: it is never cut
     console.print(table)
@@ -217,7 +218,7 @@ def _show(options: argparse.Namespace, zoo: Path) -> int:
         "recipe": info["recipe"],
         "origin": info.get("origin", ""),
         "published": f"{info['published']} by {info['by']}",
-        "licence": " ".join(info.get("licence", [])),
+        "licence": " ".join(map(str, info.get("licence") or [])),
     }
     lines |= {
         name: f"{value:.4g}" for name, value in info["metrics"].items() if isinstance(value, int | float)

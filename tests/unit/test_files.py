@@ -9,7 +9,15 @@ import stat
 
 import pytest
 
-from sparse_exp.files import fingerprint, landing, landing_directory, sha256_of, write_json, write_text
+from sparse_exp.files import (
+    fingerprint,
+    landing,
+    landing_directory,
+    remove_parts,
+    sha256_of,
+    write_json,
+    write_text,
+)
 
 
 def names(folder) -> set[str]:
@@ -72,6 +80,30 @@ def test_landing_that_fails_keeps_what_was_there(tmp_path):
 def test_landing_without_a_file_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError), landing(tmp_path / "model.onnx"):
         pass
+
+
+@pytest.mark.parametrize("below", [True, False])
+def test_what_a_killed_process_left_half_written_goes(tmp_path, below):
+    def half_written(folder):
+        """Files as `landing` leaves them in a process that ends at once."""
+        for name in ("model.qdq.onnx", "environment", "a b.tar.xz", "\n.json"):
+            if (pid := os.fork()) == 0:
+                with landing(folder / name) as temporary:
+                    temporary.touch()
+                    os._exit(0)
+            os.waitpid(pid, 0)
+
+    whole = {".manifest.former.json", ".lock", "model.part.onnx", ".part", "weights", ".x.part.pt"}
+    (tmp_path / "weights").mkdir()
+    for name in whole - {"weights"}:
+        (tmp_path / name).touch()
+    half_written(tmp_path)
+    half_written(tmp_path / "weights")
+    assert len(names(tmp_path)) == len(whole) + 4
+    remove_parts(tmp_path, below=below)
+    assert names(tmp_path) == whole
+    assert len(names(tmp_path / "weights")) == (0 if below else 4)
+    remove_parts(tmp_path / "nowhere", below=True)
 
 
 def test_texts_and_json_are_written_with_their_directories(tmp_path):

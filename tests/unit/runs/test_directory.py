@@ -136,6 +136,24 @@ def test_result_is_flat_and_has_the_time_of_each_stage(tmp_path):
     }
 
 
+def test_going_on_removes_what_a_killed_process_left_half_written(tmp_path):
+    run = a_run(tmp_path / "run")
+    half = [run.path / ".manifest.4711.part.json", run.path / "deployment" / ".model.qdq.4711.part.onnx"]
+    for path in half:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    Run.read(run.path)
+    assert all(path.exists() for path in half)  # whoever only reads does not hold the lock
+    Run.reopen(run.path)
+    assert not any(path.exists() for path in half)
+
+
+def test_a_start_that_was_killed_before_the_first_manifest_is_in_nobodys_way(tmp_path):
+    (tmp_path / ".manifest.4711.part.json").touch()
+    Run.create(tmp_path, overwrite=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MANIFEST]
+
+
 @pytest.mark.parametrize("torn", ["", '{"status": "RUN', "\0" * 300])
 def test_a_manifest_that_a_power_failure_has_torn_costs_the_last_entry_only(tmp_path, torn, caplog):
     run = a_run(tmp_path / "run")

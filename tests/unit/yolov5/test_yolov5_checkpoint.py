@@ -156,6 +156,12 @@ def test_safetensors(model, prefix, header, tmp_path):
     assert torch.equal(weight, model.state_dict()["model.3.conv.weight"].half().float())
 
 
+@pytest.mark.parametrize("text", ['{"\u00b2": "a"}', '{"' + "9" * 5000 + '": "a"}', "[" * 10**5])
+def test_a_header_of_safetensors_without_names_that_can_be_read(model, text, tmp_path):
+    save_file(dict(model.state_dict()), tmp_path / "x.safetensors", {"names": text})
+    assert read_checkpoint(tmp_path / "x.safetensors").names == ("class0", "class1")
+
+
 @pytest.mark.parametrize("content", [b"", b"not a header at all", b"\xff" * 64, "cut"])
 def test_damaged_safetensors_are_refused(model, content, tmp_path):
     path = tmp_path / "x.safetensors"
