@@ -73,7 +73,8 @@ def _config_dir(words: list[str]) -> str | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config-dir", "-cd")
     with suppress(argparse.ArgumentError):  # Hydra says it
-        return parser.parse_known_args(words)[0].config_dir
+        found: str | None = parser.parse_known_args(words)[0].config_dir
+        return found
     return None
 
 
