@@ -27,7 +27,7 @@ _KINDS: dict[str, Any] = {
     "classes": list, "sparsity": (int, float), "quantized": bool, "block4": bool, "metrics": dict,
     "samples": dict,
 }  # fmt: skip
-_OPTIONAL: dict[str, Any] = {"imgsz": (int, float), "licence": list}
+_OPTIONAL: dict[str, Any] = {"licence": list}
 _log = logging.getLogger(__name__)
 _DEPTH = 7  # names in a stub of the first grammar
 _PREFIX = ("cv", "detection")
