@@ -85,7 +85,7 @@ def test_choices():
         "Expected model.size to be one of n, s, m, l, x, but got 'q'. Set model.size to one of them."
     ]
     (problem,) = problems(hardware__engines=["onnxruntime", "tensorrt"])
-    assert "deepsparse, onnxruntime, openvino, torch, but got 'tensorrt'" in problem
+    assert "deepsparse, onnxruntime, openvino, mnn, torch, but got 'tensorrt'" in problem
 
 
 def test_all_problems_are_named_at_once():
