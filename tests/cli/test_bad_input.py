@@ -165,7 +165,7 @@ def test_model_that_was_deleted(sx, cwd):
 def test_all_problems_are_named_at_once(sx, cwd):
     ended = sx("trainer.batch_size=0", "dataset.imgsz=100", "hardware.engines=[]", "dry_run=true")
     lines = ended.error.splitlines()
-    assert [line.split()[2] for line in lines] == ["trainer.batch_size", "dataset.imgsz", "hardware.engines"]
+    assert [line.split()[2] for line in lines] == ["dataset.imgsz", "trainer.batch_size", "hardware.engines"]
     assert all(line.startswith("Error: ") for line in lines)
     assert not list(cwd.iterdir())
 
