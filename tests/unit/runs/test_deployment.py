@@ -47,7 +47,8 @@ def test_only_what_is_asked_for_is_made():
 )
 def test_each_engine_gets_the_graph_that_it_runs_fast(tmp_path, there, deepsparse, onnxruntime, openvino):
     deployment = filled(tmp_path / "deployment", *there, checkpoint=tmp_path / "best.pt")
-    wanted = {"deepsparse": deepsparse, "onnxruntime": onnxruntime, "openvino": openvino, TORCH: "best.pt"}
+    wanted = {"deepsparse": deepsparse, "onnxruntime": onnxruntime, "openvino": openvino}
+    wanted |= {"mnn": openvino, TORCH: "best.pt"}
     assert {engine: deployment.deployed(engine).name for engine in ENGINES} == wanted
     assert deployment.quantized == (QDQ in there)
     assert [path.name for path in deployment.deployed_files] == there
@@ -66,6 +67,8 @@ def test_torch_runs_checkpoints_and_no_int8(tmp_path):
     for variant in ("sparse", "dense_int8"):
         with pytest.raises(Impossible, match="torch has no int8 convolutions"):
             run.deployment.file("torch", variant)
+        with pytest.raises(Impossible, match=r"mnn runs no quantized ONNX file: .* recipe=transfer"):
+            run.deployment.file("mnn", variant)
 
 
 def test_a_file_of_each_variant_and_why_there_is_none(tmp_path):
