@@ -70,3 +70,8 @@ def may_be_shipped(engine: str) -> bool:
 def skips_zeros(engine: str) -> bool:
     """Whether an engine computes convolutions with zeros faster."""
     return engine in RUNTIMES and RUNTIMES[engine].skips_zeros
+
+
+def runs_quantized(engine: str) -> bool:
+    """Whether an engine runs networks that were quantized here."""
+    return engine not in RUNTIMES or RUNTIMES[engine].quantized

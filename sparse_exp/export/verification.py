@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparse_exp.config.runtimes import RUNTIMES
+from sparse_exp.config.runtimes import runs_quantized
 from sparse_exp.config.schema import Experiment, ExportConfig
 from sparse_exp.data.loader import Batch
 from sparse_exp.engines import IsolatedEngine
@@ -124,7 +124,7 @@ def verify_deployment(
 
 def _runs(engine: str, *, quantized: bool) -> bool:
     """Whether an engine runs what is deployed; torch runs the checkpoint itself."""
-    return engine != TORCH and (RUNTIMES[engine].quantized or not quantized)
+    return engine != TORCH and (runs_quantized(engine) or not quantized)
 
 
 def views(images: int) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparse_exp.config.runtimes import RUNTIMES
+from sparse_exp.config.runtimes import runs_quantized
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +45,6 @@ def recovery_engine(engines: Sequence[str]) -> str:
     """
 
     def place(name: str) -> tuple[bool, bool]:
-        return name == "torch", not RUNTIMES[name].quantized
+        return name == "torch", not runs_quantized(name)
 
     return "deepsparse" if "deepsparse" in engines else min(engines, key=place)

@@ -10,7 +10,7 @@ from sparse_exp.benchmark import CERTAIN_NUMBERS, NUMBERS, cells_of, loads_of, w
 from sparse_exp.benchmark import benchmark as measure
 from sparse_exp.benchmark.layers import profiles_of
 from sparse_exp.benchmark.why import console_lines, explain
-from sparse_exp.config.runtimes import RUNTIMES
+from sparse_exp.config.runtimes import runs_quantized
 from sparse_exp.config.schema import Experiment
 from sparse_exp.files import write_json
 from sparse_exp.hardware import usable_physical_cores
@@ -65,7 +65,7 @@ def _with_accuracy_and_size(context: Context, row: dict[str, Any]) -> dict[str, 
 
 def _certain_names(experiment: Experiment) -> Iterator[str]:
     hardware = experiment.hardware
-    engines = [name for name in hardware.engines if RUNTIMES[name].quantized]
+    engines = [name for name in hardware.engines if runs_quantized(name)]
     variants = [name for name in hardware.variants if name in ("dense", "sparse")]
     yield from _speeds(experiment, engines, variants, CERTAIN_NUMBERS)
 

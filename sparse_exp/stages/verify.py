@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sparse_exp.config.runtimes import RUNTIMES
+from sparse_exp.config.runtimes import runs_quantized
 from sparse_exp.config.schema import Experiment
 from sparse_exp.files import write_json
 from sparse_exp.metrics.classes import CLASSES, as_plain, class_metrics
@@ -127,7 +127,7 @@ def _certain_names(experiment: Experiment) -> Iterator[str]:
     yield from (f"size/{size_prefix(file)}{name}" for file in (MODEL, DENSE) for name in _SIZES)
     yield from (name for name in SPARSITIES if name == "sparsity/onnx")
     yield from ("quantized/convolutions", "quantizable/convolutions")
-    for engine in [name for name in experiment.hardware.engines if RUNTIMES[name].quantized]:
+    for engine in [name for name in experiment.hardware.engines if runs_quantized(name)]:
         yield from (f"deployed/{engine}/{name}" for name in _MAPS)
         yield from (f"verify/{engine}/{name}" for name in _DIFFERENCES)
 
@@ -145,7 +145,7 @@ def _possible_names(experiment: Experiment) -> Iterator[str]:
         yield from (accuracy_prefix(engine, variant) + name for variant in others for name in _MAPS)
         prefixes = {size_prefix(file_name(engine, variant)) for variant in others if engine != TORCH}
         yield from (f"size/{prefix}{name}" for prefix in prefixes for name in _SIZES)
-    for engine in [name for name in hardware.engines if not RUNTIMES[name].quantized]:
+    for engine in [name for name in hardware.engines if not runs_quantized(name)]:
         yield from (f"deployed/{engine}/{name}" for name in _MAPS)
         yield from (f"verify/{engine}/{name}" for name in _DIFFERENCES)
     if experiment.recovery.baseline != "none":
