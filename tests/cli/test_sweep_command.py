@@ -107,6 +107,7 @@ def test_a_job_that_finished_with_other_settings_is_refused_and_stays(two):
 
 
 @pytest.mark.parametrize("flag", ["hydra.mode=MULTIRUN", "--multi"])
+@pytest.mark.slow
 def test_sweeps_that_are_started_in_hydras_other_ways_have_directories_of_their_own(sx, flag):
     for values in ("0,1", "0,2"):
         ended = sx(flag, *TINY[1:], f"seed={values}")
@@ -118,6 +119,7 @@ def test_sweeps_that_are_started_in_hydras_other_ways_have_directories_of_their_
     assert sx("-m", *TINY[1:], "seed=0,2").output.count(": kept.") == 2
 
 
+@pytest.mark.slow
 def test_what_a_file_sweeps_names_the_sweep(sx):
     preset = Path("mine/experiment/ladder.yaml")
     for values in ("0,1", "0,2"):

@@ -73,4 +73,4 @@ def test_an_engine_that_the_cpu_cannot_run_says_why(machine, said):
     machine(OLD)
     found = json.loads(said("--json"))
     problems = {engine["engine"]: engine["problem"] for engine in found["engines"]}
-    assert problems == {"deepsparse": "needs AVX2", "onnxruntime": None, "openvino": None, "torch": None}
+    assert problems == {"deepsparse": "needs AVX2", "onnxruntime": None, "openvino": None, "mnn": None, "torch": None}

@@ -56,6 +56,7 @@ def test_fitted_anchors_answer_for_all_boxes(count: int) -> None:
     assert (anchors == fit_anchors(sides, 4.0, seed=0)).all()
 
 
+@pytest.mark.slow
 def test_many_boxes_take_no_longer() -> None:
     sides = np.tile(ODD, (20_000, 1))
     assert best_possible_recall(sides, fit_anchors(sides, 4.0, seed=0), 4.0) == 1.0

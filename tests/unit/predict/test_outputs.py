@@ -97,6 +97,7 @@ def test_an_annotated_video_that_was_not_finished_is_not_named(results, tmp_path
     assert [image["picture"] for image in record["images"]] == ["a, b.jpg", None, None]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_frames(tmp_path):
     results, rows = made(tmp_path), np.ones((20, 6), np.float32)
     tracemalloc.start()

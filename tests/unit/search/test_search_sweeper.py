@@ -150,6 +150,7 @@ def test_a_failed_job_lets_the_others_run_and_may_be_repeated(undisturbed, tmp_p
         (["model=yolov5s,yolov5q"], "yolov5q"),
     ],
 )
+@pytest.mark.slow
 def test_what_cannot_run_is_refused_before_the_first_job(tmp_path, words, problem):
     app = App(tmp_path)
     code, output = app.run(*words)

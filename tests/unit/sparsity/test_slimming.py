@@ -128,6 +128,7 @@ def test_as_much_work_stays_as_was_asked_for(size, share, multiple):
     assert macs(model) / whole <= share - 0.1
 
 
+@pytest.mark.slow
 def test_what_costs_more_for_the_same_harm_goes_first(model):
     """All channels are worth the same, so only what they save counts."""
     scores = {name: torch.ones(count, dtype=torch.float64) for name, count in channels_of(model).items()}

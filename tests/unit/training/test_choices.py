@@ -52,6 +52,7 @@ def test_layers_that_cannot_be_frozen_are_refused(tiny_trainer, names, message) 
 
 
 @pytest.mark.parametrize(("monitor", "epoch"), [("map50", 2.0), ("map50_95", 3.0), ("fitness", 3.0)])
+@pytest.mark.slow
 def test_the_monitored_accuracy_chooses_the_checkpoint(tiny_trainer, monkeypatch, monitor, epoch) -> None:
     """0.1 x 0.6 + 0.9 x 0.2 = 0.24 after epoch 2; 0.1 x 0.5 + 0.9 x 0.3 = 0.32 after epoch 3."""
     found = iter([(0.4, 0.1), (0.6, 0.2), (0.5, 0.3), (0.4, 0.2)])

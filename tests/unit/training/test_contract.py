@@ -53,6 +53,7 @@ def epochs_of_gradual() -> list[tuple[str, float]]:
     return [("dense", 0.5), *(("pruning", e) for e in (1.0, 2.0, 2.5)), *(("pruned", e) for e in (3.0, 4.0))]
 
 
+@pytest.mark.slow
 def test_gradual_pruning_reaches_its_sparsity_in_every_layer(
     tiny_trainer, scripted, epochs_of_gradual, tmp_path
 ):

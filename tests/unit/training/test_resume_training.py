@@ -216,6 +216,7 @@ def test_a_training_killed_in_every_stretch_ends_as_an_undisturbed_one(train, wh
     whole_and_cut(text, [-1, 1] * len(result.history), **CASES[name][1])
 
 
+@pytest.mark.slow
 def test_a_phase_that_was_left_early_stays_left(whole_and_cut):
     variables = {"num_epochs": 4.0, "quantization_epochs": 1.0}
     text = Recipe.from_file(RECIPES / "transfer_quant.md", variables).text
@@ -401,6 +402,7 @@ def test_the_stage_goes_on_and_a_tracker_that_missed_epochs_is_told_of_all(conte
     )
 
 
+@pytest.mark.slow
 def test_the_stage_begins_again_where_the_state_does_not_fit(context, caplog):
     with pytest.raises(Killed):
         STAGES["train"].run(context("cut", Notebook("one", 2)))

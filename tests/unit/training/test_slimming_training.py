@@ -164,6 +164,7 @@ def test_a_state_with_other_groups_is_not_used(tiny_trainer):
         trainer.fit({"widths": {"model.0": 4}})
 
 
+@pytest.mark.slow
 def test_a_slim_network_trains_again(tiny_data, tiny_trainer, tmp_path):
     first = tiny_trainer(recipe(), sparsity=0.0).fit()
     model = restore(first.best["slim"])[0]

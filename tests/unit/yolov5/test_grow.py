@@ -170,6 +170,7 @@ def test_copies_differ_in_what_they_read_and_in_who_reads_them(small):
             assert len(matrix.unique(dim=0)) == len(matrix)
 
 
+@pytest.mark.slow
 def test_nothing_is_held_at_zero_and_pruning_leaves_every_layer_some(small):
     model = detector_of(grow(small["s"], "m"))
     layers = model.prunable_convolutions()

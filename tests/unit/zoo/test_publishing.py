@@ -214,6 +214,7 @@ def publish_stage(finished_run, tmp_path, digits):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.slow
 def test_a_run_that_takes_any_name_never_takes_anothers(publish_stage, tmp_path, overwrite):
     theirs = publish_stage("theirs", "auto")
     before = (find(theirs, tmp_path / "zoo") / "model.json").read_bytes()
@@ -221,6 +222,7 @@ def test_a_run_that_takes_any_name_never_takes_anothers(publish_stage, tmp_path,
     assert (find(theirs, tmp_path / "zoo") / "model.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_replaces_what_it_has_published_itself(publish_stage, tmp_path):
     stub = publish_stage("mine", "auto")
     of_before = find(stub, tmp_path / "zoo") / "of the one before"
