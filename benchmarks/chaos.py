@@ -5,7 +5,8 @@ small run, or a sweep of two, is started and disturbed, mostly several times, th
 After each disturbance no process may be left, and of what ended early there is one line. At the end all is
 compared with a run or sweep that nobody disturbed:
 
-- accuracies, sparsities, all other results but times, and the digests of checkpoints and exported files;
+- accuracies, sparsities, all other results but times and sizes, and the digests of checkpoints (files that are
+  exported hold the name of their run);
 - the names of all files in the folder, so that a lock or a half-written file that stayed is found;
 - the runs in the tracking store, of which none may be RUNNING.
 
@@ -60,7 +61,9 @@ SMALL = [
 ]  # fmt: skip
 RUN = [*SMALL, "paths.run=run"]
 SWEEP = ["-m", *SMALL, "recipe=dense,transfer_quant", "launcher=joblib", "launcher.jobs=2"]
-_TIMED = ("time/", "benchmark/")
+_OWN = ("time/", "benchmark/", "size/")  # results that differ from run to run
+# Parts of names that do: identifiers, digests of paths, folders of multiprocessing.
+_NAMES = re.compile(r"[0-9a-f]{20,32}|pymp-.*")
 _PATIENCE = 600.0  # seconds until a start counts as hanging
 _SECONDS_TO_LEAVE = 20.0  # for processes whose parent was killed
 _IN_NAMESPACE = "SPARSE_EXP_CHAOS_NAMESPACE"
@@ -173,14 +176,14 @@ class Place:
             name, manifest = str(run.relative_to(self.folder)), read_json(run / "manifest.json")
             said[f"{name}: status"] = manifest.get("status")
             for key, value in read_json(run / "result.json").items():
-                if not key.startswith(_TIMED):
+                if not key.startswith(_OWN):
                     said[f"{name}: {key}"] = value
-            for stage in ("train", "export"):
-                for file, digest in manifest.get("stages", {}).get(stage, {}).get("outputs", {}).items():
+            for file, digest in manifest.get("stages", {}).get("train", {}).get("outputs", {}).items():
+                if file.startswith("weights/"):
                     said[f"{name}: digest of {file}"] = digest
         for path in self.folder.rglob("*"):
-            if not path.is_dir():
-                said[f"file {re.sub('[0-9a-f]{32}', '*', str(path.relative_to(self.folder)))}"] = "there"
+            if not path.is_dir() and path.suffix != ".seen":  # written when a data set is used again
+                said[f"file {_NAMES.sub('*', str(path.relative_to(self.folder)))}"] = "there"
         return said
 
     @property

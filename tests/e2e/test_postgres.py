@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -78,7 +78,7 @@ class Machine:
         make += ["--no-sync", "--pwfile", self.database / "password"]
         subprocess.run(make, check=True, capture_output=True, cwd=self.database, **self.other)
         self.start_database()
-        with self.connection("postgres") as connection:
+        with closing(self.connection("postgres")) as connection:  # with it alone a transaction would begin
             connection.autocommit = True
             connection.cursor().execute("CREATE DATABASE mlflow")
 
