@@ -5,8 +5,8 @@ small run, or a sweep of two, is started and disturbed, mostly several times, th
 After each disturbance no process may be left, and of what ended early there is one line. At the end all is
 compared with a run or sweep that nobody disturbed:
 
-- accuracies, sparsities, all other results but times and sizes, and the digests of checkpoints (files that are
-  exported hold the name of their run);
+- accuracies, sparsities, all other results but times and sizes, and the digests of checkpoints (exported
+  files hold the name of their run);
 - the names of all files in the folder, so that a lock or a half-written file that stayed is found;
 - the runs in the tracking store, of which none may be RUNNING.
 
