@@ -214,7 +214,9 @@ def _sheet(source: _Source, folder: Path) -> dict[str, Path]:
     """Validation images with ground truth and what the deployed engine finds."""
     from sparse_exp.yolov5 import non_max_suppression
 
-    engine_name, trainer = source.experiment.hardware.engines[0], source.experiment.trainer
+    engines, trainer = source.experiment.hardware.engines, source.experiment.trainer
+    result = source.run.result()
+    engine_name = next((name for name in engines if f"deployed/{name}/map50" in result), engines[0])
     if not source.run.deployment.deployed(engine_name).is_file():
         return {}
     batch = _sheet_batch(source)
