@@ -26,6 +26,7 @@ from torch import nn
 
 from sparse_exp.benchmark import Cell, Measurement, benchmark, loads_of
 from sparse_exp.command import Parser, amount, number, run_command, whole
+from sparse_exp.config.imgsz import STRIDE
 from sparse_exp.config.plain import CONF_DIRECTORY
 from sparse_exp.config.schema import HardwareConfig, ModelConfig, SourceConfig
 from sparse_exp.data import digits, load_dataset
@@ -44,7 +45,6 @@ from sparse_exp.yolov5 import YOLOv5, read_checkpoint, transfer_weights
 
 _COCO_CLASSES = 80
 _OPSET = 13
-_STRIDE = 32
 _SEED = 0
 _HARDWARE = HardwareConfig(name="blocks")
 _PATTERNS = {"unstructured": 1, "block4": BLOCK}
@@ -108,8 +108,8 @@ def _share(text: str) -> float:
 def _imgsz(options: argparse.Namespace) -> int:
     given = read_signature(options.files[0]).size if options.files else None
     size: int = given[0] if given else options.imgsz
-    if size < _STRIDE * 2 or size % _STRIDE:
-        raise ConfigError(expected("--imgsz", f"a multiple of {_STRIDE} from 64 on", size, "Correct it."))
+    if size < STRIDE * 2 or size % STRIDE:
+        raise ConfigError(expected("--imgsz", f"a multiple of {STRIDE} from 64 on", size, "Correct it."))
     return size
 
 

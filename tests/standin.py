@@ -42,14 +42,7 @@ def write_detector(path: Path, names: tuple[str, ...] = NAMES, size: tuple[int, 
         helper.make_node("Add", ["boxes", "rest"], ["flat"]),
         helper.make_node("Reshape", ["flat", "rows"], ["predictions"]),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "stand_in",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", 3, *size])],
-        [helper.make_tensor_value_info("predictions", TensorProto.FLOAT, ["batch", 2, 7])],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    model = _model_of(nodes, constants, size, [2, 7])
     if names:
         helper.set_model_props(model, {"names": json.dumps(list(names))})
     onnx.save(model, str(path))
@@ -87,13 +80,19 @@ def write_cells_detector(path: Path, size: tuple[int, int]) -> Path:
         helper.make_node("MatMul", ["pixels", "colours"], ["sizes"]),
         helper.make_node("Add", ["sizes", "rest"], ["predictions"]),
     ]
+    onnx.save(_model_of(nodes, constants, size, [x.size, 6]), str(path))
+    return path
+
+
+def _model_of(
+    nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray], size: tuple[int, int], outputs: list[int]
+) -> onnx.ModelProto:
+    """A model of nodes between ``images`` and ``predictions``; ``outputs``: the shape of these but batch."""
     graph = helper.make_graph(
         nodes,
-        "cells",
+        "stand_in",
         [helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", 3, *size])],
-        [helper.make_tensor_value_info("predictions", TensorProto.FLOAT, ["batch", x.size, 6])],
+        [helper.make_tensor_value_info("predictions", TensorProto.FLOAT, ["batch", *outputs])],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
-    onnx.save(model, str(path))
-    return path
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)

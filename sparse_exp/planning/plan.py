@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from sparse_exp.config.runtimes import RUNTIMES
+from sparse_exp.config.runtimes import skips_zeros
 from sparse_exp.config.schema import Experiment
 from sparse_exp.errors import RecipeError
 from sparse_exp.hardware.targets import advice, measures, mismatch_sentence
@@ -391,7 +391,7 @@ def _worth(experiment: Experiment, weights: float, work: float | None, *, pruned
         pruned_now: whether the run itself chooses where the zeros are, by ``recipe.shares``.
     """
     engines = experiment.hardware.engines
-    skipping = [engine for engine in engines if RUNTIMES[engine].skips_zeros]
+    skipping = [engine for engine in engines if skips_zeros(engine)]
     if weights < SPARSE_FROM or not measures(experiment):
         return
     if not skipping:

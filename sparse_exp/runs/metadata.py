@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from sparse_exp.config.imgsz import Imgsz, imgsz_of
+from sparse_exp.config.imgsz import STRIDE, Imgsz, imgsz_of
 from sparse_exp.files import parse_json
 
-TASK, STRIDE = "detect", 32
+TASK = "detect"
 CONF, IOU = 0.25, 0.45
 """Least confidence and overlap with which a detector is used, unless others are given."""
 _WHOLE, _SHARES = ("stride",), ("conf", "iou", "sparsity")

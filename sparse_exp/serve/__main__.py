@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from sparse_exp.command import Parser, checked, number, run_command, whole
 from sparse_exp.config.places import chosen_places
-from sparse_exp.config.runtimes import RUNTIMES
+from sparse_exp.config.runtimes import RUNTIMES, may_be_shipped
 from sparse_exp.errors import ConfigError, expected, first_line
 from sparse_exp.files import expanded
 from sparse_exp.predict.options import add_detector_options, add_model_options, detector_settings
@@ -133,8 +133,8 @@ def _announce(service: Service, listener: socket.socket) -> None:
     options = "".join(f", {name} {value}" for name, value in settings.options.items())
     how = f"batch {settings.batch_size}, streams {settings.streams}{options}"
     print(f"Serving {model.origin} with {model.engine} {service.version} ({how}) on {url}", flush=True)
-    if not RUNTIMES[model.engine].production:
-        others = " or ".join(name for name, runtime in RUNTIMES.items() if runtime.production)
+    if not may_be_shipped(model.engine):
+        others = " or ".join(filter(may_be_shipped, RUNTIMES))
         _log.warning(
             "The licence of %s (%s) does not allow use in production: choose --engine %s there.",
             model.engine, RUNTIMES[model.engine].licence, others,
