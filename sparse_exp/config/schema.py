@@ -265,7 +265,7 @@ class TrainerConfig:
     )
     momentum: float = bounded(0.937, 0.0, 0.999, help="of SGD")
     monitor: str = one_of(
-        "map50", MONITORS,
+        "fitness", MONITORS,
         "accuracy that chooses checkpoints and that patience waits for; fitness: 0.1 mAP50 + 0.9 mAP50-95",
     )  # fmt: skip
     patience: Optional[int] = bounded(
