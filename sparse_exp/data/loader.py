@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import multiprocessing.util
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +55,10 @@ def choose_workers(configured: int | None, store: str) -> int:
     if configured is not None:
         return configured
     return 0 if store == "ram" else min(8, max(1, usable_physical_cores() // 2))
+
+
+# Bytes of a socket's path: those behind TMPDIR, /pymp-12345678/listener-12345678, and the most that Linux takes.
+_SOCKET_PATH, _MOST_OF_SOCKET_PATH = 32, 107
 
 
 class DetectionImages(Dataset[Example]):
@@ -207,6 +214,8 @@ class DetectionLoader(DataLoader[Example]):
 def _loader(
     images: Dataset[Example], batch_size: int, sampler: EpochSampler, workers: int
 ) -> DetectionLoader:
+    if workers:
+        _make_room_for_sockets()
     return DetectionLoader(
         images,
         batch_size=batch_size,
@@ -216,6 +225,22 @@ def _loader(
         collate_fn=collate,
         generator=torch.Generator(),  # else each pass would draw from torch's own, which the model uses
     )
+
+
+def _make_room_for_sockets() -> None:
+    """Make the folder in which workers put the sockets by which they hand over batches.
+
+    It is this process's, which removes it at its end; workers are ended too early to remove folders of their
+    own. Where the path of TMPDIR leaves no room for the path of a socket, it is in ``/tmp``, as Python 3.14
+    has it.
+    """
+    usual = tempfile.gettempdir()
+    if len(os.fsencode(usual)) + _SOCKET_PATH > _MOST_OF_SOCKET_PATH:
+        tempfile.tempdir = "/tmp"
+    try:
+        multiprocessing.util.get_temp_dir()
+    finally:
+        tempfile.tempdir = usual
 
 
 def make_loader(

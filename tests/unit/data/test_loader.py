@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -288,3 +291,28 @@ def test_targets_of_a_rectangle_are_shares_of_its_own_sides(tmp_path: Path) -> N
         assert Validation(loader, 1).evaluate(lambda _, found=found: found).map50_95 == pytest.approx(
             1, abs=0.01
         )
+
+
+BATCHES_OF_A_WORKER = """
+import sys
+from pathlib import Path
+from sparse_exp.data import load_dataset
+from sparse_exp.data.loader import make_loader
+samples = load_dataset(Path(sys.argv[1])).splits["train"]
+loader = make_loader(samples, 10, imgsz=64, batch_size=4, train=True, workers=2)
+print(sum(len(batch.images) for batch in loader))
+"""
+
+
+@pytest.mark.parametrize("length", [10, 74, 75, 76, 120])
+def test_workers_hand_over_in_any_temporary_directory_and_leave_nothing_there(dataset, tmp_path, length):
+    folder = tmp_path / "t"
+    folder = folder.with_name("t" * max(1, length - len(str(folder)) + 1))
+    folder.mkdir()
+    environment = {**os.environ, "TMPDIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", BATCHES_OF_A_WORKER, str(dataset.root / "data.yaml")],
+        env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "11\n"), done.stderr
+    assert list(folder.rglob("*")) == []
