@@ -26,7 +26,7 @@ TINY = [
     "recipe.variables.num_epochs=1", "hardware.engines=[onnxruntime]",
 ]  # fmt: skip
 # Of the repository, what is for those who work on it alone.
-AT_HOME = {".ci/run", ".gitignore", ".pre-commit-config.yaml"}
+AT_HOME = {".ci/run", "outputs/.gitkeep", ".gitignore", ".pre-commit-config.yaml"}
 
 
 def names_in(wheel: Path) -> set[str]:
