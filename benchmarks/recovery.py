@@ -6,6 +6,13 @@ folder are kept, so that a measurement that was stopped goes on.
 
     python benchmarks/recovery.py --seeds 0 1 2 --jobs 2 --write docs/results.md
 
+With ``--published`` the dense counterpart is trained a second time, with the hyper-parameters that YOLOv5
+publishes for fine-tuning, for as many epochs. The second data set of docs/results.md:
+
+    python benchmarks/symbols.py outputs/symbols
+    python benchmarks/recovery.py --recipes transfer_quant --published --out outputs/recovery-symbols \\
+        dataset=custom dataset.path=outputs/symbols/data.yaml dataset.imgsz=192
+
 Words of the form KEY=VALUE are overrides of every run, for example ``recipe.num_epochs=24``.
 """
 
@@ -27,8 +34,12 @@ from sparse_exp.errors import StageFailed
 from sparse_exp.hardware import host_facts, usable_physical_cores
 from sparse_exp.text import between_marks
 
-MARK = "recovery"
 ENGINES = ("deepsparse", "onnxruntime", "openvino")
+# Upstream's hyp.scratch-low: SGD at 0.01 down to a hundredth, warm-up of three epochs, steps of 16 images.
+PUBLISHED = [
+    "recipe=dense", "recipe.optimizer=sgd", "recipe.variables.init_lr=0.01", "recipe.variables.final_lr=0.0001",
+    "recipe.variables.warmup_lr=0", "recipe.variables.warmup_epochs=3", "trainer=small", "trainer.batch_size=16",
+]  # fmt: skip
 _TRAINED = ("fetch", "plan", "baseline", "train", "evaluate")
 _DEPLOYED = (*_TRAINED, "export", "verify")
 
@@ -60,12 +71,16 @@ def main() -> int:
         for recipe in options.recipes
         for seed in options.seeds
     ]
-    for runs in (dense, sparse) if not options.tables else ():  # a sparse run needs its dense counterpart
+    published = [SeedRun("published", seed, options.out / f"published-{seed}") for seed in options.seeds]
+    published = published if options.published else []
+    for runs in (
+        (dense, sparse, published) if not options.tables else ()
+    ):  # a sparse run needs its dense counterpart
         _make_all([run for run in runs if run.result is None], options, overrides)
-    text = tables(options.recipes, dense, sparse, overrides)
+    text = tables(options.recipes, dense, sparse, published, overrides)
     if options.write:
         page = options.write.read_text(encoding="utf-8")
-        options.write.write_text(between_marks(page, MARK, text), encoding="utf-8")
+        options.write.write_text(between_marks(page, options.mark, text), encoding="utf-8")
     else:
         sys.stdout.write(text)
     return 0
@@ -78,7 +93,9 @@ def _options() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--tables", action="store_true", help="make no runs: the tables of finished ones")
     parser.add_argument("--jobs", type=whole, default=1, help="runs at a time; they share the cores")
     parser.add_argument("--out", type=Path, default=Path("outputs/recovery"), help="folder of the runs")
-    parser.add_argument("--write", type=Path, help=f"page to put the tables into, between its marks {MARK!r}")
+    parser.add_argument("--write", type=Path, help="page to put the tables into, between its marks")
+    parser.add_argument("--mark", default="recovery", help="name of these marks, recovery")
+    parser.add_argument("--published", action="store_true", help="also train dense as YOLOv5 publishes it")
     return parse(parser)
 
 
@@ -99,22 +116,27 @@ def _make_all(runs: Sequence[SeedRun], options: argparse.Namespace, overrides: l
 def _make(run: SeedRun, options: argparse.Namespace, overrides: list[str]) -> int:
     """Make a run in a process of its own; returns its exit code."""
     cores = max(1, usable_physical_cores() // options.jobs)
-    stages = _TRAINED if run.recipe == "dense" else _DEPLOYED
+    deployed = run.recipe not in ("dense", "published")
+    stages = _DEPLOYED if deployed else _TRAINED
     words = [
-        f"recipe={run.recipe}",
+        *(PUBLISHED if run.recipe == "published" else [f"recipe={run.recipe}"]),
         f"seed={run.seed}",
         f"stages=[{','.join(stages)}]",
         f"hardware.cores=[{cores}]",
         *overrides,
     ]
-    if run.recipe != "dense":
+    if deployed:
         words.append(f"recovery.baseline={options.out / f'dense-{run.seed}'}")
     threads = {"OMP_NUM_THREADS": str(cores), "MKL_NUM_THREADS": str(cores)}
     return make_run(run.directory, words, threads)
 
 
 def tables(
-    recipes: Sequence[str], dense: Sequence[SeedRun], sparse: Sequence[SeedRun], overrides: Sequence[str]
+    recipes: Sequence[str],
+    dense: Sequence[SeedRun],
+    sparse: Sequence[SeedRun],
+    published: Sequence[SeedRun],
+    overrides: Sequence[str],
 ) -> str:
     """The measured numbers as Markdown.
 
@@ -122,6 +144,7 @@ def tables(
         recipes: in the order of the tables.
         dense: runs of the dense counterpart, one for each seed.
         sparse: runs of the recipes.
+        published: runs of the dense counterpart with published hyper-parameters; empty: not asked for.
         overrides: overrides of all runs.
     """
     facts = host_facts()
@@ -135,7 +158,29 @@ def tables(
         finished = [(run.seed, run.result) for run in sparse if run.recipe == recipe and run.result]
         table = _table(finished, baseline) if finished else ["Not measured."]
         lines += [f"### {recipe}", "", *table, ""]
+    if published:
+        lines += [
+            f"### Dense, by hyper-parameters: `{' '.join(PUBLISHED)}`",
+            "",
+            *_trainings(dense, published),
+            "",
+        ]
     return "\n".join(lines)
+
+
+def _trainings(own: Sequence[SeedRun], published: Sequence[SeedRun]) -> Iterator[str]:
+    """The table that holds two ways to train the dense network against each other."""
+    yield "| seed | mAP50-95, defaults | published | mAP50, defaults | published |"
+    yield "|---" * 5 + "|"
+    rows = []
+    for run, other in zip(own, published, strict=True):
+        results = (run.result or {}, other.result or {})
+        rows.append(
+            [each.get(f"val/{name}", float("nan")) for name in ("map50_95", "map50") for each in results]
+        )
+        yield f"| {run.seed} | {' | '.join(f'{value:.4f}' for value in rows[-1])} |"
+    means = (statistics.mean(values) for values in zip(*rows, strict=True))
+    yield f"| **mean** | {' | '.join(f'{value:.4f}' for value in means)} |"
 
 
 def _table(runs: Sequence[tuple[int, dict[str, Any]]], baseline: dict[int, dict[str, Any]]) -> Iterator[str]:
