@@ -1,4 +1,4 @@
-"""Measure the share of the dense detector's accuracy that sparse and quantized detectors keep, over seeds.
+r"""Measure the share of the dense detector's accuracy that sparse and quantized detectors keep, over seeds.
 
 For each seed the dense counterpart is trained, then each recipe, from the same weights, on the same data and
 for the same number of epochs. The exported files are evaluated in each engine. Finished runs in the output
@@ -10,7 +10,7 @@ With ``--published`` the dense counterpart is trained a second time, with the hy
 publishes for fine-tuning, for as many epochs. The second data set of docs/results.md:
 
     python benchmarks/symbols.py outputs/symbols
-    python benchmarks/recovery.py --recipes transfer_quant --published --out outputs/recovery-symbols \\
+    python benchmarks/recovery.py --recipes transfer_quant --published --out outputs/recovery-symbols \
         dataset=custom dataset.path=outputs/symbols/data.yaml dataset.imgsz=192
 
 Words of the form KEY=VALUE are overrides of every run, for example ``recipe.num_epochs=24``.
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -37,9 +38,10 @@ from sparse_exp.text import between_marks
 ENGINES = ("deepsparse", "onnxruntime", "openvino")
 # Upstream's hyp.scratch-low: SGD at 0.01 down to a hundredth, warm-up of three epochs, steps of 16 images.
 PUBLISHED = [
-    "recipe=dense", "recipe.optimizer=sgd", "recipe.variables.init_lr=0.01", "recipe.variables.final_lr=0.0001",
-    "recipe.variables.warmup_lr=0", "recipe.variables.warmup_epochs=3", "trainer=small", "trainer.batch_size=16",
-]  # fmt: skip
+    *("recipe=dense", "recipe.optimizer=sgd", "trainer=small", "trainer.batch_size=16"),
+    *("recipe.variables.init_lr=0.01", "recipe.variables.final_lr=0.0001"),
+    *("recipe.variables.warmup_lr=0", "recipe.variables.warmup_epochs=3"),
+]
 _TRAINED = ("fetch", "plan", "baseline", "train", "evaluate")
 _DEPLOYED = (*_TRAINED, "export", "verify")
 
@@ -159,12 +161,8 @@ def tables(
         table = _table(finished, baseline) if finished else ["Not measured."]
         lines += [f"### {recipe}", "", *table, ""]
     if published:
-        lines += [
-            f"### Dense, by hyper-parameters: `{' '.join(PUBLISHED)}`",
-            "",
-            *_trainings(dense, published),
-            "",
-        ]
+        lines += [f"### dense, by `{' '.join(PUBLISHED)}`", ""]
+        lines += [*_trainings(dense, published), ""]
     return "\n".join(lines)
 
 
@@ -172,12 +170,10 @@ def _trainings(own: Sequence[SeedRun], published: Sequence[SeedRun]) -> Iterator
     """The table that holds two ways to train the dense network against each other."""
     yield "| seed | mAP50-95, defaults | published | mAP50, defaults | published |"
     yield "|---" * 5 + "|"
-    rows = []
+    rows, names = [], ("val/map50_95", "val/map50")
     for run, other in zip(own, published, strict=True):
-        results = (run.result or {}, other.result or {})
-        rows.append(
-            [each.get(f"val/{name}", float("nan")) for name in ("map50_95", "map50") for each in results]
-        )
+        results = run.result or {}, other.result or {}
+        rows.append([result.get(name, math.nan) for name in names for result in results])
         yield f"| {run.seed} | {' | '.join(f'{value:.4f}' for value in rows[-1])} |"
     means = (statistics.mean(values) for values in zip(*rows, strict=True))
     yield f"| **mean** | {' | '.join(f'{value:.4f}' for value in means)} |"

@@ -57,7 +57,8 @@ def choose_workers(configured: int | None, store: str) -> int:
     return 0 if store == "ram" else min(8, max(1, usable_physical_cores() // 2))
 
 
-# Bytes of a socket's path: those behind TMPDIR, /pymp-12345678/listener-12345678, and the most that Linux takes.
+# Bytes of a socket's path: those behind TMPDIR, /pymp-12345678/listener-12345678, and the most that
+# Linux takes.
 _SOCKET_PATH, _MOST_OF_SOCKET_PATH = 32, 107
 
 
