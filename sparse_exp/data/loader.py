@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sparse_exp.config.imgsz import Imgsz, sides
 from sparse_exp.config.schema import AugmentConfig
-from sparse_exp.data.augment import Example, augment_example
+from sparse_exp.data.augment import Example, augment_example, mix, paste_objects
 from sparse_exp.data.detection import Sample
 from sparse_exp.data.images import read_square
 from sparse_exp.data.letterbox import Letterbox, fitted_size, letterbox_of
@@ -59,13 +59,15 @@ def choose_workers(configured: int | None, store: str) -> int:
 
 # Bytes of a socket's path: those behind TMPDIR, /pymp-12345678/listener-12345678, and the most that Linux takes.
 _SOCKET_PATH, _MOST_OF_SOCKET_PATH = 32, 107
+Key = tuple[int, int, bool]
+"""Epoch, index of an image, and whether it may become part of a mosaic."""
 
 
 class DetectionImages(Dataset[Example]):
     """Letterboxed images of a split, each with its boxes in pixels.
 
-    The key of an item is ``(epoch, index)``. Augmentation depends only on these two and the seed: any number
-    of workers gives the same images.
+    The key of an item is ``(epoch, index, mosaic)``. Augmentation depends only on these and the seed: any
+    number of workers gives the same images. Without ``mosaic`` the item is not made of four images.
 
     Args:
         samples: images and labels.
@@ -101,15 +103,30 @@ class DetectionImages(Dataset[Example]):
     def __len__(self) -> int:
         return len(self._samples)
 
-    def __getitem__(self, key: tuple[int, int]) -> Example:
-        epoch, index = key
-        if self._augment is None:
+    def __getitem__(self, key: Key) -> Example:
+        epoch, index, mosaic = key
+        config = self._augment
+        if config is None:
             return self._example(index)
         draw = np.random.default_rng((self._seed, _AUGMENT, epoch, index))
-        indices = [index]
-        if draw.random() < self._augment.mosaic:
-            indices += draw.integers(0, len(self), 3).tolist()
-        return augment_example([self._example(chosen) for chosen in indices], self._augment, draw)
+        if not (draw.random() < config.mosaic and mosaic):
+            return augment_example([self._pasted(index, config, draw)], config, draw)
+        example = self._mosaic(index, config, draw)
+        if config.mixup and draw.random() < config.mixup:
+            example = mix(example, self._mosaic(int(draw.integers(0, len(self))), config, draw), draw)
+        return example
+
+    def _mosaic(self, index: int, config: AugmentConfig, draw: np.random.Generator) -> Example:
+        others = draw.integers(0, len(self), 3).tolist()
+        pictures = [self._pasted(chosen, config, draw) for chosen in (index, *others)]
+        return augment_example(pictures, config, draw)
+
+    def _pasted(self, index: int, config: AugmentConfig, draw: np.random.Generator) -> Example:
+        example = self._example(index)
+        if not config.copy_paste:
+            return example
+        other = self._example(int(draw.integers(0, len(self))))
+        return paste_objects(example, other, config.copy_paste, draw)
 
     def _example(self, index: int) -> Example:
         return self._in_memory[index] if self._in_memory else self._read(index)
@@ -133,8 +150,8 @@ class DetectionImages(Dataset[Example]):
         return Example(planes, torch.from_numpy(boxes), torch.from_numpy(labels[:, 0].copy()), picture)
 
 
-class EpochSampler(Sampler[tuple[int, int]]):
-    """Yields ``(epoch, index)`` in an order that depends only on the seed and the epoch.
+class EpochSampler(Sampler[Key]):
+    """Yields ``(epoch, index, mosaic)`` in an order that depends only on the seed and the epoch.
 
     Args:
         count: number of samples.
@@ -147,6 +164,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         seed: as given.
         epoch: of the next pass.
         skipped: number of samples to leave out at the beginning of the next pass, counted in this share.
+        mosaic: of the next pass.
     """
 
     def __init__(
@@ -155,15 +173,17 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.count, self.seed = count, seed
         self._batch_size, self._share = batch_size, share
         self.epoch = self.skipped = 0
+        self.mosaic = True
 
     def __len__(self) -> int:
         return len(self._share_of(np.arange(self.count)))
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[Key]:
         order = np.arange(self.count)
         if self.seed is not None:
             order = np.random.default_rng((self.seed, _SHUFFLE, self.epoch)).permutation(order)
-        return iter([(self.epoch, int(index)) for index in self._share_of(order)[self.skipped :]])
+        own = self._share_of(order)[self.skipped :]
+        return iter([(self.epoch, int(index), self.mosaic) for index in own])
 
     def _share_of(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
         which, of = self._share
@@ -178,14 +198,16 @@ class EpochSampler(Sampler[tuple[int, int]]):
 class DetectionLoader(DataLoader[Example]):
     """A loader of `Batch` that knows its epoch; made by `make_loader`."""
 
-    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+    def set_epoch(self, epoch: int, skip: int = 0, *, mosaic: bool = True) -> None:
         """Choose the order and the augmentation of the next pass.
 
         Args:
             epoch: counted from 0.
             skip: number of batches to leave out at its beginning; they are not computed.
+            mosaic: whether there are mosaics in it, as often as the augmentation says.
         """
         assert isinstance(self.sampler, EpochSampler)
+        self.sampler.mosaic = mosaic
         self.sampler.epoch, self.sampler.skipped = epoch, skip * (self.batch_size or 1)
 
     def share(self, which: int, of: int) -> DetectionLoader:

@@ -157,7 +157,9 @@ class Trainer:
         recipe.prepare(self._model)
         self._frozen = freeze(self._model, config.freeze)
         self._forward = ParallelForward(self._fabric, self._model)
-        self._ema = AveragedModel(model, multi_avg_fn=exponential(config.ema_decay), use_buffers=True)
+        self._ema = AveragedModel(
+            model, multi_avg_fn=exponential(config.ema_decay, config.ema_tau), use_buffers=True
+        )
         self._optimizer = make_optimizer(model, config, optimizer)
         self._loss = DetectionLoss(model.anchors, model.num_classes, config.loss, data.imgsz)
         self._start = {layer.name: layer.sparsity for layer in layer_sparsity(model.prunable_convolutions())}
@@ -166,6 +168,7 @@ class Trainer:
         self._split = qat_split
         self._quantizing = False
         self._left_out = 0  # steps in a row
+        self._now = 0  # the step that is being taken
         self._state_file, self._position, self._history = state, Position(), list[Record]()
 
     def fit(self, state: State | None = None) -> TrainingResult:
@@ -421,9 +424,11 @@ class Trainer:
         for step in steps:
             if collectives.rank() == 0:  # the others wait for the first process
                 give_way()
+            self._now = step
             batch, epoch = next(batches), step / steps_per_epoch
             if not self._recipe.sets_learning_rate:
                 self._set_learning_rate(epoch)
+            self._set_momentum(epoch)
             self._slim_if_due(step, steps_per_epoch, sparsifier)
             sparsifier.before_step(epoch)
             for name, value in self._step(batch, sparsifier, epoch, quantized=phase.quantized).items():
@@ -577,12 +582,23 @@ class Trainer:
         steps, nothing = len(self._data.train), no_images(self._data.imgsz)
         epoch, taken = divmod(self._position.batches, steps)
         while True:
-            self._share.set_epoch(epoch, skip=taken)
+            if not taken:
+                self._position.mosaic = (self._now + steps) / steps <= self._last_mosaic
+            self._share.set_epoch(epoch, skip=taken, mosaic=self._position.mosaic)
             batches = iter(self._share)
             for _ in range(taken, steps):
                 self._position.batches += 1
                 yield next(batches, nothing)  # this process's last share of an epoch may have no image
             epoch, taken = epoch + 1, 0
+
+    @property
+    def _last_mosaic(self) -> float:
+        """The epoch up to which whole passes have mosaics."""
+        if not self._config.close_mosaic:
+            return math.inf
+        quantized = self._recipe.quantization_start
+        ends = self._recipe.epochs if quantized is None else quantized
+        return ends - self._config.close_mosaic
 
     def _as_input(self, batch: Batch) -> Tensor:
         return as_input(batch.images.to(self._fabric.device), self._precision.memory_format)
@@ -600,6 +616,16 @@ class Trainer:
             factor = 0.05 + 0.95 * (1 + math.cos(math.pi * share)) / 2
         for group in self._optimizer.param_groups:
             group["lr"] = self._config.lr * factor
+
+    def _set_momentum(self, epoch: float) -> None:
+        """Let SGD's momentum rise in a line during the warm-up."""
+        config = self._config
+        if config.warmup_momentum is None or "momentum" not in self._optimizer.defaults:
+            return
+        share = min(1.0, epoch / config.warmup) if config.warmup else 1.0
+        first = min(config.warmup_momentum, config.momentum)
+        for group in self._optimizer.param_groups:
+            group["momentum"] = first + share * (config.momentum - first)
 
     def _learning_rates(self) -> dict[str, float]:
         """The learning rate of the weights, and that of the biases where a recipe sets another."""

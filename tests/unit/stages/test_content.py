@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sparse_exp import __version__
 from sparse_exp.config.plain import as_dict, recipe_path
@@ -268,21 +270,28 @@ def test_a_job_whose_data_are_gone_stays_finished(done, job, data, start):
     assert done() == ALL
 
 
+def known_before() -> dict:
+    """The configuration of a run of version 0.1.0, for the keys that it has."""
+    archive = Path(__file__).parents[2] / "data" / "run-0.1.0.tar.xz"
+    with tarfile.open(archive) as opened:
+        name = next(name for name in opened.getnames() if name.endswith("quant/config.yaml"))
+        return yaml.safe_load(opened.extractfile(name))
+
+
+def as_known(value, then):
+    """A value without the keys that were not there."""
+    if not isinstance(value, dict) or not then:
+        return value
+    return {key: as_known(each, then[key]) for key, each in value.items() if key in then}
+
+
 def marks_before(experiment, recipe: Recipe) -> dict[str, str]:
     """Fingerprints as version 0.1.0 took them, when it knew paths only."""
-    config = as_dict(experiment)
-    rest = {
-        key: value
-        for key, value in config["recipe"].items()
-        if key
-        not in ("name", "file", "variables", "num_epochs", "weight_scales", "weight_bits", "train_outputs")
-    }
+    config = as_known(as_dict(experiment), known_before())
+    resolved = ("name", "file", "variables", "num_epochs")
+    rest = {key: value for key, value in config["recipe"].items() if key not in resolved}
     parts = {
-        "fetch": {
-            "model": {key: value for key, value in config["model"].items() if key not in ("anchors", "macs")},
-            "dataset": {key: value for key, value in config["dataset"].items() if key != "cache"},
-            "start": True,
-        },
+        "fetch": {"model": config["model"], "dataset": config["dataset"], "start": True},
         "plan": {
             "seed": config["seed"],
             "trainer": config["trainer"],
