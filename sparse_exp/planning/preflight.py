@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from sparse_exp.config.schema import Experiment
@@ -28,6 +30,7 @@ def plan_training(
     precision: Precision,
     file: StartFile | None,
     teacher: Path | None,
+    rules: Mapping[str, str] | None = None,
 ) -> Plan:
     """Plan a training, refuse what cannot end well, and time a few of its steps.
 
@@ -39,6 +42,7 @@ def plan_training(
         file: the start checkpoint; None: random weights.
         teacher: file of the checkpoint that ``recipe.teacher`` names; None where it names none, or one that
             is not on this machine.
+        rules: see `Plan`.
 
     Raises:
         SparseExpError: what would stop the run later on, as far as it can be known now.
@@ -58,6 +62,7 @@ def plan_training(
     slim_start(model, recipe, experiment.recipe)
     prune_start(model, prune_to, experiment.recipe, experiment.model.macs)
     plan = with_anchors(make_plan(experiment, recipe, start, precision, model), anchors)
+    plan = replace(plan, rules=rules or {})
     if experiment.recipe.oneshot:
         return plan
     # One process with the threads of all: the same work on the same cores, also the same memory in sum.
@@ -65,7 +70,7 @@ def plan_training(
         trial = try_steps(
             model,
             recipe,
-            _batch(experiment, dataset),
+            training_batch(experiment, dataset),
             experiment.trainer,
             precision,
             experiment.dataset.imgsz,
@@ -76,8 +81,13 @@ def plan_training(
     return with_trial(plan, trial, recipe, data)
 
 
-def _batch(experiment: Experiment, dataset: DetectionDataset) -> Batch:
-    """A batch of the size and kind that the training sees, made of its first images only."""
+def training_batch(experiment: Experiment, dataset: DetectionDataset) -> Batch:
+    """A batch of the size and kind that the training sees, made of its first images only.
+
+    Args:
+        experiment: the configuration; its size of a batch is a number.
+        dataset: its data.
+    """
     size = experiment.trainer.batch_size
     loader = make_loader(
         dataset.splits["train"][:size],

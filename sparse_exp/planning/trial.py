@@ -107,6 +107,43 @@ def try_steps(
     return Trial(seconds, evaluation, peaks, split)
 
 
+def images_that_fit(
+    model: YOLOv5,
+    recipe: Recipe,
+    batch: Batch,
+    trainer: TrainerConfig,
+    precision: Precision,
+    imgsz: Imgsz,
+    *,
+    least: int,
+    optimizer: str = "adamw",
+) -> int:
+    """How many images of a batch fit into memory in a step in floating point: all, half, a quarter ...
+
+    It is predicted from steps over a quarter of them; where even these run out of memory, from fewer.
+
+    Args:
+        model: of the training's architecture; it is not changed.
+        recipe: see `try_steps`.
+        batch: see `try_steps`.
+        trainer: see `try_steps`.
+        precision: see `try_steps`.
+        imgsz: see `try_steps`.
+        least: images below which nothing is tried.
+        optimizer: see `RecipeConfig.optimizer`.
+    """
+    count: int = trainer.batch_size
+    with _same_random_numbers():
+        rig = _Rig(model, recipe, trainer, precision, imgsz, optimizer, None)
+        rig.enter(quantized=False)
+        while count > least:
+            each = _bytes_per_image(rig, _first(batch, count))
+            if each is not None and count * each <= free_bytes(rig.device):
+                break
+            count //= 2
+    return count
+
+
 class _Rig:
     """A copy of everything that a training step touches."""
 
@@ -200,8 +237,17 @@ def _fit(rig: _Rig, batch: Batch, *, quantized: bool) -> tuple[float, int | None
 def _needs(rig: _Rig, batch: Batch) -> Callable[[int], float]:
     """Additional bytes as a function of the images in a step, from a step over a quarter of the batch.
 
-    In proportion: a little too much, as some of it (gradients) does not depend on the batch. 0 where it
-    cannot be known: the quarter ran out of memory itself, or the host does not tell.
+    0 where it cannot be known: the quarter ran out of memory itself, or the host does not tell.
+    """
+    each = _bytes_per_image(rig, batch) or 0.0
+    return lambda images: each * images
+
+
+def _bytes_per_image(rig: _Rig, batch: Batch) -> float | None:
+    """Additional bytes of a step for each image, from one over a quarter of the batch.
+
+    In proportion: a little too much, as some of it (gradients) does not depend on the batch. 0 where the host
+    does not tell; None: the quarter ran out of memory.
     """
     few = _quarter(batch)
     if rig.is_new:
@@ -210,8 +256,9 @@ def _needs(rig: _Rig, batch: Batch) -> Callable[[int], float]:
     reset_peak(rig.device)
     done = _attempt(rig, partial(_seconds, partial(rig.step, _first(batch, few), 1)))
     peak = peak_bytes(rig.device)
-    each = 0.0 if done is None or peak is None else max(0, peak - before) / few
-    return lambda images: each * images
+    if done is None:
+        return None
+    return 0.0 if peak is None else max(0, peak - before) / few
 
 
 def _attempt(rig: _Rig, work: Callable[[], _T]) -> _T | None:

@@ -71,6 +71,7 @@ class Context:
         mark: fingerprint of the stage that runs.
         earlier_mark: the same as versions before 0.2 took it; None: nothing of such a version counts.
         conditions: key of the code, packages and host that this process runs with.
+        settled: batch and length are numbers, chosen by their rules where the configuration leaves them open.
         run_nested: runs another experiment, given its command line and its sweep.
     """
 
@@ -84,6 +85,7 @@ class Context:
     earlier_mark: str | None = None
     conditions: str = ""
     run_nested: RunNested = _cannot_run
+    settled: bool = False
     _loaders: dict[tuple[str, bool], DetectionLoader] = field(default_factory=dict, init=False)
 
     @cached_property
