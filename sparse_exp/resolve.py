@@ -29,6 +29,7 @@ from sparse_exp.runs.directory import MANIFEST
 from sparse_exp.sources.cache import is_remote
 from sparse_exp.sources.start import PARENT, SCRATCH, require_place
 from sparse_exp.sources.stub import STUB_PREFIX, parse_stub
+from sparse_exp.stages.fingerprint import as_it_was
 from sparse_exp.stages.registry import check_stages, wanted_stages
 
 _GONE = ("hardware.max_spread",)  # keys that earlier versions had
@@ -91,6 +92,8 @@ def _values(plain: Any, prefix: str) -> Iterator[tuple[str, str]]:
 def read_record(text: str) -> DictConfig:
     """The configuration that a run recorded in its ``config.yaml``; what it does not have has its default.
 
+    A key that came after version 0.1 has the value that says what that version did.
+
     Keys of earlier versions that only said how to measure are left out.
 
     How the run was started is no part of it: ``resume`` and ``dry_run`` are off.
@@ -115,7 +118,7 @@ def read_record(text: str) -> DictConfig:
                 del OmegaConf.select(recorded, where)[name]
         # Places have no default in the schema; those that came after the record are where they are now.
         places = {"paths": OmegaConf.load(CONF_DIRECTORY / "paths" / "default.yaml")}
-        config = OmegaConf.merge(schema, places, recorded, {"resume": None, "dry_run": False})
+        config = OmegaConf.merge(schema, as_it_was(), places, recorded, {"resume": None, "dry_run": False})
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         what = getattr(error, "full_key", None) or "config.yaml"
         do = "It was recorded by another version; run it with that one, or change the file."

@@ -120,6 +120,19 @@ def _as_before(parts: Mapping[str, Any], new: Mapping[str, Any] = _NEW) -> dict[
     }
 
 
+def as_it_was() -> dict[str, Any]:
+    """What versions before 0.2 did in place of keys that they did not have, for their records."""
+    return {group: _known(keys) for group, keys in _NEW.items()}
+
+
+def _known(keys: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _known(value) if isinstance(value, Mapping) else value
+        for key, value in keys.items()
+        if value is not _ANY
+    }
+
+
 def pass_on(stage: Stage, context: Context, before: Fingerprint, own: Fingerprint) -> Fingerprint:
     """What the stages behind a stage build on."""
     if stage.passes_on(context.experiment):

@@ -29,7 +29,7 @@ TREES = 108  # images of its training split
 TRAINER = {
     "batch_size": 4, "lr": 0.001, "warmup": 0.5, "weight_decay": 0.0005, "max_grad_norm": 10.0,
     "ema_decay": 0.9999, "freeze": [], "precision": "auto", "channels_last": "auto", "momentum": 0.937,
-    "monitor": "map50", "patience": None, "quantize_from": "best", "val_batch_size": 8, "val_every": 1,
+    "monitor": "fitness", "patience": None, "quantize_from": "best", "val_batch_size": 8, "val_every": 1,
     "devices": 1, "threads": None,
     "loss": {"box": 0.05, "obj": 1.0, "cls": 0.5, "anchor_t": 4.0},
     "conf": 0.001, "iou": 0.6, "max_det": 300,
