@@ -137,14 +137,16 @@ def settle(
     batch_size = num_epochs = None
     if length_is_open(experiment):
         most = experiment.model.most_epochs
-        num_epochs = epochs_for(images, most)
-        rule = (
-            f"up to {FEW_IMAGES} training images"
-            if images <= FEW_IMAGES
-            else f"of at most {most:g}, by the root of {FEW_IMAGES} in {images} training images, at least "
-            f"{min(LEAST_EPOCHS, most):g}"
-        )
-        why["length"] = f"{num_epochs:g} epochs, {rule} (model.num_epochs=null)"
+        num_epochs = experiment.model.num_epochs or epochs_for(images, most)
+        rule = f"up to {FEW_IMAGES} training images (model.num_epochs=null)"
+        if experiment.model.num_epochs is not None:
+            rule = "model.num_epochs"
+        elif images > FEW_IMAGES:
+            rule = (
+                f"of at most {most:g}, by the root of {FEW_IMAGES} in {images} training images, at least "
+                f"{min(LEAST_EPOCHS, most):g} (model.num_epochs=null)"
+            )
+        why["length"] = f"{num_epochs:g} epochs, {rule}"
     if experiment.trainer.batch_size == AUTO and not experiment.recipe.oneshot:
         devices = experiment.trainer.devices
         wanted = batch_for(images, MOST_BATCH.get(device.type, MOST_BATCH["cpu"]), devices)

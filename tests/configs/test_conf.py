@@ -96,7 +96,7 @@ def test_the_main_job_is_the_default(composed):
     default.paths.run = named.paths.run  # holds the time
     assert default == named
     assert default.model.sparsity == 0.75
-    assert default.recipe.variables["num_epochs"] == 12
+    assert (default.model.most_epochs, default.trainer.batch_size) == (12, "auto")
     assert default.name == "yolov5s-trees-transfer_quant"
 
 

@@ -18,6 +18,7 @@ from sparse_exp.config.plain import CONF_DIRECTORY, as_dict, recipe_path
 from sparse_exp.config.schema import SIZES, Experiment
 from sparse_exp.data import DetectionDataset
 from sparse_exp.planning import rules, trial
+from sparse_exp.planning.dry_run import show
 from sparse_exp.planning.rules import Settled, batch_for, epochs_for, length_is_open, settle
 from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.resolve import resolve
@@ -194,3 +195,18 @@ def test_what_is_recorded_fills_only_what_is_open(composed):
     found = kept.applied(given_later)
     assert (found.trainer.batch_size, found.recipe.variables["num_epochs"]) == (2, 6.0)
     assert replace(found, recipe=given_later.recipe) == given_later
+
+
+def test_a_dry_run_without_the_data_says_what_they_will_decide(composed, tmp_path, caplog):
+    asked = composed("model=yolov5n", "dataset=coco128", f"paths.cache={tmp_path}", f"paths.zoo={tmp_path}")
+    recipe = Recipe.from_file(recipe_path(asked.recipe.file), asked.recipe.variables)
+    with caplog.at_level("INFO", logger="sparse_exp"):
+        show(asked, recipe, read_recipe=lambda _: recipe)
+    said = " ".join(caplog.text.split())
+    assert "batch and length: follow from the training images, once they are on this machine" in said
+
+
+def test_a_length_of_the_model_is_taken_where_a_record_no_longer_refers_to_it(composed):
+    asked = composed("trainer.batch_size=2")
+    asked.model.num_epochs = 7.0
+    assert settled(asked, 5000) == Settled(None, 7.0, {"length": "7 epochs, model.num_epochs"})
