@@ -266,11 +266,10 @@ def _settle(context: Context) -> None:
     if {"plan", "train"}.isdisjoint(context.experiment.stages) or context.settled:
         return
     from sparse_exp.planning.rules import Settled, is_open, settle
-    from sparse_exp.training.devices import choose_device
 
     experiment, kept = context.experiment, Settled.of(context.run.state.get("settled", {}))
     if is_open(rest := kept.applied(experiment)):
-        found = settle(rest, context.recipe, context.dataset, context.precision, choose_device())
+        found = settle(rest, context.recipe, context.dataset, context.precision, context.device)
         kept = kept.filled(found)
         context.run.update(settled=kept.as_data())
     context.experiment = kept.applied(experiment)

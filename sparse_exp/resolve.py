@@ -8,6 +8,7 @@ checked here, and all problems are reported at once.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -311,6 +312,12 @@ def _check_recipe(experiment: Experiment) -> Iterator[str]:
 
 def _check_devices(experiment: Experiment) -> Iterator[str]:
     trainer = experiment.trainer
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", trainer.device):
+        do = "For example trainer.device=cuda:1."
+        yield expected("trainer.device", "auto, cpu, cuda or cuda:NUMBER", trainer.device, do)
+    elif trainer.device.startswith("cuda:") and trainer.devices > 1:
+        do = "Each process has a GPU of its own: set trainer.device=cuda, or trainer.devices=1."
+        yield expected("trainer.device", f"cuda with trainer.devices={trainer.devices}", trainer.device, do)
     if trainer.batch_size != AUTO and trainer.batch_size % trainer.devices:
         do = "Each process takes an equal share of a batch; change one of them."
         yield expected(

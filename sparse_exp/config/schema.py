@@ -292,7 +292,11 @@ class TrainerConfig:
     freeze: List[str] = documented(
         [], "layers that stay as the start has them, batch norms included: backbone, or names such as model.0"
     )
-    precision: str = one_of("auto", ("auto", "fp32", "bf16"), "auto: bf16 where the CPU has it in hardware")
+    device: str = documented("auto", "auto (a GPU where there is one), cpu, cuda, or one GPU such as cuda:1")
+    precision: str = one_of(
+        "auto", ("auto", "fp32", "bf16"),
+        "auto: bf16 where the device has it in hardware, and TF32 in what stays in fp32 on a GPU that has it",
+    )  # fmt: skip
     channels_last: str = one_of(
         "auto", ("auto", "on", "off"), "memory format of images and weights; auto: on"
     )

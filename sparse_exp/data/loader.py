@@ -7,6 +7,7 @@ import multiprocessing.util
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -226,15 +227,18 @@ class DetectionLoader(DataLoader[Example]):
         assert isinstance(sampler, EpochSampler)
         assert size is not None
         own = EpochSampler(sampler.count, sampler.seed, size, (which, of))
-        return _loader(self.dataset, size // of, own, math.ceil(self.num_workers / of))
+        return _loader(
+            self.dataset, size // of, own, math.ceil(self.num_workers / of), pin_memory=self.pin_memory
+        )
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         """Pickle without the workers, which start again in the other process."""
-        return _loader, (self.dataset, self.batch_size, self.sampler, self.num_workers)
+        made = partial(_loader, pin_memory=self.pin_memory)
+        return made, (self.dataset, self.batch_size, self.sampler, self.num_workers)
 
 
 def _loader(
-    images: Dataset[Example], batch_size: int, sampler: EpochSampler, workers: int
+    images: Dataset[Example], batch_size: int, sampler: EpochSampler, workers: int, *, pin_memory: bool
 ) -> DetectionLoader:
     if workers:
         _make_room_for_sockets()
@@ -244,6 +248,7 @@ def _loader(
         sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
+        pin_memory=pin_memory,
         collate_fn=collate,
         generator=torch.Generator(),  # else each pass would draw from torch's own, which the model uses
     )
@@ -268,7 +273,7 @@ def _make_room_for_sockets() -> None:
 def make_loader(
     samples: Sequence[Sample], num_classes: int, *, imgsz: Imgsz, batch_size: int, train: bool, seed: int = 0,
     workers: int | None = None, augment: AugmentConfig | None = None, cache: str = "auto",
-    folder: Path | None = None,
+    folder: Path | None = None, pin_memory: bool = False,
 ) -> DetectionLoader:  # fmt: skip
     """Batches of a split.
 
@@ -284,6 +289,7 @@ def make_loader(
         augment: probabilities and strengths of the augmentation; of use only with ``train``.
         cache: where decoded images are kept; see `sparse_exp.data.store.choose_store`.
         folder: for ``disk``: where files of decoded images are kept.
+        pin_memory: let batches lie where a GPU can fetch them while the CPU goes on.
 
     Raises:
         DataError: an image or a label is damaged.
@@ -291,7 +297,8 @@ def make_loader(
     store = choose_store(cache, len(samples), imgsz)
     images = DetectionImages(samples, num_classes, imgsz, seed, augment if train else None, store, folder)
     workers = choose_workers(workers, store)
-    return _loader(images, batch_size, EpochSampler(len(images), seed if train else None), workers)
+    sampler = EpochSampler(len(images), seed if train else None)
+    return _loader(images, batch_size, sampler, workers, pin_memory=pin_memory)
 
 
 def collate(examples: Sequence[Example]) -> Batch:

@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from sparse_exp.config.schema import Experiment
 from sparse_exp.data import DetectionDataset, is_prepared, prepare
 from sparse_exp.hardware import has_bf16
 from sparse_exp.planning.plan import Plan, make_plan, plan_without_training, with_mismatch
 from sparse_exp.planning.preflight import plan_training
-from sparse_exp.planning.rules import Settled, settle
+from sparse_exp.planning.rules import Settled, is_open, settle
 from sparse_exp.planning.show import show_plan
 from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.runs.directory import Run
@@ -56,11 +58,12 @@ def show(
 
 def _plan(experiment: Experiment, recipe: Recipe, read_recipe: ReadRecipe) -> Plan:
     cache, zoo = cache_directory(experiment.paths.cache), zoo_directory(experiment.paths.zoo)
-    precision = choose_precision(experiment.trainer, has_bf16=has_bf16())
+    device = choose_device(experiment.trainer.device)
+    precision = choose_precision(experiment.trainer, has_bf16=has_bf16(), device=device)
     start = cached_start(experiment.model, cache, zoo)
     # read even where the start is not here: what is wrong with the data can be said now
     dataset = prepare(experiment.dataset, cache) if is_prepared(experiment.dataset, cache) else None
-    settled = _settled(experiment, recipe, dataset, precision) if dataset else Settled()
+    settled = _settled(experiment, recipe, dataset, precision, device) if dataset else Settled()
     experiment = settled.applied(experiment)
     recipe = read_recipe(experiment) if settled.num_epochs is not None else recipe
     if dataset and (start or experiment.model.weights == SCRATCH):
@@ -74,16 +77,22 @@ def _plan(experiment: Experiment, recipe: Recipe, read_recipe: ReadRecipe) -> Pl
     recipe.check(model)
     slim_start(model, recipe, experiment.recipe)
     plan = make_plan(experiment, recipe, _unread(experiment, start), precision, model)
-    return replace(plan, waits_for_start=not experiment.recipe.oneshot, rules=settled.why)
+    later = {"batch and length": "follow from the training images, once they are on this machine"}
+    rules = later if dataset is None and is_open(experiment) else settled.why
+    return replace(plan, waits_for_start=not experiment.recipe.oneshot, rules=rules)
 
 
 def _settled(
-    experiment: Experiment, recipe: Recipe, dataset: DetectionDataset, precision: Precision
+    experiment: Experiment,
+    recipe: Recipe,
+    dataset: DetectionDataset,
+    precision: Precision,
+    device: torch.device,
 ) -> Settled:
     """What the rules choose, or have chosen where a run is gone on with."""
     earlier = Run.find(Path(experiment.resume)) if experiment.resume else None
     kept = earlier.state.get("settled") if earlier else None
-    return Settled.of(kept) if kept else settle(experiment, recipe, dataset, precision, choose_device())
+    return Settled.of(kept) if kept else settle(experiment, recipe, dataset, precision, device)
 
 
 def _unread(experiment: Experiment, start: StartFile | None) -> Start:

@@ -14,6 +14,7 @@ from sparse_exp.planning.plan import Data, Plan, make_plan, pruning_step, with_a
 from sparse_exp.planning.trial import try_steps
 from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sources.start import StartFile
+from sparse_exp.training.devices import choose_device, processes_on
 from sparse_exp.training.oneshot import refuse_untrained_start
 from sparse_exp.training.precision import Precision
 from sparse_exp.training.processes import check_devices
@@ -65,7 +66,8 @@ def plan_training(
     plan = replace(plan, rules=rules or {})
     if experiment.recipe.oneshot:
         return plan
-    # One process with the threads of all: the same work on the same cores, also the same memory in sum.
+    # On CPUs one process with the threads of all: the same work on the same cores, also the same memory in
+    # sum. On GPUs one process with its share of a batch.
     with using_threads(training_threads(experiment) * experiment.trainer.devices):
         trial = try_steps(
             model,
@@ -82,13 +84,14 @@ def plan_training(
 
 
 def training_batch(experiment: Experiment, dataset: DetectionDataset) -> Batch:
-    """A batch of the size and kind that the training sees, made of its first images only.
+    """A batch of the size and kind that a process of the training sees, made of its first images only.
 
     Args:
         experiment: the configuration; its size of a batch is a number.
         dataset: its data.
     """
-    size = experiment.trainer.batch_size
+    trainer = experiment.trainer
+    size = trainer.batch_size // processes_on(choose_device(trainer.device), trainer.devices)
     loader = make_loader(
         dataset.splits["train"][:size],
         len(dataset.names),

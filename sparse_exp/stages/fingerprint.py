@@ -30,6 +30,7 @@ _NEW: Mapping[str, Any] = {
     "trainer": {
         "augment": {"degrees": 0.0, "shear": 0.0, "mixup": 0.0, "copy_paste": 0.0},
         "close_mosaic": 0.0,
+        "device": "auto",
         "ema_tau": None,
         "freeze": [],
         "monitor": "map50",

@@ -34,6 +34,7 @@ from sparse_exp.sparsity.measure import SparsityContract, layer_sparsity, overal
 from sparse_exp.sparsity.slimming import choose_channels, fit_norms, gradient_scores, weight_scores
 from sparse_exp.training.averaging import exponential, zero_where_zero
 from sparse_exp.training.batches import Buffers, no_images, weighted_parts
+from sparse_exp.training.devices import choose_device
 from sparse_exp.training.evaluation import Validation, as_input
 from sparse_exp.training.freezing import freeze
 from sparse_exp.training.memory import is_out_of_memory
@@ -146,7 +147,7 @@ class Trainer:
         state: StateFile | None = None,
     ) -> None:
         seed_everything(seed, verbose=False)
-        self._fabric = make_fabric()
+        self._fabric = make_fabric(choose_device(config.device, rank=collectives.rank()))
         self.model, self._recipe, self._data = model, recipe, data
         self._config, self._precision, self._on_epoch = config, precision, on_epoch
         self._share = data.train.share(collectives.rank(), collectives.size())
@@ -170,6 +171,11 @@ class Trainer:
         self._left_out = 0  # steps in a row
         self._now = 0  # the step that is being taken
         self._state_file, self._position, self._history = state, Position(), list[Record]()
+
+    @property
+    def device(self) -> torch.device:
+        """That of this process."""
+        return self._fabric.device
 
     def fit(self, state: State | None = None) -> TrainingResult:
         """Train to the end of the recipe.
@@ -525,7 +531,7 @@ class Trainer:
             images = self._as_input(part)
             with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
                 raw = self._forward(images, exchange=index == len(pieces))
-            task, losses = self._loss(raw, part.targets)
+            task, losses = self._loss(raw, part.targets.to(self._fabric.device, non_blocking=True))
             loss = sparsifier.loss(task, images, raw, epoch)
             self._forward.backward(loss)
             if self._recipe.distills:  # may be less than 0, because hardness makes the task's share smaller
@@ -601,7 +607,8 @@ class Trainer:
         return ends - self._config.close_mosaic
 
     def _as_input(self, batch: Batch) -> Tensor:
-        return as_input(batch.images.to(self._fabric.device), self._precision.memory_format)
+        images = batch.images.to(self._fabric.device, non_blocking=True)
+        return as_input(images, self._precision.memory_format)
 
     def _on_device(self, model: YOLOv5) -> YOLOv5:
         return model.to(self._fabric.device).to(memory_format=self._precision.memory_format)
