@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparse_exp import __version__
 from sparse_exp.config.plain import as_dict, as_yaml, recipe_path
@@ -38,6 +38,9 @@ from sparse_exp.stages.base import Context, Stage, SweepMember
 from sparse_exp.stages.fingerprint import Fingerprint, pass_on, take_fingerprint
 from sparse_exp.stages.registry import STAGES
 from sparse_exp.tracking import PARENT_TAG, RunInfo, Status, as_plain, create_tracker, end_open_runs
+
+if TYPE_CHECKING:
+    from sparse_exp.recipes.recipe import Recipe
 
 _log = logging.getLogger(__name__)
 
@@ -68,17 +71,13 @@ def run(
         SparseExpError: what stopped the run. The manifest names the stage and the reason, and the
             tracker knows the run as FAILED.
     """
-    from sparse_exp.quantization.choice import choose_quantization
-    from sparse_exp.recipes.recipe import Recipe
-
-    chosen, file = experiment.recipe, _recipe_file(experiment)
+    file = _recipe_file(experiment)
     asked, (experiment, mismatch) = experiment, fit_to_host(experiment)
-    quantization = choose_quantization(chosen, experiment.hardware, host_facts().isa)
-    recipe = Recipe.from_file(file, chosen.variables, chosen.num_epochs, chosen.engine, quantization)
+    recipe = _read_recipe(experiment, file)
     if experiment.dry_run:
         from sparse_exp.planning.dry_run import show
 
-        show(experiment, recipe, mismatch)
+        show(experiment, recipe, mismatch, partial(_read_recipe, file=file))
         return None
     tracker = create_tracker(experiment.tracker, Path(experiment.paths.mlflow).absolute())
     with _opened(experiment, wait=sweep is not None, numbered=numbered) as directory:
@@ -94,6 +93,16 @@ def run(
 
 def _run_nested(experiment: Experiment, overrides: list[str], sweep: SweepMember | None) -> None:
     run(experiment, {}, overrides, sweep)
+
+
+def _read_recipe(experiment: Experiment, file: Path) -> Recipe:
+    """The recipe as it runs, for the hardware that the experiment is fitted to."""
+    from sparse_exp.quantization.choice import choose_quantization
+    from sparse_exp.recipes.recipe import Recipe
+
+    chosen = experiment.recipe
+    quantization = choose_quantization(chosen, experiment.hardware, host_facts().isa)
+    return Recipe.from_file(file, chosen.variables, chosen.num_epochs, chosen.engine, quantization)
 
 
 def _recipe_file(experiment: Experiment) -> Path:
@@ -240,6 +249,9 @@ def _run_stages(context: Context) -> None:
     with ExitStack() as held:
         for name in context.experiment.stages:
             stage = STAGES[name]
+            if name != "fetch":
+                with _failures_of(context, "the choice of batch and length"):
+                    _settle(context)
             if held_until and order.index(name) > order.index(held_until):
                 held.close()
             before = pass_on(stage, context, before, _run_stage(context, stage, before))
@@ -247,6 +259,24 @@ def _run_stages(context: Context) -> None:
                 with _failures_of(context, f"the stage {name}"):
                     held.enter_context(stage.held(context))
                 held_until = stage.held_until
+
+
+def _settle(context: Context) -> None:
+    """Let the data choose what the configuration leaves open, once for a run: its later starts keep it."""
+    if {"plan", "train"}.isdisjoint(context.experiment.stages) or context.settled:
+        return
+    from sparse_exp.planning.rules import Settled, is_open, settle
+
+    experiment, kept = context.experiment, Settled.of(context.run.state.get("settled", {}))
+    if is_open(rest := kept.applied(experiment)):
+        found = settle(rest, context.recipe, context.dataset, context.precision, context.device)
+        kept = kept.filled(found)
+        context.run.update(settled=kept.as_data())
+    context.experiment = kept.applied(experiment)
+    if context.experiment != experiment:
+        context.recipe = _read_recipe(context.experiment, _recipe_file(experiment))
+        context.run.write_recipe(context.run.composed_recipe or context.recipe.text)
+    context.settled = True
 
 
 def _run_stage(context: Context, stage: Stage, before: Fingerprint) -> Fingerprint:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -18,7 +18,7 @@ from sparse_exp.cli import log_to_console
 from sparse_exp.command import Parser, run_command
 from sparse_exp.config.places import add_place_options, chosen_places
 from sparse_exp.config.plain import as_dict, recipe_path
-from sparse_exp.config.schema import Experiment, TrackerConfig
+from sparse_exp.config.schema import AUTO, Experiment, TrackerConfig
 from sparse_exp.data import is_prepared, prepare
 from sparse_exp.errors import ConfigError, SparseExpError, expected
 from sparse_exp.experiment import run
@@ -118,6 +118,7 @@ def main() -> int:
     places = chosen_places(options)
     record = find_record(options.run, places.tracker, places.mlflow)
     experiment, filled = rebuild(record.config, options.overrides)
+    experiment, _ = rebuild(record.config, [*settled_words(record.manifest, experiment), *options.overrides])
     place_anew(experiment, options.overrides)
     show(options.run, differences(record, experiment, filled))
     if options.dry_run or experiment.dry_run:
@@ -130,6 +131,22 @@ def main() -> int:
     named = any(word.startswith("paths.run=") for word in options.overrides)
     run(experiment, {**record.hydra, **told}, words, numbered=not named)
     return 0
+
+
+def settled_words(manifest: Mapping[str, Any], experiment: Experiment) -> list[str]:
+    """Words that set what the data chose for a run, where its configuration leaves it open.
+
+    Args:
+        manifest: of the run.
+        experiment: its configuration, with the values that are changed.
+    """
+    settled, words = manifest.get("settled", {}), []
+    if experiment.trainer.batch_size == AUTO and settled.get("batch_size"):
+        words.append(f"trainer.batch_size={settled['batch_size']}")
+    given = "num_epochs" in experiment.recipe.variables or experiment.recipe.num_epochs is not None
+    if not given and experiment.model.num_epochs is None and settled.get("num_epochs"):
+        words.append(f"recipe.variables.num_epochs={settled['num_epochs']}")
+    return words
 
 
 def _as_hydra_reads_it(word: str, experiment: Experiment) -> str:

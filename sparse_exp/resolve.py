@@ -8,6 +8,7 @@ checked here, and all problems are reported at once.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from sparse_exp.bounded_yaml import read_yaml
 from sparse_exp.config.imgsz import in_words
 from sparse_exp.config.places import apply_environment
 from sparse_exp.config.plain import CONF_DIRECTORY, as_dict, out_of_bounds, recipe_path
-from sparse_exp.config.schema import Experiment
+from sparse_exp.config.schema import AUTO, Experiment
 from sparse_exp.errors import ConfigError, SparseExpError, expected, first_line
 from sparse_exp.files import expanded
 from sparse_exp.redaction import secret_problem, without_secrets
@@ -29,6 +30,7 @@ from sparse_exp.runs.directory import MANIFEST
 from sparse_exp.sources.cache import is_remote
 from sparse_exp.sources.start import PARENT, SCRATCH, require_place
 from sparse_exp.sources.stub import STUB_PREFIX, parse_stub
+from sparse_exp.stages.fingerprint import as_it_was
 from sparse_exp.stages.registry import check_stages, wanted_stages
 
 _GONE = ("hardware.max_spread",)  # keys that earlier versions had
@@ -91,6 +93,8 @@ def _values(plain: Any, prefix: str) -> Iterator[tuple[str, str]]:
 def read_record(text: str) -> DictConfig:
     """The configuration that a run recorded in its ``config.yaml``; what it does not have has its default.
 
+    A key that came after version 0.1 has the value that says what that version did.
+
     Keys of earlier versions that only said how to measure are left out.
 
     How the run was started is no part of it: ``resume`` and ``dry_run`` are off.
@@ -115,7 +119,7 @@ def read_record(text: str) -> DictConfig:
                 del OmegaConf.select(recorded, where)[name]
         # Places have no default in the schema; those that came after the record are where they are now.
         places = {"paths": OmegaConf.load(CONF_DIRECTORY / "paths" / "default.yaml")}
-        config = OmegaConf.merge(schema, places, recorded, {"resume": None, "dry_run": False})
+        config = OmegaConf.merge(schema, as_it_was(), places, recorded, {"resume": None, "dry_run": False})
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         what = getattr(error, "full_key", None) or "config.yaml"
         do = "It was recorded by another version; run it with that one, or change the file."
@@ -308,7 +312,13 @@ def _check_recipe(experiment: Experiment) -> Iterator[str]:
 
 def _check_devices(experiment: Experiment) -> Iterator[str]:
     trainer = experiment.trainer
-    if trainer.batch_size % trainer.devices:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", trainer.device):
+        do = "For example trainer.device=cuda:1."
+        yield expected("trainer.device", "auto, cpu, cuda or cuda:NUMBER", trainer.device, do)
+    elif trainer.device.startswith("cuda:") and trainer.devices > 1:
+        do = "Each process has a GPU of its own: set trainer.device=cuda, or trainer.devices=1."
+        yield expected("trainer.device", f"cuda with trainer.devices={trainer.devices}", trainer.device, do)
+    if trainer.batch_size != AUTO and trainer.batch_size % trainer.devices:
         do = "Each process takes an equal share of a batch; change one of them."
         yield expected(
             "trainer.batch_size", f"a multiple of trainer.devices={trainer.devices}", trainer.batch_size, do

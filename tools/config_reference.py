@@ -35,7 +35,6 @@ MEANINGS = {
     "dataset.name": "name of the option, in run names and tags",
     "recipe.name": "name of the option, in run names and tags",
     "hardware.name": "name of the option, in tags",
-    "trainer.batch_size": "images of one training step",
     "trainer.max_grad_norm": "gradients are scaled down to this norm",
     "trainer.val_batch_size": "images of one evaluation step, in torch and in the engines",
     "tracker.backend": "none: nothing is logged and MLflow is not imported",
@@ -216,9 +215,9 @@ def _settings(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Each key that an option sets, and its value as on the command line."""
     for key, value in values.items():
         if key == "defaults":
-            yield from (
-                (name.removeprefix("override /"), option) for d in value for name, option in d.items()
-            )
+            for part in value:  # the name of another option of the same group, or options of others
+                parts = part.items() if isinstance(part, dict) else [("defaults", part)]
+                yield from ((name.removeprefix("override /"), option) for name, option in parts)
         elif isinstance(value, dict):
             yield from _settings(value, f"{prefix}{key}.")
         elif isinstance(value, list) and value and isinstance(value[0], dict):
@@ -248,7 +247,7 @@ def _row(item: Field[Any], hint: Any, values: Mapping[str, Any], prefix: str) ->
         return KeyRow(f"{key}.*", "", "", "", "", _first_line(hint))
     default = item.default if item.default_factory is NO_DEFAULT else item.default_factory()
     value = values.get(item.name, default)
-    kind = _SIZE if metadata.get("image_size") else _type(hint)
+    kind = _SIZE if metadata.get("image_size") else "auto or int" if metadata.get("auto") else _type(hint)
     return KeyRow(key, kind, metadata.get("unit", ""), _bounds(metadata), _shown(value), meaning)
 
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sparse_exp.config.imgsz import STRIDE, imgsz_of, in_words, plain, sides
+from sparse_exp.config.schema import AUTO
 from sparse_exp.errors import ConfigError, expected, first_line
 from sparse_exp.files import expanded
 
@@ -103,7 +104,7 @@ def out_of_bounds(node: Any, prefix: str) -> Iterator[str]:
         value, key = getattr(node, item.name), prefix + item.name
         if is_dataclass(value):
             yield from out_of_bounds(value, key + ".")
-        elif value is not None:
+        elif value is not None or item.metadata.get("auto"):
             yield from _value_out_of_bounds(key, value, item.metadata)
 
 
@@ -111,6 +112,12 @@ def _value_out_of_bounds(key: str, value: Any, metadata: Any) -> Iterator[str]:
     if metadata.get("image_size"):
         yield from _size_out_of_bounds(key, value, metadata)
         return
+    if metadata.get("auto"):
+        if value == AUTO:
+            return
+        if not isinstance(value, int) or isinstance(value, bool):
+            yield expected(key, f"{AUTO} or a whole number", value, f"Change {key}.")
+            return
     choices, values = metadata.get("choices"), value if isinstance(value, list) else [value]
     if choices:
         wrong = [v for v in values if v not in choices]

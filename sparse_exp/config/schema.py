@@ -40,6 +40,7 @@ RERUN = ("failed", "all")
 # Keys that say where and how a run is made; its results do not depend on them.
 WITHOUT_EFFECT = ("paths", "sweep", "launcher", "ray", "tracker", "resume", "overwrite", "dry_run")
 MISSING: Any = "???"
+AUTO = "auto"  # of a number: a rule chooses it
 
 
 def bounded(default: Any, low: float | None = None, high: float | None = None, *, above: float | None = None,
@@ -53,6 +54,11 @@ def bounded(default: Any, low: float | None = None, high: float | None = None, *
 def one_of(default: Any, choices: tuple[str, ...], help: str = "") -> Any:
     """A field (a string, or a list of them) that takes only the named choices."""
     return _field(default, {"choices": choices, "help": help})
+
+
+def auto_or(default: Any, low: int, high: int, unit: str = "", help: str = "") -> Any:
+    """A field that takes ``auto`` or a whole number with inclusive bounds."""
+    return _field(default, {"auto": True, "low": low, "high": high, "unit": unit, "help": help})
 
 
 def image_size(default: Any, help: str) -> Any:
@@ -118,9 +124,14 @@ class ModelConfig:
         None, above=0.0, high=1.0,
         help="share of the multiplications that are to meet no zero, instead of sparsity",
     )  # fmt: skip
-    num_epochs: float = bounded(
+    num_epochs: Optional[float] = bounded(
+        None, above=0.0, high=10000.0, unit="epochs",
+        help="length of the shipped recipes, unless recipe.variables.num_epochs says another; null: "
+        "model.most_epochs for up to 128 training images, fewer for more, at least 5",
+    )  # fmt: skip
+    most_epochs: float = bounded(
         12.0, above=0.0, high=10000.0, unit="epochs",
-        help="length of the shipped recipes, unless recipe.variables.num_epochs says another",
+        help="length of the shipped recipes where there are few training images",
     )  # fmt: skip
     layer_sparsity: List[float] = documented(
         [0.40, 0.50, 0.65, 0.75],
@@ -223,6 +234,13 @@ class AugmentConfig:
     fliplr: float = bounded(0.5, 0.0, 1.0, help="probability of a left-right flip")
     flipud: float = bounded(0.0, 0.0, 1.0, help="probability of an up-down flip")
     transpose: float = bounded(0.0, 0.0, 1.0, help="probability of a swap of the image axes")
+    degrees: float = bounded(0.0, 0.0, 180.0, help="rotation drawn from -degrees to +degrees")
+    shear: float = bounded(0.0, 0.0, 45.0, help="degrees; drawn for each axis from -shear to +shear")
+    mixup: float = bounded(0.0, 0.0, 1.0, help="probability that a mosaic is mixed with another")
+    copy_paste: float = bounded(
+        0.0, 0.0, 1.0,
+        help="share of another image's objects that are pasted where they cover no object by more than 30 %",
+    )  # fmt: skip
     jitter: float = bounded(0.8, 0.0, 1.0, help="probability of colour jitter")
     brightness: float = bounded(0.3, 0.0, 1.0, help="largest relative change")
     contrast: float = bounded(0.3, 0.0, 1.0, help="largest relative change")
@@ -244,22 +262,41 @@ class LossConfig:
 class TrainerConfig:
     """The training loop."""
 
-    batch_size: int = bounded(4, 1, 1024, unit="images")
+    batch_size: Any = auto_or(
+        4, 1, 1024, unit="images",
+        help="of a step; auto: the largest power of two that fits into memory, at most 16 on a CPU and 64 on "
+        "a GPU, and leaves at least four steps an epoch for each image of a batch; not below 4",
+    )  # fmt: skip
     lr: float = bounded(1e-3, above=0.0, high=1.0, help="peak rate where the recipe sets none")
     warmup: float = bounded(0.5, 0.0, 10.0, unit="epochs", help="linear warm-up of the rate")
     weight_decay: float = bounded(
         5e-4, 0.0, 1.0, help="on convolution weights: of each step of AdamW, of each 64 images of SGD"
     )
+    warmup_momentum: Optional[float] = bounded(
+        None, 0.0, 0.999, help="from which SGD's momentum rises during trainer.warmup; null: it does not"
+    )
+    close_mosaic: float = bounded(
+        0.0, 0.0, 10000.0, unit="epochs",
+        help="without mosaic before quantization begins, or the training ends; 0: mosaic until the end",
+    )  # fmt: skip
     max_grad_norm: float = bounded(10.0, above=0.0, high=1e6)
     ema_decay: float = bounded(
         0.9999, 0.0, 0.99999,
         help="of the averaged weights that are evaluated; less at first, so that it spans a ninth of "
         "all steps so far",
     )  # fmt: skip
+    ema_tau: Optional[float] = bounded(
+        None, above=0.0, high=1e6, unit="steps",
+        help="the published ramp instead: ema_decay times 1 - exp(-steps / ema_tau), there with 2000",
+    )  # fmt: skip
     freeze: List[str] = documented(
         [], "layers that stay as the start has them, batch norms included: backbone, or names such as model.0"
     )
-    precision: str = one_of("auto", ("auto", "fp32", "bf16"), "auto: bf16 where the CPU has it in hardware")
+    device: str = documented("auto", "auto (a GPU where there is one), cpu, cuda, or one GPU such as cuda:1")
+    precision: str = one_of(
+        "auto", ("auto", "fp32", "bf16"),
+        "auto: bf16 where the device has it in hardware, and TF32 in what stays in fp32 on a GPU that has it",
+    )  # fmt: skip
     channels_last: str = one_of(
         "auto", ("auto", "on", "off"), "memory format of images and weights; auto: on"
     )

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as v2
 
@@ -22,6 +23,7 @@ from sparse_exp.config.schema import AugmentConfig
 from sparse_exp.data.letterbox import PADDING
 
 _MIN_SIDE = 2.0  # px; smaller boxes teach nothing
+_MOST_COVERED = 0.3  # share of an object that a pasted one may cover
 _MIN_VISIBLE = 0.15  # share of a box's area that must lie in the window
 _GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision
 
@@ -64,6 +66,9 @@ def augment_example(examples: Sequence[Example], config: AugmentConfig, draw: np
         less than 15 % of their area are dropped.
     """
     example = _flip(_random_window(examples, config, draw), config, draw)
+    if config.degrees or config.shear:
+        limits = np.array([config.degrees, config.shear, config.shear])
+        example = turn(example, *draw.uniform(-limits, limits))
     if draw.random() < config.jitter:
         limits = np.array([config.brightness, config.contrast, config.saturation, config.hue])
         brightness, contrast, saturation, hue = draw.uniform(-limits, limits)
@@ -155,6 +160,79 @@ def _flip(example: Example, config: AugmentConfig, draw: np.random.Generator) ->
     if swap < config.transpose:
         image, boxes = image.transpose(-1, -2).contiguous(), boxes[:, [1, 0, 3, 2]]
     return Example(image, boxes, classes)
+
+
+def turn(example: Example, degrees: float, shear_x: float = 0.0, shear_y: float = 0.0) -> Example:
+    """Rotate and shear an image about its centre.
+
+    Args:
+        example: the image; where nothing of it is shown, the result is grey.
+        degrees: from the x axis to the y axis, which points down.
+        shear_x: degrees by which vertical edges lean.
+        shear_y: degrees by which horizontal edges lean.
+
+    Returns:
+        An image of the same size. A box is what encloses the turned one; see `augment_example` for those
+        that are dropped.
+    """
+    height, width = example.image.shape[-2:]
+    half = torch.tensor([width / 2, height / 2])
+    angle, lean, tilt = (math.radians(each) for each in (degrees, shear_x, shear_y))
+    rotation = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    matrix = rotation @ torch.tensor([[1.0, math.tan(lean)], [math.tan(tilt), 1.0]])
+    back = torch.linalg.inv(matrix) * half / half[:, None]  # shares of the half sides
+    grid = affine_grid(
+        torch.cat([back, torch.zeros(2, 1)], 1)[None], [1, 3, height, width], align_corners=False
+    )
+    pixels = example.image[None].float() - PADDING  # beyond the edges grid_sample takes 0
+    turned = (grid_sample(pixels, grid, align_corners=False)[0] + (PADDING + 0.5)).to(torch.uint8)
+    corners = (example.boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].view(-1, 4, 2) - half) @ matrix.T + half
+    size = Sides(height, width)
+    kept, boxes = _clip(torch.cat([corners.amin(1), corners.amax(1)], 1), size, size)
+    return Example(turned, boxes, example.classes[kept])
+
+
+def mix(first: Example, second: Example, draw: np.random.Generator) -> Example:
+    """Lay one image over another, as in mixup; the boxes of both stay.
+
+    Args:
+        first: an image.
+        second: another of the same size.
+        draw: source of the share of each, near a half: Beta(32, 32).
+    """
+    share = float(draw.beta(32.0, 32.0))
+    image = first.image * share + second.image * (1 - share) + 0.5
+    boxes, classes = torch.cat([first.boxes, second.boxes]), torch.cat([first.classes, second.classes])
+    return Example(image.to(torch.uint8), boxes, classes)
+
+
+def paste_objects(example: Example, other: Example, share: float, draw: np.random.Generator) -> Example:
+    """Paste objects of another image, each as the content of its box, at its place there.
+
+    Args:
+        example: the image; it is not changed.
+        other: another of the same size.
+        share: of its objects that are tried, 0..1. One that would cover 30 % or more of any object, or does
+            not lie within the picture, is left out.
+        draw: source of the choice.
+    """
+    image, boxes, classes = example.image.clone(), example.boxes, example.classes
+    height, width = image.shape[-2:]
+    left, top, right, bottom = example.picture or (0, 0, width, height)
+    for index in np.flatnonzero(draw.random(len(other.boxes)) < share):
+        box = other.boxes[index]
+        x1, y1, x2, y2 = (int(edge) for edge in (*box[:2].floor(), *box[2:].ceil()))
+        inside = left <= x1 < x2 <= right and top <= y1 < y2 <= bottom
+        if inside and not (_covered(boxes, torch.tensor([x1, y1, x2, y2])) >= _MOST_COVERED).any():
+            image[:, y1:y2, x1:x2] = other.image[:, y1:y2, x1:x2]
+            boxes, classes = torch.cat([boxes, box[None]]), torch.cat([classes, other.classes[index, None]])
+    return Example(image, boxes, classes, example.picture)
+
+
+def _covered(boxes: Tensor, by: Tensor) -> Tensor:
+    """Share of the area of each box (M, 4) that another one covers (M,)."""
+    overlap = (boxes[:, 2:].minimum(by[2:]) - boxes[:, :2].maximum(by[:2])).clamp(min=0).prod(1)
+    return overlap / (boxes[:, 2:] - boxes[:, :2]).prod(1).clamp(min=1e-9)
 
 
 def jitter_colours(

@@ -134,12 +134,16 @@ def _row(class_id: int, box: Box, size: tuple[float, float]) -> Row | None:
 
 def _split_of(path: PurePosixPath) -> str:
     """The split that a path names: train for ``instances_train2017.json``, val for ``valid/x.xml``."""
+    return _named_split(path) or "train"
+
+
+def _named_split(path: PurePosixPath) -> str | None:
     for part in reversed(path.parts):
         for word in part.lower().replace("-", "_").replace(".", "_").split("_"):
             split = _SPLIT_WORDS.get(word.rstrip("0123456789"))
             if split:
                 return split
-    return "train"
+    return None
 
 
 class _Canvas(NamedTuple):
@@ -210,7 +214,8 @@ def read_coco(tree: Tree, images: str | None = None) -> Converted:
     for name, part in parts:
         rows = converted.splits.setdefault(_split_of(PurePosixPath(name)), {})
         try:
-            _read_coco_part(tree, finder, folders[name], part, positions, rows, converted.dropped)
+            path = PurePosixPath(name)
+            _read_coco_part(tree, finder, path, folders[name], part, positions, rows, converted.dropped)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise DataError(
@@ -246,7 +251,7 @@ class _ImageFinder:
     Args:
         tree: holds the images.
         folders: of the images of each annotation file. What is missing in those of one file is not taken from
-            those of another, where an image of that name is another image.
+            those of another, nor from below them, where an image of that name is another image.
     """
 
     def __init__(self, tree: Tree, folders: Iterable[Iterable[PurePosixPath]]) -> None:
@@ -257,21 +262,42 @@ class _ImageFinder:
             if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
                 self._by_name.setdefault(_composed(PurePosixPath(name).name), []).append(name)
 
-    def find(self, file_name: str, folders: Sequence[PurePosixPath]) -> str | None:
-        """The image in the first of the folders that has it, or else the only image of that name."""
-        own = {_normal(folder) for folder in folders}
-        for folder in folders:
-            name = _normal(folder / file_name)
-            if name in self._names:
-                return name if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES else None
-        wanted = _composed(file_name.replace("\\", "/"))
-        same = [
+    def find(self, file_name: str, folders: Sequence[PurePosixPath], split: str | None) -> str | None:
+        """The image in the first of the folders that has it, or else the only one that it can be."""
+        found = self.inside(file_name, folders) or self.others(file_name, folders, split)
+        return found[0] if len(found) == 1 else None
+
+    def inside(self, file_name: str, folders: Sequence[PurePosixPath]) -> list[str]:
+        """The image in the first of the folders that has it, if one has."""
+        names = [name for folder in folders if (name := _normal(folder / file_name)) in self._names]
+        return [name for name in names if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES][:1]
+
+    def others(self, file_name: str, folders: Sequence[PurePosixPath], split: str | None) -> list[str]:
+        """Images that a file name can mean elsewhere than in its own folders.
+
+        Args:
+            file_name: as the annotations have it; a path in front of the name counts.
+            folders: of the annotations' own images.
+            split: that the annotations' path names; images whose path names another are not theirs.
+        """
+        own, wanted = {_normal(folder) for folder in folders}, _composed(file_name.replace("\\", "/"))
+        return [
             name
             for name in self._by_name.get(PurePosixPath(wanted).name, [])
             if f"/{_composed(name)}".endswith(f"/{wanted}")
-            and _above(name, wanted) not in self._claimed - own
+            and (split is None or _named_split(PurePosixPath(name).parent) in (None, split))
+            and self._claimant(_above(name, wanted)) not in self._claimed - own
         ]
-        return same[0] if len(same) == 1 else None
+
+    def _claimant(self, folder: str) -> str | None:
+        """The nearest folder, from one upwards, that annotations have for theirs."""
+        upwards = (PurePosixPath(folder), *PurePosixPath(folder).parents)
+        return next((name for path in upwards if (name := _normal(path)) in self._claimed), None)
+
+
+def _missing(*, several: bool) -> str:
+    """What is said of an image that was not found."""
+    return "images that several have the name of" if several else "images not found"
 
 
 def _normal(path: PurePosixPath) -> str:
@@ -297,14 +323,16 @@ def _coco_folders(path: PurePosixPath, images: str | None) -> list[PurePosixPath
 
 
 def _read_coco_part(
-    tree: Tree, finder: _ImageFinder, folders: Sequence[PurePosixPath], part: Mapping[str, Any],
-    positions: Mapping[int, int], rows: dict[str, list[Row]], dropped: Counter[str],
+    tree: Tree, finder: _ImageFinder, path: PurePosixPath, folders: Sequence[PurePosixPath],
+    part: Mapping[str, Any], positions: Mapping[int, int], rows: dict[str, list[Row]],
+    dropped: Counter[str],
 ) -> None:  # fmt: skip
     found: dict[Any, tuple[str, _Canvas]] = {}
     for image in part["images"]:
-        name = finder.find(str(image["file_name"]), folders)
+        place = str(image["file_name"]), folders, _named_split(path)
+        name = finder.find(*place)
         if name is None:
-            dropped["images not found"] += 1
+            dropped[_missing(several=len(finder.others(*place)) > 1)] += 1
             continue
         dropped["images listed twice"] += name in rows
         rows.setdefault(name, [])
@@ -370,7 +398,10 @@ def read_voc(tree: Tree, sets: Mapping[str, Sequence[str]] | None = None) -> Con
         rows = converted.splits.setdefault(split, {})
         for name, part in parts:
             image = own[name] or _named_image(finder, PurePosixPath(name), part.file_name, own)
-            _add_voc_image(tree, image, part, rows, converted)
+            if image is None:
+                converted.dropped[_missing(several=len(_elsewhere(finder, PurePosixPath(name))) > 1)] += 1
+            else:
+                _add_voc_image(tree, image, part, rows, converted)
     return converted
 
 
@@ -380,15 +411,28 @@ def _voc_folders(path: PurePosixPath) -> list[PurePosixPath]:
 
 def _image_of(finder: _ImageFinder, path: PurePosixPath) -> str | None:
     """The image of an annotation file: the one of its name."""
-    files = (f"{path.stem}{suffix}" for suffix in (".jpg", *sorted(IMAGE_SUFFIXES)))
-    return next(filter(None, (finder.find(file, _voc_folders(path)) for file in files)), None)
+    inside = [name for file in _voc_files(path) for name in finder.inside(file, _voc_folders(path))]
+    found = inside[:1] or _elsewhere(finder, path)
+    return found[0] if len(found) == 1 else None
+
+
+def _voc_files(path: PurePosixPath) -> list[str]:
+    """What the image of an annotation file may be called."""
+    return [f"{path.stem}{suffix}" for suffix in (".jpg", *sorted(IMAGE_SUFFIXES - {".jpg"}))]
+
+
+def _elsewhere(finder: _ImageFinder, path: PurePosixPath) -> list[str]:
+    """Images that could be that of an annotation file, in none of its own folders."""
+    place = _voc_folders(path), _named_split(path.parent)
+    return [name for file in _voc_files(path) for name in finder.others(file, *place)]
 
 
 def _named_image(
     finder: _ImageFinder, path: PurePosixPath, file_name: str, own: Mapping[str, str | None]
 ) -> str | None:
     """The image that an annotation file names, where none has its name; no image with its own annotations."""
-    found = finder.find(file_name, _voc_folders(path)) if file_name else None
+    split = _named_split(path.parent)
+    found = finder.find(file_name, _voc_folders(path), split) if file_name else None
     return None if found in own.values() else found
 
 
@@ -400,11 +444,8 @@ def _read_voc_xml(tree: Tree, name: str) -> VocAnnotation:
 
 
 def _add_voc_image(
-    tree: Tree, name: str | None, part: VocAnnotation, rows: dict[str, list[Row]], converted: Converted
+    tree: Tree, name: str, part: VocAnnotation, rows: dict[str, list[Row]], converted: Converted
 ) -> None:
-    if name is None:
-        converted.dropped["images not found"] += 1
-        return
     kept = rows.setdefault(name, [])
     canvas = _canvas(tree, name, part.size)
     for item in part.objects:

@@ -7,6 +7,7 @@ import multiprocessing.util
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sparse_exp.config.imgsz import Imgsz, sides
 from sparse_exp.config.schema import AugmentConfig
-from sparse_exp.data.augment import Example, augment_example
+from sparse_exp.data.augment import Example, augment_example, mix, paste_objects
 from sparse_exp.data.detection import Sample
 from sparse_exp.data.images import read_square
 from sparse_exp.data.letterbox import Letterbox, fitted_size, letterbox_of
@@ -60,13 +61,15 @@ def choose_workers(configured: int | None, store: str) -> int:
 # Bytes of a socket's path: those behind TMPDIR, /pymp-12345678/listener-12345678, and the most that
 # Linux takes.
 _SOCKET_PATH, _MOST_OF_SOCKET_PATH = 32, 107
+Key = tuple[int, int, bool]
+"""Epoch, index of an image, and whether it may become part of a mosaic."""
 
 
 class DetectionImages(Dataset[Example]):
     """Letterboxed images of a split, each with its boxes in pixels.
 
-    The key of an item is ``(epoch, index)``. Augmentation depends only on these two and the seed: any number
-    of workers gives the same images.
+    The key of an item is ``(epoch, index, mosaic)``. Augmentation depends only on these and the seed: any
+    number of workers gives the same images. Without ``mosaic`` the item is not made of four images.
 
     Args:
         samples: images and labels.
@@ -102,15 +105,30 @@ class DetectionImages(Dataset[Example]):
     def __len__(self) -> int:
         return len(self._samples)
 
-    def __getitem__(self, key: tuple[int, int]) -> Example:
-        epoch, index = key
-        if self._augment is None:
+    def __getitem__(self, key: Key) -> Example:
+        epoch, index, mosaic = key
+        config = self._augment
+        if config is None:
             return self._example(index)
         draw = np.random.default_rng((self._seed, _AUGMENT, epoch, index))
-        indices = [index]
-        if draw.random() < self._augment.mosaic:
-            indices += draw.integers(0, len(self), 3).tolist()
-        return augment_example([self._example(chosen) for chosen in indices], self._augment, draw)
+        if not (draw.random() < config.mosaic and mosaic):
+            return augment_example([self._pasted(index, config, draw)], config, draw)
+        example = self._mosaic(index, config, draw)
+        if config.mixup and draw.random() < config.mixup:
+            example = mix(example, self._mosaic(int(draw.integers(0, len(self))), config, draw), draw)
+        return example
+
+    def _mosaic(self, index: int, config: AugmentConfig, draw: np.random.Generator) -> Example:
+        others = draw.integers(0, len(self), 3).tolist()
+        pictures = [self._pasted(chosen, config, draw) for chosen in (index, *others)]
+        return augment_example(pictures, config, draw)
+
+    def _pasted(self, index: int, config: AugmentConfig, draw: np.random.Generator) -> Example:
+        example = self._example(index)
+        if not config.copy_paste:
+            return example
+        other = self._example(int(draw.integers(0, len(self))))
+        return paste_objects(example, other, config.copy_paste, draw)
 
     def _example(self, index: int) -> Example:
         return self._in_memory[index] if self._in_memory else self._read(index)
@@ -134,8 +152,8 @@ class DetectionImages(Dataset[Example]):
         return Example(planes, torch.from_numpy(boxes), torch.from_numpy(labels[:, 0].copy()), picture)
 
 
-class EpochSampler(Sampler[tuple[int, int]]):
-    """Yields ``(epoch, index)`` in an order that depends only on the seed and the epoch.
+class EpochSampler(Sampler[Key]):
+    """Yields ``(epoch, index, mosaic)`` in an order that depends only on the seed and the epoch.
 
     Args:
         count: number of samples.
@@ -148,6 +166,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         seed: as given.
         epoch: of the next pass.
         skipped: number of samples to leave out at the beginning of the next pass, counted in this share.
+        mosaic: of the next pass.
     """
 
     def __init__(
@@ -156,15 +175,17 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.count, self.seed = count, seed
         self._batch_size, self._share = batch_size, share
         self.epoch = self.skipped = 0
+        self.mosaic = True
 
     def __len__(self) -> int:
         return len(self._share_of(np.arange(self.count)))
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[Key]:
         order = np.arange(self.count)
         if self.seed is not None:
             order = np.random.default_rng((self.seed, _SHUFFLE, self.epoch)).permutation(order)
-        return iter([(self.epoch, int(index)) for index in self._share_of(order)[self.skipped :]])
+        own = self._share_of(order)[self.skipped :]
+        return iter([(self.epoch, int(index), self.mosaic) for index in own])
 
     def _share_of(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
         which, of = self._share
@@ -179,14 +200,16 @@ class EpochSampler(Sampler[tuple[int, int]]):
 class DetectionLoader(DataLoader[Example]):
     """A loader of `Batch` that knows its epoch; made by `make_loader`."""
 
-    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+    def set_epoch(self, epoch: int, skip: int = 0, *, mosaic: bool = True) -> None:
         """Choose the order and the augmentation of the next pass.
 
         Args:
             epoch: counted from 0.
             skip: number of batches to leave out at its beginning; they are not computed.
+            mosaic: whether there are mosaics in it, as often as the augmentation says.
         """
         assert isinstance(self.sampler, EpochSampler)
+        self.sampler.mosaic = mosaic
         self.sampler.epoch, self.sampler.skipped = epoch, skip * (self.batch_size or 1)
 
     def share(self, which: int, of: int) -> DetectionLoader:
@@ -205,15 +228,18 @@ class DetectionLoader(DataLoader[Example]):
         assert isinstance(sampler, EpochSampler)
         assert size is not None
         own = EpochSampler(sampler.count, sampler.seed, size, (which, of))
-        return _loader(self.dataset, size // of, own, math.ceil(self.num_workers / of))
+        return _loader(
+            self.dataset, size // of, own, math.ceil(self.num_workers / of), pin_memory=self.pin_memory
+        )
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         """Pickle without the workers, which start again in the other process."""
-        return _loader, (self.dataset, self.batch_size, self.sampler, self.num_workers)
+        made = partial(_loader, pin_memory=self.pin_memory)
+        return made, (self.dataset, self.batch_size, self.sampler, self.num_workers)
 
 
 def _loader(
-    images: Dataset[Example], batch_size: int, sampler: EpochSampler, workers: int
+    images: Dataset[Example], batch_size: int, sampler: EpochSampler, workers: int, *, pin_memory: bool
 ) -> DetectionLoader:
     if workers:
         _make_room_for_sockets()
@@ -223,6 +249,7 @@ def _loader(
         sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
+        pin_memory=pin_memory,
         collate_fn=collate,
         generator=torch.Generator(),  # else each pass would draw from torch's own, which the model uses
     )
@@ -247,7 +274,7 @@ def _make_room_for_sockets() -> None:
 def make_loader(
     samples: Sequence[Sample], num_classes: int, *, imgsz: Imgsz, batch_size: int, train: bool, seed: int = 0,
     workers: int | None = None, augment: AugmentConfig | None = None, cache: str = "auto",
-    folder: Path | None = None,
+    folder: Path | None = None, pin_memory: bool = False,
 ) -> DetectionLoader:  # fmt: skip
     """Batches of a split.
 
@@ -263,6 +290,7 @@ def make_loader(
         augment: probabilities and strengths of the augmentation; of use only with ``train``.
         cache: where decoded images are kept; see `sparse_exp.data.store.choose_store`.
         folder: for ``disk``: where files of decoded images are kept.
+        pin_memory: let batches lie where a GPU can fetch them while the CPU goes on.
 
     Raises:
         DataError: an image or a label is damaged.
@@ -270,7 +298,8 @@ def make_loader(
     store = choose_store(cache, len(samples), imgsz)
     images = DetectionImages(samples, num_classes, imgsz, seed, augment if train else None, store, folder)
     workers = choose_workers(workers, store)
-    return _loader(images, batch_size, EpochSampler(len(images), seed if train else None), workers)
+    sampler = EpochSampler(len(images), seed if train else None)
+    return _loader(images, batch_size, sampler, workers, pin_memory=pin_memory)
 
 
 def collate(examples: Sequence[Example]) -> Batch:

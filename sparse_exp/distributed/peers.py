@@ -31,13 +31,16 @@ pipes: list[Connection[Any, Any]] = []
 """Of the first process one to each other process; of each other process one to the first; alone, none."""
 
 
-def make_fabric() -> Fabric:
-    """The Fabric of this process, on the CPU or on this process's own GPU."""
+def make_fabric(device: torch.device) -> Fabric:
+    """The Fabric of this process.
+
+    Args:
+        device: the CPU or this process's own GPU; where processes train together, the GPU of its number.
+    """
     if collectives.size() == 1:
-        return Fabric(devices=1)
-    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+        return Fabric(accelerator=device.type, devices=[device.index or 0] if device.type == "cuda" else 1)
     fabric = Fabric(
-        accelerator=accelerator,
+        accelerator=device.type,
         devices=collectives.size(),
         strategy=DDPStrategy(**_EQUAL),
         plugins=[_ProcessGroupEnvironment()],

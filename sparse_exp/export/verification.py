@@ -45,7 +45,9 @@ from sparse_exp.sparsity.measure import (
     require_sparsity,
 )
 from sparse_exp.sparsity.onnx_graph import layer_name
-from sparse_exp.training.evaluation import Evaluation, Predict, Validation, as_input
+from sparse_exp.training.evaluation import SMALLER, Evaluation, Predict, Validation, as_input
+from sparse_exp.training.memory import no_memory_left
+from sparse_exp.training.precision import Precision
 from sparse_exp.yolov5 import YOLOv5
 
 _log = logging.getLogger(__name__)
@@ -78,6 +80,7 @@ def verify_deployment(
     promise: Promise,
     images: int,
     layout: torch.memory_format,
+    device: torch.device,
     cores: int,
     first: FirstOutputs,
 ) -> tuple[dict[str, float], dict[str, Evaluation]]:
@@ -91,6 +94,7 @@ def verify_deployment(
         promise: the zeros that the files must have.
         images: of the validation split.
         layout: memory layout of torch's tensors.
+        device: that torch computes on, in exact float32.
         cores: that engines run on.
         first: takes in what each engine puts out for the first images.
 
@@ -102,7 +106,7 @@ def verify_deployment(
     """
     model, _ = restore(checkpoint)
     metrics = _check_files(deployment, model, promise)
-    reference = _Reference(as_deployed(model), layout)
+    reference = _Reference(as_deployed(model), layout, device)
     rounds = is_quantized(list(model.state_dict()))
     rounds_outputs = any(scheme.outputs for scheme in schemes_of(model).values())
     shifts = views(images) if rounds else (0,)
@@ -139,12 +143,14 @@ def views(images: int) -> tuple[int, ...]:
 class _Reference:
     """Torch's predictions on the split as it is, computed once as far as they fit in memory."""
 
-    def __init__(self, model: YOLOv5, layout: torch.memory_format) -> None:
-        self._model, self._layout = model.to(memory_format=layout), layout
+    def __init__(self, model: YOLOv5, layout: torch.memory_format, device: torch.device) -> None:
+        self._model, self._layout = model.to(device).to(memory_format=layout), layout
+        self._device, self._exact = device, Precision(autocast=False, channels_last=True)
         self._kept: dict[int, Tensor] = {}
 
     def predict(self, images: Tensor) -> Tensor:
-        return predict(self._model, images, self._layout)
+        with self._exact.on(self._device), no_memory_left("Verifying torch", SMALLER):
+            return predict(self._model, images.to(self._device, non_blocking=True), self._layout).cpu()
 
     def from_the_start(self) -> Predict:
         """A function to be called with one batch of the split after the other."""

@@ -113,6 +113,8 @@ class Plan:
         final_work: share of ``macs`` that meet a zero at the end, 0..1; None where it is not known.
         slimming: epochs at which the recipe takes channels out, and the share of the multiplications that
             stays from then on.
+        rules: numbers that followed from the data, each with its rule, by label; see
+            `sparse_exp.planning.rules`.
     """
 
     experiment: Experiment
@@ -139,6 +141,7 @@ class Plan:
     dense_macs: float | None = None
     final_work: float | None = None
     slimming: Sequence[tuple[float, float]] = ()
+    rules: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from sparse_exp.config.schema import Experiment
@@ -12,6 +14,7 @@ from sparse_exp.planning.plan import Data, Plan, make_plan, pruning_step, with_a
 from sparse_exp.planning.trial import try_steps
 from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sources.start import StartFile
+from sparse_exp.training.devices import choose_device, processes_on
 from sparse_exp.training.oneshot import refuse_untrained_start
 from sparse_exp.training.precision import Precision
 from sparse_exp.training.processes import check_devices
@@ -28,6 +31,7 @@ def plan_training(
     precision: Precision,
     file: StartFile | None,
     teacher: Path | None,
+    rules: Mapping[str, str] | None = None,
 ) -> Plan:
     """Plan a training, refuse what cannot end well, and time a few of its steps.
 
@@ -39,6 +43,7 @@ def plan_training(
         file: the start checkpoint; None: random weights.
         teacher: file of the checkpoint that ``recipe.teacher`` names; None where it names none, or one that
             is not on this machine.
+        rules: see `Plan`.
 
     Raises:
         SparseExpError: what would stop the run later on, as far as it can be known now.
@@ -58,14 +63,16 @@ def plan_training(
     slim_start(model, recipe, experiment.recipe)
     prune_start(model, prune_to, experiment.recipe, experiment.model.macs)
     plan = with_anchors(make_plan(experiment, recipe, start, precision, model), anchors)
+    plan = replace(plan, rules=rules or {})
     if experiment.recipe.oneshot:
         return plan
-    # One process with the threads of all: the same work on the same cores, also the same memory in sum.
+    # On CPUs one process with the threads of all: the same work on the same cores, also the same memory in
+    # sum. On GPUs one process with its share of a batch.
     with using_threads(training_threads(experiment) * experiment.trainer.devices):
         trial = try_steps(
             model,
             recipe,
-            _batch(experiment, dataset),
+            training_batch(experiment, dataset),
             experiment.trainer,
             precision,
             experiment.dataset.imgsz,
@@ -76,9 +83,15 @@ def plan_training(
     return with_trial(plan, trial, recipe, data)
 
 
-def _batch(experiment: Experiment, dataset: DetectionDataset) -> Batch:
-    """A batch of the size and kind that the training sees, made of its first images only."""
-    size = experiment.trainer.batch_size
+def training_batch(experiment: Experiment, dataset: DetectionDataset) -> Batch:
+    """A batch of the size and kind that a process of the training sees, made of its first images only.
+
+    Args:
+        experiment: the configuration; its size of a batch is a number.
+        dataset: its data.
+    """
+    trainer = experiment.trainer
+    size = trainer.batch_size // processes_on(choose_device(trainer.device), trainer.devices)
     loader = make_loader(
         dataset.splits["train"][:size],
         len(dataset.names),

@@ -147,7 +147,7 @@ def labelled_lines(plan: Plan) -> dict[str, str]:
         )
     if start.left:
         lines["left"] = f"{len(start.left)} tensors keep initial class scores: {_shortened(start.left)}"
-    lines |= {**setting, "recipe": f"{plan.recipe}, {_training(plan)}"}
+    lines |= {**setting, "recipe": f"{plan.recipe}, {_training(plan)}", **plan.rules}
     if plan.slimming:
         steps = [f"{share:.0%} from epoch {epoch:g}" for epoch, share in plan.slimming]
         lines["channels"] = f"taken out; of the work stays {', '.join(steps)}"

@@ -15,7 +15,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor
 
 from sparse_exp.config.imgsz import Imgsz
@@ -26,6 +25,7 @@ from sparse_exp.quantization.quantizers import release
 from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sparsity.measure import MEGABYTE
 from sparse_exp.training.batches import split_batch
+from sparse_exp.training.devices import choose_device, processes_on
 from sparse_exp.training.evaluation import as_input
 from sparse_exp.training.freezing import freeze
 from sparse_exp.training.memory import (
@@ -95,7 +95,7 @@ def try_steps(
     """
     kinds = sorted({phase.quantized for phase in recipe.phases()})
     seconds, evaluation, peaks, split = {}, {}, {}, 1
-    with _same_random_numbers():
+    with _same_random_numbers(), precision.on(choose_device(trainer.device)):
         rig = _Rig(model, recipe, trainer, precision, imgsz, optimizer, teacher)
         for quantized in kinds:
             kind = QUANTIZED if quantized else FLOAT
@@ -105,6 +105,44 @@ def try_steps(
             if peak is not None:
                 peaks[kind] = peak / MEGABYTE
     return Trial(seconds, evaluation, peaks, split)
+
+
+def images_that_fit(
+    model: YOLOv5,
+    recipe: Recipe,
+    batch: Batch,
+    trainer: TrainerConfig,
+    precision: Precision,
+    imgsz: Imgsz,
+    *,
+    least: int,
+    optimizer: str = "adamw",
+) -> int:
+    """How many images of a batch fit into memory in a step in floating point: all, half, a quarter ...
+
+    It is predicted from steps over a quarter of them; where even these run out of memory, from fewer.
+
+    Args:
+        model: of the training's architecture; it is not changed.
+        recipe: see `try_steps`.
+        batch: see `try_steps`.
+        trainer: see `try_steps`.
+        precision: see `try_steps`.
+        imgsz: see `try_steps`.
+        least: images below which nothing is tried.
+        optimizer: see `RecipeConfig.optimizer`.
+    """
+    count: int = trainer.batch_size
+    with _same_random_numbers():
+        rig = _Rig(model, recipe, trainer, precision, imgsz, optimizer, None)
+        rig.enter(quantized=False)
+        while count > least:
+            own = count // processes_on(rig.device, trainer.devices)
+            each = _bytes_per_image(rig, _first(batch, own))
+            if each is not None and own * each <= free_bytes(rig.device):
+                break
+            count //= 2
+    return count
 
 
 class _Rig:
@@ -120,7 +158,7 @@ class _Rig:
         optimizer: str,
         teacher: YOLOv5 | None,
     ) -> None:
-        self.device = Fabric(devices=1).device
+        self.device = choose_device(trainer.device)
         self._precision, self._trainer = precision, trainer
         self._model = copy.deepcopy(model).to(self.device).to(memory_format=precision.memory_format)
         freeze(self._model, trainer.freeze)
@@ -162,7 +200,7 @@ class _Rig:
             non_max_suppression(predictions, trainer.conf, trainer.iou, trainer.max_det)
 
         with torch.no_grad():
-            seconds = _seconds(detect)
+            seconds = _seconds(detect, self.device)
         return seconds / len(part.images)
 
     def forget(self) -> None:
@@ -200,18 +238,28 @@ def _fit(rig: _Rig, batch: Batch, *, quantized: bool) -> tuple[float, int | None
 def _needs(rig: _Rig, batch: Batch) -> Callable[[int], float]:
     """Additional bytes as a function of the images in a step, from a step over a quarter of the batch.
 
-    In proportion: a little too much, as some of it (gradients) does not depend on the batch. 0 where it
-    cannot be known: the quarter ran out of memory itself, or the host does not tell.
+    0 where it cannot be known: the quarter ran out of memory itself, or the host does not tell.
+    """
+    each = _bytes_per_image(rig, batch) or 0.0
+    return lambda images: each * images
+
+
+def _bytes_per_image(rig: _Rig, batch: Batch) -> float | None:
+    """Additional bytes of a step for each image, from one over a quarter of the batch.
+
+    In proportion: a little too much, as some of it (gradients) does not depend on the batch. 0 where the host
+    does not tell; None: the quarter ran out of memory.
     """
     few = _quarter(batch)
     if rig.is_new:
         _attempt(rig, partial(rig.step, _first(batch, 1), 1))
     before = used_bytes(rig.device)
     reset_peak(rig.device)
-    done = _attempt(rig, partial(_seconds, partial(rig.step, _first(batch, few), 1)))
+    done = _attempt(rig, partial(_seconds, partial(rig.step, _first(batch, few), 1), rig.device))
     peak = peak_bytes(rig.device)
-    each = 0.0 if done is None or peak is None else max(0, peak - before) / few
-    return lambda images: each * images
+    if done is None:
+        return None
+    return 0.0 if peak is None else max(0, peak - before) / few
 
 
 def _attempt(rig: _Rig, work: Callable[[], _T]) -> _T | None:
@@ -227,17 +275,17 @@ def _attempt(rig: _Rig, work: Callable[[], _T]) -> _T | None:
 
 def _timed(rig: _Rig, batch: Batch, split: int) -> tuple[float, int | None]:
     reset_peak(rig.device)
-    seconds = _seconds(lambda: rig.step(batch, split))
+    seconds = _seconds(lambda: rig.step(batch, split), rig.device)
     for _ in range(2 if seconds < _QUICK_S else 0):
-        seconds = min(seconds, _seconds(lambda: rig.step(batch, split)))
+        seconds = min(seconds, _seconds(lambda: rig.step(batch, split), rig.device))
     return seconds, peak_bytes(rig.device)
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
     started = time.perf_counter()
     work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - started
 
 

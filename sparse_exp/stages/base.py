@@ -26,6 +26,8 @@ from sparse_exp.sources.start import SCRATCH, StartFile, fetch_start
 from sparse_exp.tracking import Event, Tracker
 
 if TYPE_CHECKING:
+    import torch
+
     from sparse_exp.data import DetectionDataset
     from sparse_exp.data.loader import DetectionLoader
     from sparse_exp.recipes.recipe import Recipe
@@ -71,6 +73,7 @@ class Context:
         mark: fingerprint of the stage that runs.
         earlier_mark: the same as versions before 0.2 took it; None: nothing of such a version counts.
         conditions: key of the code, packages and host that this process runs with.
+        settled: batch and length are numbers, chosen by their rules where the configuration leaves them open.
         run_nested: runs another experiment, given its command line and its sweep.
     """
 
@@ -84,6 +87,7 @@ class Context:
     earlier_mark: str | None = None
     conditions: str = ""
     run_nested: RunNested = _cannot_run
+    settled: bool = False
     _loaders: dict[tuple[str, bool], DetectionLoader] = field(default_factory=dict, init=False)
 
     @cached_property
@@ -130,7 +134,18 @@ class Context:
         """How floating-point phases compute on this host."""
         from sparse_exp.training.precision import choose_precision
 
-        return choose_precision(self.experiment.trainer, has_bf16=has_bf16())
+        return choose_precision(self.experiment.trainer, has_bf16=has_bf16(), device=self.device)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """What torch computes on.
+
+        Raises:
+            ConfigError: ``trainer.device`` names a GPU that is not there.
+        """
+        from sparse_exp.training.devices import choose_device
+
+        return choose_device(self.experiment.trainer.device)
 
     @cached_property
     def threads(self) -> int:
@@ -156,6 +171,7 @@ class Context:
                 augment=trainer.augment,
                 cache=dataset.cache,
                 folder=self.cache / "decoded",
+                pin_memory=self.device.type == "cuda",
             )
         return self._loaders[split, train]
 

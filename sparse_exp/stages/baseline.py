@@ -201,7 +201,7 @@ def _start_itself(context: Context) -> Baseline:
 
     start, classes, layout = context.start, len(context.dataset.names), context.precision.memory_format
     model, _ = load_start(start, context.experiment.model.size, classes, seed=context.experiment.seed)
-    model.to(memory_format=layout)
+    model.to(context.device).to(memory_format=layout)
     result = context.validation().evaluate_model(model, layout, description="Evaluating the start")
     return Baseline(result.map50, "", str(start.file.path) if start else None, "the start")
 

@@ -34,7 +34,7 @@ def _run(context: Context) -> Outcome:
     convolutions, imgsz = model.quantizable_convolutions(), context.experiment.dataset.imgsz
     every = layer_sparsity(convolutions)
     layout = context.precision.memory_format
-    deployed = as_deployed(model).to(memory_format=layout)
+    deployed = as_deployed(model).to(context.device).to(memory_format=layout)
     result = context.validation().evaluate_model(deployed, layout, description="Evaluating torch")
     metrics: dict[str, Any] = {
         "val/map50": result.map50,

@@ -21,10 +21,23 @@ from sparse_exp.stages.fetch import data_content
 
 # Any number of workers and any cache read the same images, so they may change while a run goes on.
 _HOW_IT_COMPUTES = {"dataset": ("workers", "cache")}
+_ANY = object()
 # Keys that versions before 0.2 did not have, with the value that says what these versions did.
-_NEW: Mapping[str, Mapping[str, Any]] = {
-    "dataset": {"cache": None},
-    "model": {"anchors": "start", "macs": None},
+_NEW: Mapping[str, Any] = {
+    "dataset": {"cache": _ANY},
+    "model": {"anchors": "start", "macs": None, "most_epochs": 12.0},
+    "recipe": {"engine": "native", "channels": None},  # SparseML ran recipes, to the same masks and rates
+    "trainer": {
+        "augment": {"degrees": 0.0, "shear": 0.0, "mixup": 0.0, "copy_paste": 0.0},
+        "close_mosaic": 0.0,
+        "device": "auto",
+        "ema_tau": None,
+        "freeze": [],
+        "monitor": "map50",
+        "quantize_from": _ANY,  # quantized recipes are planned once more all the same
+        "val_every": 1,
+        "warmup_momentum": None,
+    },
 }
 _VERSION, _BEFORE = "the version of sparse_exp", "a stage before it"
 
@@ -99,17 +112,26 @@ def _without(parts: Mapping[str, Any], keys: Mapping[str, Sequence[str]]) -> dic
     }
 
 
-def _as_before(parts: Mapping[str, Any]) -> dict[str, Any]:
+def _as_before(parts: Mapping[str, Any], new: Mapping[str, Any] = _NEW) -> dict[str, Any]:
     """The parts as versions before 0.2 had them: without new keys that change nothing."""
-    unset = {
-        name: [
-            key
-            for key, value in keys.items()
-            if key in _HOW_IT_COMPUTES.get(name, ()) or parts.get(name, {}).get(key) == value
-        ]
-        for name, keys in _NEW.items()
+    return {
+        key: _as_before(value, new[key]) if isinstance(new.get(key), Mapping) else value
+        for key, value in parts.items()
+        if key not in new or isinstance(new[key], Mapping) or new[key] not in (_ANY, value)
     }
-    return _without(parts, unset)
+
+
+def as_it_was() -> dict[str, Any]:
+    """What versions before 0.2 did in place of keys that they did not have, for their records."""
+    return {group: _known(keys) for group, keys in _NEW.items()}
+
+
+def _known(keys: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _known(value) if isinstance(value, Mapping) else value
+        for key, value in keys.items()
+        if value is not _ANY
+    }
 
 
 def pass_on(stage: Stage, context: Context, before: Fingerprint, own: Fingerprint) -> Fingerprint:

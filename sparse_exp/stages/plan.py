@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 from sparse_exp.config.plain import as_dict
+from sparse_exp.config.schema import Experiment
 from sparse_exp.files import sha256_of
 from sparse_exp.sources.start import teacher_file
 from sparse_exp.stages.base import Context, Outcome, Stage
@@ -24,12 +26,15 @@ def _run(context: Context) -> Outcome:
     from sparse_exp.planning.show import as_facts, show_plan
 
     teacher = teacher_file(experiment.recipe.teacher, context.cache, context.zoo) if recipe.distills else None
-    plan = plan_training(experiment, recipe, context.dataset, context.precision, context.start, teacher)
+    rules = context.run.state.get("settled", {}).get("why", {})
+    places = context.dataset, context.precision, context.start
+    plan = plan_training(experiment, recipe, *places, teacher, rules)
     plan = with_mismatch(plan, experiment.hardware.name, context.mismatch)
     show_plan(plan)
     found = {"sparsity": plan.start.sparsity, "quantized": plan.start.quantized}
     facts = {**as_facts(plan), "transferred": plan.start.transferred, "start": found}
-    return Outcome(facts=facts, events=_events(context, facts))
+    chosen = {"trainer/batch_size": experiment.trainer.batch_size, "recipe/epochs": recipe.epochs}
+    return Outcome(metrics=chosen, facts=facts, events=_events(context, facts))
 
 
 def _events(context: Context, facts: dict[str, Any]) -> list[Event]:
@@ -63,6 +68,11 @@ def _content(context: Context) -> dict[str, str]:
     return {"teacher": sha256_of(path)} if path else {}
 
 
+def _certain_names(experiment: Experiment) -> Iterator[str]:
+    if "train" in experiment.stages:
+        yield from ("trainer/batch_size", "recipe/epochs")
+
+
 STAGE = Stage(
     name="plan",
     run=_run,
@@ -70,4 +80,5 @@ STAGE = Stage(
     marks=_marks,
     content=_content,
     shared=lambda _: True,
+    certain_names=_certain_names,
 )

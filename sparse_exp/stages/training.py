@@ -99,7 +99,13 @@ def _run(context: Context, file: StateFile, state: State | None) -> tuple[Traini
     if experiment.recipe.oneshot:
         weights = context.run.path / "weights"
         result = apply_at_once(
-            model, context.recipe, data, context.precision, weights=weights, composed=composed
+            model,
+            context.recipe,
+            data,
+            context.precision,
+            device=context.device,
+            weights=weights,
+            composed=composed,
         )
         history.add(result.history[0])
         return result, composed

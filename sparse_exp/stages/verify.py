@@ -58,6 +58,7 @@ def _run(context: Context) -> Outcome:
         promise=promise,
         images=len(context.dataset.splits["val"]),
         layout=context.precision.memory_format,
+        device=context.device,
         cores=context.cores,
         first=first,
     )

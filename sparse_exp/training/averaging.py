@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,12 @@ from torch import Tensor
 from sparse_exp.yolov5 import YOLOv5
 
 
-def exponential(decay: float) -> Callable[[Any, Any, Any], None]:
+def exponential(decay: float, tau: float | None = None) -> Callable[[Any, Any, Any], None]:
     """An exponential average that at first spans only a few steps, for data sets with few steps.
 
     Args:
         decay: of the average, 0..1. After ``n`` updates ``(1 + n) / (10 + n)`` is used if that is less.
+        tau: if given, ``decay * (1 - exp(-(n + 1) / tau))`` is used instead, as YOLOv5 does with 2000.
 
     Returns:
         ``multi_avg_fn`` for `torch.optim.swa_utils.AveragedModel`; it copies counters.
@@ -23,7 +25,8 @@ def exponential(decay: float) -> Callable[[Any, Any, Any], None]:
 
     @torch.no_grad()
     def average(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        now = min(decay, (1.0 + float(count)) / (10.0 + float(count)))
+        updates = float(count) + 1.0
+        now = min(decay, updates / (9.0 + updates)) if tau is None else decay * -math.expm1(-updates / tau)
         if averaged[0].is_floating_point():
             torch._foreach_lerp_(averaged, current, 1.0 - now)
         else:

@@ -17,8 +17,11 @@ from sparse_exp.data.loader import Batch
 from sparse_exp.locks import give_way, waited_seconds
 from sparse_exp.metrics.detection import RECALLS, ClassAccuracies, Matcher
 from sparse_exp.progress import progress
+from sparse_exp.training.memory import no_memory_left
 from sparse_exp.yolov5 import YOLOv5, non_max_suppression
 
+SMALLER = "Make trainer.val_batch_size or dataset.imgsz smaller"
+"""What lets an evaluation need less memory."""
 Predict = Callable[[Tensor], Tensor]
 
 
@@ -120,17 +123,21 @@ class Validation:
         *,
         description: str = "Evaluating",
     ) -> Evaluation:
-        """Measure mAP of a torch model, which is in evaluation mode meanwhile and observes no ranges."""
+        """Measure mAP of a torch model, which is in evaluation mode meanwhile and observes no ranges.
+
+        Raises:
+            StageFailed: memory ran out.
+        """
         was_training, device = model.training, model.anchors.device  # one for deployment has no parameters
         model.eval()
 
         @torch.no_grad()
         def predict(images: Tensor) -> Tensor:
-            output: tuple[Tensor, Any] = model(as_input(images.to(device), memory_format))
+            output: tuple[Tensor, Any] = model(as_input(images.to(device, non_blocking=True), memory_format))
             return output[0].cpu()
 
         try:
-            with _observing_nothing(model):
+            with _observing_nothing(model), no_memory_left(description, SMALLER):
                 return self.evaluate(predict, description=description)
         finally:
             model.train(was_training)

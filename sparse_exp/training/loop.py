@@ -34,6 +34,7 @@ from sparse_exp.sparsity.measure import SparsityContract, layer_sparsity, overal
 from sparse_exp.sparsity.slimming import choose_channels, fit_norms, gradient_scores, weight_scores
 from sparse_exp.training.averaging import exponential, zero_where_zero
 from sparse_exp.training.batches import Buffers, no_images, weighted_parts
+from sparse_exp.training.devices import choose_device
 from sparse_exp.training.evaluation import Validation, as_input
 from sparse_exp.training.freezing import freeze
 from sparse_exp.training.memory import is_out_of_memory
@@ -146,7 +147,7 @@ class Trainer:
         state: StateFile | None = None,
     ) -> None:
         seed_everything(seed, verbose=False)
-        self._fabric = make_fabric()
+        self._fabric = make_fabric(choose_device(config.device, rank=collectives.rank()))
         self.model, self._recipe, self._data = model, recipe, data
         self._config, self._precision, self._on_epoch = config, precision, on_epoch
         self._share = data.train.share(collectives.rank(), collectives.size())
@@ -157,7 +158,9 @@ class Trainer:
         recipe.prepare(self._model)
         self._frozen = freeze(self._model, config.freeze)
         self._forward = ParallelForward(self._fabric, self._model)
-        self._ema = AveragedModel(model, multi_avg_fn=exponential(config.ema_decay), use_buffers=True)
+        self._ema = AveragedModel(
+            model, multi_avg_fn=exponential(config.ema_decay, config.ema_tau), use_buffers=True
+        )
         self._optimizer = make_optimizer(model, config, optimizer)
         self._loss = DetectionLoss(model.anchors, model.num_classes, config.loss, data.imgsz)
         self._start = {layer.name: layer.sparsity for layer in layer_sparsity(model.prunable_convolutions())}
@@ -166,7 +169,13 @@ class Trainer:
         self._split = qat_split
         self._quantizing = False
         self._left_out = 0  # steps in a row
+        self._now = 0  # the step that is being taken
         self._state_file, self._position, self._history = state, Position(), list[Record]()
+
+    @property
+    def device(self) -> torch.device:
+        """That of this process."""
+        return self._fabric.device
 
     def fit(self, state: State | None = None) -> TrainingResult:
         """Train to the end of the recipe.
@@ -421,9 +430,11 @@ class Trainer:
         for step in steps:
             if collectives.rank() == 0:  # the others wait for the first process
                 give_way()
+            self._now = step
             batch, epoch = next(batches), step / steps_per_epoch
             if not self._recipe.sets_learning_rate:
                 self._set_learning_rate(epoch)
+            self._set_momentum(epoch)
             self._slim_if_due(step, steps_per_epoch, sparsifier)
             sparsifier.before_step(epoch)
             for name, value in self._step(batch, sparsifier, epoch, quantized=phase.quantized).items():
@@ -520,7 +531,7 @@ class Trainer:
             images = self._as_input(part)
             with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
                 raw = self._forward(images, exchange=index == len(pieces))
-            task, losses = self._loss(raw, part.targets)
+            task, losses = self._loss(raw, part.targets.to(self._fabric.device, non_blocking=True))
             loss = sparsifier.loss(task, images, raw, epoch)
             self._forward.backward(loss)
             if self._recipe.distills:  # may be less than 0, because hardness makes the task's share smaller
@@ -577,15 +588,27 @@ class Trainer:
         steps, nothing = len(self._data.train), no_images(self._data.imgsz)
         epoch, taken = divmod(self._position.batches, steps)
         while True:
-            self._share.set_epoch(epoch, skip=taken)
+            if not taken:
+                self._position.mosaic = (self._now + steps) / steps <= self._last_mosaic
+            self._share.set_epoch(epoch, skip=taken, mosaic=self._position.mosaic)
             batches = iter(self._share)
             for _ in range(taken, steps):
                 self._position.batches += 1
                 yield next(batches, nothing)  # this process's last share of an epoch may have no image
             epoch, taken = epoch + 1, 0
 
+    @property
+    def _last_mosaic(self) -> float:
+        """The epoch up to which whole passes have mosaics."""
+        if not self._config.close_mosaic:
+            return math.inf
+        quantized = self._recipe.quantization_start
+        ends = self._recipe.epochs if quantized is None else quantized
+        return ends - self._config.close_mosaic
+
     def _as_input(self, batch: Batch) -> Tensor:
-        return as_input(batch.images.to(self._fabric.device), self._precision.memory_format)
+        images = batch.images.to(self._fabric.device, non_blocking=True)
+        return as_input(images, self._precision.memory_format)
 
     def _on_device(self, model: YOLOv5) -> YOLOv5:
         return model.to(self._fabric.device).to(memory_format=self._precision.memory_format)
@@ -600,6 +623,16 @@ class Trainer:
             factor = 0.05 + 0.95 * (1 + math.cos(math.pi * share)) / 2
         for group in self._optimizer.param_groups:
             group["lr"] = self._config.lr * factor
+
+    def _set_momentum(self, epoch: float) -> None:
+        """Let SGD's momentum rise in a line during the warm-up."""
+        config = self._config
+        if config.warmup_momentum is None or "momentum" not in self._optimizer.defaults:
+            return
+        share = min(1.0, epoch / config.warmup) if config.warmup else 1.0
+        first = min(config.warmup_momentum, config.momentum)
+        for group in self._optimizer.param_groups:
+            group["momentum"] = first + share * (config.momentum - first)
 
     def _learning_rates(self) -> dict[str, float]:
         """The learning rate of the weights, and that of the biases where a recipe sets another."""

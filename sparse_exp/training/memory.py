@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import torch
 
+from sparse_exp.errors import StageFailed
 from sparse_exp.hardware.cgroups import free_memory
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -26,6 +28,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _MESSAGES)
+
+
+@contextmanager
+def no_memory_left(what: str, do: str) -> Iterator[None]:
+    """Say in one line that memory ran out within the block, on whatever device.
+
+    Args:
+        what: that needs memory, at the beginning of a sentence.
+        do: what makes it need less, without a full stop.
+
+    Raises:
+        StageFailed: memory ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise StageFailed(f"{what} ran out of memory. {do}, or free some memory.") from error
 
 
 def used_bytes(device: torch.device) -> int:

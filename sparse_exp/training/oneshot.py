@@ -6,6 +6,8 @@ import random
 import time
 from pathlib import Path
 
+import torch
+
 from sparse_exp.config.imgsz import Imgsz
 from sparse_exp.data import DetectionDataset
 from sparse_exp.data.loader import DetectionLoader, make_loader
@@ -13,12 +15,15 @@ from sparse_exp.errors import RecipeError
 from sparse_exp.recipes.checkpoints import CheckpointWriter
 from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sparsity.measure import SparsityContract, layer_sparsity, overall
-from sparse_exp.training.evaluation import as_input
+from sparse_exp.training.evaluation import SMALLER, as_input
 from sparse_exp.training.loop import TrainingData, TrainingResult
+from sparse_exp.training.memory import no_memory_left
 from sparse_exp.training.phases import Best
 from sparse_exp.training.precision import Precision
 from sparse_exp.training.start import Start
 from sparse_exp.yolov5 import YOLOv5
+
+_CPU = torch.device("cpu")
 
 
 def refuse_untrained_start(start: Start) -> None:
@@ -59,6 +64,7 @@ def apply_at_once(
     data: TrainingData,
     precision: Precision,
     *,
+    device: torch.device = _CPU,
     weights: Path,
     composed: str = "",
 ) -> TrainingResult:
@@ -69,6 +75,7 @@ def apply_at_once(
         recipe: prunes to its final sparsities.
         data: quantization ranges are found on the images of ``train``; mAP is measured on ``val``.
         precision: its memory layout.
+        device: that computes.
         weights: directory for the checkpoint.
         composed: the recipe that the checkpoint stores; "": ``recipe`` alone.
 
@@ -80,10 +87,12 @@ def apply_at_once(
         RecipeError: a modifier cannot prune without training.
     """
     layout, phase, started = precision.memory_format, recipe.phases()[-1].name, time.perf_counter()
-    convolutions = model.to(memory_format=layout).prunable_convolutions()
+    convolutions = model.to(device).to(memory_format=layout).prunable_convolutions()
     start = {layer.name: layer.sparsity for layer in layer_sparsity(convolutions)}
     contract = SparsityContract.of(convolutions if recipe.prunes else {})
-    recipe.apply_at_once(model, (as_input(batch.images, layout) for batch in data.train))
+    with precision.on(device), no_memory_left("Applying the recipe", SMALLER):
+        images = (as_input(batch.images.to(device, non_blocking=True), layout) for batch in data.train)
+        recipe.apply_at_once(model, images)
     expected = recipe.expected_sparsity(model, recipe.epochs, start)
     contract.check(model.prunable_convolutions(), "after the recipe was applied", expected)
     result = data.val.evaluate_model(model, layout)

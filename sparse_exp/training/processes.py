@@ -36,8 +36,9 @@ from sparse_exp.distributed.collectives import Disconnected
 from sparse_exp.distributed.peers import pipes
 from sparse_exp.errors import ConfigError, SparseExpError, StageFailed, expected, first_line
 from sparse_exp.recipes.recipe import Recipe
+from sparse_exp.training.devices import choose_device
 from sparse_exp.training.loop import Trainer, TrainingResult
-from sparse_exp.training.memory import is_out_of_memory
+from sparse_exp.training.memory import is_out_of_memory, no_memory_left
 from sparse_exp.training.state import State
 from sparse_exp.training.threads import using_threads
 
@@ -57,18 +58,20 @@ join_training(int(sys.argv[1]))
 """
 
 
-def check_devices(experiment: Experiment, recipe: Recipe) -> None:
+def check_devices(experiment: Experiment, recipe: Recipe, *, cuda: Any = torch.cuda) -> None:
     """Refuse a training that ``trainer.devices`` processes cannot do together.
 
     Args:
         experiment: the configuration.
         recipe: its recipe.
+        cuda: what is asked for GPUs.
 
     Raises:
-        ConfigError: this machine has GPUs, but fewer than processes; or the recipe takes channels out, which
-            torch's DistributedDataParallel cannot follow.
+        ConfigError: ``trainer.device`` is a GPU that is not there; this machine has GPUs, but fewer than
+            processes; or the recipe takes channels out, which torch's DistributedDataParallel cannot follow.
     """
-    devices, gpus = experiment.trainer.devices, torch.cuda.device_count()
+    devices = experiment.trainer.devices
+    gpus = cuda.device_count() if choose_device(experiment.trainer.device, cuda=cuda).type == "cuda" else 0
     if devices > 1 and recipe.slimming:
         do = f"{recipe.name} takes channels out while it trains, which one process does."
         raise ConfigError(expected("trainer.devices", "1", devices, do))
@@ -102,8 +105,14 @@ def fit_together(
     Raises:
         SparseExpError: what stopped the training in any of the processes.
     """
-    with using_threads(threads), _other_processes(devices, threads, arguments, state):
-        return Trainer(**arguments, on_epoch=on_epoch).fit(state)
+    with (
+        using_threads(threads),
+        _other_processes(devices, threads, arguments, state),
+        no_memory_left("Training", "Make trainer.batch_size or dataset.imgsz smaller"),
+    ):
+        trainer = Trainer(**arguments, on_epoch=on_epoch)
+        with arguments["precision"].on(trainer.device):
+            return trainer.fit(state)
 
 
 def join_training(descriptor: int) -> None:
@@ -120,8 +129,10 @@ def join_training(descriptor: int) -> None:
         rank = task.rank
         pipe.send_bytes(pickle.dumps(None))
         pipes[:] = [pipe]
-        with using_threads(task.threads), _process_group(rank, task.devices, task.meeting):
-            Trainer(**task.arguments).fit(task.state)
+        with using_threads(task.threads), _process_group(rank, task.devices, task.meeting, task.arguments):
+            trainer = Trainer(**task.arguments)
+            with task.arguments["precision"].on(trainer.device):
+                trainer.fit(task.state)
     except Exception as error:
         pipe.send_bytes(pickle.dumps(_Failure(_as_ours(error, rank), traceback.format_exc())))
 
@@ -175,7 +186,7 @@ def _other_processes(
             for other in others:
                 other.wait_until_given()
             pipes[:] = [other.pipe for other in others]
-            with _process_group(0, devices, meeting):
+            with _process_group(0, devices, meeting, arguments):
                 yield
         except Disconnected as error:
             raise _why_disconnected(others) from error
@@ -247,14 +258,15 @@ def _why_disconnected(others: Sequence[_Other]) -> SparseExpError:
 
 
 @contextmanager
-def _process_group(rank: int, devices: int, meeting: str) -> Iterator[None]:
+def _process_group(rank: int, devices: int, meeting: str, arguments: Mapping[str, Any]) -> Iterator[None]:
     """Set up torch's default process group, of processes of this machine, for the block."""
     given = os.environ.get(_INTERFACE)
     addresses = psutil.net_if_addrs().items()
     loopback = (name for name, own in addresses if any(a.address == "127.0.0.1" for a in own))
     os.environ[_INTERFACE] = given or next(loopback, "lo")
     try:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        device = choose_device(arguments["config"].device, rank=rank)
+        backend = "nccl" if device.type == "cuda" else "gloo"
         store = dist.FileStore(meeting, devices)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=devices, timeout=_TIMEOUT)
     except RuntimeError as error:

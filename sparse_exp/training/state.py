@@ -37,11 +37,13 @@ class Position:
         phase: index of the current phase; the number of phases when all are finished.
         step: the next step, counted from the start of the training.
         batches: number of batches taken from the loader so far; less than ``step`` if a phase ended early.
+        mosaic: whether the current pass over the images has mosaics.
     """
 
     phase: int = 0
     step: int = 0
     batches: int = 0
+    mosaic: bool = True
 
     @classmethod
     def of(cls, kept: Mapping[str, Any], phases: int, steps: int) -> Position:

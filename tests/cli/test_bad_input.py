@@ -102,7 +102,10 @@ def test_a_mistake_in_a_users_own_file_names_the_file(sx, cwd, line, message):
         (["+model.dept=1"], ["Unknown key model.dept"]),
         (["recipe.variables.num_epoch=3"], ["no variable 'num_epoch'", "num_epochs", "transfer_quant.md"]),
         (["+recipe.variables.num_epoch=3"], ["no variable 'num_epoch'", "num_epochs", "transfer_quant.md"]),
-        (["trainer.batch_size=abc"], ["trainer.batch_size", "'abc'", "Integer"]),
+        (["trainer.val_batch_size=abc"], ["trainer.val_batch_size", "'abc'", "Integer"]),
+        (["trainer.batch_size=abc"], ["trainer.batch_size", "auto or a whole number", "abc"]),
+        (["trainer.batch_size=1.5"], ["trainer.batch_size", "auto or a whole number", "1.5"]),
+        (["trainer.batch_size=null"], ["trainer.batch_size", "auto or a whole number"]),
         (["recipe.variables.num_epochs=abc"], ["recipe.variables.num_epochs", "Float"]),
         (["dry_run=perhaps"], ["dry_run", "'perhaps'"]),
         (

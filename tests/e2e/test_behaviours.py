@@ -186,7 +186,7 @@ def test_4_a_model_that_there_is_not_names_those_that_there_are(sx):
 
 
 @pytest.mark.parametrize(
-    ("word", "named"), [("model.dept=1", "model.dept"), ("trainer.batch_size=abc", "Integer")]
+    ("word", "named"), [("model.dept=1", "model.dept"), ("trainer.batch_size=abc", "whole number")]
 )
 def test_5_a_key_or_a_type_that_is_wrong_is_named(sx, word, named):
     ended = sx(word)

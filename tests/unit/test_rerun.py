@@ -201,3 +201,18 @@ def test_stages_that_were_done_under_other_conditions_are_named(monkeypatch):
     assert found["cpu (train, evaluate)"] == "Z80"
     assert found["python (train, evaluate)"] == "2.7.18"
     assert not any("benchmark" in what for what in found)
+
+
+def test_what_the_data_chose_is_taken_again_where_nothing_else_is_said():
+    manifest = {"settled": {"batch_size": 8, "num_epochs": 6.0, "why": {}}}
+    bare = CONFIG.replace("resume: somewhere", "trainer: {batch_size: auto}").replace("num_epochs: 2.0", "")
+
+    def words(*overrides: str) -> list[str]:
+        return rerun.settled_words(manifest, rebuild(bare, list(overrides))[0])
+
+    assert words() == ["trainer.batch_size=8", "recipe.variables.num_epochs=6.0"]
+    assert words("trainer.batch_size=2", "recipe.num_epochs=3") == []
+    assert words("model.num_epochs=3", "trainer.batch_size=2") == []
+    assert rerun.settled_words({}, rebuild(bare, [])[0]) == []
+    again = rebuild(bare, words())[0]
+    assert (again.trainer.batch_size, again.recipe.variables) == (8, {"num_epochs": 6.0})

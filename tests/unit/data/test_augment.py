@@ -5,12 +5,22 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.transforms.v2 import functional as v2
 
 from sparse_exp.config.imgsz import Sides
 from sparse_exp.config.schema import AugmentConfig
-from sparse_exp.data.augment import Example, augment_example, crop_window, jitter_colours
+from sparse_exp.data.augment import (
+    Example,
+    augment_example,
+    crop_window,
+    jitter_colours,
+    mix,
+    paste_objects,
+    turn,
+)
 from sparse_exp.data.letterbox import PADDING
 
 SIZE = 64
@@ -217,3 +227,115 @@ def test_a_window_of_a_rectangle_by_hand() -> None:
     thin = torch.tensor([[10.0, 10, 13, 40], [10.0, 10, 40, 13], [10.0, 10, 14, 14]])
     many = Example(example.image, thin, torch.arange(3.0))
     assert crop_window([(many, (0, 0))], 0, 0, Sides(96, 192), WIDE).classes.tolist() == [2]
+
+
+angles = st.floats(-180, 180)
+leans = st.floats(-30, 30)
+
+
+@given(degrees=angles, lean=leans, tilt=leans, corner=st.tuples(st.integers(12, 28), st.integers(12, 28)))
+def test_a_turned_box_encloses_its_turned_pixels(degrees, lean, tilt, corner):
+    x, y = corner
+    example = lit(x, y, x + 20, y + 14)
+    result = turn(example, degrees, lean, tilt)
+    assert result.image.shape == example.image.shape
+    white = torch.nonzero(result.image[0] > 185)  # half way from grey to white
+    if len(result.boxes) and len(white):
+        found = torch.tensor(bright_box(result.image), dtype=torch.float32)
+        x1, y1, x2, y2 = result.boxes[0]
+        assert (found[:2] >= result.boxes[0, :2] - 1).all()
+        assert (found[2:] <= result.boxes[0, 2:] + 1).all()
+        assert 0 <= x1 < x2 <= SIZE
+        assert 0 <= y1 < y2 <= SIZE
+        assert result.classes.tolist() == [3]
+
+
+@given(
+    degrees=angles,
+    points=st.lists(st.tuples(st.integers(24, 38), st.integers(24, 38)), min_size=1, max_size=4),
+)
+def test_turning_and_turning_back_leads_home(degrees, points):
+    boxes = torch.tensor([[x, y, x + 0.0, y + 0.0] for x, y in points]) + torch.tensor([0, 0, 3.0, 3.0])
+    example = Example(dark().image, boxes, torch.arange(len(points)).float())
+    centres = [(box[:2] + box[2:]) / 2 for box in boxes]
+    turned = turn(example, degrees)
+    assert turned.classes.tolist() == example.classes.tolist()  # near the centre nothing is lost
+    a = math.radians(degrees)
+    for box, (x, y) in zip(turned.boxes, (centre - SIZE / 2 for centre in centres), strict=True):
+        wanted = [x * math.cos(a) - y * math.sin(a), x * math.sin(a) + y * math.cos(a)]
+        np.testing.assert_allclose((box[:2] + box[2:]) / 2 - SIZE / 2, wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "box"),
+    [
+        (90, [SIZE - 30, 4, SIZE - 20, 10]),
+        (180, [SIZE - 10, SIZE - 30, SIZE - 4, SIZE - 20]),
+        (0, [4, 20, 10, 30]),
+    ],
+)
+def test_quarter_turns_are_exact(degrees, box):
+    result = turn(lit(4, 20, 10, 30), degrees)
+    np.testing.assert_allclose(result.boxes, [box], atol=1e-4)
+    assert bright_box(result.image) == box
+
+
+def test_rotation_keeps_a_rectangles_proportions():
+    """Pixels of an image that is no square are turned as they lie, not as shares of its sides."""
+    image = torch.zeros(3, 40, 100, dtype=torch.uint8)
+    image[:, 15:25, 30:70] = 255
+    example = Example(image, torch.tensor([[30.0, 15.0, 70.0, 25.0]]), torch.zeros(1))
+    result = turn(example, 90)
+    np.testing.assert_allclose(result.boxes, [[45, 0, 55, 40]], atol=1e-4)
+    assert bright_box(result.image) == [45, 0, 55, 40]
+
+
+def test_what_a_turn_uncovers_is_grey():
+    assert turn(dark(), 45).image[:, 0, 0].tolist() == [PADDING] * 3
+
+
+@given(seed=st.integers(0, 1000))
+def test_mixup_keeps_all_boxes_and_adds_both_images(seed):
+    first, second = lit(4, 20, 10, 30, 1), lit(40, 40, 60, 60, 2)
+    mixed = mix(first, second, np.random.default_rng(seed))
+    assert mixed.boxes.tolist() == [*first.boxes.tolist(), *second.boxes.tolist()]
+    assert mixed.classes.tolist() == [1, 2]
+    here, there = int(mixed.image[0, 25, 5]), int(mixed.image[0, 50, 50])
+    assert abs(here + there - 255) <= 1
+    assert 0.15 < here / 255 < 0.85  # Beta(32, 32) is near a half
+    assert int(mixed.image[0, 0, 0]) == 0
+
+
+@given(
+    seed=st.integers(0, 100),
+    places=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=6),
+)
+def test_pasted_objects_bring_their_pixels_and_cover_little(seed, places):
+    example, image = lit(20, 20, 44, 44, 0), torch.full((3, SIZE, SIZE), 100, dtype=torch.uint8)
+    boxes = torch.tensor([[x, y, x + 20.0, y + 16.0] for x, y in places])
+    other = Example(image, boxes, torch.full((len(places),), 7.0))
+    before = example.image.clone()
+    result = paste_objects(example, other, 1.0, np.random.default_rng(seed))
+    assert torch.equal(example.image, before)
+    assert result.classes.tolist() == [0, *[7] * (len(result.boxes) - 1)]
+    changed = result.image[0] == 100
+    covered = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    for x1, y1, x2, y2 in result.boxes[1:].int().tolist():
+        covered[y1:y2, x1:x2] = True
+    assert torch.equal(changed, covered)
+    assert covered[20:44, 20:44].float().mean() < 0.3 * max(1, len(result.boxes) - 1)
+    for box in other.boxes:
+        taken = (box == result.boxes).all(1).any()
+        overlap = (
+            (box[2:].minimum(example.boxes[0, 2:]) - box[:2].maximum(example.boxes[0, :2])).clamp(0).prod()
+        )
+        assert not (taken and overlap >= 0.3 * 24 * 24)
+
+
+def test_nothing_is_pasted_onto_the_grey_or_where_no_share_is():
+    example, other = lit(30, 30, 34, 34), lit(2, 2, 12, 12)
+    framed = example._replace(picture=(0, 10, SIZE, SIZE - 10))
+    assert len(paste_objects(framed, other, 1.0, np.random.default_rng(0)).boxes) == 1
+    assert len(paste_objects(example, other, 1.0, np.random.default_rng(0)).boxes) == 2
+    assert len(paste_objects(example, other, 0.0, np.random.default_rng(0)).boxes) == 1
+    assert paste_objects(framed, dark(), 1.0, np.random.default_rng(0)).picture == framed.picture

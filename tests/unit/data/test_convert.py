@@ -194,6 +194,61 @@ def test_coco_images_of_another_split_are_not_taken(
     assert "1 images not found" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "other", ["images/val/a.jpg", "val/deep/a.jpg", "pictures/validation2/a.png", "b/val_images/x/a.jpg"]
+)
+def test_voc_images_of_a_folder_that_names_another_split_are_not_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], other: str
+) -> None:
+    files = {
+        "annotations/train/a.xml": voc_xml({"dog": (1, 1, 100, 50)}),
+        **{f"annotations/train/{name}.xml": voc_xml({"dog": (1, 1, 100, 50)}) for name in "bc"},
+        **{f"images/train/{name}.jpg": image_bytes(shade=ord(name)) for name in "bc"},
+        other: image_bytes(shade=2),
+    }
+    out = tmp_path / "out"
+    assert main(["convert", "voc", str(put(tmp_path / "set", files)), str(out), "--val-share", "0.5"]) == 0
+    assert "1 images not found" in capsys.readouterr().out
+    found = [labels(out / "data.yaml", split) for split in ("train", "val")]
+    assert sorted(name for split in found for name in split) == ["b.jpg", "c.jpg"]
+
+
+def test_images_below_the_folder_of_other_annotations_are_not_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two sites, each with its own annotations and pictures in a folder that neither names."""
+    images = [{"id": n, "file_name": f"{n}.jpg", "width": 0, "height": 0} for n in range(2)]
+    box = [{"image_id": n, "category_id": 3, "bbox": [0, 0, 10, 5]} for n in range(2)]
+    files = {
+        "north/labels.json": coco("train", images=images, annotations=box),
+        "south/labels.json": coco("train", images=images[:1], annotations=box[:1]),
+        "north/pictures/1.jpg": image_bytes(shade=1),
+        "south/pictures/0.jpg": image_bytes(shade=2),
+    }
+    arguments = [str(put(tmp_path / "set", files)), str(tmp_path / "out"), "--val-share", "0.5"]
+    assert main(["convert", "coco", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "1 images not found" in printed
+    found = [labels(tmp_path / "out/data.yaml", split) for split in ("train", "val")]
+    assert sorted(len(rows) for split in found for rows in split.values()) == [1, 1]
+
+
+def test_an_image_that_several_have_the_name_of_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {
+        "notes/a.xml": voc_xml({"dog": (1, 1, 100, 50)}), "notes/b.xml": voc_xml({"dog": (1, 1, 100, 50)}),
+        "notes/c.xml": voc_xml({"dog": (1, 1, 100, 50)}), "monday/c.jpg": image_bytes(shade=4),
+        "monday/a.jpg": image_bytes(shade=1), "tuesday/a.png": image_bytes(shade=2),
+        "monday/b.jpg": image_bytes(shade=3),
+    }  # fmt: skip
+    arguments = [str(put(tmp_path / "set", files)), str(tmp_path / "out"), "--val-share", "0.5"]
+    assert main(["convert", "voc", *arguments]) == 0
+    assert "1 images that several have the name of" in capsys.readouterr().out
+    found = [labels(tmp_path / "out/data.yaml", split) for split in ("train", "val")]
+    assert sorted(name for split in found for name in split) == ["b.jpg", "c.jpg"]
+
+
 def test_voc_beside_images(tmp_path: Path) -> None:
     size = "<filename>b ä.jpg</filename><size><width>200</width><height>100</height></size>"
     files = {

@@ -15,6 +15,7 @@ from PIL import Image
 
 from sparse_exp.config.schema import AugmentConfig
 from sparse_exp.data import DetectionDataset, digits, load_dataset
+from sparse_exp.data.augment import augment_example
 from sparse_exp.data.detection import Sample
 from sparse_exp.data.letterbox import PADDING
 from sparse_exp.data.loader import Batch, DetectionImages, choose_workers, make_loader
@@ -54,8 +55,8 @@ def test_batches_depend_on_seed_and_epoch_only(dataset: DetectionDataset) -> Non
 
 def test_each_epoch_shows_another_variant(dataset: DetectionDataset) -> None:
     images = DetectionImages(dataset.splits["train"], 10, 64, augment=AugmentConfig())
-    assert torch.equal(images[0, 5].image, images[0, 5].image)
-    assert not torch.equal(images[0, 5].image, images[1, 5].image)
+    assert torch.equal(images[0, 5, True].image, images[0, 5, True].image)
+    assert not torch.equal(images[0, 5, True].image, images[1, 5, True].image)
 
 
 def test_workers_and_passes_change_nothing(dataset: DetectionDataset) -> None:
@@ -246,7 +247,7 @@ def test_decoded_images_are_shared(
         dataset.splits["train"], 10, 64, store="disk", folder=tmp_path
     )))  # fmt: skip
     assert len(pickle.dumps(images)) < place.joinpath("pixels.npy").stat().st_size / 4
-    assert images[0, 3].image.shape == (3, 64, 64)
+    assert images[0, 3, True].image.shape == (3, 64, 64)
 
 
 def test_an_image_that_changes_is_decoded_again(dataset: DetectionDataset, tmp_path: Path) -> None:
@@ -254,7 +255,7 @@ def test_an_image_that_changes_is_decoded_again(dataset: DetectionDataset, tmp_p
     samples = [Sample(path, tmp_path / "a.txt")]
     for shade in (10, 200):
         Image.new("RGB", (64, 32 + shade), (shade, shade, shade)).save(path)
-        image = DetectionImages(samples, 1, 64, store="disk", folder=tmp_path / "cache")[0, 0].image
+        image = DetectionImages(samples, 1, 64, store="disk", folder=tmp_path / "cache")[0, 0, True].image
         assert int(image[0, 32, 32]) == shade
 
 
@@ -316,3 +317,52 @@ def test_workers_hand_over_in_any_temporary_directory_and_leave_nothing_there(da
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "11\n"), done.stderr
     assert list(folder.rglob("*")) == []
+
+
+def test_a_pass_without_mosaics_shows_one_picture_each(dataset: DetectionDataset) -> None:
+    config = AugmentConfig(mosaic=1.0, mixup=1.0, copy_paste=0.0)
+    images = DetectionImages(dataset.splits["train"], 10, 64, augment=config)
+    never = DetectionImages(dataset.splits["train"], 10, 64, augment=AugmentConfig(mosaic=0.0))
+    for index in range(4):
+        assert torch.equal(images[2, index, False].image, never[2, index, True].image)
+        assert not torch.equal(images[2, index, True].image, images[2, index, False].image)
+
+
+def test_options_that_are_off_draw_nothing(dataset: DetectionDataset) -> None:
+    """A variant is the same whether or not a transform that is off is known: results of old seeds stay."""
+    plain = DetectionImages(dataset.splits["train"], 10, 64, seed=3, augment=AugmentConfig(mosaic=1.0))
+    draw = np.random.default_rng((3, 1, 5, 2))
+    draw.random()
+    chosen = [2, *draw.integers(0, len(plain), 3).tolist()]
+    wanted = augment_example([plain._example(index) for index in chosen], AugmentConfig(mosaic=1.0), draw)
+    assert torch.equal(plain[5, 2, True].image, wanted.image)
+
+
+def test_a_loader_has_no_mosaics_in_a_pass_that_is_to_have_none(dataset: DetectionDataset) -> None:
+    def batches(mosaic: float, *, wanted: bool) -> list[Batch]:
+        config = AugmentConfig(mosaic=mosaic)
+        loader = make_loader(
+            dataset.splits["train"], 10, imgsz=64, batch_size=4, train=True, augment=config, workers=0
+        )
+        loader.set_epoch(1, mosaic=wanted)
+        return list(loader)
+
+    assert same(batches(1.0, wanted=False), batches(0.0, wanted=True))
+    assert not same(batches(1.0, wanted=True), batches(0.0, wanted=True))
+
+
+def test_objects_of_other_images_are_pasted_and_mixed(dataset: DetectionDataset) -> None:
+    off = {"mosaic": 0.0, "scale": 0.0, "translate": 0.0, "jitter": 0.0, "fliplr": 0.0}
+    samples = dataset.splits["train"]
+    one = DetectionImages(samples, 10, 64, augment=AugmentConfig(**off))
+    pasted = DetectionImages(samples, 10, 64, augment=AugmentConfig(**off, copy_paste=1.0))
+    assert sum(len(pasted[0, n, True].boxes) for n in range(8)) > sum(
+        len(one[0, n, True].boxes) for n in range(8)
+    )
+    two = {**off, "mosaic": 1.0}
+    mosaic = DetectionImages(samples, 10, 64, augment=AugmentConfig(**two))
+    mixed = DetectionImages(samples, 10, 64, augment=AugmentConfig(**two, mixup=1.0))
+    for n in range(8):
+        first, both = mosaic[0, n, True], mixed[0, n, True]
+        assert torch.equal(both.boxes[: len(first.boxes)], first.boxes)
+        assert not torch.equal(both.image, first.image)

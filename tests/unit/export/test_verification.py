@@ -48,6 +48,7 @@ def verified(deployment, digits, lively_model, monkeypatch):
             promise=Promise(0.75, promised or {}),
             images=len(digits.splits["val"]),
             layout=torch.contiguous_format,
+            device=torch.device("cpu"),
             cores=1,
             first=FirstOutputs(),
         )

@@ -5,23 +5,29 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
+from omegaconf import OmegaConf
 
 from sparse_exp import __version__
 from sparse_exp.config.plain import as_dict, recipe_path
-from sparse_exp.config.schema import ModelConfig, RecipeConfig, SourceConfig
+from sparse_exp.config.schema import ModelConfig, RecipeConfig, SourceConfig, TrainerConfig
 from sparse_exp.errors import ConfigError, DataError, SourceUnavailable
 from sparse_exp.files import fingerprint, write_json, write_text
 from sparse_exp.recipes.recipe import Recipe
+from sparse_exp.resolve import read_record
 from sparse_exp.runs.directory import MANIFEST, Run
 from sparse_exp.stages.base import Outcome
+from sparse_exp.stages.fingerprint import _as_before
 from sparse_exp.stages.registry import STAGES
 from sparse_exp.sweep.job import Job, run_job
 
 ALL = ["fetch", "plan", "train", "evaluate"]
+EARLIER = {"trainer": TrainerConfig(monitor="map50")}  # as version 0.1.0 chose checkpoints
 DISTILL = RecipeConfig(name="distill", file="distill.md", variables={"num_epochs": 2})
 
 
@@ -268,21 +274,43 @@ def test_a_job_whose_data_are_gone_stays_finished(done, job, data, start):
     assert done() == ALL
 
 
+def known_before() -> dict:
+    """The configuration of a run of version 0.1.0, for the keys that it has."""
+    archive = Path(__file__).parents[2] / "data" / "run-0.1.0.tar.xz"
+    with tarfile.open(archive) as opened:
+        name = next(name for name in opened.getnames() if name.endswith("quant/config.yaml"))
+        return yaml.safe_load(opened.extractfile(name))
+
+
+def as_known(value, then):
+    """A value without the keys that were not there."""
+    if not isinstance(value, dict) or not then:
+        return value
+    return {key: as_known(each, then[key]) for key, each in value.items() if key in then}
+
+
+def test_a_record_of_an_earlier_version_says_what_that_version_did():
+    """All that came since is filled in with what changes nothing, and left out of its fingerprint."""
+    known = known_before()
+    del known["hardware"]["max_spread"]
+    config = as_dict(OmegaConf.to_object(read_record(yaml.safe_dump(known))))
+    assert config["trainer"]["monitor"] == "map50"
+    before = _as_before({group: config[group] for group in ("trainer", "model", "dataset")})
+    assert before["trainer"] == known["trainer"]
+    assert before["dataset"] == known["dataset"]
+    assert before["model"] == known["model"]
+    recipe = _as_before({"recipe": config["recipe"]})["recipe"]
+    as_it_runs = {"weight_scales", "weight_bits", "train_outputs"}  # counted otherwise
+    assert {key: value for key, value in recipe.items() if key not in as_it_runs} == known["recipe"]
+
+
 def marks_before(experiment, recipe: Recipe) -> dict[str, str]:
     """Fingerprints as version 0.1.0 took them, when it knew paths only."""
-    config = as_dict(experiment)
-    rest = {
-        key: value
-        for key, value in config["recipe"].items()
-        if key
-        not in ("name", "file", "variables", "num_epochs", "weight_scales", "weight_bits", "train_outputs")
-    }
+    config = as_known(as_dict(experiment), known_before())
+    resolved = ("name", "file", "variables", "num_epochs")
+    rest = {key: value for key, value in config["recipe"].items() if key not in resolved}
     parts = {
-        "fetch": {
-            "model": {key: value for key, value in config["model"].items() if key not in ("anchors", "macs")},
-            "dataset": {key: value for key, value in config["dataset"].items() if key != "cache"},
-            "start": True,
-        },
+        "fetch": {"model": config["model"], "dataset": config["dataset"], "start": True},
         "plan": {
             "seed": config["seed"],
             "trainer": config["trainer"],
@@ -300,7 +328,7 @@ def marks_before(experiment, recipe: Recipe) -> dict[str, str]:
 @pytest.fixture
 def old(done, go, experiment) -> None:
     """A finished run as that version left it."""
-    manifest = go()
+    manifest = go(**EARLIER)
     recipe = Recipe.from_file(recipe_path("transfer.md"), {"num_epochs": 1})
     kept = ("outputs", "metrics", "seconds", "facts", "shared_from")
     marks = marks_before(experiment(), recipe)
@@ -314,7 +342,7 @@ def old(done, go, experiment) -> None:
 
 
 def test_a_run_of_an_earlier_version_goes_on_where_nothing_changed(old, done, go, start):
-    record = go()["stages"]["fetch"]
+    record = go(**EARLIER)["stages"]["fetch"]
     assert done() == []
     assert record["facts"]["path"] == str(start)
     assert {"the content of the data set", "the content of the start checkpoint"} <= set(record["parts"])
@@ -324,6 +352,6 @@ def test_a_run_of_an_earlier_version_goes_on_where_nothing_changed(old, done, go
 @pytest.mark.parametrize("what", ["data", "start"])
 def test_a_run_of_an_earlier_version_is_done_again_where_files_changed(old, done, go, data, start, what):
     change_a_label(data) if what == "data" else write_text(start, "another")
-    go()
+    go(**EARLIER)
     assert done() == ALL
     assert json.loads(Path("run", MANIFEST).read_text())["status"] == "FINISHED"
