@@ -215,9 +215,10 @@ def _describe(group: str, option: str, default: str | None) -> str:
 def _settings(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Each key that an option sets, and its value as on the command line."""
     for key, value in values.items():
-        if key == "defaults":
+        if key == "defaults":  # an option of the same group that this one begins with has no name
+            groups = [d for d in value if isinstance(d, dict)]
             yield from (
-                (name.removeprefix("override /"), option) for d in value for name, option in d.items()
+                (name.removeprefix("override /"), option) for d in groups for name, option in d.items()
             )
         elif isinstance(value, dict):
             yield from _settings(value, f"{prefix}{key}.")

@@ -451,6 +451,11 @@ class SweepConfig:
         [], "metrics that a search improves and the summary compares by, in full or short, such as map50"
     )
     trials: int = bounded(20, 1, 100000, help="jobs of a search, those of earlier starts included")
+    max_loss: Optional[float] = bounded(
+        None, 0.0, 1.0,
+        help="mAP50 that may be lost against the dense network: the sweep ends with the fastest file that "
+        "loses no more; null: it names none",
+    )  # fmt: skip
 
 
 @dataclass
