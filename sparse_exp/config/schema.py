@@ -33,7 +33,7 @@ ISA = ("avx2", "avx512", "vnni", "bf16", "amx")
 GENERATORS = ("trees", "digits", "coco128", "voc")
 OPTIMIZERS = ("adamw", "sgd")
 MONITORS = ("map50", "map50_95", "fitness")
-PATTERNS = ("unstructured", "block4")
+PATTERNS = ("unstructured", "block4", "output_block4", "output_block8")
 SHARES = ("adaptive", "uniform", "work")
 RECIPE_ENGINES = ("native", "sparseml")
 RERUN = ("failed", "all")
@@ -179,7 +179,10 @@ class RecipeConfig:
     prune_dense_start: bool = documented(
         True, "prune a dense start checkpoint to model.sparsity before training"
     )
-    pattern: str = one_of("unstructured", PATTERNS, "of the zeros that pruning a dense start makes")
+    pattern: str = one_of(
+        "unstructured", PATTERNS,
+        "of the zeros that pruning a dense start makes: single, or in blocks of input or output channels",
+    )  # fmt: skip
     shares: str = one_of(
         "adaptive", SHARES,
         "of the zeros that pruning a dense start makes: each layer as many as it can bear, or all layers the "
