@@ -235,8 +235,8 @@ def test_a_killed_worker_is_made_up_for(place, undisturbed):
 
 
 def test_what_to_ship_is_answered_with_a_file_and_a_command_that_shares_the_dense_network(place):
-    words = ["recipe=quant,slim_quant_30", "recovery.baseline=auto", "sweep.max_loss=1.0"]
-    said = place.run(*SMOKE, "sweep=ship", *words, "hardware.engines=[onnxruntime]", "tracker=none")
+    words = [*SMOKE, "sweep=ship", "recipe=quant,slim_quant_30", "recovery.baseline=auto", "tracker=none"]
+    said = place.run(*words, "sweep.max_loss=1.0")
     dense = [
         path.parent.name
         for path in place.sweep.glob("*/manifest.json")
@@ -251,3 +251,5 @@ def test_what_to_ship_is_answered_with_a_file_and_a_command_that_shares_the_dens
     assert sentence in page
     assert page.count("| dense | dense |") == 1  # both jobs measured it; it is one file
     assert (place.sweep / "compare" / "ship.png").is_file()
+    again = place.run(*words, "sweep.max_loss=0.0")  # another question to the same jobs
+    assert again.count(": kept.") == 2
