@@ -40,14 +40,14 @@ from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sources.cache import cache_directory
 from sparse_exp.sources.start import cached_start
 from sparse_exp.sparsity.measure import onnx_facts, overall
-from sparse_exp.sparsity.prune import BLOCK, prune_by_magnitude, prune_layer_adaptively
+from sparse_exp.sparsity.prune import BLOCKS, prune_by_magnitude, prune_layer_adaptively
 from sparse_exp.yolov5 import YOLOv5, read_checkpoint, transfer_weights
 
 _COCO_CLASSES = 80
 _OPSET = 13
 _SEED = 0
 _HARDWARE = HardwareConfig(name="blocks")
-_PATTERNS = {"unstructured": 1, "block4": BLOCK}
+_PATTERNS = {name: BLOCKS[name] for name in ("unstructured", "block4")}
 
 Prune = Callable[[Mapping[str, nn.Conv2d], float, int], None]
 SHARES: dict[str, Prune] = {"layer-adaptive": prune_layer_adaptively, "uniform": prune_by_magnitude}

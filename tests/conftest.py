@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from sparse_exp import cli  # noqa: F401 - it tells OmegaConf of the resolvers that conf/ uses
 from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.data import DetectionDataset, load_dataset
 from sparse_exp.data.digits import materialize

@@ -84,6 +84,7 @@ class Comparison:
         limits: the limits that the best must keep.
         by: the metric that the best is chosen by; None where no best was asked for.
         best: the best of the finished runs that keep the limits; None where no best was asked for.
+        tied: the others that the spread of the measurements does not tell from the best in ``by``.
     """
 
     x: Column
@@ -93,6 +94,12 @@ class Comparison:
     limits: tuple[Limit, ...] = ()
     by: Column | None = None
     best: RunRow | None = None
+    tied: tuple[RunRow, ...] = ()
+
+    @property
+    def second(self) -> Column:
+        """The metric that decides between runs that are equal in ``by``: y, or x where ``by`` is y."""
+        return self.x if self.by is not None and self.by.metric == self.y.metric else self.y
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -112,7 +119,8 @@ def compare(
         x: a metric, in full or short; see `sparse_exp.metrics.names.full_name`.
         y: likewise.
         limits: limits that the best must keep, for example ``map50>=0.6, size<=4``; None or empty: no limits.
-        by: the metric that the best is chosen by; None: ``y``. Of equal runs the better in y is chosen, then
+        by: the metric that the best is chosen by; None: ``y``. Of runs that are equal within the spread of
+            their measurements the better in y is chosen (of those equal in y itself, the better in x), then
             the first.
 
     Raises:
@@ -134,7 +142,7 @@ def compare(
     comparison = Comparison(first, second, tuple(others), _rows(runs, first, second), parsed)
     if chosen is None:
         return comparison
-    return replace(comparison, by=columns[chosen], best=_best(comparison, columns[chosen]))
+    return _with_best(replace(comparison, by=columns[chosen]), columns[chosen])
 
 
 def _differing(runs: Sequence[PastRun]) -> list[str]:
@@ -188,7 +196,7 @@ def _labels(runs: Sequence[PastRun]) -> list[str]:
     ]
 
 
-def _best(comparison: Comparison, by: Column) -> RunRow:
+def _with_best(comparison: Comparison, by: Column) -> Comparison:
     finished = [row for row in comparison.rows if row.run.status == FINISHED]
     limits = comparison.limits
     candidates = [
@@ -199,7 +207,22 @@ def _best(comparison: Comparison, by: Column) -> RunRow:
     ]
     if not candidates:
         raise SparseExpError(_no_candidates(finished, limits, by))
-    return min(candidates, key=lambda row: (*_rank(row, by), *_rank(row, comparison.y), row.number))
+    low, high = _interval(min(candidates, key=lambda row: _rank(row, by)), by)
+    equal = [row for row in candidates if _interval(row, by)[0] <= high and _interval(row, by)[1] >= low]
+    best = min(equal, key=lambda row: (*_rank(row, comparison.second), *_rank(row, by), row.number))
+    return replace(comparison, best=best, tied=tuple(row for row in equal if row is not best))
+
+
+def _interval(row: RunRow, column: Column) -> tuple[float, float]:
+    """Between what a run's value lies, by what it says of that: bounds, or the spread of its repeats."""
+    value, metrics, metric = row.value(column), row.run.metrics, column.metric
+    assert value is not None
+    place, _, name = metric.rpartition("/")
+    if f"{metric}_low" in metrics and f"{metric}_high" in metrics:
+        return metrics[f"{metric}_low"], metrics[f"{metric}_high"]
+    timed = name == "items_per_s" or name.startswith("latency_")
+    half = value * metrics.get(f"{place}/spread", 0.0) / 2 if timed else 0.0
+    return value - half, value + half
 
 
 def _no_candidates(finished: Sequence[RunRow], limits: Sequence[Limit], by: Column) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparse_exp.compare.comparison import FINISHED, Comparison, RunRow
+from sparse_exp.compare.comparison import FINISHED, Column, Comparison, RunRow
 from sparse_exp.runs.deployment import FOLDER
 from sparse_exp.text import console_table, markdown_table
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MARK = "*"
+_TIED = 8  # runs that are named
 
 
 def number(value: float | None) -> str:
@@ -53,8 +54,22 @@ def best_lines(comparison: Comparison) -> list[str]:
     deployment = Path(best.run.place) / FOLDER
     return [
         f"Ship run {best.number}, {best.label}: {by.metric} {number(best.value(by))}{kept}.",
+        *_tied_lines(comparison, by),
         *([f"Its files: {deployment}"] if deployment.is_dir() else []),
         f"Make it again: {best.run.command}",
+    ]
+
+
+def _tied_lines(comparison: Comparison, by: Column) -> list[str]:
+    """Which other runs are as good within the spread, and what decided between them."""
+    if not comparison.tied:
+        return []
+    runs = ", ".join(f"{row.number} ({number(row.value(by))})" for row in comparison.tied[:_TIED])
+    more = f" and {len(comparison.tied) - _TIED} more" if len(comparison.tied) > _TIED else ""
+    second = comparison.second
+    return [
+        f"The spread of {by.title} does not tell it from run {runs}{more}: of these it is the best in "
+        f"{second.title}."
     ]
 
 
@@ -149,6 +164,7 @@ def as_data(comparison: Comparison) -> dict[str, Any]:
         "less_is_better": [column.metric for column in comparison.columns if column.less],
         "runs": [_row_data(comparison, row) for row in comparison.rows],
         "best": {**_row_data(comparison, best), "command": best.run.command} if best else None,
+        "tied": [row.number for row in comparison.tied],
     }
 
 

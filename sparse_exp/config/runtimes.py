@@ -23,6 +23,7 @@ class Runtime:
         cpu: the CPU that it needs, in words.
         skips_zeros: whether it computes convolutions with zeros faster.
         quantized: whether it runs networks that were quantized here.
+        optional: whether a target is measured without it where it is not installed, as not every host has it.
         module: name of the package as Python imports it; empty: that of the engine.
     """
 
@@ -33,6 +34,7 @@ class Runtime:
     cpu: str = "x86 with 64 bits"
     skips_zeros: bool = False
     quantized: bool = True
+    optional: bool = False
     module: str = ""
 
 
@@ -45,6 +47,7 @@ RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
             isa=("avx2",),
             cpu="x86 with AVX2 or AVX-512",
             skips_zeros=True,
+            optional=True,
         ),
         "onnxruntime": Runtime("onnxruntime>=1.17", "MIT"),
         "openvino": Runtime("openvino>=2025.0", "Apache-2.0"),
@@ -54,6 +57,7 @@ RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
             cpu="x86 or ARM with 64 bits",
             skips_zeros=True,
             quantized=False,
+            optional=True,
             module="MNN",
         ),
         "torch": Runtime("torch>=2.5", "BSD-3-Clause", quantized=False),

@@ -33,7 +33,7 @@ ISA = ("avx2", "avx512", "vnni", "bf16", "amx")
 GENERATORS = ("trees", "digits", "coco128", "voc")
 OPTIMIZERS = ("adamw", "sgd")
 MONITORS = ("map50", "map50_95", "fitness")
-PATTERNS = ("unstructured", "block4")
+PATTERNS = ("unstructured", "block4", "output_block4", "output_block8")
 SHARES = ("adaptive", "uniform", "work")
 RECIPE_ENGINES = ("native", "sparseml")
 RERUN = ("failed", "all")
@@ -190,7 +190,10 @@ class RecipeConfig:
     prune_dense_start: bool = documented(
         True, "prune a dense start checkpoint to model.sparsity before training"
     )
-    pattern: str = one_of("unstructured", PATTERNS, "of the zeros that pruning a dense start makes")
+    pattern: str = one_of(
+        "unstructured", PATTERNS,
+        "of the zeros that pruning a dense start makes: single, or in blocks of input or output channels",
+    )  # fmt: skip
     shares: str = one_of(
         "adaptive", SHARES,
         "of the zeros that pruning a dense start makes: each layer as many as it can bear, or all layers the "
@@ -488,6 +491,11 @@ class SweepConfig:
         [], "metrics that a search improves and the summary compares by, in full or short, such as map50"
     )
     trials: int = bounded(20, 1, 100000, help="jobs of a search, those of earlier starts included")
+    max_loss: Optional[float] = bounded(
+        None, 0.0, 1.0,
+        help="mAP50 that may be lost against the dense network: the sweep ends with the fastest file that "
+        "loses no more; null: it names none",
+    )  # fmt: skip
 
 
 @dataclass

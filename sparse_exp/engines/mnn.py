@@ -68,7 +68,7 @@ class MnnEngine(LocalEngine):
 
 def _converted(setup: Setup, folder: Path) -> Path:
     """The model in MNN's format."""
-    import _tools  # MNN's converter
+    import _tools  # MNN's converter; not MNN.tools, which runs pip install as it is imported
 
     target = folder / f"{setup.model.stem}.mnn"
     words = ["mnnconvert", "-f", "ONNX", "--modelFile", str(setup.model), "--MNNModel", str(target)]

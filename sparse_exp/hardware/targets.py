@@ -28,8 +28,8 @@ class Mismatch:
     Attributes:
         clause: what differs, without advice: for plans, logs, benchmark rows and reports.
         refusal: the same as an error, one line that says what to do.
-        refused: whether a run is refused for it where ``hardware.strict`` is true. DeepSparse is left out
-            instead where it is not installed: not every host can have it.
+        refused: whether a run is refused for it where ``hardware.strict`` is true. An engine that is optional
+            (`sparse_exp.config.runtimes.Runtime`) is left out instead where it is not installed.
     """
 
     clause: str
@@ -62,7 +62,7 @@ _NO_VNNI = Preference(
 )
 _NO_ZEROS = Preference(
     ("quant", "transfer_quant", "prune_quant"),
-    "its engines compute with 8 bits and do not skip zeros, which only make the compressed file smaller",
+    "its engines compute with 8 bits and skip no zeros then, which only make the compressed file smaller",
 )
 
 
@@ -272,7 +272,9 @@ def _cannot_run(engine: str, facts: HostFacts, hardware: HardwareConfig) -> Mism
     if _absence(engine, hardware):
         do = f"Run: pip install '{RUNTIMES[engine].requirement}', or take it out of hardware.engines."
         refusal = expected(f"the engine {engine}", "installed", "no such package", do)
-        return Mismatch(f"without {engine}: not installed", refusal)
+        optional = RUNTIMES[engine].optional
+        how = f" (run: pip install '{RUNTIMES[engine].requirement}')" if optional else ""
+        return Mismatch(f"without {engine}: {NOT_INSTALLED}{how}", refusal, refused=not optional)
     do = f"Take {engine} out of hardware.engines."
     refusal = expected(f"the CPU for {engine}", RUNTIMES[engine].cpu, facts.cpu, do)
     missing = _and(_missing_for(engine, facts)).upper()

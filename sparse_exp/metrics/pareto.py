@@ -24,6 +24,8 @@ class Point:
         x, y: its values, finite.
         front: whether it is on the Pareto front.
         best: whether it is the run that was chosen.
+        dense: whether it is a dense network that others are compared with.
+        hollow: whether it may not be shipped.
     """
 
     number: int
@@ -32,6 +34,8 @@ class Point:
     y: float
     front: bool
     best: bool = False
+    dense: bool = False
+    hollow: bool = False
 
 
 @dataclass(frozen=True)

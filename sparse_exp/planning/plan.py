@@ -25,6 +25,7 @@ from sparse_exp.sparsity.measure import (
     total_macs,
     work_sparsity,
 )
+from sparse_exp.sparsity.prune import BLOCKS
 from sparse_exp.sparsity.sizes import Sizes, estimate_sizes
 from sparse_exp.sparsity.slimming import choose_channels, weight_scores
 from sparse_exp.training.phases import evaluated_epochs
@@ -364,10 +365,11 @@ def _warnings(experiment: Experiment, recipe: Recipe, start: Start, model: YOLOv
             "(recipe=prune), or a dense start."
         )
     prunable = (conv.weight for conv in model.prunable_convolutions().values())
-    if start.is_sparse and config.pattern == "block4" and not in_blocks(prunable):
+    block = BLOCKS[config.pattern]
+    if start.is_sparse and block != (1, 1) and not in_blocks(prunable, block):
         found.append(
-            "recipe.pattern=block4, but the start checkpoint is pruned already and its zeros are not in "
-            "blocks of 4: they stay where they are."
+            f"recipe.pattern={config.pattern}, but the start checkpoint is pruned already and its zeros are "
+            f"not in blocks of {max(block)}: they stay where they are."
         )
     if recipe.slimming and config.channels not in (None, recipe.slimming.share):
         found.append(

@@ -16,6 +16,7 @@ from sparse_exp.hardware import host_facts, usable_physical_cores
 from sparse_exp.hardware.targets import prefers
 from sparse_exp.metrics.result_rows import work_sentence
 from sparse_exp.planning.plan import Plan, PlannedPhase
+from sparse_exp.sparsity.prune import BLOCKS
 from sparse_exp.text import console_width, plain_text
 
 _CHOSEN = {
@@ -77,7 +78,9 @@ def pruning_sentence(plan: Plan) -> str:
         return ""
     config = plan.experiment.recipe
     known = "The start checkpoint is dense" if plan.start.sparsity is not None else "Should it be dense"
-    blocks = " in blocks of 4 input channels" if config.pattern == "block4" else ""
+    out, into = BLOCKS[config.pattern]
+    channels = f"{out} output" if out > 1 else f"{into} input"
+    blocks = f" in blocks of {channels} channels" if out * into > 1 else ""
     macs = plan.experiment.model.macs
     zeros = f"{plan.prune_to:.0%} zeros" if macs is None else f"zeros that leave {macs:.0%} of all work"
     return (

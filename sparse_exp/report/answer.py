@@ -108,12 +108,12 @@ def _speed(rows: Sequence[Row], chosen: Row) -> Iterator[str]:
         best = fastest(row for row in rows if row["variant"] == variant)
         if best is not None:
             where = f"{NAMES.get(best['engine'], best['engine'])}'s with {best['items_per_s']:.1f}"
-            compared.append(f"{_times(ratio_of_rows(chosen, best))} the fastest {words} ({where})")
+            compared.append(f"{times(ratio_of_rows(chosen, best))} the fastest {words} ({where})")
     if compared:
         yield f"It is {', and '.join(compared)}."
 
 
-def _times(ratio: Ratio) -> str:
+def times(ratio: Ratio) -> str:
     """How much faster, with its interval, as the beginning of ``... the other``."""
     if ratio.low == 0:
         return f"about {ratio.value:.2f} times (measured too shortly to be sure) as fast as"
@@ -131,7 +131,7 @@ def _others(rows: Sequence[Row], chosen: Row) -> Iterator[str]:
     faster = ratio_of_rows(best, chosen)
     if not faster.is_noise:
         name = NAMES.get(best["engine"], best["engine"])
-        yield f"{name}, which may not be used in production, is {_times(faster)} that."
+        yield f"{name}, which may not be used in production, is {times(faster)} that."
 
 
 def _accuracy(result: Result, engine: str | None) -> Iterator[str]:

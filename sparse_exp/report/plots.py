@@ -531,7 +531,7 @@ def _draw_label(axes: Axes, detection: NDArray[Any], names: Sequence[str]) -> No
 _LISTED = 16  # runs of a front whose names stand beside the picture
 
 
-def trade_off(points: Sequence[Point], x: Axis, y: Axis, path: Path) -> None:
+def trade_off(points: Sequence[Point], x: Axis, y: Axis, path: Path, what: str = "runs") -> None:
     """Draw runs by two metrics, with the Pareto front and the edge of the region that it beats.
 
     Args:
@@ -539,13 +539,24 @@ def trade_off(points: Sequence[Point], x: Axis, y: Axis, path: Path) -> None:
         x: horizontal axis.
         y: vertical axis.
         path: PNG to write.
+        what: the points are.
     """
     front = sorted((point for point in points if point.front), key=lambda point: point.x)
     figure, axes = _figure(9.6, 5.4)
-    others = [point for point in points if not point.front]
-    axes.scatter(
-        [point.x for point in others], [point.y for point in others], s=26, color=GREY, label="other runs"
-    )
+    kinds = (
+        (f"other {what}", {"s": 26, "color": GREY}, lambda point: not (point.dense or point.hollow)),
+        ("dense", {"s": 40, "color": ORANGE, "marker": "D"}, lambda point: point.dense and not point.hollow),
+        ("may not be shipped", {"s": 34, "facecolors": "none", "edgecolors": GREY},
+         lambda point: point.hollow and not point.dense),
+        ("dense, may not be shipped", {"s": 40, "facecolors": "none", "edgecolors": ORANGE, "marker": "D"},
+         lambda point: point.hollow and point.dense),
+    )  # fmt: skip
+    for label, style, fits in kinds:
+        shown = [point for point in points if fits(point) and (point.dense or not point.front)]
+        if shown or label == kinds[0][0]:
+            axes.scatter(
+                [point.x for point in shown], [point.y for point in shown], label=label, zorder=3, **style
+            )
     _draw_front(axes, front, x)
     for best in (point for point in points if point.best):
         axes.scatter(
@@ -553,7 +564,7 @@ def trade_off(points: Sequence[Point], x: Axis, y: Axis, path: Path) -> None:
         )
     axes.set(xlabel=x.label, ylabel=y.label)
     axes.margins(0.08)
-    _title(axes, f"{len(front)} of {len(points)} runs are on the Pareto front")
+    _title(axes, f"{len(front)} of {len(points)} {what} are on the Pareto front")
     handles, labels = axes.get_legend_handles_labels()
     named = [f"{point.number}  {_wrapped(point.name)}" for point in front[:_LISTED]]
     more = [f"and {len(front) - _LISTED} more"] if len(front) > _LISTED else []

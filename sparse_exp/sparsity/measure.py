@@ -21,7 +21,7 @@ from torch import nn
 from sparse_exp.config.imgsz import Imgsz, sides
 from sparse_exp.errors import SparsityError, StageFailed, expected
 from sparse_exp.sparsity.onnx_graph import constants, per_channel, producers, quantized_weight
-from sparse_exp.sparsity.prune import BLOCK, blocks
+from sparse_exp.sparsity.prune import BLOCKS, Block, blocks
 from sparse_exp.yolov5.model import STRIDES, YOLOv5, output_stride
 
 MEGABYTE, GIGA = 1e6, 1e9
@@ -337,17 +337,18 @@ SPARSE_FROM = 0.10  # share of zeros from which a checkpoint counts as pruned; S
 _IN_BLOCKS_FROM = 0.99  # share of the zeros that lie in whole blocks; single ones may be so by chance
 
 
-def in_blocks(weights: Iterable[torch.Tensor]) -> bool:
-    """Whether there are zeros, and they come in blocks of four input channels (pattern ``block4``).
+def in_blocks(weights: Iterable[torch.Tensor], block: Block = BLOCKS["block4"]) -> bool:
+    """Whether there are zeros, and they come in blocks; by default of four input channels.
 
     Args:
-        weights: (O, I, height, width) of the prunable convolutions; those whose input channels are no
-            multiple of four do not count.
+        weights: (O, I, height, width) of the prunable convolutions; those whose channels are no multiple of
+            those of a block do not count.
+        block: its output and input channels.
     """
     zeros, whole = 0, 0
     for weight in weights:
-        groups = (weight == 0).flatten()[blocks(weight, BLOCK)]
-        if groups.shape[1] == BLOCK:
+        groups = (weight == 0).flatten()[blocks(weight, block)]
+        if groups.shape[1] == math.prod(block):
             zeros += int(groups.sum())
-            whole += BLOCK * int(groups.all(dim=1).sum())
+            whole += groups.shape[1] * int(groups.all(dim=1).sum())
     return zeros > 0 and whole >= _IN_BLOCKS_FROM * zeros

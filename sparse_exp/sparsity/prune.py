@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
-BLOCK = 4
-"""Weights in a block of the pattern ``block4``, which DeepSparse skips fastest with VNNI instructions."""
+Block = tuple[int, int]
+"""Output and input channels of weights that are pruned together, at one position of the kernel."""
+BLOCKS: Mapping[str, Block] = MappingProxyType(
+    {"unstructured": (1, 1), "block4": (1, 4), "output_block4": (4, 1), "output_block8": (8, 1)}
+)
+"""By ``recipe.pattern``. DeepSparse skips blocks of input channels fastest with VNNI instructions; MNN has
+kernels for blocks of output channels."""
 _TRAILING_BITS = 42  # of a float64; before them stand its sign, its exponent and 10 bits of its fraction
 _NEARLY_ZERO = 1e-8  # less than float16, the type of published checkpoints, can hold
 
 
 @torch.no_grad()
-def prune_by_magnitude(convolutions: Mapping[str, nn.Conv2d], sparsity: float, block: int = 1) -> None:
+def prune_by_magnitude(convolutions: Mapping[str, nn.Conv2d], sparsity: float, block: Block = (1, 1)) -> None:
     """Set the smallest weights of each layer to 0, in place: the same share in every layer.
 
     Args:
         convolutions: the layers to prune, by name.
         sparsity: share of each layer's weights that is 0 afterwards, 0..1, rounded up to whole blocks.
-        block: number of weights that are pruned together, see `blocks`. Blocks with the smallest norm are
+        block: weights that are pruned together, see `blocks`. Blocks with the smallest norm are
             pruned.
     """
     for conv in convolutions.values():
@@ -36,7 +42,7 @@ def prune_by_magnitude(convolutions: Mapping[str, nn.Conv2d], sparsity: float, b
 def prune_layer_adaptively(
     convolutions: Mapping[str, nn.Conv2d],
     sparsity: float,
-    block: int = 1,
+    block: Block = (1, 1),
     *,
     costs: Mapping[str, int] | None = None,
     counts: Mapping[str, int] | None = None,
@@ -56,7 +62,7 @@ def prune_layer_adaptively(
     Args:
         convolutions: the layers to prune together, by name.
         sparsity: share of all their weights that is 0 afterwards, 0..1, rounded up to whole blocks.
-        block: number of weights that are pruned together, see `blocks`.
+        block: weights that are pruned together, see `blocks`.
         costs: of each of a layer's weights, at least 1, by the layer's name; None: all the same.
         counts: how often ``sparsity`` counts each of a layer's weights, at least 1; None: once.
     """
@@ -103,24 +109,25 @@ def _smallest(scores: Tensor, sizes: Tensor, count: int) -> Tensor:
     return found
 
 
-def blocks(weight: Tensor, block: int) -> Tensor:
+def blocks(weight: Tensor, block: Block) -> Tensor:
     """Divide the weights of a convolution into blocks that are pruned together.
 
-    A block spans ``block`` consecutive input channels at one output channel and one position of the kernel;
-    the first block begins at channel 0. If the number of input channels is no multiple of ``block`` (as in
-    the stem, which reads three colours), blocks have one weight.
+    A block spans consecutive output and input channels at one position of the kernel; the first begins at
+    channel 0. If the channels of the layer are no multiple of those of a block (as in the stem, which reads
+    three colours), blocks have one weight.
 
     Args:
         weight: (O, I, height, width).
-        block: number of weights in a block, at least 1.
+        block: output and input channels of a block, at least 1 each.
 
     Returns:
         int64 (blocks, size): indices into the flattened weight.
     """
-    out, channels, height, width = weight.shape
-    size = block if channels % block == 0 else 1
-    indices = torch.arange(weight.numel()).view(out, channels // size, size, height, width)
-    return indices.permute(0, 1, 3, 4, 2).reshape(-1, size)
+    out, into, height, width = weight.shape
+    rows, columns = block if out % block[0] == 0 and into % block[1] == 0 else (1, 1)
+    indices = torch.arange(weight.numel())
+    cut = indices.view(out // rows, rows, into // columns, columns, height, width)
+    return cut.permute(0, 2, 4, 5, 1, 3).reshape(-1, rows * columns)
 
 
 def _squared_norms(weight: Tensor, groups: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ def close_sweep(error: BaseException | None) -> str | None:
         if isinstance(error, KeyboardInterrupt) and sweep.launcher == "slurm":
             cancel_slurm_jobs(slurm_jobs(sweep.directory) - sweep.submitted)
         restore_superseded(sweep.directory)
-        overview = read_overview(sweep.directory, sweep.config.objectives)
+        overview = read_overview(sweep.directory, sweep.config.objectives, sweep.config.max_loss)
         if sweep.dry_run or not overview.jobs:
             return None
         return _report(sweep, overview, error)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sparse_exp.compare.comparison import FINISHED, Comparison, compare
 from sparse_exp.compare.files import write_files
+from sparse_exp.compare.shipping import Shipping, shipping
 from sparse_exp.compare.table import as_markdown, remarks, terminal_table
 from sparse_exp.errors import ConfigError
 from sparse_exp.files import read_json
@@ -32,24 +33,29 @@ class Overview:
         jobs: the runs of the jobs that were started, by number.
         failures: for each job that did not finish a line with its name and the reason.
         comparison: None where the jobs have no two metrics to compare.
+        shipping: the files that the jobs measured, and the one to ship; None where that was not asked for, or
+            nothing was measured.
     """
 
     jobs: tuple[PastRun, ...]
     failures: tuple[str, ...]
     comparison: Comparison | None
+    shipping: Shipping | None = None
 
     @property
     def text(self) -> str:
         """The overview for the terminal, as plain text of 100 columns."""
         table = _as_text(self.comparison) if self.comparison else ""
-        return "\n".join([f"\n{self.headline}", *([table] if table else []), *self.failures])
+        ship = self.shipping.lines if self.shipping else []
+        return "\n".join([f"\n{self.headline}", *([table] if table else []), *self.failures, *ship])
 
     @property
     def markdown(self) -> str:
         """The overview for the note of the sweep's run in the tracker, as Markdown."""
         table = as_markdown(self.comparison).partition("\n")[2].strip() if self.comparison else ""
         failures = "\n".join(f"- {line}" for line in self.failures)
-        return "\n\n".join(part for part in (f"**{self.headline}**", table, failures) if part) + "\n"
+        ship = self.shipping.lines if self.shipping else []
+        return "\n\n".join(part for part in (f"**{self.headline}**", *ship, table, failures) if part) + "\n"
 
     @property
     def headline(self) -> str:
@@ -58,17 +64,20 @@ class Overview:
         return f"{finished} of {len(self.jobs)} jobs finished"
 
     def write(self, sweep: Path) -> None:
-        """Write the comparison's files into `FOLDER` of the sweep's directory."""
+        """Write the files of the comparison, and of what to ship, into `FOLDER` of the sweep's directory."""
         if self.comparison:
             write_files(self.comparison, sweep / FOLDER)
+        if self.shipping:
+            self.shipping.write(sweep / FOLDER)
 
 
-def read_overview(sweep: Path, objectives: Sequence[str] = ()) -> Overview:
+def read_overview(sweep: Path, objectives: Sequence[str] = (), max_loss: float | None = None) -> Overview:
     """Read the jobs of a sweep.
 
     Args:
         sweep: its directory.
         objectives: the metrics of the vertical and of the horizontal axis, in full or short.
+        max_loss: see `sparse_exp.compare.shipping.shipping`; None: nothing is chosen.
     """
     runs = [run for path in find_directories(sweep) if (run := Run.find(path))]
     jobs = sorted((run for run in runs if run.state.get("job") is not None), key=lambda run: run.state["job"])
@@ -85,7 +94,8 @@ def read_overview(sweep: Path, objectives: Sequence[str] = ()) -> Overview:
         for run in jobs
         if (past := read_run(run.path))
     )
-    return Overview(found, tuple(failures), _comparison(found, objectives))
+    ship = None if max_loss is None else shipping(found, max_loss)
+    return Overview(found, tuple(failures), _comparison(found, objectives), ship)
 
 
 def _without_reason(run: Run) -> str:

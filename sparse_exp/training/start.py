@@ -28,7 +28,7 @@ from sparse_exp.sparsity.measure import (
     total_macs,
     work_sparsity,
 )
-from sparse_exp.sparsity.prune import BLOCK, prune_by_magnitude, prune_layer_adaptively
+from sparse_exp.sparsity.prune import BLOCKS, prune_by_magnitude, prune_layer_adaptively
 from sparse_exp.sparsity.slimming import choose_channels, weight_scores
 from sparse_exp.yolov5 import Checkpoint, TransferReport, YOLOv5, read_checkpoint, transfer_weights
 from sparse_exp.yolov5.channels import build_detector, keep_channels
@@ -206,7 +206,7 @@ def prune_start(
     """
     if sparsity is None:
         return
-    convolutions, block = model.prunable_convolutions(), BLOCK if config.pattern == "block4" else 1
+    convolutions, block = model.prunable_convolutions(), BLOCKS[config.pattern]
     work = {name: (STRIDES[-1] // output_stride(name)) ** 2 for name in convolutions}
     share = sparsity if macs is None else zeros_for_work(model, macs)
     if config.shares == "uniform":

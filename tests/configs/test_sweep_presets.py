@@ -40,7 +40,7 @@ def grid_of(*words: str) -> list[list[str]]:
 
 
 def test_which_there_are():
-    assert PRESETS == ["grid_sizes", "pareto", "sparsity_ladder"]
+    assert PRESETS == ["grid_sizes", "pareto", "ship", "sparsity_ladder"]
     assert {path.stem for path in (CONF_DIRECTORY / "launcher").glob("*.yaml")} == set(LAUNCHERS)
 
 
@@ -72,6 +72,27 @@ def test_the_ladder_of_sparsities():
     assert found[0].name == "yolov5s-trees-transfer_quant-0.5"
 
 
+@pytest.mark.parametrize(("words", "target"), [([], "production"), (["hardware=all"], "all")])
+def test_what_is_weighed_to_be_shipped(words, target):
+    jobs = grid_of(*params_of("ship"))
+    found = [resolve(composed("sweep=ship", *words, *job)) for job in jobs]
+    assert {job.hardware.name for job in found} == {target}
+    assert {"dense", "dense_int8", "sparse"} <= set(found[0].hardware.variants)
+    kinds = [(job.recipe.name, job.recipe.pattern, job.recipe.channels) for job in found]
+    assert kinds[:3] == [
+        ("quant", "unstructured", None),
+        ("transfer_quant", "unstructured", None),
+        ("transfer_quant_vnni", "block4", None),
+    ]
+    assert {name: share for name, _, share in kinds[3:]} == {
+        "slim_quant_70": 0.7, "slim_quant": 0.5, "slim_quant_30": 0.3,
+    }  # fmt: skip
+    for job in found:  # all have the same dense counterpart, which is trained once
+        assert (job.recovery.baseline, job.recipe.variables["num_epochs"]) == ("auto", 12)
+        assert job.sweep.max_loss == 0.01
+        assert job.recipe.channels is None or job.recipe.variables["channels"] == job.recipe.channels
+
+
 def test_the_command_line_replaces_and_extends_what_a_preset_varies():
     jobs = grid_of(*params_of("grid_sizes"), "model=yolov5n", "seed=0,1")
     assert len(jobs) == 3 * 2
@@ -85,7 +106,7 @@ def test_the_command_line_replaces_and_extends_what_a_preset_varies():
 
 def test_who_sweeps():
     assert composed("sweep=pareto", hydra=True).hydra.sweeper._target_ == TARGET
-    for words in ([], ["sweep=grid_sizes"], ["sweep=sparsity_ladder"]):
+    for words in ([], ["sweep=grid_sizes"], ["sweep=ship"], ["sweep=sparsity_ladder"]):
         assert composed(*words, hydra=True).hydra.sweeper._target_.endswith("BasicSweeper")
 
 

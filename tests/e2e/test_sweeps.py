@@ -232,3 +232,24 @@ def test_a_killed_worker_is_made_up_for(place, undisturbed):
     place.run(*TWO, "launcher=joblib", "launcher.jobs=2")
     assert place.results == undisturbed
     assert no_run_is_open(place)
+
+
+def test_what_to_ship_is_answered_with_a_file_and_a_command_that_shares_the_dense_network(place):
+    words = [*SMOKE, "sweep=ship", "recipe=quant,slim_quant_30", "recovery.baseline=auto", "tracker=none"]
+    said = place.run(*words, "sweep.max_loss=1.0")
+    dense = [
+        path.parent.name
+        for path in place.sweep.glob("*/manifest.json")
+        if json.loads(path.read_text()).get("job") is None
+    ]
+    assert len(dense) == 1  # trained once, for both
+    (sentence,) = [line for line in said.splitlines() if line.startswith("Ship ")]
+    file = Path(sentence.removeprefix("Ship ").partition(" in ONNX Runtime: ")[0])
+    assert (place.cwd / file).is_file()
+    assert "made by: python -m sparse_exp experiment=smoke" in sentence
+    page = (place.sweep / "compare" / "ship.md").read_text()
+    assert sentence in page
+    assert page.count("| dense | dense |") == 1  # both jobs measured it; it is one file
+    assert (place.sweep / "compare" / "ship.png").is_file()
+    again = place.run(*words, "sweep.max_loss=0.0")  # another question to the same jobs
+    assert again.count(": kept.") == 2

@@ -11,8 +11,8 @@ from sparse_exp.errors import ConfigError, SparseExpError
 from sparse_exp.runs.past import PastRun
 
 
-def run(name, speed=None, map50=None, size=None, status="FINISHED", words=()):
-    given = {"b/items_per_s": speed, "val/map50": map50, "size/onnx_gzip_mb": size}
+def run(name, speed=None, map50=None, size=None, status="FINISHED", words=(), **more):
+    given = {"b/items_per_s": speed, "val/map50": map50, "size/onnx_gzip_mb": size, **more}
     metrics = {key: value for key, value in given.items() if value is not None}
     return PastRun(name, f"/runs/{name}", status, metrics, ("seed=0", *words, f"paths.run=/runs/{name}"))
 
@@ -55,6 +55,37 @@ def test_the_best_keeps_the_limits(comparison):
 def test_of_equals_the_more_accurate_is_the_best():
     equals = [run("a", 10, 0.5), run("b", 10, 0.6), run("c", 10, 0.55)]
     assert compare(equals, "items_per_s", "map50", by="items_per_s").best.label == "b"
+
+
+def test_what_the_spread_does_not_tell_apart_is_no_winner():
+    """The spread is (largest - smallest) / median of the repeats: 20.5 +- 0.6 and 20.0 +- 0.5 overlap."""
+    runs = [
+        run("a", 20.5, 0.50, **{"b/spread": 0.06}),
+        run("b", 20.0, 0.55, **{"b/spread": 0.05}),
+        run("c", 19.0, 0.60, **{"b/spread": 0.02}),
+        run("d", 20.4, 0.40, **{"b/spread": 0.02}),
+    ]
+    found = compare(runs, "items_per_s", "map50", by="items_per_s")
+    assert found.best.label == "b"
+    assert {row.label for row in found.tied} == {"a", "d"}
+    tied = "The spread of items_per_s does not tell it from run 3 (20.5), 4 (20.4)"
+    assert remarks(found)[-2] == f"{tied}: of these it is the best in map50."
+    assert remarks(found)[-1].startswith("Make it again: ")
+    assert as_data(found)["tied"] == [3, 4]
+    steady = [run("a", 20.5, 0.50, **{"b/spread": 0.01}), run("b", 20.0, 0.55, **{"b/spread": 0.01})]
+    assert compare(steady, "items_per_s", "map50", by="items_per_s").best.label == "a"
+    assert compare(steady, "items_per_s", "map50", by="items_per_s").tied == ()
+
+
+def test_intervals_of_a_metric_count_and_the_other_axis_decides():
+    def kept(name, value, low, high, speed):
+        recovery = {"recovery/e/map50": value, "recovery/e/map50_low": low, "recovery/e/map50_high": high}
+        return run(name, speed, None, **recovery)
+
+    runs = [kept("a", 0.98, 0.95, 1.0, 10), kept("b", 0.97, 0.94, 0.99, 30), kept("c", 0.9, 0.87, 0.93, 90)]
+    found = compare(runs, "items_per_s", "recovery/e/map50", limits="")
+    assert found.best.label == "b"
+    assert [row.label for row in found.tied] == ["a"]
 
 
 def test_when_none_keeps_the_limits_it_says_how_close_they_come():

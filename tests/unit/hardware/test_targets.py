@@ -111,6 +111,19 @@ def test_what_does_not_fit_but_can_run_is_left_as_it_is(machine):
     assert fitted(target) == target
 
 
+@pytest.mark.parametrize("name", ["production", "all"])
+def test_without_an_engine_that_not_every_host_has_the_others_are_measured(machine, name):
+    machine(ZEN3, without=("MNN",))
+    found = {
+        mismatch.clause: mismatch.refused for mismatch in compare(TARGETS[name]) if "mnn" in mismatch.clause
+    }
+    assert found == {"without mnn: not installed (run: pip install 'MNN>=3.6')": False}
+    assert fitted(TARGETS[name]).engines == [engine for engine in TARGETS[name].engines if engine != "mnn"]
+    alone = HardwareConfig(name="mine", engines=["mnn"])
+    with pytest.raises(ConfigError, match=r"pip install 'MNN>=3.6'"):
+        fitted(alone)
+
+
 def test_the_only_engine_that_cannot_run_is_refused_even_then(machine):
     machine(OLD, without=("openvino",))
     with pytest.raises(ConfigError) as raised:
@@ -184,7 +197,9 @@ def test_the_licence_and_what_to_install_are_known_of_each_engine():
     assert {runtime.requirement for runtime in RUNTIMES.values()} <= installed
     assert {isa for runtime in RUNTIMES.values() for isa in runtime.isa} <= set(ISA)
     assert [name for name, runtime in RUNTIMES.items() if not runtime.production] == ["deepsparse"]
+    assert [name for name, runtime in RUNTIMES.items() if runtime.optional] == ["deepsparse", "mnn"]
     assert "deepsparse" not in TARGETS["production"].engines
+    assert "mnn" in TARGETS["production"].engines
 
 
 def test_engines_that_are_installed_can_run_here():

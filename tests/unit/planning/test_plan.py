@@ -24,7 +24,7 @@ from sparse_exp.planning.show import (
 from sparse_exp.planning.trial import Trial
 from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sparsity.measure import SPARSE_FROM, layer_sparsity, overall, work_sparsity
-from sparse_exp.sparsity.prune import prune_by_magnitude, prune_layer_adaptively
+from sparse_exp.sparsity.prune import BLOCKS, prune_by_magnitude, prune_layer_adaptively
 from sparse_exp.training.precision import Precision
 from sparse_exp.training.start import Anchors, Start
 from sparse_exp.yolov5 import YOLOv5
@@ -120,7 +120,8 @@ def test_a_dense_start_is_pruned_to_the_models_sparsity(plan):
     assert "90%" in pruning_sentence(laid_out)
     assert "before epoch 0" in pruning_sentence(laid_out)
     assert "blocks" not in pruning_sentence(laid_out)
-    assert "in blocks of 4" in pruning_sentence(plan(pattern="block4"))
+    assert "in blocks of 4 input channels" in pruning_sentence(plan(pattern="block4"))
+    assert "in blocks of 8 output channels" in pruning_sentence(plan(pattern="output_block8"))
     assert laid_out.sparsity == laid_out.final_sparsity == pytest.approx(0.9)
 
 
@@ -283,12 +284,16 @@ def test_what_is_probably_not_meant_is_warned_of(plan, sparse):
     assert unused == "recipe.teacher=self is not used: transfer.md does not distill."
 
 
-def test_zeros_in_blocks_are_seen_as_such(plan, dense):
+@pytest.mark.parametrize("pattern", ["block4", "output_block4", "output_block8"])
+def test_zeros_in_blocks_are_seen_as_such(plan, dense, pattern):
     model = YOLOv5("n", 1)
     model.load_state_dict(dense.state_dict())
-    prune_layer_adaptively(model.prunable_convolutions(), 0.75, block=4)
-    [warning] = plan("transfer", Start("zoo", 0.75), model=model, pattern="block4").warnings
+    prune_layer_adaptively(model.prunable_convolutions(), 0.75, block=BLOCKS[pattern])
+    [warning] = plan("transfer", Start("zoo", 0.75), model=model, pattern=pattern).warnings
     assert "block" not in warning  # it is about their work
+    other = "block4" if pattern != "block4" else "output_block8"
+    scattered, _ = plan("transfer", Start("zoo", 0.75), model=model, pattern=other).warnings
+    assert f"recipe.pattern={other}, but" in scattered
 
 
 def test_the_phases_with_what_holds_in_each(plan):

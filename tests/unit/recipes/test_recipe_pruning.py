@@ -206,7 +206,7 @@ def test_four_block_pruning_leaves_only_whole_zero_blocks():
     model = Tiny()
     train(model, Recipe(gradual(mask="block4")), 3)
     for conv in model.prunable_convolutions().values():
-        zeros = (conv.weight.flatten()[blocks(conv.weight, 4)] == 0).sum(1)
+        zeros = (conv.weight.flatten()[blocks(conv.weight, (1, 4))] == 0).sum(1)
         assert set(zeros.tolist()) == {0, 4}
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from sparse_exp.config.schema import PATTERNS
 from sparse_exp.sparsity.measure import in_blocks
-from sparse_exp.sparsity.prune import blocks, prune_by_magnitude, prune_layer_adaptively
+from sparse_exp.sparsity.prune import BLOCKS, blocks, prune_by_magnitude, prune_layer_adaptively
 from sparse_exp.yolov5 import YOLOv5
 
 
@@ -125,7 +126,7 @@ def block_norms(weight: np.ndarray) -> np.ndarray:
 def test_every_block_of_every_pruned_layer_is_whole_or_zero(prune, memory_format):
     convs = block_layers(memory_format)
     before = weights(convs)
-    prune(convs, 0.6, block=4)
+    prune(convs, 0.6, block=(1, 4))
     after = weights(convs)
     for name in ("a", "b"):
         whole = block_norms(before[name].astype(np.float64))
@@ -144,7 +145,7 @@ def test_adaptive_blocks_reach_the_share_of_all_layers_together():
     total = sum(conv.weight.numel() for conv in convs.values())
     for sparsity in (0.0, 0.3, 0.5, 0.77):
         convs = block_layers()
-        prune_layer_adaptively(convs, sparsity, block=4)
+        prune_layer_adaptively(convs, sparsity, block=(1, 4))
         zeros = sum(int((conv.weight == 0).sum()) for conv in convs.values())
         assert math.ceil(sparsity * total) <= zeros < math.ceil(sparsity * total) + 4
 
@@ -154,7 +155,7 @@ def test_adaptive_blocks_go_by_the_score_of_their_squared_norm():
     before = weights(convs)
     norms = {name: block_norms(w.astype(np.float64)) for name, w in before.items()}
     scores = {name: lamp_reference({name: np.sqrt(norm)})[name] for name, norm in norms.items()}
-    prune_layer_adaptively(convs, 0.5, block=4)
+    prune_layer_adaptively(convs, 0.5, block=(1, 4))
     every = np.sort(np.concatenate(list(scores.values())))
     limit = every[math.ceil(0.5 * len(every))]
     for name, weight in weights(convs).items():
@@ -169,18 +170,52 @@ def test_blocks_are_those_of_sparseml():
     torch.manual_seed(1)
     weight = torch.randn(6, 12, 3, 3).abs()
     (mask,) = FourBlockMaskCreator().create_sparsity_masks([weight], 0.5)
-    whole = mask.flatten()[blocks(weight, 4)].sum(1)
+    whole = mask.flatten()[blocks(weight, (1, 4))].sum(1)
     assert set(whole.tolist()) == {0.0, 4.0}
 
 
 def test_a_detector_pruned_in_blocks_has_no_partial_block():
     model = YOLOv5("n", 1)
     convolutions = model.prunable_convolutions()
-    prune_layer_adaptively(convolutions, 0.75, block=4)
+    prune_layer_adaptively(convolutions, 0.75, block=(1, 4))
     for name, conv in convolutions.items():
-        zeros = (conv.weight.flatten()[blocks(conv.weight, 4)] == 0).sum(1)
-        assert blocks(conv.weight, 4).shape[1] == 4, name
+        zeros = (conv.weight.flatten()[blocks(conv.weight, (1, 4))] == 0).sum(1)
+        assert blocks(conv.weight, (1, 4)).shape[1] == 4, name
         assert set(zeros.tolist()) <= {0, 4}, name
+
+
+@BOTH
+@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_blocks_of_output_channels_are_those_of_input_channels_of_the_transposed_layer(
+    prune, size, memory_format
+):
+    torch.manual_seed(2)
+    convs = {"a": nn.Conv2d(5, 16, 3), "b": nn.Conv2d(16, 24, 1), "odd": nn.Conv2d(16, 6, 1)}
+    turned = {
+        name: nn.Conv2d(conv.out_channels, conv.in_channels, conv.kernel_size) for name, conv in convs.items()
+    }
+    for name, conv in convs.items():
+        conv.to(memory_format=memory_format)
+        turned[name].weight.data = conv.weight.detach().transpose(0, 1).clone()
+    before = weights(convs)
+    prune(convs, 0.6, block=(size, 1))
+    prune(turned, 0.6, block=(1, size))
+    for name, weight in weights(convs).items():
+        np.testing.assert_array_equal(weight, turned[name].weight.detach().transpose(0, 1).numpy())
+        np.testing.assert_array_equal(weight[weight != 0], before[name][weight != 0])
+    for name in ("a", "b"):
+        whole = (convs[name].weight == 0).unflatten(0, (-1, size)).sum(1)
+        assert set(whole.unique().tolist()) == {0, size}
+    assert set((convs["odd"].weight == 0).sum(0).unique().tolist()) - {0, 6}  # six outputs: single weights
+
+
+def test_each_pattern_has_its_block_and_each_divides_a_detector():
+    assert tuple(BLOCKS) == PATTERNS
+    model = YOLOv5("n", 1)
+    for name, conv in model.prunable_convolutions().items():
+        for out, into in BLOCKS.values():
+            assert blocks(conv.weight, (out, into)).shape[1] == out * into, name
 
 
 def test_zeros_in_blocks_are_told_from_single_ones():
@@ -193,6 +228,11 @@ def test_zeros_in_blocks_are_told_from_single_ones():
     assert not in_blocks([whole, single])
     assert not in_blocks([dense, stem])  # no zeros, so none in blocks
     assert not in_blocks([])
+    across = torch.ones(8, 8, 3, 3)
+    across[4:, 3, 1, 1] = 0.0  # four output channels
+    assert in_blocks([across], BLOCKS["output_block4"])
+    assert not in_blocks([across], BLOCKS["output_block8"])
+    assert not in_blocks([across])
     many = torch.zeros(8, 64, 3, 3)
     assert in_blocks([many, single])  # 4 of 4612 zeros may be so by chance
 
@@ -203,7 +243,7 @@ def test_a_weight_that_is_zero_by_chance_in_a_kept_block_is_not_held(prune):
     with torch.no_grad():
         conv.weight.copy_(torch.tensor([[5.0] * 4 + [1.0] * 4, [5.0] * 4 + [1.0] * 4])[:, :, None, None])
         conv.weight[0, 1] = 0.0
-    prune({"conv": conv}, 0.5, 4)
+    prune({"conv": conv}, 0.5, (1, 4))
     assert conv.weight[:, :4].ne(0).all()
     assert conv.weight[:, 4:].eq(0).all()
     assert abs(float(conv.weight[0, 1])) < 6e-8  # float16 would not tell it from 0

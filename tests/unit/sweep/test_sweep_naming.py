@@ -24,6 +24,7 @@ def test_what_a_file_varies_is_in_the_name():
     [
         "sweep.rerun=failed",
         "sweep.trials=40",
+        "sweep.max_loss=0.03",
         "launcher=joblib",
         "launcher.jobs=4",
         "hydra.launcher.n_jobs=3",
