@@ -24,7 +24,7 @@ _HOW_IT_COMPUTES = {"dataset": ("workers", "cache")}
 # Keys that versions before 0.2 did not have, with the value that says what these versions did.
 _NEW: Mapping[str, Mapping[str, Any]] = {
     "dataset": {"cache": None},
-    "model": {"anchors": "start", "macs": None},
+    "model": {"anchors": "start", "macs": None, "speedup": None},
 }
 _VERSION, _BEFORE = "the version of sparse_exp", "a stage before it"
 

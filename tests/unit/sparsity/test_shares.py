@@ -65,5 +65,5 @@ def test_of_equal_harms_the_first_is_taken():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="the fastest choices take 2, more than 1.5"):
+    with pytest.raises(ValueError, match=r"the fastest choices take 2, more than 1\.5"):
         least_harm([[3.0, 1.0], [1.0]], [[0.0, 1.0], [0.0]], 1.5)
