@@ -25,6 +25,7 @@ from sparse_exp.config.plain import CONF_DIRECTORY, as_dict, out_of_bounds, reci
 from sparse_exp.config.schema import AUTO, Experiment
 from sparse_exp.errors import ConfigError, SparseExpError, expected, first_line
 from sparse_exp.files import expanded
+from sparse_exp.hardware.targets import no_speed_by_zeros
 from sparse_exp.redaction import secret_problem, without_secrets
 from sparse_exp.runs.directory import MANIFEST
 from sparse_exp.sources.cache import is_remote
@@ -223,6 +224,7 @@ def _cross_checks(experiment: Experiment) -> Iterator[str]:
     yield from _check_dataset(experiment)
     yield from _check_files(experiment)
     yield from _check_recipe(experiment)
+    yield from _check_shares(experiment)
     yield from _check_devices(experiment)
     yield from check_stages(experiment)
     yield from _check_hardware(experiment)
@@ -308,6 +310,18 @@ def _check_recipe(experiment: Experiment) -> Iterator[str]:
         )
     if recipe.oneshot and recipe.num_epochs is not None:
         yield "recipe.oneshot=true trains nothing. Leave out recipe.num_epochs, or set recipe.oneshot=false."
+
+
+def _check_shares(experiment: Experiment) -> Iterator[str]:
+    model, by_speed = experiment.model, experiment.recipe.shares == "speed"
+    if model.speedup is not None and model.macs is not None:
+        yield "model.speedup and model.macs both say how much is pruned. Leave one of them out."
+    if by_speed and model.speedup is None:
+        yield "recipe.shares=speed needs a speed-up: add for example model.speedup=1.5."
+    if model.speedup is not None and not by_speed:
+        yield f"model.speedup={model.speedup:g} is for shares by measured times. Add recipe.shares=speed."
+    if by_speed and (refusal := no_speed_by_zeros(experiment.hardware)):
+        yield refusal
 
 
 def _check_devices(experiment: Experiment) -> Iterator[str]:

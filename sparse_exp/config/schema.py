@@ -34,7 +34,7 @@ GENERATORS = ("trees", "digits", "coco128", "voc")
 OPTIMIZERS = ("adamw", "sgd")
 MONITORS = ("map50", "map50_95", "fitness")
 PATTERNS = ("unstructured", "block4", "output_block4", "output_block8")
-SHARES = ("adaptive", "uniform", "work")
+SHARES = ("adaptive", "uniform", "work", "speed")
 RECIPE_ENGINES = ("native", "sparseml")
 RERUN = ("failed", "all")
 # Keys that say where and how a run is made; its results do not depend on them.
@@ -124,6 +124,11 @@ class ModelConfig:
         None, above=0.0, high=1.0,
         help="share of the multiplications that are to meet no zero, instead of sparsity",
     )  # fmt: skip
+    speedup: Optional[float] = bounded(
+        None, 1.0, 100.0,
+        help="how many times as fast as dense the network is to be in the target's first engine, instead of "
+        "sparsity, with recipe.shares=speed",
+    )  # fmt: skip
     num_epochs: Optional[float] = bounded(
         None, above=0.0, high=10000.0, unit="epochs",
         help="length of the shipped recipes, unless recipe.variables.num_epochs says another; null: "
@@ -198,7 +203,7 @@ class RecipeConfig:
         "adaptive", SHARES,
         "of the zeros that pruning a dense start makes: each layer as many as it can bear, or all layers the "
         "same, which is faster on CPUs, as the early layers have few weights and much work, or each layer as "
-        "many as it can bear for the work that they save",
+        "many as it can bear for the work that they save, or those that harm least at model.speedup",
     )  # fmt: skip
     teacher: Optional[str] = documented(
         None,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 from sparse_exp.config.imgsz import Imgsz, in_words, plain
-from sparse_exp.config.runtimes import RUNTIMES
+from sparse_exp.config.runtimes import RUNTIMES, skips_zeros
 from sparse_exp.config.schema import Experiment, HardwareConfig
 from sparse_exp.errors import ConfigError, expected
 from sparse_exp.hardware import HostFacts, host_facts, usable_physical_cores
@@ -173,6 +173,20 @@ def advice(hardware: HardwareConfig, recipe: str, facts: HostFacts | None = None
             "what is quantized will be faster here than there."
         )
     return [*found, *_unused(hardware)]
+
+
+def no_speed_by_zeros(hardware: HardwareConfig) -> str:
+    """Why a target cannot choose shares of zeros by speed, as one line; empty where it can.
+
+    Args:
+        hardware: the target; the times of its first engine count.
+    """
+    first = next(iter(hardware.engines), "")
+    if not first or skips_zeros(first):
+        return ""
+    skipping = " or ".join(name for name in RUNTIMES if skips_zeros(name))
+    do = f"Zeros make it no faster: put {skipping} first in hardware.engines, or take other recipe.shares."
+    return expected("the first engine with recipe.shares=speed", "one that skips zeros", first, do)
 
 
 def fit_to_host(experiment: Experiment) -> tuple[Experiment, tuple[str, ...]]:

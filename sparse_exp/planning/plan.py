@@ -13,6 +13,7 @@ from sparse_exp.config.schema import Experiment
 from sparse_exp.errors import RecipeError
 from sparse_exp.hardware.targets import advice, measures, mismatch_sentence
 from sparse_exp.metrics.anchors import LEAST_RECALL
+from sparse_exp.planning.speed import SpeedShares
 from sparse_exp.planning.trial import Trial
 from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sources.start import PARENT, SCRATCH
@@ -96,7 +97,7 @@ class Plan:
         matches: layers that each modifier of the recipe matches, by the modifier's name.
         channels_last: memory layout of the training.
         prune_to: sparsity that a dense start is pruned to before training, unless ``model.macs`` says how
-            much work is to remain; None for no such step.
+            much work is to remain, or ``model.speedup`` how fast it is to be; None for no such step.
         phases: of the training, in order.
         sparsity: share of zeros that the prunable convolutions keep from epoch 0 on, 0..1.
         final_sparsity: share of zeros that they have at the end, 0..1.
@@ -116,6 +117,7 @@ class Plan:
             stays from then on.
         rules: numbers that followed from the data, each with its rule, by label; see
             `sparse_exp.planning.rules`.
+        speed: how the shares of zeros were chosen by measured times; None: they were not.
     """
 
     experiment: Experiment
@@ -143,6 +145,7 @@ class Plan:
     final_work: float | None = None
     slimming: Sequence[tuple[float, float]] = ()
     rules: Mapping[str, str] = field(default_factory=dict)
+    speed: SpeedShares | None = None
 
     @property
     def seconds(self) -> float | None:
@@ -152,7 +155,12 @@ class Plan:
 
 
 def make_plan(
-    experiment: Experiment, recipe: Recipe, start: Start, precision: Precision, model: YOLOv5
+    experiment: Experiment,
+    recipe: Recipe,
+    start: Start,
+    precision: Precision,
+    model: YOLOv5,
+    speed: SpeedShares | None = None,
 ) -> Plan:
     """Plan a training.
 
@@ -163,6 +171,7 @@ def make_plan(
         precision: how the floating-point phases compute.
         model: what training starts from, pruned where `pruning_step` says so; where the start's weights
             are unknown any of the architecture.
+        speed: how the model's shares of zeros were chosen by measured times, if they were.
 
     Raises:
         RecipeError: see `pruning_step`.
@@ -173,7 +182,8 @@ def make_plan(
     first = recipe.expected_sparsity(model, 0.0, shares)
     ends = [recipe.aimed_sparsity(model, phase.end, shares) for phase in phases]
     aimed = [_overall(model, end) for end in ends]
-    unknown = start.sparsity is None and prune_to is None and recipe.holds_mask
+    by_speed = experiment.recipe.shares == "speed"
+    unknown = start.sparsity is None and (prune_to is None or by_speed) and recipe.holds_mask
     final, imgsz = _slimmed(model, recipe), experiment.dataset.imgsz
     known = start.sparsity is not None or recipe.prunes_gradually or not recipe.prunes
     work = _work(final, ends[-1]) if known else None
@@ -206,7 +216,7 @@ def make_plan(
         layers=first if prune_to is None or start.sparsity is not None else {},
         warnings=(
             *_warnings(experiment, recipe, start, model),
-            *_worth(experiment, aimed[-1], work, pruned_now=prune_to is not None),
+            *_worth(experiment, aimed[-1], work, pruned_now=prune_to is not None and not by_speed),
         ),
         sizes=estimate_sizes(final, ends[-1], quantized=phases[-1].quantized, imgsz=experiment.dataset.imgsz),
         quantization=recipe.quantization.why if recipe.quantization_start is not None else "",
@@ -214,6 +224,7 @@ def make_plan(
         dense_macs=stock_macs(model.size, model.num_classes, imgsz) / GIGA,
         final_work=work,
         slimming=recipe.slimming.moments if recipe.slimming else (),
+        speed=speed,
     )
 
 
@@ -376,11 +387,15 @@ def _warnings(experiment: Experiment, recipe: Recipe, start: Start, model: YOLOv
             f"recipe.channels={config.channels:g} is not used: {recipe.name} itself says that "
             f"{recipe.slimming.share:.0%} of the work stays."
         )
-    if experiment.model.macs is not None and not recipe.holds_mask:
-        found.append(
-            f"model.macs={experiment.model.macs:g} is not used: {recipe.name} does not hold the zeros of a "
-            "start that is pruned at once."
-        )
+    for key in ("macs", "speedup"):
+        value = getattr(experiment.model, key)
+        if value is not None and not recipe.holds_mask:
+            found.append(
+                f"model.{key}={value:g} is not used: {recipe.name} does not hold the zeros of a start that "
+                "is pruned at once."
+            )
+        elif value is not None and start.is_sparse:
+            found.append(f"model.{key}={value:g} is not used: the start checkpoint is pruned already.")
     if config.teacher is not None and not recipe.distills:
         found.append(f"recipe.teacher={config.teacher} is not used: {recipe.name} does not distill.")
     return found
@@ -393,7 +408,7 @@ def _worth(experiment: Experiment, weights: float, work: float | None, *, pruned
         experiment: the checked configuration.
         weights: share of zeros in the prunable convolutions at the end, 0..1.
         work: share of the multiplications that meet one, 0..1; None: not known.
-        pruned_now: whether the run itself chooses where the zeros are, by ``recipe.shares``.
+        pruned_now: whether the run itself chooses where the zeros are, and not by measured times.
     """
     engines = experiment.hardware.engines
     skipping = [engine for engine in engines if skips_zeros(engine)]

@@ -11,6 +11,7 @@ from sparse_exp.config.schema import Experiment
 from sparse_exp.data import DetectionDataset
 from sparse_exp.data.loader import Batch, make_loader
 from sparse_exp.planning.plan import Data, Plan, make_plan, pruning_step, with_anchors, with_trial
+from sparse_exp.planning.speed import speed_shares
 from sparse_exp.planning.trial import try_steps
 from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sources.start import StartFile
@@ -61,14 +62,20 @@ def plan_training(
     distills = recipe.distills and (teacher is not None or experiment.recipe.teacher == "self")
     learns_from = load_teacher(teacher, model, start) if distills else None
     slim_start(model, recipe, experiment.recipe)
-    prune_start(model, prune_to, experiment.recipe, experiment.model.macs)
-    plan = with_anchors(make_plan(experiment, recipe, start, precision, model), anchors)
+    threads = training_threads(experiment) * experiment.trainer.devices
+    speed = None
+    if prune_to is not None and experiment.recipe.shares == "speed":
+        with using_threads(threads):
+            speed = speed_shares(model, experiment, recipe, dataset)
+    shares = speed.shares if speed else None
+    prune_start(model, prune_to, experiment.recipe, experiment.model.macs, shares)
+    plan = with_anchors(make_plan(experiment, recipe, start, precision, model, speed), anchors)
     plan = replace(plan, rules=rules or {})
     if experiment.recipe.oneshot:
         return plan
     # On CPUs one process with the threads of all: the same work on the same cores, also the same memory in
     # sum. On GPUs one process with its share of a batch.
-    with using_threads(training_threads(experiment) * experiment.trainer.devices):
+    with using_threads(threads):
         trial = try_steps(
             model,
             recipe,

@@ -23,6 +23,7 @@ _CHOSEN = {
     "adaptive": "smallest layer-adaptive magnitudes",
     "uniform": "smallest magnitudes of each layer",
     "work": "smallest layer-adaptive magnitudes for the work that they save",
+    "speed": "smallest magnitudes of each layer, in shares that harm least for their measured times",
 }
 _log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ def as_facts(plan: Plan) -> dict[str, Any]:
         "phases": phase_rows(plan),
         "sparsity": plan.sparsity,
         "layers": dict(plan.layers),
+        "shares": dict(plan.speed.shares) if plan.speed else None,
         "final_sparsity": plan.final_sparsity,
         "macs": plan.macs,
         "dense_macs": plan.dense_macs,
@@ -81,8 +83,11 @@ def pruning_sentence(plan: Plan) -> str:
     out, into = BLOCKS[config.pattern]
     channels = f"{out} output" if out > 1 else f"{into} input"
     blocks = f" in blocks of {channels} channels" if out * into > 1 else ""
-    macs = plan.experiment.model.macs
+    macs, speedup = plan.experiment.model.macs, plan.experiment.model.speedup
     zeros = f"{plan.prune_to:.0%} zeros" if macs is None else f"zeros that leave {macs:.0%} of all work"
+    if speedup is not None:
+        engine = plan.experiment.hardware.engines[0]
+        zeros = f"zeros that make the network {speedup:g} times as fast as dense in {engine}"
     return (
         f"{known}: its prunable convolutions are pruned to {zeros}{blocks} "
         f"({_CHOSEN[config.shares]}) before epoch 0, so that the transfer starts sparse."
@@ -162,6 +167,8 @@ def labelled_lines(plan: Plan) -> dict[str, str]:
         lines["learning rate"] = _schedule(plan)
     if plan.quantization:
         lines["quantization"] = plan.quantization
+    if plan.speed:
+        lines["speed-up"] = str(plan.speed)
     if plan.anchors:
         fitted = f", fitted to them (the start's: {plan.anchors.before:.1%})" if plan.anchors.fitted else ""
         lines["anchors"] = f"answer for {plan.anchors.recall:.1%} of the training boxes{fitted}"

@@ -543,17 +543,17 @@ def trade_off(points: Sequence[Point], x: Axis, y: Axis, path: Path, what: str =
     """
     front = sorted((point for point in points if point.front), key=lambda point: point.x)
     figure, axes = _figure(9.6, 5.4)
-    kinds = (
-        (f"other {what}", {"s": 26, "color": GREY}, lambda point: not (point.dense or point.hollow)),
-        ("dense", {"s": 40, "color": ORANGE, "marker": "D"}, lambda point: point.dense and not point.hollow),
-        ("may not be shipped", {"s": 34, "facecolors": "none", "edgecolors": GREY},
-         lambda point: point.hollow and not point.dense),
-        ("dense, may not be shipped", {"s": 40, "facecolors": "none", "edgecolors": ORANGE, "marker": "D"},
-         lambda point: point.hollow and point.dense),
-    )  # fmt: skip
-    for label, style, fits in kinds:
-        shown = [point for point in points if fits(point) and (point.dense or not point.front)]
-        if shown or label == kinds[0][0]:
+    hollow = {"facecolors": "none"}
+    kinds: dict[str, tuple[bool, bool, dict[str, Any]]] = {  # whether dense, whether hollow, its style
+        f"other {what}": (False, False, {"s": 26, "color": GREY}),
+        "dense": (True, False, {"s": 40, "color": ORANGE, "marker": "D"}),
+        "may not be shipped": (False, True, {"s": 34, "edgecolors": GREY, **hollow}),
+        "dense, may not be shipped": (True, True, {"s": 40, "edgecolors": ORANGE, "marker": "D", **hollow}),
+    }
+    for number, (label, (*kind, style)) in enumerate(kinds.items()):
+        of_kind = [point for point in points if [point.dense, point.hollow] == kind]
+        shown = [point for point in of_kind if point.dense or not point.front]
+        if shown or number == 0:
             axes.scatter(
                 [point.x for point in shown], [point.y for point in shown], label=label, zorder=3, **style
             )

@@ -25,7 +25,7 @@ _ANY = object()
 # Keys that versions before 0.2 did not have, with the value that says what these versions did.
 _NEW: Mapping[str, Any] = {
     "dataset": {"cache": _ANY},
-    "model": {"anchors": "start", "macs": None, "most_epochs": 12.0},
+    "model": {"anchors": "start", "macs": None, "speedup": None, "most_epochs": 12.0},
     "recipe": {"engine": "native", "channels": None},  # SparseML ran recipes, to the same masks and rates
     "trainer": {
         "augment": {"degrees": 0.0, "shear": 0.0, "mixup": 0.0, "copy_paste": 0.0},

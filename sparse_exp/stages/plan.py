@@ -45,13 +45,20 @@ def _events(context: Context, facts: dict[str, Any]) -> list[Event]:
 
 
 def _marks(context: Context) -> dict[str, Any]:
-    """The recipe as it runs, whatever it is called and however its variables came to their values."""
+    """The recipe as it runs, whatever it is called and however its variables came to their values.
+
+    Where the target's times choose the shares of zeros, also how they are measured.
+    """
     config = as_dict(context.experiment)["recipe"]
     resolved = ("name", "file", "variables", "num_epochs", "weight_scales", "weight_bits", "train_outputs")
     rest = {key: value for key, value in config.items() if key not in resolved}
     if context.recipe.quantization_start is not None:
         rest["quantization"] = context.recipe.quantization.decided
-    return {"recipe": {"text": context.recipe.text, **rest}}
+    marks: dict[str, Any] = {"recipe": {"text": context.recipe.text, **rest}}
+    if config["shares"] == "speed":
+        hardware = context.experiment.hardware
+        marks["hardware"] = [hardware.engines[0], hardware.batch_sizes[0], context.cores, hardware.pinning]
+    return marks
 
 
 def _content(context: Context) -> dict[str, str]:

@@ -40,11 +40,14 @@ def _run(context: Context) -> Outcome:
 
 
 def _marks(context: Context) -> dict[str, Any]:
-    """The baseline that a training learns from, wherever it lies and however it was found."""
-    if context.experiment.recipe.teacher != "baseline":
-        return {}
-    facts, file = context.facts("baseline"), context.run.baseline_checkpoint
-    return {"teacher": [facts.get("map50"), sha256_of(file) if file else facts.get("checkpoint")]}
+    """What was found before: the baseline that a training learns from, and shares by measured times."""
+    found: dict[str, Any] = {}
+    if context.experiment.recipe.teacher == "baseline":
+        facts, file = context.facts("baseline"), context.run.baseline_checkpoint
+        found["teacher"] = [facts.get("map50"), sha256_of(file) if file else facts.get("checkpoint")]
+    if shares := context.facts("plan").get("shares"):
+        found["shares"] = shares
+    return found
 
 
 def _check(experiment: Experiment) -> Iterator[str]:

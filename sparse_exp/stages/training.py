@@ -129,7 +129,9 @@ def _prepare(context: Context, model: YOLOv5) -> None:
     """Prune a dense start where the plan says so, and hold the start to the plan."""
     planned, experiment = context.facts("plan"), context.experiment
     slim_start(model, context.recipe, experiment.recipe)
-    prune_start(model, planned.get("prune_to"), experiment.recipe, experiment.model.macs)
+    prune_start(
+        model, planned.get("prune_to"), experiment.recipe, experiment.model.macs, planned.get("shares")
+    )
     layers = layer_sparsity(model.prunable_convolutions())
     require_sparsity(layers, context.planned_sparsity, "of the start weights")
     require_layer_sparsity(layers, planned.get("layers", {}), "in the start weights")

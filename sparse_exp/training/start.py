@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -190,7 +191,11 @@ def slim_start(model: YOLOv5, recipe: Recipe, config: RecipeConfig) -> None:
 
 
 def prune_start(
-    model: YOLOv5, sparsity: float | None, config: RecipeConfig, macs: float | None = None
+    model: YOLOv5,
+    sparsity: float | None,
+    config: RecipeConfig,
+    macs: float | None = None,
+    shares: Mapping[str, float] | None = None,
 ) -> None:
     """The pruning step that the plan inserted, if it did.
 
@@ -200,6 +205,7 @@ def prune_start(
         config: its ``pattern`` and ``shares``.
         macs: share of the multiplications that are to meet no zero, above 0 and at most 1, instead of
             ``sparsity``; see `zeros_for_work`.
+        shares: share of zeros of each prunable convolution, 0..1, by its name, instead of both.
 
     Raises:
         ConfigError: see `zeros_for_work`.
@@ -209,7 +215,10 @@ def prune_start(
     convolutions, block = model.prunable_convolutions(), BLOCKS[config.pattern]
     work = {name: (STRIDES[-1] // output_stride(name)) ** 2 for name in convolutions}
     share = sparsity if macs is None else zeros_for_work(model, macs)
-    if config.shares == "uniform":
+    if shares is not None:
+        for name, conv in convolutions.items():
+            prune_by_magnitude({name: conv}, shares[name], block)
+    elif config.shares == "uniform":
         prune_by_magnitude(convolutions, share, block)
     else:
         costs = work if config.shares == "work" else None

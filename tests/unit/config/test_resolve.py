@@ -219,6 +219,28 @@ def test_stages_come_in_the_order_of_the_plan():
         ({"recipe__pattern": "block8"}, ["recipe.pattern", "unstructured, block4"]),
         ({"model__layer_sparsity": [0.5, 0.5, 0.5]}, ["model.layer_sparsity", "four shares"]),
         ({"model__layer_sparsity": [0.5, 0.5, 0.5, 1.0]}, ["model.layer_sparsity", "at most 0.99"]),
+        ({"model__speedup": 1.5}, ["model.speedup=1.5", "Add recipe.shares=speed"]),
+        (
+            {"recipe__shares": "speed", "hardware__engines": ["mnn"]},
+            ["recipe.shares=speed needs a speed-up", "model.speedup=1.5"],
+        ),
+        (
+            {
+                "recipe__shares": "speed",
+                "model__speedup": 1.5,
+                "model__macs": 0.5,
+                "hardware__engines": ["mnn"],
+            },
+            ["model.speedup and model.macs", "Leave one of them out"],
+        ),
+        (
+            {
+                "recipe__shares": "speed",
+                "model__speedup": 1.5,
+                "hardware__engines": ["openvino", "mnn"],
+            },
+            ["one that skips zeros, but got 'openvino'", "put deepsparse or mnn first in hardware.engines"],
+        ),
         ({"hardware__engines": []}, ["hardware.engines", "at least one"]),
         ({"hardware__batch_sizes": []}, ["hardware.batch_sizes", "at least one"]),
         ({"hardware__batch_sizes": [1, -4]}, ["hardware.batch_sizes", "at least 1", "images each", "-4"]),

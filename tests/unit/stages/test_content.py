@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from sparse_exp import __version__
 from sparse_exp.config.plain import as_dict, recipe_path
-from sparse_exp.config.schema import ModelConfig, RecipeConfig, SourceConfig, TrainerConfig
+from sparse_exp.config.schema import HardwareConfig, ModelConfig, RecipeConfig, SourceConfig, TrainerConfig
 from sparse_exp.errors import ConfigError, DataError, SourceUnavailable
 from sparse_exp.files import fingerprint, write_json, write_text
 from sparse_exp.recipes.recipe import Recipe
@@ -127,6 +127,44 @@ def test_a_teacher_that_had_to_be_fetched_first_is_the_same_afterwards(done, go,
         go(recipe=recipe)
     assert done() == ALL
     assert server.requests == ["/teacher.pt"]
+
+
+def test_shares_by_measured_times_stay_those_of_the_plan(done, go, monkeypatch, caplog):
+    def plan_with(share: float):
+        real = STAGES["plan"]
+
+        def plan(context):
+            return replace(real.run(context), facts={"shares": {"model.2.cv1.conv": share}})
+
+        monkeypatch.setitem(STAGES, "plan", replace(real, run=plan))
+
+    changes = {
+        "recipe": RecipeConfig(
+            name="transfer", file="transfer.md", variables={"num_epochs": 1}, shares="speed"
+        ),
+        "hardware": HardwareConfig(name="cpu", engines=["mnn"], cores=[1]),
+    }
+    plan_with(0.5)
+    first = go(**changes)
+    assert done() == ALL
+    plan_with(0.9)  # what it would measure now
+    second = go(**changes)
+    assert done() == []
+    assert second["stages"]["plan"]["facts"]["shares"] == {"model.2.cv1.conv": 0.5}
+    assert second["stages"] == first["stages"]
+    del first["stages"]["plan"]
+    write_json(Path("run") / MANIFEST, first)  # the plan is lost: the training was of other shares
+    caplog.clear()
+    go(**changes)
+    assert done() == ALL[1:]
+    assert again(caplog)[0] == "== train: done again, as shares changed"
+    changes["hardware"] = replace(changes["hardware"], batch_sizes=[2])
+    go(**changes)
+    assert done() == ALL[1:]
+    assert again(caplog)[0] == "== plan: done again, as hardware changed"
+    changes["hardware"] = replace(changes["hardware"], duration_s=9.0)  # of the benchmark alone
+    go(**changes)
+    assert done() == []
 
 
 def test_a_recipe_beside_its_name_was_seen_before(done, go, tmp_path, caplog):
