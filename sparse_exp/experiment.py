@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import signal
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from sparse_exp.recipes.recipe import Recipe
 
 _log = logging.getLogger(__name__)
+_NO_WRITE = (*FULL, errno.EROFS)
 
 
 def run(
@@ -378,27 +380,36 @@ def _failures_of(context: Context, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         _log.debug("%s failed", what, exc_info=True)
-        if _interrupted(error):
+        if any(isinstance(each, KeyboardInterrupt) for each in _chain(error)):
             raise KeyboardInterrupt from error
         raise StageFailed(_failure(context, what, error)) from error
 
 
-def _interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind an error: torch.save, cut off while it writes, raises one of its own."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and all those behind it: torch.save, cut off while it writes, raises one of its own."""
+    while error is not None:
+        yield error
         error = error.__cause__ or error.__context__
-    return error is not None
 
 
 def _failure(context: Context, what: str, error: Exception) -> str:
     first = (str(error).strip().splitlines() or [""])[0]
-    log = context.run.path / "sparse_exp.log"
+    log, go_on = context.run.path / "sparse_exp.log", resume_command(context.run.path)
     if isinstance(error, MemoryError) or "out of memory" in str(error):
         do = "Make trainer.batch_size smaller."
         return f"{_sentence(what)} ran out of memory. {do} Its traceback is in {log}."
-    if isinstance(error, OSError) and error.errno in FULL:
-        do = f"Free some space, then go on with: {resume_command(context.run.path)}"
+    if str(error).startswith("DataLoader worker"):
+        do = f"Where memory is short, set dataset.workers=0. Go on with: {go_on}"
+        return f"A process that loads images was killed or has ended ({what.removeprefix('the ')}). {do}"
+    refused = next(
+        (each for each in _chain(error) if isinstance(each, OSError) and each.errno in _NO_WRITE), None
+    )
+    if refused is not None and refused.errno in FULL:
+        do = f"Free some space, then go on with: {go_on}"
         return f"The disk is full ({what.removeprefix('the ')}). {do}"
+    if refused is not None:
+        do = f"Make it writable, then go on with: {go_on}"
+        return f"{refused.filename or 'The disk'} cannot be written ({what.removeprefix('the ')}). {do}"
     return f"{_sentence(what)} failed: {type(error).__name__}: {first} Its traceback is in {log}."
 
 

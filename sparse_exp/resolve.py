@@ -22,7 +22,7 @@ from sparse_exp.bounded_yaml import read_yaml
 from sparse_exp.config.imgsz import in_words
 from sparse_exp.config.places import apply_environment
 from sparse_exp.config.plain import CONF_DIRECTORY, as_dict, out_of_bounds, recipe_path
-from sparse_exp.config.schema import AUTO, Experiment
+from sparse_exp.config.schema import Experiment
 from sparse_exp.errors import ConfigError, SparseExpError, expected, first_line
 from sparse_exp.files import expanded
 from sparse_exp.hardware.targets import no_speed_by_zeros
@@ -332,7 +332,7 @@ def _check_devices(experiment: Experiment) -> Iterator[str]:
     elif trainer.device.startswith("cuda:") and trainer.devices > 1:
         do = "Each process has a GPU of its own: set trainer.device=cuda, or trainer.devices=1."
         yield expected("trainer.device", f"cuda with trainer.devices={trainer.devices}", trainer.device, do)
-    if trainer.batch_size != AUTO and trainer.batch_size % trainer.devices:
+    if isinstance(trainer.batch_size, int) and trainer.batch_size % trainer.devices:
         do = "Each process takes an equal share of a batch; change one of them."
         yield expected(
             "trainer.batch_size", f"a multiple of trainer.devices={trainer.devices}", trainer.batch_size, do

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -98,9 +97,9 @@ def _label(job: Job, name: str) -> str:
     """What the job has for itself in its sweep and its name does not say, such as ``seed=1``."""
     state = read_state(job.sweep)
     of_all = [*shlex.split(str(state.get("command", ""))), *state.get("fixed", [])]
-    said = set(re.split("[-_ ]", name))
     pairs = [word.lstrip("+").partition("=") for word in job.overrides if word not in of_all]
-    return " ".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs if value not in said)
+    own = [(key.rpartition(".")[2], value) for key, _, value in pairs if f"-{value}-" not in f"-{name}-"]
+    return " ".join(f"{key}={value}" for key, value in own)
 
 
 def _is_finished(job: Job, experiment: Experiment) -> bool:

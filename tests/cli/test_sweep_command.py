@@ -141,6 +141,9 @@ def test_a_job_is_labelled_by_what_its_name_does_not_say(tmp_path):
     words = ["model=yolov5n", "seed=1", "+trainer.lr=0.1", "name=x y"]
     job = Job(0, tmp_path / "0-x", tmp_path, words, {})
     assert _label(job, "yolov5n-digits-dense") == "seed=1 lr=0.1"
+    words = ["model=yolov5n", "recipe=transfer_quant", "dataset=custom"]
+    job = Job(0, tmp_path / "0-x", tmp_path, words, {})
+    assert _label(job, "yolov5n-digits-transfer_quant") == "dataset=custom"
 
 
 def test_words_that_hydra_writes_in_another_way_are_no_label(two):

@@ -182,7 +182,7 @@ def test_a_published_recipe_lies_in_its_folder():
 
 def test_wrong_types_never_get_this_far():
     with pytest.raises(OmegaConfBaseException, match="could not be converted to Integer"):
-        config_of(trainer__batch_size="abc")
+        config_of(trainer__val_batch_size="abc")
 
 
 def test_stages_come_in_the_order_of_the_plan():

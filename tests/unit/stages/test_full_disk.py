@@ -86,6 +86,44 @@ def test_where_not_even_the_end_can_be_written_the_tracker_is_told_all_the_same(
     assert go()["status"] == "FINISHED"
 
 
+@pytest.mark.parametrize(
+    ("cause", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            r"The disk is full \(stage plan\)\. Free some space",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system", "/mnt/runs/best.pt"),
+            r"/mnt/runs/best\.pt cannot be written \(stage plan\)\. Make it writable",
+        ),
+    ],
+)
+def test_the_cause_is_said_that_stands_behind_another_error(done, go, monkeypatch, cause, said):
+    """torch's writer of archives raises errors of its own when a write fails."""
+
+    def fails(context):
+        try:
+            raise cause
+        except OSError:
+            raise RuntimeError("unexpected pos 26256768 vs 26256656")  # noqa: B904
+
+    monkeypatch.setitem(STAGES, "plan", replace(STAGES["plan"], run=fails))
+    with pytest.raises(StageFailed, match=rf"^{said}, then go on with: python -m sparse_exp resume=\S+$"):
+        go()
+
+
+def test_a_killed_loader_of_images_is_said_in_one_line(done, go, monkeypatch):
+    def fails(context):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.\nMore lines.")
+
+    monkeypatch.setitem(STAGES, "plan", replace(STAGES["plan"], run=fails))
+    with pytest.raises(StageFailed, match=r"^A process that loads images .* \(stage plan\)\. ") as raised:
+        go()
+    assert "dataset.workers=0" in str(raised.value)
+    assert "resume=" in str(raised.value)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_run_as_ctrl_c_does(done, go, monkeypatch, number):
     def ended(context):
