@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from sparse_exp.command import Parser, run_command, whole
-from sparse_exp.config.plain import CONF_DIRECTORY
+from sparse_exp.config.plain import CONF_DIRECTORY, from_dict
 from sparse_exp.config.schema import DatasetConfig
 from sparse_exp.data import prepare
 from sparse_exp.data.images import read_image
@@ -91,7 +91,7 @@ def main() -> int:
 def photos_of(split: str) -> list[NDArray[np.uint8]]:
     """The photos of a split of ``trees``, uint8 RGB ``(H, W, 3)``."""
     wheel = yaml.safe_load((CONF_DIRECTORY / "dataset" / "trees.yaml").read_text(encoding="utf-8"))
-    dataset = prepare(DatasetConfig(**wheel), cache_directory())
+    dataset = prepare(from_dict(DatasetConfig, wheel), cache_directory())
     return [read_image(sample.image) for sample in dataset.splits[split]]
 
 
