@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import NoneType
 from typing import Any
 
@@ -134,11 +134,20 @@ class StageRecord:
 
         Raises:
             TypeError: the entry has no fingerprint, is no mapping, or has a value of another kind.
+            ValueError: it names a file outside the run, or one that no file system holds.
         """
         found = {key: value for key, value in entry.items() if key in _KINDS}
         for key, value in found.items():
             if not isinstance(value, _KINDS[key]):
                 raise TypeError(f"{key} is {value!r}")
+        told = [event["path"] for event in found.get("events", ()) if "path" in event]
+        for path in map(PurePath, (*found.get("outputs", ()), *told)):
+            if (
+                path.is_absolute()
+                or ".." in path.parts
+                or any(len(os.fsencode(part)) > 255 for part in path.parts)
+            ):
+                raise ValueError(f"{path} is no file of a run")
         return cls(**found)
 
 

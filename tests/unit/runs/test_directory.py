@@ -88,7 +88,28 @@ def test_reopening_brings_back_records_and_state(tmp_path):
     assert manifest(again)["stages"]["export"]["facts"] == {"best": "a"}
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"stages": {"train": {"unknown": 1}}}'])
+def naming(path: str, key: str) -> str:
+    """A manifest whose record names a file, as an output or in an event."""
+    named = {"outputs": {path: "0" * 64}, "events": [{"event": "artifact", "path": path}]}[key]
+    return json.dumps({"stages": {"train": {"fingerprint": "f1", key: named}}})
+
+
+OUTSIDE = [
+    naming(path, key)
+    for path in ("../other/manifest.json", "/etc/passwd", "a/../../b", "ü" * 128, "a/" + "b" * 256)
+    for key in ("outputs", "events")
+]
+
+
+@pytest.mark.parametrize("key", ["outputs", "events"])
+def test_a_record_may_name_files_of_the_run(tmp_path, key):
+    (tmp_path / MANIFEST).write_text(naming("deployment/..b/" + "ü" * 127, key))
+    assert getattr(Run.reopen(tmp_path).records["train"], key)
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "[]", "{}", '{"stages": {"train": {"unknown": 1}}}', *OUTSIDE]
+)
 def test_what_is_no_run_is_not_reopened_nor_changed(tmp_path, content):
     if content is not None:
         (tmp_path / MANIFEST).write_text(content)
