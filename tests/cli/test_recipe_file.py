@@ -50,7 +50,7 @@ def variables(tmp_path, monkeypatch):
 
 def test_the_options_variables_do_not_leak_into_another_file(variables, own, capsys):
     ours = variables()
-    assert {"num_epochs", "init_lr", "quantization_init_lr"} <= set(ours)
+    assert {"init_lr", "quantization_init_lr"} <= set(ours)
     assert capsys.readouterr().err == ""
     assert variables(f"recipe.file={own}") == {}
     said = capsys.readouterr().err  # never silently

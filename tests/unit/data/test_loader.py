@@ -305,7 +305,9 @@ print(sum(len(batch.images) for batch in loader))
 """
 
 
-@pytest.mark.parametrize("length", [10, 74, 75, 76, 120])
+@pytest.mark.parametrize(
+    "length", [*(pytest.param(n, marks=pytest.mark.slow) for n in (10, 74, 75, 76)), 120]
+)
 def test_workers_hand_over_in_any_temporary_directory_and_leave_nothing_there(dataset, tmp_path, length):
     folder = tmp_path / "t"
     folder = folder.with_name("t" * max(1, length - len(str(folder)) + 1))

@@ -49,6 +49,7 @@ def run(search: Search, count: int) -> list[list[str]]:
     return jobs
 
 
+@pytest.mark.slow
 def test_it_finds_the_best_more_closely_than_chance(tmp_path):
     search = search_in(tmp_path)
     run(search, 24)

@@ -242,7 +242,7 @@ def saved(train, tmp_path) -> Path:
 def test_the_position_is_said_and_a_state_is_data_alone(saved, train, caplog):
     caplog.set_level(logging.INFO)
     kept = StateFile(saved, "mark").read()
-    assert kept["at"] == {"phase": 0, "step": 2, "batches": 2}
+    assert kept["at"] == {"phase": 0, "step": 2, "batches": 2, "mosaic": True}
     train(EPOCHS, StateFile(saved, "mark"))
     assert "Going on with the training after epoch 1 of 3." in caplog.messages
 
