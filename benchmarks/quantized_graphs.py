@@ -149,11 +149,11 @@ def measure(
             running.append((cell, engine))
         for _ in range(turns):
             for cell, engine in running:
-                cell.milliseconds.append(_cpu_milliseconds(engine, images))
+                cell.milliseconds.append(cpu_milliseconds(engine, images))
     return [cell for cell, _ in running]
 
 
-def _cpu_milliseconds(engine: IsolatedEngine, images: NDArray[np.uint8]) -> float:
+def cpu_milliseconds(engine: IsolatedEngine, images: NDArray[np.uint8]) -> float:
     """CPU time of an image: that of the engine's process, over about a second."""
     process = psutil.Process(engine.pid)
     before = process.cpu_times()

@@ -10,7 +10,7 @@ of the photos is used. The same arguments give the same images.
 
 from __future__ import annotations
 
-import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from sparse_exp.command import Parser, run_command, whole
+from sparse_exp.config.imgsz import Imgsz, Sides, parse_imgsz, sides
 from sparse_exp.config.plain import CONF_DIRECTORY, from_dict
 from sparse_exp.config.schema import DatasetConfig
 from sparse_exp.data import prepare
@@ -78,14 +79,40 @@ def main() -> int:
     parser.add_argument("destination", type=Path, help="folder of the data set")
     parser.add_argument("--train", type=whole, default=800, help="training images")
     parser.add_argument("--val", type=whole, default=200, help="validation images")
-    parser.add_argument("--imgsz", type=whole, default=192, help="side of the images, px")
+    parser.add_argument(
+        "--imgsz", type=parse_imgsz, default=192, help="of the images, px: 192, or 360,640 (height, width)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of all randomness")
     options = parser.parse_args()
-    photos = {split: photos_of(split) for split in ("train", "val")}
-    version = f"{VERSION} {options.train} {options.val} {options.imgsz} {options.seed}"
-    path = write_once(options.destination, version, lambda folder: build(folder, photos, options))
+    path = render(
+        options.destination, train=options.train, val=options.val, imgsz=options.imgsz, seed=options.seed
+    )
     sys.stdout.write(f"{path}\n")
     return 0
+
+
+def render(destination: Path, *, train: int, val: int, imgsz: Imgsz, seed: int = 0) -> Path:
+    """Render a set unless it is there; returns its ``data.yaml``.
+
+    Args:
+        destination: folder of the set.
+        train: training images.
+        val: validation images.
+        imgsz: size of the images, px.
+        seed: of all randomness.
+    """
+    photos = {split: photos_of(split) for split in ("train", "val")}
+    counts = {"train": train, "val": val}
+
+    def build(folder: Path) -> None:
+        for number, split in enumerate(photos):
+            draw = np.random.default_rng((seed, number))
+            for index in range(counts[split]):
+                image, boxes = paint(photos[split], sides(imgsz), draw)
+                write_sample(folder, split, f"{index:04}", image, boxes)
+        write_yaml(folder, list(KINDS), list(photos))
+
+    return write_once(destination, f"{VERSION} {train} {val} {imgsz} {seed}", build)
 
 
 def photos_of(split: str) -> list[NDArray[np.uint8]]:
@@ -95,44 +122,39 @@ def photos_of(split: str) -> list[NDArray[np.uint8]]:
     return [read_image(sample.image) for sample in dataset.splits[split]]
 
 
-def build(folder: Path, photos: dict[str, list[NDArray[np.uint8]]], options: argparse.Namespace) -> None:
-    """Fill an empty folder with the data set."""
-    for number, split in enumerate(photos):
-        draw = np.random.default_rng((options.seed, number))
-        for index in range(getattr(options, split)):
-            image, boxes = paint(photos[split], options.imgsz, draw)
-            write_sample(folder, split, f"{index:04}", image, boxes)
-    write_yaml(folder, list(KINDS), list(photos))
-
-
 def paint(
-    photos: Sequence[NDArray[np.uint8]], imgsz: int, draw: np.random.Generator
+    photos: Sequence[NDArray[np.uint8]], size: Sides, draw: np.random.Generator
 ) -> tuple[NDArray[np.uint8], list[tuple[float, ...]]]:
     """One to six symbols on a piece of a photo.
 
     Args:
-        photos: uint8 RGB ``(H, W, 3)`` each, at least ``imgsz`` px each way.
-        imgsz: side of the image, px.
+        photos: uint8 RGB ``(H, W, 3)`` each; a piece is enlarged to a larger image.
+        size: of the image, px.
         draw: source of all randomness.
 
     Returns:
-        uint8 RGB ``(imgsz, imgsz, 3)``, and rows of class id, x1, y1, x2, y2 in pixels.
+        uint8 RGB ``(height, width, 3)``, and rows of class id, x1, y1, x2, y2 in pixels.
     """
     photo = photos[draw.integers(len(photos))]
-    y, x = (int(draw.integers(side - imgsz + 1)) for side in photo.shape[:2])
-    canvas = Image.fromarray(photo[y : y + imgsz, x : x + imgsz])
+    scale = max(1.0, *(side / there for side, there in zip(size, photo.shape[:2], strict=True)))
+    rows, columns = (math.floor(side / scale) for side in size)
+    y, x = (
+        int(draw.integers(there - side + 1))
+        for there, side in zip(photo.shape, (rows, columns), strict=False)
+    )
+    canvas = Image.fromarray(photo[y : y + rows, x : x + columns]).resize((size.width, size.height))
     frequencies = np.geomspace(10, 1, len(KINDS))
     boxes: list[tuple[float, ...]] = []
     for _ in range(draw.integers(1, 7)):
         kind = int(draw.choice(len(KINDS), p=frequencies / frequencies.sum()))
         stamp = draw_symbol(list(KINDS.values())[kind], draw)
-        place = find_place(stamp.size, imgsz, boxes, draw)
+        place = find_place(stamp.size, size, boxes, draw)
         if place is None:
             continue
         canvas.paste(stamp, place, stamp)
         x1, y1, x2, y2 = stamp.getchannel("A").point(lambda value: 255 * (value > 64)).getbbox()
         boxes.append((kind, place[0] + x1, place[1] + y1, place[0] + x2, place[1] + y2))
-    noise = draw.normal(0, draw.uniform(0, 12), (imgsz, imgsz, 3))
+    noise = draw.normal(0, draw.uniform(0, 12), (*size, 3))
     return np.clip(np.asarray(canvas) + noise, 0, 255).astype(np.uint8), boxes
 
 
@@ -158,12 +180,13 @@ def draw_symbol(outline: Sequence[tuple[float, float]], draw: np.random.Generato
 
 
 def find_place(
-    size: tuple[int, int], imgsz: int, boxes: Sequence[tuple[float, ...]], draw: np.random.Generator
+    stamp: tuple[int, int], size: Sides, boxes: Sequence[tuple[float, ...]], draw: np.random.Generator
 ) -> tuple[int, int] | None:
-    """A random x, y at which a picture hides little of what is there; None if several tries find none."""
+    """A random x, y at which a stamp (width, height) hides little; None if no try finds one."""
+    width, height = stamp
     for _ in range(_TRIES):
-        x, y = (int(draw.integers(imgsz - side + 1)) for side in size)
-        if all(hidden(box, x, y, size) <= _MOST_HIDDEN for box in boxes):
+        x, y = int(draw.integers(size.width - width + 1)), int(draw.integers(size.height - height + 1))
+        if all(hidden(box, x, y, stamp) <= _MOST_HIDDEN for box in boxes):
             return x, y
     return None
 
