@@ -1,10 +1,12 @@
-"""Hold images of 16:9 at a rectangle against the same images at a square: speed and accuracy in each engine.
+r"""Hold images of 16:9 at a rectangle against the same images at a square: speed and accuracy in each engine.
 
 A detector of symbols, as a run of `recovery.py` on the set of `symbols.py` trains it, is evaluated on symbols
 on pictures of 640 x 360 px, exported at both sizes. Each engine runs its own file. What counts is CPU time of
 one thread, in turns, which other work on the machine hardly changes.
 
     python benchmarks/rectangles.py outputs/recovery-symbols/transfer_quant-0/weights/best_pruned_quant.pt
+    python benchmarks/rectangles.py outputs/recovery-symbols/transfer_quant-0/weights/best_pruned.pt \
+        --engines mnn --out outputs/rectangles-fp32          # MNN runs no quantized ONNX
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="of a detector of symbols")
-    parser.add_argument("--engines", nargs="+", default=["onnxruntime", "openvino", "deepsparse", "mnn"])
+    parser.add_argument("--engines", nargs="+", default=["onnxruntime", "openvino", "deepsparse"])
     parser.add_argument("--images", type=whole, default=200, help="pictures to evaluate on")
     parser.add_argument("--turns", type=whole, default=9, help="of about a second for each file")
     parser.add_argument("--out", type=Path, default=Path("outputs/rectangles"), help="folder of set and runs")
