@@ -150,9 +150,10 @@ def tables(
         overrides: overrides of all runs.
     """
     facts = host_facts()
+    made_by = ["python benchmarks/recovery.py --recipes", *recipes]
+    made_by += ["--seeds", *(str(run.seed) for run in dense), *(["--published"] if published else [])]
     lines = [
-        f"Made by `python benchmarks/recovery.py --seeds {' '.join(str(run.seed) for run in dense)}"
-        f"{''.join(f' {word}' for word in overrides)}` on {facts.cpu}.",
+        f"Made by `{' '.join([*made_by, *overrides])}` on {facts.cpu}.",
         "",
     ]
     baseline = {run.seed: run.result or {} for run in dense}
@@ -204,6 +205,13 @@ def _table(runs: Sequence[tuple[int, dict[str, Any]]], baseline: dict[int, dict[
         spreads = [statistics.stdev(values) for values in zip(*columns, strict=True)]
         rest = " |" * (len(engines) + 3)
         yield f"| standard deviation | {' | '.join(f'{value:.3f}' for value in spreads)}{rest}"
+    dense, sparse = (
+        statistics.mean(result["val/map50_95"] for result in results)
+        for results in ([baseline[seed] for seed, _ in runs], [result for _, result in runs])
+    )
+    yield ""
+    kept = f"{sparse / dense:.1%} kept"
+    yield f"Mean mAP50-95 in torch: {sparse:.4f}, the dense network's {dense:.4f} ({kept})."
 
 
 def _row(label: str, numbers: Sequence[float], result: dict[str, Any]) -> str:
