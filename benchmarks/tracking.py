@@ -62,7 +62,7 @@ def main() -> int:
                 _measure(label, what, [*words, *store, *more], options.repeats)
         if options.server:
             with _serving(folder / "mlflow") as address:
-                for newest in (200, 1000):
+                for newest in (50, 200):
                     words = ["--experiment", "many", "--uri", address, "--newest", str(newest)]
                     _measure("MLflow, server", f"table of the newest {newest}", words, options.repeats)
                 some = ["--experiment", "many", "--uri", address, "--filter", "metrics.`val/map50` > 50"]
