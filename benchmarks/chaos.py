@@ -617,7 +617,7 @@ def _table(attempts: list[dict[str, Any]], seed: int) -> str:
     host = host_facts()
     return (
         f"{count} disturbances in {len(attempts)} attempts, seed {seed}, {minutes:.0f} minutes on "
-        f"{host.usable_cores} cores of {host.cpu}:\n\n"
+        f"{host.cpu}:\n\n"
         f"{markdown_table(('of a', 'what happens', 'times', 'that start ended', 'lost'), cells)}\n"
     )
 
