@@ -166,8 +166,8 @@ def _canvas(tree: Tree, name: str, declared: tuple[float, float]) -> _Canvas:
     """What the boxes of an image are drawn on, given its size as the annotations say it; 0 where they do not.
 
     Of a photo that its camera has turned, some tools show what is stored, others the upright image: the size
-    tells which. Without one, or with the sides of an upright image swapped, it is the upright image. Any
-    other size is that of the image before it was scaled.
+    tells which, also where the image was scaled since. Without one, or with the sides of an upright image
+    swapped, it is the upright image. Any other size is that of the image before it was scaled.
     """
     try:
         frame = read_frame(tree.folder / name) if tree.folder else read_frame(Path(name), tree.read(name))
@@ -176,8 +176,11 @@ def _canvas(tree: Tree, name: str, declared: tuple[float, float]) -> _Canvas:
             raise
         return _Canvas(Frame((0, 0)), declared)
     upright, swapped = frame.upright, frame.upright[::-1]
-    if frame.orientation != 1 and upright != frame.stored and declared == frame.stored:
-        return _Canvas(frame, upright)
+    (width, height), (stored_width, stored_height) = declared, frame.stored
+    like_stored = abs(width * stored_height - height * stored_width) <= max(frame.stored)  # within a pixel
+    if frame.orientation != 1 and upright != frame.stored and all(declared) and like_stored:
+        drawn = Frame((round(width), round(height)), frame.orientation)
+        return _Canvas(drawn, drawn.upright)
     keeps = all(declared) and declared != swapped
     return _Canvas(Frame((0, 0)), declared if keeps else upright)
 
@@ -328,7 +331,10 @@ def _read_coco_part(
     dropped: Counter[str],
 ) -> None:  # fmt: skip
     found: dict[Any, tuple[str, _Canvas]] = {}
+    files: dict[Any, str] = {}
     for image in part["images"]:
+        if files.setdefault(image["id"], str(image["file_name"])) != str(image["file_name"]):
+            raise ValueError(f"two images have the id {image['id']}, such as {image['file_name']}")
         place = str(image["file_name"]), folders, _named_split(path)
         name = finder.find(*place)
         if name is None:
@@ -417,8 +423,9 @@ def _image_of(finder: _ImageFinder, path: PurePosixPath) -> str | None:
 
 
 def _voc_files(path: PurePosixPath) -> list[str]:
-    """What the image of an annotation file may be called."""
-    return [f"{path.stem}{suffix}" for suffix in (".jpg", *sorted(IMAGE_SUFFIXES - {".jpg"}))]
+    """What the image of an annotation file may be called; cameras write suffixes in capitals."""
+    suffixes = (".jpg", *sorted(IMAGE_SUFFIXES - {".jpg"}))
+    return [f"{path.stem}{form}" for suffix in suffixes for form in (suffix, suffix.upper(), suffix.title())]
 
 
 def _elsewhere(finder: _ImageFinder, path: PurePosixPath) -> list[str]:

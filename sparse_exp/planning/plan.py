@@ -375,6 +375,11 @@ def _warnings(experiment: Experiment, recipe: Recipe, start: Start, model: YOLOv
             f"{recipe.name} only holds them: the model will have no more. Take a recipe that prunes "
             "(recipe=prune), or a dense start."
         )
+    if experiment.trainer.freeze and not start.is_sparse and recipe.holds_mask:
+        found.append(
+            "trainer.freeze keeps layers as they begin, and the dense start is pruned before: frozen layers "
+            "cannot make up for their zeros. Take a sparse start, or a recipe that does not hold zeros."
+        )
     prunable = (conv.weight for conv in model.prunable_convolutions().values())
     block = BLOCKS[config.pattern]
     if start.is_sparse and block != (1, 1) and not in_blocks(prunable, block):

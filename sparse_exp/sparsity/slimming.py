@@ -178,19 +178,25 @@ def fit_norms(model: YOLOv5, images: Iterable[Tensor]) -> None:
     """Find the statistics of batch norms anew, as averages over some batches.
 
     Args:
-        model: changed in place; in the same mode afterwards.
+        model: changed in place; in the same mode afterwards. In training, batch norms in evaluation mode are
+            frozen, and stay as they are.
         images: batches of float images (N, 3, S, S) in 0..1.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    momentum, was_training = [norm.momentum for norm in norms], model.training
+    modes = {module: module.training for module in model.modules()}
+    norms = [module for module in modes if isinstance(module, nn.BatchNorm2d)]
+    frozen = [norm for norm in norms if model.training and not norm.training]
+    momentum = [norm.momentum for norm in norms]
     model.train()
+    for norm in frozen:
+        norm.eval()
     for index, batch in enumerate(images):
         for norm in norms:
             norm.momentum = 1.0 / (index + 1)
         model(batch)
     for norm, before in zip(norms, momentum, strict=True):
         norm.momentum = before
-    model.train(was_training)
+    for module, training in modes.items():
+        module.training = training
 
 
 def _one_by_one(samples: Samples) -> Iterator[tuple[Tensor, Tensor]]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from sparse_exp.config.schema import Experiment
+from sparse_exp.errors import ConfigError, expected
 from sparse_exp.stages.base import Context, Outcome, Stage
 from sparse_exp.stages.sparsity_csv import write_sparsity
 from sparse_exp.tracking import Artifact
+
+_log = logging.getLogger(__name__)
 
 
 def _run(context: Context) -> Outcome:
@@ -28,6 +34,7 @@ def _run(context: Context) -> Outcome:
     )
 
     model, checkpoint = restore(context.checkpoint)
+    _require_classes(context.checkpoint, checkpoint.names, context.dataset.names)
     layers, where = layer_sparsity(model.prunable_convolutions()), f"in {context.checkpoint.name}"
     require_sparsity(layers, context.planned_sparsity, where)
     require_layer_sparsity(layers, context.facts("train").get("promised", {}), where)
@@ -60,6 +67,21 @@ def _run(context: Context) -> Outcome:
         return Outcome(metrics=metrics, facts=facts)
     table = write_sparsity(context, context.checkpoint, {})
     return Outcome([table], metrics, facts, events=[Artifact(table)])
+
+
+def _require_classes(checkpoint: Path, has: Sequence[str], wanted: Sequence[str]) -> None:
+    """Refuse a checkpoint whose classes are not those of the data set, by number or by order.
+
+    Raises:
+        ConfigError: the accuracy of such a checkpoint would mean nothing.
+    """
+    if len(has) != len(wanted) or (sorted(has) == sorted(wanted) and tuple(has) != tuple(wanted)):
+        should_be = f"of the data set's classes {shorten(', '.join(wanted), 80)}, in this order"
+        do = "Choose another checkpoint, or the data set that it was trained on."
+        raise ConfigError(expected(str(checkpoint), should_be, shorten(", ".join(has), 80), do))
+    if set(has) != set(wanted) and tuple(has) != tuple(f"class{index}" for index in range(len(has))):
+        names = f"{shorten(', '.join(has), 80)}; the data set's are {shorten(', '.join(wanted), 80)}"
+        _log.warning("The classes of %s are called %s. They are taken one for one.", checkpoint, names)
 
 
 def _certain_names(_: Experiment) -> Iterator[str]:

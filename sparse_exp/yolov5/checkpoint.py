@@ -23,6 +23,7 @@ FORMAT = "sparse_exp/1"
 SLIM_FORMAT = "sparse_exp/2"  # of slimmed detectors: what only knows the stock sizes refuses it by its name
 _HEAD = "model.24."
 _LEVELS = 3
+_TRAINED = (".weight", ".bias")  # ends of the names of what a training learns
 _SILU = {"SiLU", "Swish", "MemoryEfficientSwish"}  # one function; utils/activations.py has had all of them
 _MAX_MODULES = 10_000
 _NUMBERS = ("weight", "bias", "running_mean", "running_var")  # ranges of quantizers may be infinite
@@ -352,9 +353,14 @@ def _count(names: Any) -> int:
 
 
 def _class_names(names: Any, num_classes: int) -> tuple[str, ...]:
-    """Class names from a list or a mapping by class id; ``class0``, ``class1``, ... where there are none."""
+    """Class names from a list or a mapping by class id; ``class0``, ``class1``, ... where there are none.
+
+    Ids may be texts, and need not begin at 0: their order counts.
+    """
     if isinstance(names, dict):
-        names = [names.get(i) for i in range(num_classes)]
+        ids = [str(key) for key in names]
+        numbered = all(key.isascii() and key.isdecimal() for key in ids)
+        names = [names[key] for key in sorted(names, key=lambda key: int(str(key)))] if numbered else None
     names = list(names) if isinstance(names, tuple) else names
     fits = isinstance(names, list) and len(names) == num_classes and all(isinstance(n, str) for n in names)
     return tuple(map(whole_text, names)) if fits else tuple(f"class{i}" for i in range(num_classes))
@@ -389,6 +395,12 @@ def transfer_weights(model: YOLOv5, checkpoint: Checkpoint) -> TransferReport:
     wanted = [name for name in own if same_head or not name.startswith(f"{_HEAD}m.")]
     for name in wanted:
         _check_fits(name, own[name], checkpoint.state_dict.get(name))
+    unknown = [name for name in checkpoint.state_dict.keys() - own.keys() if name.endswith(_TRAINED)]
+    if unknown:
+        do = "It is no plain YOLOv5; choose another checkpoint."
+        raise CheckpointError(
+            f"The checkpoint has layers that the model has not, such as {min(unknown)!r}. {do}"
+        )
     taken = {name: checkpoint.state_dict[name] for name in wanted}
     for name in own.keys() - wanted:
         taken[name] = _with_boxes_of(checkpoint.state_dict.get(name), checkpoint.num_classes, own[name])

@@ -260,6 +260,20 @@ def test_voc_beside_images(tmp_path: Path) -> None:
     assert labels(tmp_path / "out/data.yaml", "val") == {"b ä.jpg": [[0, 0.125, 0.25, 0.25, 0.5]]}
 
 
+@pytest.mark.parametrize("suffix", [".JPG", ".Jpg", ".jpg", ".PNG"])
+def test_voc_boxes_lie_on_the_image_of_the_files_own_name(tmp_path: Path, suffix: str) -> None:
+    size = "<size><width>200</width><height>100</height></size>"
+    named = {one: f"<filename>{one}{suffix}</filename>{size}" for one in "ab"}
+    files = {
+        "a.xml": voc_xml({"cat": (1, 1, 50, 50)}, size=named["b"]), f"a{suffix}": image_bytes(shade=1),
+        "b.xml": voc_xml({"cat": (1, 1, 100, 50)}, size=named["a"]), f"b{suffix}": image_bytes(shade=2),
+    }  # fmt: skip
+    arguments = [str(put(tmp_path / "set", files)), str(tmp_path / "out"), "--val-share", "0.5"]
+    assert main(["convert", "voc", *arguments]) == 0
+    found = [labels(tmp_path / "out/data.yaml", split) for split in ("train", "val")]
+    assert {name[0]: rows[0][3] for split in found for name, rows in split.items()} == {"a": 0.25, "b": 0.5}
+
+
 def test_links(coco_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main(["convert", "coco", str(coco_set), str(tmp_path / "hard"), "--link"])
     image = tmp_path / "hard/images/train/train1.jpg"
@@ -318,6 +332,15 @@ def test_what_breaks_off_leaves_nothing(
         ("coco", {"a.json": "{"}, "Cannot read a.json"),
         ("coco", {"instances_train.json": coco("train", images=[{"id": 1}])}, "KeyError: 'file_name'"),
         ("coco", {"instances_train.json": coco("train")}, "at least one image"),
+        (
+            "coco",
+            {
+                "instances_train.json": coco(
+                    "train", images=[{"id": 1, "file_name": n} for n in ("a.jpg", "b.jpg")]
+                )
+            },
+            "two images have the id 1, such as b.jpg",
+        ),
         ("voc", {"a.txt": ""}, "Annotations"),
         ("voc", {"Annotations/a.xml": "<annotation>"}, "Cannot read Annotations/a.xml"),
         ("voc", {"Annotations/a.xml": voc_xml({"cat": (1, 1, 9, 9)})}, "at least one image"),

@@ -66,6 +66,15 @@ def test_digest_follows_content_not_place(tmp_path: Path) -> None:
     assert load_dataset(yaml).digest != first.digest
 
 
+def test_digest_follows_what_numbers_behind_a_box_mean(tmp_path: Path) -> None:
+    yaml = make_dataset(tmp_path)
+    for label in (tmp_path / "labels").rglob("*.txt"):
+        label.write_text("0 .5 .5 .2 .2 .45 .5 .55 .5\n")
+    before = load_dataset(yaml)
+    yaml.write_text(f"{yaml.read_text()}\nkpt_shape: [2, 2]\n")
+    assert load_dataset(yaml).digest != before.digest
+
+
 @pytest.mark.parametrize(
     ("yaml", "message"),
     [

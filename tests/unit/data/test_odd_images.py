@@ -111,7 +111,7 @@ def converted(kind: str, source: Path) -> dict[str, list[list[float]]]:
             for orientation in (1, 3, 6, 7, 8)
             for drawn in ("upright", "unsaid", "scaled")
         ),
-        *((orientation, "stored") for orientation in (6, 7, 8)),
+        *((orientation, drawn) for orientation in (6, 7, 8) for drawn in ("stored", "stored, scaled")),
         (1, "swapped"),
     ],
 )
@@ -121,8 +121,9 @@ def test_boxes_of_turned_photos_land_on_what_they_show(
     frame = Frame(STORED, orientation)
     upright, box = frame.upright, frame.turned(BOX)
     size = {"unsaid": (0, 0), "stored": STORED, "swapped": upright[::-1]}.get(drawn, upright)
-    on_it = BOX if drawn == "stored" else box
-    if drawn == "scaled":
+    on_it = BOX if drawn.startswith("stored") else box
+    size = STORED if drawn.startswith("stored") else size
+    if drawn.endswith("scaled"):
         size, on_it = (2 * size[0], 2 * size[1]), tuple(2 * edge for edge in on_it)
     note = {"coco": coco(f"a.{suffix}", size, on_it), "voc": voc(size, on_it)}[kind]
     files = {

@@ -162,3 +162,13 @@ def test_norms_are_fitted_to_what_they_see(model, samples):
     assert torch.allclose(norm.running_mean, outputs.mean((0, 2, 3)), atol=1e-5)
     assert norm.momentum == 0.03
     assert not model.training
+
+
+def test_frozen_norms_are_not_fitted(model, samples):
+    model.train()
+    frozen, other = model.model[0].bn.eval(), model.model[1].bn
+    before, moved = frozen.running_mean.clone(), other.running_mean.clone()
+    fit_norms(model, torch.rand(6, 3, IMGSZ, IMGSZ).split(2))
+    assert torch.equal(frozen.running_mean, before)
+    assert not torch.equal(other.running_mean, moved)
+    assert (model.training, frozen.training, other.training) == (True, False, True)

@@ -86,6 +86,20 @@ def test_state_dicts_are_read(model, wrap, tmp_path):
     assert checkpoint.recipe == ("modifiers: []" if known else "")
 
 
+@pytest.mark.parametrize("names", [{1: "a", 2: "b"}, {"0": "a", "1": "b"}, {"10": "b", "9": "a"}, ("a", "b")])
+def test_class_names_by_any_ids_are_read_in_their_order(model, names, tmp_path):
+    torch.save({"model": model.state_dict(), "names": names}, tmp_path / "x.pt")
+    assert read_checkpoint(tmp_path / "x.pt").names == ("a", "b")
+
+
+@pytest.mark.parametrize("name", ["model.4.cv1.se.fc1.weight", "model.25.cv.weight", "model.3.conv.bias"])
+def test_a_detector_with_further_layers_is_no_start(model, name, tmp_path):
+    torch.save({**model.state_dict(), name: torch.ones(3)}, tmp_path / "x.pt")
+    checkpoint = read_checkpoint(tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=f"layers that the model has not, such as '{name}'"):
+        transfer_weights(model, checkpoint)
+
+
 @pytest.mark.parametrize("size", "nsmlx")
 def test_sizes_are_told_by_their_shapes(size, tmp_path):
     with torch.device("meta"):
