@@ -140,7 +140,9 @@ def settled_words(manifest: Mapping[str, Any], experiment: Experiment) -> list[s
         manifest: of the run.
         experiment: its configuration, with the values that are changed.
     """
-    settled, words = manifest.get("settled", {}), []
+    words, kept = [], manifest.get("settled")
+    numbers = kept.items() if isinstance(kept, dict) else ()  # of a foreign record, nothing but numbers
+    settled = {name: value for name, value in numbers if isinstance(value, int | float)}
     if experiment.trainer.batch_size == AUTO and settled.get("batch_size"):
         words.append(f"trainer.batch_size={settled['batch_size']}")
     given = "num_epochs" in experiment.recipe.variables or experiment.recipe.num_epochs is not None

@@ -141,7 +141,7 @@ def _require_plain(value: Any, key: str) -> None:
         for name, inner in value.items():
             _require_plain(str(name), key)
             _require_plain(inner, f"{key}.{name}".lstrip("."))
-    elif isinstance(value, list):
+    elif isinstance(value, list | tuple | set):
         for inner in value:
             _require_plain(inner, key)
     elif isinstance(value, str) and "${" in value:

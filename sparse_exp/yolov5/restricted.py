@@ -316,6 +316,21 @@ def _values(node: Any, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
+class _Maker:
+    """Calls a function. A pickle cannot change what it calls, as it could that of `functools.partial`."""
+
+    __slots__ = ("_make",)
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make = make
+
+    def __call__(self, *args: Any) -> Any:
+        return self._make(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a pickle would change how objects are made")
+
+
 class _Unpickler(pickle._Unpickler):  # that in Python, whose steps can be looked at
     """Resolves names and storages to the records and stand-ins of this module.
 
@@ -366,12 +381,12 @@ class _Unpickler(pickle._Unpickler):  # that in Python, whose steps can be looke
         if len(self._stand_ins) > _MOST_NAMES:
             raise CheckpointError(damaged(self._path, f"it names more than {_MOST_NAMES} classes"))
         if full in _CONTAINERS:
-            return partial(self._filled, _CONTAINERS[full])
+            return _Maker(partial(self._filled, _CONTAINERS[full]))
         if full not in self._stand_ins:
             rebuild = _REBUILDERS.get(full)
             refusal = "" if _is_data(full) else _refused(self._path, full)
             inert = type("Inert", (Inert,), {"name": full, "refusal": refusal})
-            self._stand_ins[full] = partial(rebuild) if rebuild else inert
+            self._stand_ins[full] = _Maker(rebuild) if rebuild else inert
         return self._stand_ins[full]
 
     def persistent_load(self, pid: Any) -> StorageRecord:

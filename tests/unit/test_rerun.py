@@ -89,6 +89,8 @@ INTERPOLATED = [
     "recipe: {variables: {a: '${oc.env:SECRET}'}}",
     "stages: ['${oc.env:SECRET}']",
     "${oc.env:SECRET}: 1",
+    "stages: !!pairs [{'${oc.env:SECRET}': x}]",
+    "stages: !!set {'${oc.env:SECRET}'}",
 ]
 
 

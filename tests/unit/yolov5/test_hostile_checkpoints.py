@@ -79,6 +79,7 @@ PICKLES = {
     "a tensor of 10^12 elements": mapping(model=mapping(a=tensor(10**12))),
     "10^12 elements of a storage of one": mapping(model=mapping(a=tensor(10**12, claimed=1))),
     "a list that holds itself": b"]q\x00h\x00a",
+    "a maker of mappings that makes itself": b"ccollections\nOrderedDict\nq\x00(h\x00)}}tb)R",
 }  # fmt: skip
 
 
