@@ -141,6 +141,9 @@ def task(config: DictConfig) -> Any:
     _leave_option_variables(config, job)
     apply_environment(config, job.overrides.task)
     by_time = "${now:" in str(OmegaConf.to_container(config.paths)["run"])  # type: ignore[index, call-overload]
+    if swept and config.resume:  # each job would go on with that one run, as another experiment
+        do = "A sweep goes on by its own command; to go on with one run, leave out -m."
+        raise ConfigError(f"resume={config.resume} is of no use in a sweep. {do}")
     if swept:
         return _run_job(config, job)
 

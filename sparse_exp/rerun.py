@@ -224,16 +224,21 @@ def place_anew(experiment: Experiment, overrides: Sequence[str] = ()) -> None:
     Args:
         experiment: changed in place.
         overrides: what they set stays.
+
+    Raises:
+        ConfigError: they name a run to go on with, whose record this one's would take the place of.
     """
-    said = {word.partition("=")[0] for word in overrides}
+    said = {word.partition("=")[0].lstrip("+") for word in overrides}
+    if "resume" in said:
+        do = "To go on with a run, type: python -m sparse_exp resume=RUN"
+        raise ConfigError(f"A run is made again from its beginning, so resume= is of no use here. {do}")
     if "paths.run" not in said:
         now = datetime.now().astimezone()
         place = (
             Path(experiment.paths.output) / "runs" / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}-{experiment.name}"
         )
         experiment.paths.run = str(place)
-    if "resume" not in said:
-        experiment.resume = None
+    experiment.resume = None
     if "overwrite" not in said:
         experiment.overwrite = False
 

@@ -245,3 +245,14 @@ def test_a_launcher_that_is_not_installed_is_named_with_its_extra(sx, monkeypatc
     assert ended.code == 1
     said = "launcher=joblib is not installed. Install it with: pip install 'sparse-exp[joblib]'"
     assert ended.error == f"Error: {said}"
+
+
+def test_a_sweep_goes_on_with_no_run_that_is_typed(two):
+    """Its record would become that of a job."""
+    run = Path("outputs/sweeps/two/0-yolov5n-digits-dense")
+    run = next(iter(Path("outputs/sweeps/two").glob("0-*")), run)
+    before = (run / "config.yaml").read_bytes()
+    ended = two(*TINY, f"resume={run}", "seed=3,4", "sweep.name=other")
+    assert ended.code == 1
+    assert "is of no use in a sweep. A sweep goes on by its own command" in ended.error
+    assert (run / "config.yaml").read_bytes() == before

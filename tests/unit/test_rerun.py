@@ -109,6 +109,12 @@ def test_a_record_that_does_not_fit_is_one_line(text):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("word", ["resume=other", "+resume=other", "++resume=other"])
+def test_another_run_is_not_gone_on_with(word):
+    with pytest.raises(ConfigError, match=r"resume= is of no use here\. To go on with a run, type:"):
+        rerun.place_anew(rebuild(CONFIG.replace("resume: somewhere", ""), [])[0], [word])
+
+
 def test_a_new_run_lies_elsewhere_and_starts_anew():
     experiment = rebuild(CONFIG.replace("resume: somewhere", ""), [])[0]
     experiment.resume = "somewhere"
