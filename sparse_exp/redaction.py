@@ -13,8 +13,8 @@ from sparse_exp.errors import expected
 _USER = re.compile(r"(?<=://)[^/?#\s'\"]*@")
 # Parameters that sign an address or let in whoever has it.
 _SIGNED = re.compile(
-    r"(?P<name>[?&](?:x-amz-(?:signature|credential|security-token)|x-goog-(?:signature|credential)|sig|signature"
-    r"|token|access_token|auth|api_?key|password|secret)=)[^&\s'\"]+",
+    r"(?P<name>[?&;#](?:[\w.-]{0,40}(?:token|secret|passw|pwd|auth(?!or)|credential|signature|api[-_]?key"
+    r"|access[-_]?key|jwt)[\w.-]{0,40}|sig|key)=)[^&\s'\"]+",
     re.IGNORECASE,
 )
 

@@ -123,6 +123,29 @@ def test_what_is_shown_of_an_address(text, shown):
     assert without_secrets(text) == shown
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "private_token",
+        "passwd",
+        "pwd",
+        "auth_token",
+        "api-key",
+        "key",
+        "client_secret",
+        "jwt",
+        "X-Amz-Signature",
+    ],
+)
+def test_parameters_that_let_in_are_not_shown(name):
+    assert without_secrets(f"https://a/b?x=1&{name}=s3cret&y=2") == f"https://a/b?x=1&{name}=***&y=2"
+
+
+@pytest.mark.parametrize("name", ["author", "page", "keys", "monkey"])
+def test_other_parameters_are(name):
+    assert without_secrets(f"https://a/b?{name}=v") == f"https://a/b?{name}=v"
+
+
 def test_a_log_shows_no_secret_not_even_in_a_traceback():
     try:
         raise ConnectionError("no answer from http://ann:s3cret@host")
