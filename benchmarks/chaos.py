@@ -614,10 +614,9 @@ def _table(attempts: list[dict[str, Any]], seed: int) -> str:
         cells.append((thing, what, str(len(them)), ended, str(lost) if lost else "nothing"))
     minutes = sum(attempt["seconds"] for attempt in attempts) / 60
     count = sum(len(attempt["disturbances"]) for attempt in attempts)
-    host = host_facts()
     return (
         f"{count} disturbances in {len(attempts)} attempts, seed {seed}, {minutes:.0f} minutes on "
-        f"{host.cpu}:\n\n"
+        f"{host_facts().cpu}:\n\n"
         f"{markdown_table(('of a', 'what happens', 'times', 'that start ended', 'lost'), cells)}\n"
     )
 

@@ -75,11 +75,13 @@ def _require_classes(checkpoint: Path, has: Sequence[str], wanted: Sequence[str]
     Raises:
         ConfigError: the accuracy of such a checkpoint would mean nothing.
     """
+    from sparse_exp.yolov5.checkpoint import numbered_names
+
     if len(has) != len(wanted) or (sorted(has) == sorted(wanted) and tuple(has) != tuple(wanted)):
         should_be = f"of the data set's classes {shorten(', '.join(wanted), 80)}, in this order"
         do = "Choose another checkpoint, or the data set that it was trained on."
         raise ConfigError(expected(str(checkpoint), should_be, shorten(", ".join(has), 80), do))
-    if set(has) != set(wanted) and tuple(has) != tuple(f"class{index}" for index in range(len(has))):
+    if set(has) != set(wanted) and tuple(has) != numbered_names(len(has)):
         names = f"{shorten(', '.join(has), 80)}; the data set's are {shorten(', '.join(wanted), 80)}"
         _log.warning("The classes of %s are called %s. They are taken one for one.", checkpoint, names)
 

@@ -352,6 +352,11 @@ def _count(names: Any) -> int:
     return len(names) if isinstance(names, list | tuple | dict) else 0
 
 
+def numbered_names(num_classes: int) -> tuple[str, ...]:
+    """Stand for the class names of a checkpoint that has none: ``class0``, ``class1``, ..."""
+    return tuple(f"class{i}" for i in range(num_classes))
+
+
 def _class_names(names: Any, num_classes: int) -> tuple[str, ...]:
     """Class names from a list or a mapping by class id; ``class0``, ``class1``, ... where there are none.
 
@@ -363,7 +368,7 @@ def _class_names(names: Any, num_classes: int) -> tuple[str, ...]:
         names = [names[key] for key in sorted(names, key=lambda key: int(str(key)))] if numbered else None
     names = list(names) if isinstance(names, tuple) else names
     fits = isinstance(names, list) and len(names) == num_classes and all(isinstance(n, str) for n in names)
-    return tuple(map(whole_text, names)) if fits else tuple(f"class{i}" for i in range(num_classes))
+    return tuple(map(whole_text, names)) if fits else numbered_names(num_classes)
 
 
 def transfer_weights(model: YOLOv5, checkpoint: Checkpoint) -> TransferReport:

@@ -62,6 +62,14 @@ def coco(split: str, **changes: list) -> str:
     return json.dumps({**whole, **changes})
 
 
+def numbered(*ids: int) -> dict[str, list]:
+    """Images and their annotations for `coco`: of each id an image of that name, with one box."""
+    return {
+        "images": [{"id": n, "file_name": f"{n}.jpg", "width": 0, "height": 0} for n in ids],
+        "annotations": [{"image_id": n, "category_id": 3, "bbox": [0, 0, 10, 5]} for n in ids],
+    }
+
+
 @pytest.fixture
 def coco_set(tmp_path: Path) -> Path:
     pictures = {
@@ -180,11 +188,9 @@ def test_voc_images_of_another_split_are_not_taken(
 def test_coco_images_of_another_split_are_not_taken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    images = [{"id": n, "file_name": f"{n}.jpg", "width": 0, "height": 0} for n in range(2)]
-    box = [{"image_id": n, "category_id": 3, "bbox": [0, 0, 10, 5]} for n in range(2)]
     files = {
-        "annotations/instances_train2017.json": coco("train", images=images, annotations=box),
-        "annotations/instances_val2017.json": coco("val", images=images[:1], annotations=box[:1]),
+        "annotations/instances_train2017.json": coco("train", **numbered(0, 1)),
+        "annotations/instances_val2017.json": coco("val", **numbered(0)),
         "train2017/1.jpg": image_bytes(shade=1),
         "val2017/0.jpg": image_bytes(shade=2),
     }
@@ -217,11 +223,9 @@ def test_images_below_the_folder_of_other_annotations_are_not_taken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two sites, each with its own annotations and pictures in a folder that neither names."""
-    images = [{"id": n, "file_name": f"{n}.jpg", "width": 0, "height": 0} for n in range(2)]
-    box = [{"image_id": n, "category_id": 3, "bbox": [0, 0, 10, 5]} for n in range(2)]
     files = {
-        "north/labels.json": coco("train", images=images, annotations=box),
-        "south/labels.json": coco("train", images=images[:1], annotations=box[:1]),
+        "north/labels.json": coco("train", **numbered(0, 1)),
+        "south/labels.json": coco("train", **numbered(0)),
         "north/pictures/1.jpg": image_bytes(shade=1),
         "south/pictures/0.jpg": image_bytes(shade=2),
     }

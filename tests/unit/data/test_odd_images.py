@@ -120,9 +120,8 @@ def test_boxes_of_turned_photos_land_on_what_they_show(
 ) -> None:
     frame = Frame(STORED, orientation)
     upright, box = frame.upright, frame.turned(BOX)
-    size = {"unsaid": (0, 0), "stored": STORED, "swapped": upright[::-1]}.get(drawn, upright)
+    size = {"unsaid": (0, 0), "stored": STORED, "swapped": upright[::-1]}.get(drawn.split(",")[0], upright)
     on_it = BOX if drawn.startswith("stored") else box
-    size = STORED if drawn.startswith("stored") else size
     if drawn.endswith("scaled"):
         size, on_it = (2 * size[0], 2 * size[1]), tuple(2 * edge for edge in on_it)
     note = {"coco": coco(f"a.{suffix}", size, on_it), "voc": voc(size, on_it)}[kind]
