@@ -19,6 +19,9 @@ endif
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(ENV)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
+# Bytecode is kept, whatever the environment says: each of the many processes of the tests would compile torch anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 
 .PHONY: help

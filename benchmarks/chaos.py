@@ -105,7 +105,7 @@ class Place:
     def start(self, words: list[str]) -> subprocess.Popen[bytes]:
         """Start the product, whose output goes to the console's file."""
         own = {"SPARSE_EXP_CACHE": str(self.folder / "cache"), "TMPDIR": str(self.folder / "tmp")}
-        environment = {**os.environ, **own, "PYTHONDONTWRITEBYTECODE": "1", "HYDRA_FULL_ERROR": "0"}
+        environment = {**os.environ, **own, "HYDRA_FULL_ERROR": "0"}
         environment.pop("MLFLOW_TRACKING_URI", None)
         with self.console.open("ab") as output:
             return subprocess.Popen(
@@ -242,8 +242,8 @@ def victims(process: psutil.Process, text: str | None) -> list[psutil.Process]:
 
 
 def kills(place: Place, draw: random.Random, seconds: float, *, kind: str) -> Iterator[Disturbance]:
-    """Kill it at one to three moments, and go on in between."""
-    for _ in range(draw.randint(1, 3)):
+    """Kill it at up to six moments, and go on in between, until it has ended."""
+    for _ in range(draw.randint(2, 6)):
         name = draw.choice(list(VICTIMS[kind]))
         text, moment, extra = VICTIMS[kind][name], draw.random(), draw.random()
         begun, process = Begun(place), place.go_on()
@@ -262,6 +262,8 @@ def kills(place: Place, draw: random.Random, seconds: float, *, kind: str) -> It
                 victim.kill()
         what = f"SIGKILL of {name}" if found else "nothing, as it had ended"
         yield begun.ended(process, what, at)
+        if not found:
+            return
 
 
 class Begun:
