@@ -249,6 +249,8 @@ def _loader(
         sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
+        # The platform's own: within joblib the default is joblib's, whose processes torch cannot start.
+        multiprocessing_context=multiprocessing.get_all_start_methods()[0] if workers else None,
         pin_memory=pin_memory,
         collate_fn=collate,
         generator=torch.Generator(),  # else each pass would draw from torch's own, which the model uses

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -67,6 +68,15 @@ def test_workers_and_passes_change_nothing(dataset: DetectionDataset) -> None:
     for number in (0, 3):  # the workers stay alive between passes and must hear of the new epoch
         loader.set_epoch(number)
         assert same(list(loader), epoch(dataset, number))
+
+
+def test_workers_start_in_a_process_of_joblib(dataset: DetectionDataset) -> None:
+    """As in a job of a sweep with ``launcher=joblib``, whose images do not fit into memory."""
+    loader = make_loader(
+        dataset.splits["train"], 10, imgsz=64, batch_size=4, train=True, workers=1, augment=AugmentConfig()
+    )
+    here, (there, _) = list(loader), joblib.Parallel(n_jobs=2)(joblib.delayed(list)(loader) for _ in range(2))
+    assert same(here, there)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
