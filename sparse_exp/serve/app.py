@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import FastAPI, Query, Request, Response
@@ -15,7 +15,6 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from sparse_exp import __version__
-from sparse_exp.config.imgsz import Imgsz
 from sparse_exp.config.runtimes import RUNTIMES
 from sparse_exp.errors import SparseExpError
 from sparse_exp.predict.outputs import described
@@ -25,13 +24,8 @@ from sparse_exp.serve.metrics import CountRequests
 from sparse_exp.serve.service import ImageResult, Service
 from sparse_exp.serve.uploads import FIELD, read_uploads
 
-_FORM = {
-    "type": "object",
-    "required": [FIELD],
-    "properties": {FIELD: {"type": "array", "items": {"type": "string", "format": "binary"}}},
-}
 _GONE = 499  # nobody gets it; the log and the metrics show it
-_BODY = {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}
+_FILE = {"type": "string", "format": "binary"}
 
 
 class Detection(BaseModel):
@@ -84,7 +78,7 @@ class Health(Status):
     version: str
     licence: str
     production: bool
-    imgsz: Imgsz
+    imgsz: int | Annotated[list[int], Field(min_length=2, max_length=2)]  # OpenAPI knows no pairs
     classes: list[str]
 
 
@@ -143,14 +137,18 @@ def create_app(
 
 def _add_predict(app: FastAPI, service: Service) -> None:
     lowest = service.settings.conf
+    kinds = ", ".join(f"image/{kind.lower()}" for kind in service.limits.formats)
+    most = f"at most {service.limits.max_files}"
+    files = {"type": "array", "items": _FILE, "minItems": 1, "description": most}
+    form = {"type": "object", "required": [FIELD], "properties": {FIELD: files}}
+    content = {"multipart/form-data": {"schema": form, "encoding": {FIELD: {"contentType": kinds}}}}
+    body = {"required": True, "content": content}
 
-    @app.post(
-        "/predict", response_model=Prediction, responses=_PROBLEMS, openapi_extra={"requestBody": _BODY}
-    )
+    @app.post("/predict", response_model=Prediction, responses=_PROBLEMS, openapi_extra={"requestBody": body})
     async def predict(
         request: Request,
-        conf: float | None = Query(
-            None, ge=lowest, le=1, description="leave out detections below this confidence"
+        conf: float = Query(
+            lowest, ge=lowest, le=1, description="leave out detections below this confidence"
         ),
     ) -> Response:
         """Detect objects in one image or several, each a file in the form field ``images``."""
@@ -162,7 +160,7 @@ def _add_predict(app: FastAPI, service: Service) -> None:
                 left = service.limits.timeout - (asyncio.get_running_loop().time() - start)
                 results = await _unless_gone(request, service.detect(uploads, left))
         # A box never suppresses a better one, so it makes no difference that boxes are left out only now.
-        images = [_image_json(result, service.names, conf or lowest) for result in results]
+        images = [_image_json(result, service.names, conf) for result in results]
         return Response(json.dumps({"images": images}), media_type="application/json")
 
 

@@ -10,6 +10,8 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -213,6 +215,22 @@ def test_mutilated_requests_for_a_while(serve):
     print(f"\nseed {number}: {answers.total()} mutilated requests, {honest} whole ones, {grown:+.1f} MB")
     print(dict(answers.most_common()))
     assert not before or grown < 30
+
+
+def test_what_the_description_allows_and_what_it_does_not(serve, tmp_path):
+    """Answers are as ``/openapi.json`` says, and never a 500.
+
+    That bytes of any kind are taken as an image is not asked: the description cannot say what an image is.
+    """
+    process = serve()
+    words = [f"http://127.0.0.1:{process.port}/openapi.json", "--max-examples", "300"]
+    words += ["--exclude-checks", "positive_data_acceptance"]
+    done = subprocess.run(
+        [sys.executable, "-m", "schemathesis.cli", "run", *words],
+        cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert process.end(signal.SIGTERM) == (0, "")
 
 
 def test_it_drains_before_it_ends(serve):
