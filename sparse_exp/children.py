@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import select
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
 _LONGEST_LINE = 2000  # bytes; the rest of a longer one counts as the next line
 _SECONDS_AFTER_ITS_END = 1.0  # for what a process said last; one of its own children may hold the pipe longer
+_SECONDS_BETWEEN_LOOKS = 0.5  # at a parent
 
 Told = Callable[[str], None]
 
@@ -120,6 +123,23 @@ def exit_with_parent(descriptor: int) -> None:
     hang_up = select.poll()
     hang_up.register(descriptor, 0)  # no events but those that are always reported
     hang_up.poll()
+    os._exit(1)
+
+
+@cache
+def end_when_orphaned() -> None:
+    """In a process of a pool, such as joblib's: end it when whoever made the pool has ended, however.
+
+    Such a process waits for its next task, or goes on with the one that it has, when its parent was killed.
+    """
+    if parent := multiprocessing.parent_process():
+        args = (parent.pid,)
+        threading.Thread(target=_end_with_parent, args=args, daemon=True, name="orphan").start()
+
+
+def _end_with_parent(parent: int | None) -> None:
+    while os.getppid() == parent:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
     os._exit(1)
 
 

@@ -159,9 +159,11 @@ def task(config: DictConfig) -> Any:
 
 
 def _run_job(config: DictConfig, job: Any) -> Any:
+    from sparse_exp.children import end_when_orphaned
     from sparse_exp.resolve import resolve
     from sparse_exp.sweep.job import Job, record_failure, run_job
 
+    end_when_orphaned()
     place = Job(
         number=int(job.job.num),
         directory=Path(job.runtime.output_dir),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import tracemalloc
+
+import psutil
 
 from sparse_exp.children import how_it_ended, start_process
 
@@ -40,3 +43,23 @@ def test_the_output_of_a_child_that_its_own_child_goes_on_holding_is_not_waited_
     process, (pipe,), output = start_process([sys.executable, "-c", code])
     assert how_it_ended(process.wait(), output) == "exit code 0, it said: left"
     pipe.close()
+
+
+def test_processes_of_a_pool_end_when_whoever_made_it_was_killed():
+    code = """
+import joblib, os, time
+from sparse_exp.children import end_when_orphaned
+
+def task():
+    end_when_orphaned()
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+joblib.Parallel(n_jobs=2)(joblib.delayed(task)() for _ in range(2))
+"""
+    pool = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    members = [psutil.Process(int(pool.stdout.readline())) for _ in range(2)]
+    pool.kill()
+    gone, left = psutil.wait_procs(members, timeout=20)
+    assert (len(gone), left) == (2, [])
+    pool.wait()
