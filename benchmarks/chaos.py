@@ -224,7 +224,7 @@ VICTIMS = {
         "a worker that loads images": "-m sparse_exp",
         "an engine": "engines",
     },
-    "sweep": {"its launcher": "", "all its processes at once": None, "the process of a job": "loky"},
+    "sweep": {"its launcher": "", "all its processes at once": None, "the process of a job": "popen_loky"},
 }
 
 

@@ -37,6 +37,7 @@ OmegaConf.register_new_resolver("sweep_name", lambda: naming.launched, use_cache
 _PLUGIN = re.compile(r"Could not find 'hydra/launcher/(\w+)'")
 _PLACE = re.compile(r"In '(.+?)': ")
 _EXTRAS = {"joblib": "joblib", "ray": "ray", "submitit_slurm": "slurm"}  # by Hydra's name of the launcher
+_LAUNCHERS = ("joblib", "ray", "submitit")  # packages whose errors are theirs
 _NO_OPTION = "Config group override must be"  # Hydra's ValueError for group=null
 
 
@@ -101,8 +102,10 @@ def _exit(error: BaseException | None, unfinished: str | None) -> None:
         sys.exit(130)
     if unfinished and (error is None or isinstance(error, SparseExpError)):
         sys.exit(f"Error: {unfinished}")
-    if unfinished and isinstance(error, Exception):  # the launcher's, such as of a worker that was killed
-        sys.exit(without_secrets(f"Error: {type(error).__name__}: {first_line(error)} {unfinished}"))
+    launcher = type(error).__module__.partition(".")[0] in _LAUNCHERS  # such as of a worker that was killed
+    if isinstance(error, Exception) and (unfinished or launcher):
+        then = unfinished or "The same command goes on with the sweep."
+        sys.exit(without_secrets(f"Error: {type(error).__name__}: {first_line(error)} {then}"))
     if isinstance(error, ConfigError):
         sys.exit(without_secrets("\n".join(f"Error: {problem}" for problem in error.problems)))
     if isinstance(error, SparseExpError):

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 from command import command_line
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+from sparse_exp import cli
 
 __all__ = ["command_line"]
 
@@ -157,3 +160,13 @@ def test_the_installed_script_is_the_module(sx):
         pytest.skip("the package is not installed in this environment")
     done = subprocess.run([script, "--cfg", "job"], capture_output=True, text=True, check=True, timeout=60)
     assert yaml.safe_load(done.stdout) == yaml.safe_load(sx("--cfg", "job").stdout)
+
+
+@pytest.mark.parametrize("unfinished", [None, "1 of 2 jobs finished, see above."])
+def test_what_fails_in_a_launcher_is_one_line(unfinished):
+    """As where a process of joblib is killed while jobs are done, or once all are."""
+    error = TerminatedWorkerError("A worker process was terminated.\n\nThe exit codes are {SIGKILL(-9)}")
+    with pytest.raises(SystemExit) as ended:
+        cli._exit(error, unfinished)
+    start = "Error: TerminatedWorkerError: A worker process was terminated. "
+    assert str(ended.value) == start + (unfinished or "The same command goes on with the sweep.")
