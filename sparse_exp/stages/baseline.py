@@ -290,9 +290,9 @@ def _fingerprint(context: Context, dense: Experiment, recipe: Recipe) -> str:
     return fingerprint(parts, recipe.text, __version__)
 
 
-def _content(context: Context) -> dict[str, str]:
+def baseline_content(experiment: Experiment) -> dict[str, str]:
     """The run that ``recovery.baseline`` names: what it found, and its checkpoint."""
-    wanted = context.experiment.recovery.baseline
+    wanted = experiment.recovery.baseline
     given = read_baseline(expanded(wanted), "given") if wanted not in ("none", "auto") else None
     if given is None:
         return {}
@@ -309,7 +309,7 @@ STAGE = Stage(
     name="baseline",
     run=_run,
     depends_on=("recovery",),
-    content=_content,
+    content=lambda context: baseline_content(context.experiment),
     passes_on=lambda experiment: experiment.recipe.teacher == "baseline",
     # A trained baseline is shared by all runs of this machine, see `_candidates`.
     shared=lambda experiment: experiment.recipe.oneshot,

@@ -20,13 +20,16 @@ from sparse_exp.config.schema import WITHOUT_EFFECT, Experiment, TrackerConfig
 from sparse_exp.data import prepare
 from sparse_exp.errors import ConfigError, SparseExpError, StageFailed, first_line
 from sparse_exp.experiment import run
-from sparse_exp.files import fingerprint, read_json, sha256_of, write_json
+from sparse_exp.files import expanded, fingerprint, read_json, sha256_of, write_json
 from sparse_exp.redaction import without_secrets
 from sparse_exp.runs.conditions import code_differences
 from sparse_exp.runs.directory import MANIFEST, Run, empty, locked
 from sparse_exp.runs.past import JOB_TAG, OVERRIDES_TAG
 from sparse_exp.sources.cache import cache_directory
+from sparse_exp.sources.local import zoo_directory
+from sparse_exp.sources.start import teacher_file
 from sparse_exp.stages.base import SweepMember
+from sparse_exp.stages.baseline import baseline_content
 from sparse_exp.stages.fetch import content_now
 from sparse_exp.stages.fingerprint import content_name
 from sparse_exp.stages.names import resolve_objective
@@ -103,7 +106,7 @@ def _label(job: Job, name: str) -> str:
 
 
 def _is_finished(job: Job, experiment: Experiment) -> bool:
-    """Whether an earlier start finished the job with these settings, and it is not to be made anew.
+    """Whether an earlier start finished the job with these settings, and it is to be kept as it is.
 
     Raises:
         ConfigError: the job finished with other settings.
@@ -117,11 +120,19 @@ def _is_finished(job: Job, experiment: Experiment) -> bool:
             f"The job {job.directory} finished with other settings ({', '.join(changed)}). Keep it and "
             "choose another sweep.name, or make all jobs anew with sweep.rerun=all."
         )
+    if lost := _lost_files(earlier):
+        _log.warning("Job %d has finished, but %s changed or is gone: going on with it.", job.number, lost[0])
+        return False
     code = earlier.state.get("conditions", {}).get("code", {})
     commit = f", commit {code['commit'][:12]}" if code.get("commit") else ""
     changed_code = "; the code is another now" if any(code_differences(code)) else ""
     _log.info("Job %d is finished (sparse_exp %s%s%s): kept.", job.number, __version__, commit, changed_code)
     return True
+
+
+def _lost_files(earlier: Run) -> list[str]:
+    """Files of its stages that are gone or have another content, relative to its directory."""
+    return [name for stage in earlier.records for name in earlier.changed_outputs(stage)]
 
 
 def _prepare(job: Job, experiment: Experiment) -> None:
@@ -139,7 +150,8 @@ def _prepare(job: Job, experiment: Experiment) -> None:
         _log.warning("The manifest of job %d is damaged: the job is made anew.", job.number)
         empty(job.directory)
     elif earlier:
-        _log.info("Job %d was not finished (%s): going on with it.", job.number, earlier.status)
+        if earlier.status != FINISHED:
+            _log.info("Job %d was not finished (%s): going on with it.", job.number, earlier.status)
         experiment.resume = str(job.directory)
         if _changed_settings(earlier, experiment):  # parameters cannot be changed in a tracked run
             _delete_tracked_run(experiment, earlier.tracker_run_id)
@@ -170,14 +182,23 @@ def _changed_settings(earlier: Run, experiment: Experiment) -> list[str]:
 
 
 def _changed_content(earlier: Run, experiment: Experiment) -> list[str]:
-    """The data set or the start checkpoint, where it is another now than the job's fetch stage found."""
-    facts = earlier.facts("fetch")
-    if not facts:
-        return []
-    cache = cache_directory(experiment.paths.cache)
-    now = content_now(experiment, facts, lambda: prepare(experiment.dataset, cache))
-    then = {"data set": facts.get("dataset"), "start checkpoint": facts.get("sha256")}
-    return [content_name(name) for name, digest in now.items() if digest != then[name]]
+    """Files and data that are others now than those the job was made of, by their name in words.
+
+    What is no longer on this machine counts as unchanged.
+    """
+    cache, zoo = cache_directory(experiment.paths.cache), zoo_directory(experiment.paths.zoo)
+    then = {name: digest for record in earlier.records.values() for name, digest in record.parts.items()}
+    now = {content_name(name): digest for name, digest in baseline_content(experiment).items()}
+    if facts := earlier.facts("fetch"):
+        known = {"data set": facts.get("dataset"), "start checkpoint": facts.get("sha256")}
+        then |= {content_name(name): str(digest) for name, digest in known.items()}
+        found = content_now(experiment, facts, lambda: prepare(experiment.dataset, cache))
+        now |= {content_name(name): digest for name, digest in found.items()}
+    if teacher := teacher_file(experiment.recipe.teacher, cache, zoo, offline=True):
+        now[content_name("teacher")] = sha256_of(teacher)
+    if experiment.checkpoint and (file := expanded(experiment.checkpoint)).is_file():
+        now["checkpoint"] = fingerprint(sha256_of(file))
+    return [name for name, digest in now.items() if name in then and digest != then[name]]
 
 
 def _with_effect(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,12 +15,19 @@ from omegaconf import OmegaConf
 
 from sparse_exp import __version__
 from sparse_exp.config.plain import as_dict, recipe_path
-from sparse_exp.config.schema import HardwareConfig, ModelConfig, RecipeConfig, SourceConfig, TrainerConfig
+from sparse_exp.config.schema import (
+    HardwareConfig,
+    ModelConfig,
+    RecipeConfig,
+    RecoveryConfig,
+    SourceConfig,
+    TrainerConfig,
+)
 from sparse_exp.errors import ConfigError, DataError, SourceUnavailable
 from sparse_exp.files import fingerprint, write_json, write_text
 from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.resolve import read_record
-from sparse_exp.runs.directory import MANIFEST, Run
+from sparse_exp.runs.directory import MANIFEST, Run, StageRecord
 from sparse_exp.stages.base import Outcome
 from sparse_exp.stages.fingerprint import _as_before
 from sparse_exp.stages.registry import STAGES
@@ -302,6 +309,41 @@ def test_jobs_of_a_sweep_see_what_changed_since(done, job, data, start, what):
     assert done() == ALL
     origins = {name: record.shared_from for name, record in job(2).records.items()}
     assert origins == dict.fromkeys(ALL, "1-tiny")
+
+
+def test_jobs_of_a_sweep_see_what_changed_since_in_files_that_they_name(done, job, tmp_path):
+    """The checkpoint of a job without training, its teacher, and the dense run that it is compared with."""
+    files = teacher, own = [write_text(tmp_path / name, "one") for name in ("teacher.pt", "own.pt")]
+    dense = job(7)
+    dense.record("evaluate", StageRecord("mark", metrics={"val/map50": 0.5}))
+    jobs = {
+        "checkpoint": {"stages": ["evaluate"], "checkpoint": str(own)},
+        "the content of the teacher": {"recipe": replace(DISTILL, teacher=str(teacher))},
+        "the content of the dense baseline": {
+            "stages": [*ALL[:2], "baseline", *ALL[2:]], "recovery": RecoveryConfig(baseline=str(dense.path))
+        },
+    }  # fmt: skip
+    for _ in range(2):
+        said = done()
+        for number, changes in enumerate(jobs.values()):
+            job(number, **changes)
+    assert (bool(said), done()) == (True, [])  # kept
+    for file in files:
+        write_text(file, "another")
+    dense.record("evaluate", StageRecord("mark", metrics={"val/map50": 0.6}))
+    for number, (what, changes) in enumerate(jobs.items()):
+        with pytest.raises(ConfigError, match=rf"finished with other settings \({what}"):
+            job(number, **changes)
+
+
+def test_a_finished_job_whose_files_are_gone_is_gone_on_with(done, job, caplog):
+    run = job(0)
+    (run.path / "train.txt").unlink()
+    job(0)
+    assert done() == [*ALL, "train"]
+    assert "Job 0 has finished, but train.txt changed or is gone: going on with it." in caplog.messages
+    assert (run.path / "train.txt").is_file()
+    assert Run.read(run.path).status == "FINISHED"
 
 
 def test_a_job_whose_data_are_gone_stays_finished(done, job, data, start):
