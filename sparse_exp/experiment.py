@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import platform
 import signal
 import sys
 import time
@@ -28,7 +29,7 @@ from sparse_exp.locks import waited_seconds, working
 from sparse_exp.redaction import RedactingFormatter, without_secrets
 from sparse_exp.runs.conditions import current, packages
 from sparse_exp.runs.directory import CONFIG, MANIFEST, Run, StageRecord, claim, locked
-from sparse_exp.runs.past import DIED, JOB_TAG, OVERRIDES_TAG, has_died
+from sparse_exp.runs.past import DIED, HOST_TAG, JOB_TAG, OVERRIDES_TAG, has_died
 from sparse_exp.runs.replay import AT_THE_END, AT_THE_START, files_of, told_of, told_of_stage
 from sparse_exp.sources.cache import cache_directory
 from sparse_exp.sources.local import zoo_directory
@@ -224,6 +225,7 @@ def _run_info(context: Context, whole: Experiment) -> RunInfo:
         "dataset": experiment.dataset.name,
         "hardware": experiment.hardware.name,
         "host.cpu": host_facts().cpu,
+        HOST_TAG: platform.node(),
         "sparse_exp.version": __version__,
         "run.directory": str(context.run.path),
         OVERRIDES_TAG: json.dumps(context.run.state.get("overrides")),

@@ -229,7 +229,10 @@ def _is_in_place(descriptor: int, path: Path) -> bool:
 
 
 def is_held(path: Path) -> bool:
-    """Whether somebody, perhaps this process, holds the `exclusive` lock of a file."""
+    """Whether somebody, perhaps this process, holds the `exclusive` lock of a file.
+
+    Where the file system has no locks, somebody may, as long as the file is there.
+    """
     if any(held == path.absolute() for held, _ in list(_process.held)):
         return True
     try:
@@ -239,7 +242,7 @@ def is_held(path: Path) -> bool:
     except OSError:
         return True  # it belongs to another user
     try:
-        return not _try_lock(descriptor, fcntl.LOCK_SH)
+        return not _try_lock(descriptor, fcntl.LOCK_SH, without_locks=False)
     finally:
         os.close(descriptor)
 
@@ -259,8 +262,8 @@ def open_shared(path: Path) -> int:
     return descriptor
 
 
-def _try_lock(descriptor: int, kind: int) -> bool:
-    """Lock a file if it is free; where the file system has no locks, warn and act as if it were."""
+def _try_lock(descriptor: int, kind: int, *, without_locks: bool = True) -> bool:
+    """Lock a file if it is free; where the file system has no locks, warn and return ``without_locks``."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -270,6 +273,7 @@ def _try_lock(descriptor: int, kind: int) -> bool:
             return True
         # Some file systems know no locks.
         _warn(f"Files cannot be locked here ({error.strerror}): do not start the same run twice.")
+        return without_locks
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from sparse_exp.tracking.reading import read_runs
 
 OVERRIDES_TAG = "overrides"
 JOB_TAG = "sweep.job"
+HOST_TAG = "host.name"
 DIED = "its process is gone"
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 # Words of a command line that say where a run lies or how it is started, not what it is.
@@ -145,9 +147,22 @@ def local_directory(run: FoundRun) -> Path | None:
 
 
 def has_died(run: FoundRun) -> bool:
-    """Whether a run of MLflow's that has not ended lies on this machine, and nobody works on it any more."""
+    """Whether a run of MLflow's that has not ended lies on this machine, and nobody works on it any more.
+
+    The same path may be that of another run elsewhere. It is this one where this machine started it, or the
+    record there names it: a run that is gone on with may have become another in MLflow.
+    """
     directory = Path(run.tags.get("run.directory", "/nowhere"))
-    return (directory / MANIFEST).is_file() and not is_held(directory / LOCK)
+    if not (directory / MANIFEST).is_file():
+        return False
+    there = Run.find(directory)
+    known = there is not None and there.tracker_run_id == run.run_id
+    return (known or is_of_this_host(run)) and not is_held(directory / LOCK)
+
+
+def is_of_this_host(run: FoundRun) -> bool:
+    """Whether this machine started it; False of one from before that was written down."""
+    return run.tags.get(HOST_TAG) == platform.node()
 
 
 def _from_mlflow(config: TrackerConfig, store: Path, **chosen: Any) -> list[PastRun]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -12,6 +13,7 @@ from sparse_exp import __version__
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.files import read_json, remove_parts, write_json
 from sparse_exp.locks import exclusive
+from sparse_exp.runs.past import HOST_TAG
 from sparse_exp.tracking import RunInfo, Tracker, create_tracker
 
 STATE = "sweep.json"
@@ -65,6 +67,7 @@ def open_parent(sweep: Path, tracker: TrackerConfig, store: Path, state: Mapping
                 "sweep": sweep.name,
                 "sparse_exp.version": __version__,
                 "run.directory": str(sweep.absolute()),
+                HOST_TAG: platform.node(),
             },
             directory=sweep,
             run_id=state.get("parent"),

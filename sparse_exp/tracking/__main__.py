@@ -9,10 +9,10 @@ from pathlib import Path
 
 from sparse_exp.command import Parser, run_command
 from sparse_exp.config.places import Places, add_place_options, chosen_places
-from sparse_exp.files import expanded
+from sparse_exp.files import expanded, read_json
 from sparse_exp.locks import is_held
 from sparse_exp.runs.directory import LOCK, Run
-from sparse_exp.runs.past import DIED, has_died
+from sparse_exp.runs.past import DIED, has_died, is_of_this_host
 from sparse_exp.runs.replay import Sync, find_untold, told_of
 from sparse_exp.tracking import FoundRun, end_open_runs
 from sparse_exp.tracking.delivery import is_gone
@@ -120,7 +120,8 @@ def _dead(places: Places, *, fix: bool) -> int:
 def _sweep_has_died(run: FoundRun) -> bool:
     """Whether a run is that of a sweep which nobody runs, nor one of its jobs."""
     sweep = Path(run.tags.get("run.directory", "/nowhere"))
-    if not (sweep / _SWEEP).is_file() or is_held(sweep / LOCK):
+    known = read_json(sweep / _SWEEP).get("parent") == run.run_id or is_of_this_host(run)
+    if not (sweep / _SWEEP).is_file() or not known or is_held(sweep / LOCK):
         return False
     jobs = (Run.find(path) for path in sweep.iterdir())
     return not any(job is not None and job.status == "RUNNING" for job in jobs)

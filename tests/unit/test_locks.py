@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -304,6 +307,18 @@ def test_threads_of_a_process_pass_one_after_the_other(tmp_path):
     assert [step.split()[1] for step in order] == ["in", "out"] * 3
     assert all(one.split()[0] == two.split()[0] for one, two in zip(order[::2], order[1::2], strict=True))
     assert not is_held(tmp_path / "x")
+
+
+def test_without_locks_whoever_left_the_file_may_live(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with exclusive(tmp_path / "x", "X is being done"):
+        shutil.copy(
+            tmp_path / "x", tmp_path / "y"
+        )  # as one elsewhere leaves it
+    assert (is_held(tmp_path / "x"), is_held(tmp_path / "y")) == (False, True)
 
 
 def test_a_lock_may_be_given_back_by_another_thread(tmp_path):

@@ -4,6 +4,7 @@ import json
 import logging
 import multiprocessing
 import os
+import platform
 import signal
 import time
 from dataclasses import replace
@@ -101,11 +102,15 @@ def test_a_start_without_a_tracker_leaves_the_run_as_it_was_tracked_and_untold(t
 
 def test_the_run_of_a_process_that_is_gone_is_told_from_one_that_lives(running, tmp_path):
     run, process = running
-    tracked = FoundRun("abc", {"run.directory": str(run)}, {})
+    tracked = FoundRun("abc", {"run.directory": str(run), "host.name": platform.node()}, {})
     assert not has_died(tracked)
     kill(process)
     assert has_died(tracked)
     assert not has_died(replace(tracked, tags={"run.directory": str(tmp_path / "of another machine")}))
+    elsewhere = replace(tracked, tags={"run.directory": str(run), "host.name": "another"})
+    assert not has_died(elsewhere)  # it has the path of this one there
+    Run.read(run).update(tracker_run_id="abc")  # a directory that both share
+    assert has_died(elsewhere)
     assert not has_died(replace(tracked, tags={}))
 
 

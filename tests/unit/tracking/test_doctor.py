@@ -78,7 +78,8 @@ def test_the_doctor_finds_what_died_and_leaves_what_lives(make_store, tmp_path, 
         tracker.start(RunInfo(name, "runs", {}, {"run.directory": str(tmp_path / name)}, tmp_path / name))
         ids[name] = tracker.run_id
     (tmp_path / "sweep" / "manifest.json").unlink()
-    write_json(tmp_path / "sweep" / "sweep.json", {})
+    write_json(tmp_path / "sweep" / "sweep.json", {"parent": ids["sweep"]})
+    Run.read(tmp_path / "dead").update(tracker_run_id=ids["dead"])
     with locked(tmp_path / "alive", wait=False):
         code, said = doctor(store)
         assert code == 1
