@@ -10,7 +10,8 @@ from types import TracebackType
 
 from sparse_exp.errors import expected
 
-_USER = re.compile(r"(?<=://)[^/?#\s'\"]*@")
+# A password may hold what ends a host, as people do not always encode it: rather too much is hidden.
+_USER = re.compile(r"(?<=://)(?:[^/?#\s'\"@:]*:(?:(?!://)[^\s\"])*@|[^/?#\s'\"]*@)")
 # Parameters that sign an address or let in whoever has it.
 _SIGNED = re.compile(
     r"(?P<name>[?&;#](?:[\w.-]{0,40}(?:token|secret|passw|pwd|auth(?!or)|credential|signature|api[-_]?key"

@@ -315,9 +315,7 @@ def test_without_locks_whoever_left_the_file_may_live(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with exclusive(tmp_path / "x", "X is being done"):
-        shutil.copy(
-            tmp_path / "x", tmp_path / "y"
-        )  # as one elsewhere leaves it
+        shutil.copy(tmp_path / "x", tmp_path / "y")  # as one elsewhere leaves it
     assert (is_held(tmp_path / "x"), is_held(tmp_path / "y")) == (False, True)
 
 

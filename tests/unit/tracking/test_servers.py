@@ -14,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import SparseExpError
@@ -112,7 +114,9 @@ def test_a_private_certificate(certificate, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("at http://ann:p@ss@host:1/x?y=z#a@b.", "at http://***@host:1/x?y=z#a@b."),
+        ("at http://ann:p@ss@host:1/x?y=z#a.", "at http://***@host:1/x?y=z#a."),
+        ("at http://ann:p@ss@host:1/x?y=z#a@b.", "at http://***@b."),  # of what could be the password
+        ("http://h:1/x and ann@example.org", "http://h:1/x and ann@example.org"),
         ("postgresql+psycopg2://u:p@db/mlflow", "postgresql+psycopg2://***@db/mlflow"),
         ("https://h/w.pt?X-Amz-Signature=abc&n=1", "https://h/w.pt?X-Amz-Signature=***&n=1"),
         ("'https://h/w.pt?n=1&token=abc'", "'https://h/w.pt?n=1&token=***'"),
@@ -121,6 +125,13 @@ def test_a_private_certificate(certificate, monkeypatch):
 )
 def test_what_is_shown_of_an_address(text, shown):
     assert without_secrets(text) == shown
+
+
+@given(st.text(st.characters(exclude_categories=["Z", "C"], exclude_characters='"'), min_size=1))
+@example("a/b#c?d'e@f:g")
+def test_of_a_password_nothing_is_shown_whatever_it_holds(password):
+    shown = without_secrets(f"no answer from postgresql://ann:{password}@host/db, port 1")
+    assert shown == "no answer from postgresql://***@host/db, port 1"
 
 
 @pytest.mark.parametrize(
