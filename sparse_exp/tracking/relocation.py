@@ -33,8 +33,9 @@ def moved_from(store: Path) -> list[str]:
         store: directory of ``mlflow.db``.
 
     Returns:
-        Those in which experiments still keep their artifacts, as ``file://``, although they are gone, or the
-        runs' files are in this store. Empty where nothing is wrong, or there is no database.
+        Those in which experiments still keep their artifacts, as ``file://``, although the files of runs are
+        in this store; also those that are gone where there is no run yet. What is gone and here neither may
+        lie on a share that is not mounted. Empty where nothing is wrong, or there is no database.
     """
     database = store.absolute() / "mlflow.db"
     if not database.is_file():
@@ -81,5 +82,6 @@ def _strange(connection: sqlite3.Connection, here: Path) -> Iterator[str]:
             "SELECT run_uuid FROM runs JOIN experiments USING (experiment_id) WHERE artifact_location = ?",
             (location,),
         )
-        if not Path(unquote(place.path)).is_dir() or any((here / run_id).is_dir() for (run_id,) in runs):
+        here_now = [(here / run_id).is_dir() for (run_id,) in runs]
+        if any(here_now) or not (here_now or Path(unquote(place.path)).is_dir()):
             yield location

@@ -49,6 +49,26 @@ def test_a_store_that_was_moved_has_its_artifacts_with_it(make_store, tmp_path, 
     assert {path.parent.parent.parent for path in new.rglob("*.txt")} == {new / "artifacts"}
 
 
+def test_artifacts_on_a_share_that_is_not_mounted_stay_there(make_store, tmp_path):
+    store, share = make_store("store"), tmp_path / "share"
+    (share / "artifacts").mkdir(parents=True)
+    client(store).create_experiment("runs", (share / "artifacts").as_uri())
+    run_id = tracked(store)
+    share.rename(tmp_path / "unmounted")
+    assert moved_from(store) == []
+    (tmp_path / "unmounted").rename(share)
+    assert read(store, run_id, tmp_path) == "a"
+
+
+def test_a_store_without_runs_that_was_moved_writes_where_it_is(make_store, tmp_path):
+    old = make_store("old")
+    client(old).create_experiment("runs", (old / "artifacts").as_uri())
+    old.rename(tmp_path / "new")
+    run_id = tracked(tmp_path / "new")
+    assert (tmp_path / "new" / "artifacts" / run_id).is_dir()
+    assert not old.exists()
+
+
 def test_artifacts_that_lie_elsewhere_on_purpose_stay_there(make_store, tmp_path, monkeypatch):
     store = make_store("store")
     with monkeypatch.context() as patch:
