@@ -142,6 +142,7 @@ def task(config: DictConfig) -> Any:
     if job.runtime.output_dir != str(Path.cwd()):  # a job of a sweep, or hydra.run.dir=... was given
         config.paths.run = job.runtime.output_dir
     _leave_option_variables(config, job)
+    _take_typed_stub(config, list(job.overrides.task))
     apply_environment(config, job.overrides.task)
     by_time = "${now:" in str(OmegaConf.to_container(config.paths)["run"])  # type: ignore[index, call-overload]
     if swept and config.resume:  # each job would go on with that one run, as another experiment
@@ -197,6 +198,25 @@ def _as_failure(error: Exception) -> SparseExpError:
         return missing
     _log.debug("Unexpected", exc_info=error)
     return StageFailed(f"{type(error).__name__}: {first_line(error)}")
+
+
+def _take_typed_stub(config: DictConfig, words: list[str]) -> None:
+    """Let a ``model.stub`` that is typed be the start, over ``model.weights`` of a file, for any model.
+
+    Raises:
+        ConfigError: other weights are typed, too.
+    """
+    from sparse_exp.sources.start import is_shipped
+
+    typed = {word.key_or_group: word.value() for word in OverridesParser.create().parse_overrides(words)}
+    stub, weights = typed.get("model.stub"), typed.get("model.weights")
+    if not stub:
+        return
+    if weights:
+        raise ConfigError(f"model.stub={stub} and model.weights={weights} are two starts. Leave one out.")
+    model = config.model
+    if model.weights or not is_shipped(model.name):  # of those that are, `sources.start.chosen` knows it
+        model.weights = model.stub
 
 
 def _leave_option_variables(config: DictConfig, job: Any) -> None:

@@ -132,10 +132,19 @@ def fetch_start(model: ModelConfig, cache: Path, zoo: Path) -> StartFile | None:
 
 def chosen(model: ModelConfig) -> str | None:
     """What alone a training may start from, as somebody has chosen it; None: what the model offers."""
-    shipped = CONF_DIRECTORY / "model" / f"{model.name}.yaml"
-    if model.weights or not model.stub or not shipped.is_file():
+    if model.weights or not model.stub or not is_shipped(model.name):
         return model.weights
-    return model.stub if yaml.safe_load(shipped.read_text(encoding="utf-8"))["stub"] != model.stub else None
+    shipped = yaml.safe_load(_option(model.name).read_text(encoding="utf-8"))["stub"]
+    return model.stub if shipped != model.stub else None
+
+
+def is_shipped(name: str) -> bool:
+    """Whether a model is one of ours, whose ``model.stub`` is known where nobody has chosen another."""
+    return _option(name).is_file()
+
+
+def _option(name: str) -> Path:
+    return CONF_DIRECTORY / "model" / f"{name}.yaml"
 
 
 def require_place(key: str, uri: str, word: str) -> None:

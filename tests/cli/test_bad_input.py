@@ -120,6 +120,7 @@ def test_a_mistake_in_a_users_own_file_names_the_file(sx, cwd, line, message):
         (["dataset=custom"], ["dataset.path=PATH"]),
         (["dataset=custom", "dataset.path=/nowhere.yaml"], ["dataset.path", "'/nowhere.yaml'"]),
         (["model.weights=/nowhere.pt"], ["model.weights", "'/nowhere.pt'"]),
+        (["model.stub=zoo:yolov5-s-here-none", "model.weights=scratch"], ["two starts", "Leave one out"]),
         (["recipe.file=nowhere.md"], ["recipe.file", "transfer_quant.md"]),
         (["recipe=custom"], ["recipe.file=VALUE"]),
         (["recipe.file=zoo:nowhere"], ["the SparseZoo stub", "'zoo:nowhere'"]),
@@ -142,6 +143,18 @@ def test_a_mistake_in_a_users_own_file_names_the_file(sx, cwd, line, message):
 )
 def test_refused_before_anything_begins(sx, cwd, words, fragments):
     refused(sx(*words), cwd, *fragments)
+
+
+@pytest.mark.parametrize("words", [["experiment=smoke"], ["model=mine", "dataset=digits"]])
+def test_a_stub_that_is_typed_and_that_nobody_has(sx, cwd, monkeypatch, words):
+    """Also over weights that a file names, and for a model of one's own."""
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nobody listens
+    (cwd / "own/model").mkdir(parents=True)
+    (cwd / "own/model/mine.yaml").write_text("name: mine\nsize: n\nstub: zoo:yolov5-n-mine-none\n")
+    ended = sx("--config-dir", f"{cwd}/own", *words, "model.stub=zoo:yolov5-n-nobodys-none", "tracker=none")
+    check_message(ended, "yolov5-n-nobodys-none")
+    (run,) = (cwd / "outputs" / "runs").glob("*/*")
+    assert json.loads((run / "manifest.json").read_text())["stage"] == "fetch"
 
 
 @pytest.mark.parametrize(
