@@ -159,6 +159,7 @@ def _write_conditions(
         conditions=conditions,
         environments={**context.run.environments, context.conditions: environment},
         job=context.sweep.job if context.sweep else None,
+        sweep_command=context.sweep.command if context.sweep else None,
     )
 
 

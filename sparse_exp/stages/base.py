@@ -44,12 +44,14 @@ class SweepMember:
         parent: the tracker's name of the sweep's own run; None where it is not tracked.
         job: its number, from 0; None for a run that a job makes for itself, such as its dense counterpart.
         label: what tells the job from the others, as far as its name does not.
+        command: which command's job it is; see `sparse_exp.sweep.naming.sweep_name`.
     """
 
     directory: Path
     parent: str | None
     job: int | None = None
     label: str = ""
+    command: str = ""
 
 
 RunNested = Callable[[Experiment, list[str], SweepMember | None], None]

@@ -66,6 +66,11 @@ class Job:
         """The run of an earlier start; None where there was none."""
         return Run.find(self.directory)
 
+    @property
+    def command(self) -> str:
+        """The command that it is a job of; several may use one directory, with the same ``sweep.name``."""
+        return str(read_state(self.sweep).get("jobs_of", ""))
+
 
 def run_job(job: Job, experiment: Experiment) -> ObjectiveValues:
     """Run a job, or keep it where an earlier start of the sweep has finished it.
@@ -88,10 +93,14 @@ def run_job(job: Job, experiment: Experiment) -> ObjectiveValues:
         return None
     with locked(job.directory, wait=True):
         (job.directory / REFUSED).unlink(missing_ok=True)
-        if not _is_finished(job, experiment):
+        if _is_finished(job, experiment):
+            if job.earlier and job.earlier.state.get("sweep_command") != job.command:
+                job.earlier.update(sweep_command=job.command)
+        else:
             _prepare(job, experiment)
             parent = ensure_parent(job.sweep, experiment.tracker, Path(experiment.paths.mlflow))
-            member = SweepMember(job.sweep, parent, job.number, _label(job, experiment.name))
+            label = _label(job, experiment.name)
+            member = SweepMember(job.sweep, parent, job.number, label, job.command)
             run(experiment, job.hydra_files, job.overrides, member)
         return _objective_values(job, objectives)
 
@@ -250,7 +259,7 @@ def record_failure(
         return
     run = Run.create(job.directory, overwrite=False)
     state = {"name": name, "overrides": job.overrides, "version": __version__, "job": job.number}
-    run.update(status="FAILED", failure=reason, **state)
+    run.update(status="FAILED", failure=reason, sweep_command=job.command, **state)
     try:
         run.update(tracker_run_id=_track_failure(job, name, tracker, store, experiment, reason))
     except SparseExpError as second:

@@ -10,7 +10,7 @@ from typing import Any
 
 # Words that say where a sweep runs or is logged, or how it goes on, but do not change its jobs.
 _WITHOUT_EFFECT = re.compile(
-    r"[+~]*(hydra[./]|launcher[.=]|ray\.|tracker[.=]|paths[.=]|sweep\.(name|rerun|trials|max_loss)=|dry_run=|overwrite=)"
+    r"[+~]*(hydra(?!/sweeper)[./]|launcher[.=]|ray\.|tracker[.=]|paths[.=]|sweep\.(name|rerun|trials|max_loss)=|dry_run=|overwrite=)"
 )
 _SWEPT = re.compile(r"[+~]*(?P<key>[^=]+)=(?P<value>.*)", re.DOTALL)
 _FUNCTIONS = re.compile(r"^\s*(choice|range|interval|glob|shuffle|sort|tag)\(")

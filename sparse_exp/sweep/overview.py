@@ -15,6 +15,7 @@ from sparse_exp.errors import ConfigError
 from sparse_exp.files import read_json
 from sparse_exp.runs.directory import Run, find_directories
 from sparse_exp.runs.past import DIED, PastRun, read_run
+from sparse_exp.sweep.parent import read_state
 from sparse_exp.text import plain_text
 
 FOLDER = "compare"
@@ -35,12 +36,14 @@ class Overview:
         comparison: None where the jobs have no two metrics to compare.
         shipping: the files that the jobs measured, and the one to ship; None where that was not asked for, or
             nothing was measured.
+        others: jobs in the directory that another command has left there, and this one does not have.
     """
 
     jobs: tuple[PastRun, ...]
     failures: tuple[str, ...]
     comparison: Comparison | None
     shipping: Shipping | None = None
+    others: int = 0
 
     @property
     def text(self) -> str:
@@ -61,7 +64,8 @@ class Overview:
     def headline(self) -> str:
         """How many jobs finished."""
         finished = sum(job.status == FINISHED for job in self.jobs)
-        return f"{finished} of {len(self.jobs)} jobs finished"
+        others = f"; {self.others} more in its directory are of another command" if self.others else ""
+        return f"{finished} of {len(self.jobs)} jobs finished{others}"
 
     def write(self, sweep: Path) -> None:
         """Write the files of the comparison, and of what to ship, into `FOLDER` of the sweep's directory."""
@@ -80,8 +84,11 @@ def read_overview(sweep: Path, objectives: Sequence[str] = (), max_loss: float |
         max_loss: see `sparse_exp.compare.shipping.shipping`; None: nothing is chosen.
     """
     runs = [run for path in find_directories(sweep) if (run := Run.find(path))]
-    jobs = sorted((run for run in runs if run.state.get("job") is not None), key=lambda run: run.state["job"])
-    refused = {run.path: str(read_json(run.path / REFUSED).get("reason", "")) for run in jobs}
+    all_jobs = [run for run in runs if run.state.get("job") is not None]
+    refused = {run.path: str(read_json(run.path / REFUSED).get("reason", "")) for run in all_jobs}
+    known = (None, "", read_state(sweep).get("jobs_of"))  # those before 0.2 do not say whose job they are
+    jobs = [run for run in all_jobs if refused[run.path] or run.state.get("sweep_command") in known]
+    jobs.sort(key=lambda run: run.state["job"])
     failures = [
         f"{run.path.name} refused: {refused[run.path]}"
         if refused[run.path]
@@ -95,7 +102,7 @@ def read_overview(sweep: Path, objectives: Sequence[str] = (), max_loss: float |
         if (past := read_run(run.path))
     )
     ship = None if max_loss is None else shipping(found, max_loss)
-    return Overview(found, tuple(failures), _comparison(found, objectives), ship)
+    return Overview(found, tuple(failures), _comparison(found, objectives), ship, len(all_jobs) - len(jobs))
 
 
 def _without_reason(run: Run) -> str:

@@ -77,7 +77,10 @@ def open_parent(sweep: Path, tracker: TrackerConfig, store: Path, state: Mapping
 
 
 def read_state(sweep: Path) -> dict[str, Any]:
-    """Read the state: ``command``, ``launcher``, the id of the ``parent``, and whether that is ``open``."""
+    """Read the state: ``command``, ``launcher``, the id of the ``parent``, and whether that is ``open``.
+
+    Under ``jobs_of`` it has the name that the command would give a sweep, whatever ``sweep.name`` says.
+    """
     return read_json(sweep / STATE)
 
 

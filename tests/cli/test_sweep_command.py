@@ -106,6 +106,15 @@ def test_a_job_that_finished_with_other_settings_is_refused_and_stays(two):
     assert list(Path("outputs/sweeps/two").glob("*/refused.json")) == []
 
 
+def test_jobs_of_another_command_in_its_directory_are_not_of_a_sweep(two):
+    again = two(*TINY, "sweep.name=two", "trainer.lr=0.001")
+    assert again.code == 0, again.error
+    assert "1 of 1 jobs finished; 1 more in its directory are of another command" in again.output
+    more = two(*TINY, "sweep.name=two", "trainer.lr=0.001,0.002,0.003")  # has them all
+    assert more.output.count(": kept.") == 2
+    assert "3 of 3 jobs finished\n" in more.output
+
+
 @pytest.mark.parametrize("flag", ["hydra.mode=MULTIRUN", "--multi"])
 @pytest.mark.slow
 def test_sweeps_that_are_started_in_hydras_other_ways_have_directories_of_their_own(sx, flag):

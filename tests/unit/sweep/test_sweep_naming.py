@@ -47,6 +47,7 @@ def test_how_a_sweep_is_run_does_not_change_its_name(word):
         ["-m", "model=yolov5n,yolov5m", "recipe=dense,transfer"],
         [*GRID, "--config-dir", "mine"],
         [*GRID, "tracker_name=x"],
+        [*GRID, "hydra/sweeper=search"],
     ],
 )
 def test_what_a_sweep_is_does(words):
