@@ -356,8 +356,8 @@ def import_client() -> Callable[[str], Any]:
     except ImportError as error:
         do = f"({one_line(error)}) Install it with pip install mlflow, or set tracker=none."
         raise MissingDependency(expected("the package mlflow", "installed", "none", do)) from error
-    # It only repeats what the tracker says.
-    logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)
+    for name in ("system_metrics", "store.db.utils"):  # they only repeat what the tracker says
+        logging.getLogger(f"mlflow.{name}").setLevel(logging.CRITICAL)
     _log.debug("Imported mlflow in %.1f s", time.monotonic() - started)
     return MlflowClient
 

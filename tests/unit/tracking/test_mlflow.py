@@ -1,10 +1,12 @@
 import json
 import logging
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -209,6 +211,18 @@ def test_a_database_that_breaks_is_told_of_and_the_end_says_what_is_missing(stor
     assert "Tracking failed (metrics)" in caplog.records[0].getMessage()
     assert "1 events could not be sent to MLflow" in caplog.records[-1].getMessage()
     assert list(tmp_path.glob("run/*")) == []
+
+
+def test_of_a_database_that_cannot_be_written_there_is_one_line(store, tmp_path, caplog, capfd):
+    started(store, run_info(tmp_path)).finish("FINISHED")
+    shutil.copy(store / "mlflow.db", tmp_path)
+    tracker = started(tmp_path, run_info(tmp_path))
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database, database:
+        database.execute("DROP TABLE metrics")
+    tracker.log(Metrics({"val/map50": 0.5}, 1))
+    assert [record.name for record in caplog.records] == ["sparse_exp.tracking.delivery"]
+    assert "Traceback" not in capfd.readouterr().err
+    tracker.finish("FAILED", "why")
 
 
 @pytest.fixture
