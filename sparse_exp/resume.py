@@ -66,7 +66,8 @@ def resumed(composed: DictConfig, job: Any) -> Resumed:
     record = _record(run)
     config = copy.deepcopy(record)
     _lay_over(config, composed, job)
-    apply_environment(config, job.overrides.task)
+    typed_first = map(str, run.state.get("overrides", []))  # what was typed then wins as if typed now
+    apply_environment(config, [*typed_first, *job.overrides.task])
     config.resume = composed.resume
     moved = Path(record.paths.run).resolve() != run.path
     config.paths.run = composed.resume if moved else record.paths.run

@@ -19,7 +19,7 @@ from sparse_exp.config.places import chosen_places, find_places
 from sparse_exp.config.plain import CONF_DIRECTORY
 from sparse_exp.errors import ConfigError
 from sparse_exp.files import write_text
-from sparse_exp.runs.directory import find_directories
+from sparse_exp.runs.directory import Run, find_directories
 from sparse_exp.runs.past import select_runs
 
 __all__ = ["command_line"]
@@ -65,8 +65,10 @@ def test_a_typed_server_wins_over_the_environment_and_that_over_files(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/environment.db")
     assert tracked() == "environment"
     assert tracked(f"tracker.uri='sqlite:///{tmp_path}/typed.db'") == "typed"
-    (run,) = list(find_directories(tmp_path / "outputs"))[-1:]
-    assert tracked(f"resume='{run}'") == "environment"  # the record is a file like others
+    made = map(Run.read, find_directories(tmp_path / "outputs" / "runs"))
+    (run,) = [run.path for run in made if run.state["tracker_address"].endswith("/typed.db")]
+    assert command_line(f"resume='{run}'").code == 0
+    assert {name: runs(tmp_path / f"{name}.db") for name in before} == before  # gone on with there
     assert compare_finds(monkeypatch, "--uri", f"sqlite:///{tmp_path}/typed.db") == 1
 
 

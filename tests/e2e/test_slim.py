@@ -41,6 +41,7 @@ def test_slim_and_quantized_over_the_zoo_to_other_classes(place):
         place, "slim", digits, "dataset.name=digits", "recipe=slim_quant", "recipe.variables.num_epochs=4",
         "model.weights=scratch", "publish=auto", "hardware.variants=[dense,dense_int8,sparse_fp32,sparse]",
         "recipe.calibration_images=8", "trainer.batch_size=2",
+        "export.box_atol=100",  # boxes of a network that has learned nothing
     )  # fmt: skip
     result = made["evaluate"]["metrics"]
     left = result["size/macs"] / result["size/dense_macs"]
