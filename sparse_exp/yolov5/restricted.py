@@ -359,14 +359,36 @@ class _Unpickler(pickle._Unpickler):  # that in Python, whose steps can be looke
         _check_keys(self.stack[::2])
         super().load_setitems()  # type: ignore[misc]
 
+    def load_reduce(self) -> None:
+        """Call something; many calls may share their arguments."""
+        self._count(self.stack[-1])
+        super().load_reduce()  # type: ignore[misc]
+
+    def load_newobj(self) -> None:
+        """Make an object; many may share their arguments."""
+        self._count(self.stack[-1])
+        super().load_newobj()  # type: ignore[misc]
+
+    def load_newobj_ex(self) -> None:
+        """Make an object with named arguments, too."""
+        self._count([*self.stack[-2], *self.stack[-1]])
+        super().load_newobj_ex()  # type: ignore[misc]
+
     dispatch[pickle.SETITEM[0]] = load_setitem
     dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.REDUCE[0]] = load_reduce
+    dispatch[pickle.NEWOBJ[0]] = load_newobj
+    dispatch[pickle.NEWOBJ_EX[0]] = load_newobj_ex
 
-    def _filled(self, kind: type, items: Any = ()) -> Any:
-        """A container of other values, or a copy of one."""
+    def _count(self, items: Any) -> None:
+        """Count values that are copied."""
         self._copied += len(items)
         if self._copied > _MOST_COPIED:
             raise ValueError(f"it copies more than {_MOST_COPIED} values")
+
+    def _filled(self, kind: type, items: Any = ()) -> Any:
+        """A container of other values, or a copy of one."""
+        self._count(items)
         if issubclass(kind, dict):
             _check_keys(items if isinstance(items, dict) else [key for key, _ in items])
         elif issubclass(kind, set):

@@ -64,6 +64,7 @@ def mapping(**values: bytes) -> bytes:
 
 LIST_OF_A_MILLION = b"](" + b"N" * 10**6 + b"eq\x01"
 COPIES = b"c__builtin__\nlist\nq\x00" + LIST_OF_A_MILLION + b"]" + b"h\x00h\x01\x85Ra" * 1000
+ARGUMENTS = b"(" + b"N" * 50_000 + b"tq\x01"
 PICKLES = {
     "a key whose hash takes 2^60 steps": tower(60) + b"}h\x3cNs",
     "several such keys": tower(60) + b"}(h\x3cNh\x3bNu",
@@ -73,6 +74,9 @@ PICKLES = {
     + mapping(format=text(FORMAT), names=b"]h\x3ca", model=mapping(names=b"h\x3c")),
     "a model of such": tower(60) + mapping(model=b"h\x3c"),
     "lists copied a thousand times": COPIES,
+    "objects that share their arguments": ARGUMENTS + b"ccollections\ndeque\nq\x00]" + b"h\x00h\x01Ra" * 9999,
+    "objects that share arguments and are made without a call": ARGUMENTS
+    + b"cmodels\nA\nq\x00]" + b"h\x00h\x01\x81a" * 9999,
     "a hundred thousand classes": b"".join(b"cmodels\n%d\n" % i for i in range(100_000)),
     "a tensor of a million axes": LIST_OF_A_MILLION
     + REBUILD + b"(" + storage("0", 1) + b"K\x00h\x01h\x01\x89NtR",
