@@ -49,7 +49,7 @@ def bounded(most: int, seconds: float) -> type[H11Protocol]:
 
     Hung up on is whoever has sent no whole head of a request in time, or does not take what is sent; and
     where there are too many connections, the one that has waited longest for a request, since a new one may
-    bring one.
+    bring one; if all have one, the one that has waited longest for the rest of its body.
 
     Args:
         most: connections at once.
@@ -57,6 +57,7 @@ def bounded(most: int, seconds: float) -> type[H11Protocol]:
             and for taking what has been sent.
     """
     idle: dict[H11Protocol, None] = {}  # without a request, the one that has waited longest first
+    receiving: dict[H11Protocol, None] = {}  # without the whole body, likewise
 
     class Bounded(H11Protocol):
         _asking: asyncio.TimerHandle | None = None  # until the head of a request is there
@@ -66,22 +67,30 @@ def bounded(most: int, seconds: float) -> type[H11Protocol]:
             super().connection_made(transport)
             self._wait()
             if len(self.connections) > most:
-                oldest = next(iter(idle))
-                del idle[oldest]
+                others = (one for one in (*idle, *receiving) if one is not self)
+                oldest = next(others, self)
+                for waiting in (idle, receiving):
+                    waiting.pop(oldest, None)
                 oldest.transport.abort()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._asked()
             self._taken()
+            receiving.pop(self, None)
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             if self.cycle is not None and not self.cycle.response_complete:
                 self._asked()
+                if self.cycle.more_body:
+                    receiving.setdefault(self)
+                else:
+                    receiving.pop(self, None)
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
+            receiving.pop(self, None)
             if self.cycle.response_complete:  # otherwise the next request was there already
                 self._wait()
 

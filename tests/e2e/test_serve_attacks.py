@@ -145,6 +145,21 @@ def test_bodies_of_one_byte_keep_nobody_out(serve):
         connection.close()
 
 
+def test_heads_without_bodies_keep_nobody_out(serve):
+    process = serve("--connections", "20", "--queue", "200")
+    held = [socket.create_connection(("127.0.0.1", process.port)) for _ in range(20)]
+    for connection in held:
+        connection.sendall(HEAD + b"Content-Length: 100000\r\n\r\n--x")
+    time.sleep(0.5)
+    start = time.perf_counter()
+    for path in ("/live", "/ready", "/health"):
+        assert process.ask("GET", path)[0] == 200
+    seconds = time.perf_counter() - start
+    print(f"\n20 whole heads without bodies at 20 connections: others are answered after {seconds:.2f} s")
+    assert seconds < 3  # they are hung up on only after 5
+    assert len(process.detections(png((1, 2, 3)))) == 1
+
+
 def test_a_flood_of_connections_costs_only_those_that_ask_for_nothing(serve):
     process = serve("--connections", "8")
     asking = socket.create_connection(("127.0.0.1", process.port), timeout=30)
