@@ -295,7 +295,11 @@ class Begun:
 
 
 def mount(*words: str) -> None:
-    """Call ``mount``, in the namespace of this script."""
+    """Call ``mount``, in the namespace of this script; where a file is just being written, once more."""
+    for _ in range(50):
+        if subprocess.run(["mount", *words], capture_output=True, check=False).returncode == 0:
+            return
+        time.sleep(0.1)
     subprocess.run(["mount", *words], check=True)
 
 

@@ -8,6 +8,8 @@ import yaml
 
 from sparse_exp.errors import first_line
 
+_LONGEST_NUMBER = 400  # characters; those to the base of sixty take time by the square of that
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _MORE = 100_000  # values and keys that aliases may stand for, beyond as many as the text has characters
 
 
@@ -26,7 +28,7 @@ def read_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any
         Builtin containers and scalars, and what the loader makes of tags; None of an empty text.
 
     Raises:
-        yaml.YAMLError: it is no YAML, or its aliases stand for too much.
+        yaml.YAMLError: it is no YAML, its aliases stand for too much, or a number in it is too long.
     """
     loading = loader(text)
     try:
@@ -52,6 +54,8 @@ def _size(node: yaml.Node, known: dict[int, int | None]) -> int:
         if size is None:
             raise yaml.YAMLError("an alias in it stands for itself")
         return size
+    if isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS and len(node.value) > _LONGEST_NUMBER:
+        raise yaml.YAMLError(f"a number in it has more than {_LONGEST_NUMBER} characters")
     known[id(node)], size = None, 1
     if isinstance(node, yaml.CollectionNode):
         for child in node.value:

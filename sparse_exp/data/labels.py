@@ -16,6 +16,7 @@ from sparse_exp.errors import DataError, expected
 _TOLERANCE = 1e-3  # that coordinates may lie outside of 0..1, as those of rounded label files do
 # Two boxes of a class are one that was labelled twice where no number differs by more: a share of the image,
 # which rounding explains, and a share of the box.
+_MOST_BOXES = 20_000  # of an image
 _SAME, _SAME_OF_BOX = 1e-4, 0.01
 
 
@@ -78,6 +79,12 @@ def parse_labels(content: bytes, num_classes: int, path: Path, keypoints: int = 
         problem = f"Cannot read the label file {path}: {error}. Replace or remove it."
         return Labels(np.zeros((0, 5), np.float32), (), (), ((str(path), problem),))
     rows, numbers, problems = [], [], []
+    if sum(not line.isspace() for line in lines) > _MOST_BOXES:
+        should_be = f"of at most {_MOST_BOXES} boxes"
+        problem = expected(
+            f"the label file {path}", should_be, f"{len(lines)} lines", "Correct or remove it."
+        )
+        return Labels(np.zeros((0, 5), np.float32), (), (), ((str(path), problem),))
     for number, line in enumerate(lines, start=1):
         words = line.split()
         if not words:

@@ -20,6 +20,7 @@ from sparse_exp.recipes.expressions import ExpressionError, UnknownName, evaluat
 _FRONT_MATTER = re.compile(r"\s*---[ \t\r]*\n(.*?)\n---[ \t\r]*(?:\n|\Z)", re.DOTALL)
 _COMMENT = re.compile(r"\s*<!--.*?-->", re.DOTALL)
 _LONGEST = 1_000_000  # characters of a recipe
+_MOST_VALUES = 1_000_000  # in its modifiers, once variables are put in
 
 
 class Tagged(dict[str, Any]):
@@ -172,7 +173,19 @@ def filled_in(roots: Mapping[str, Any], variables: Mapping[str, float], name: st
                 "Put them into lists whose names hold the word 'modifiers'."
             )
         found[str(stage)] = [_substituted(modifier, {**globals_, **own}, name) for modifier in listed]
+    if _size(found, {}) > _MOST_VALUES:
+        raise RecipeError(f"The variables of {name} stand for more than {_MOST_VALUES} values. Shorten them.")
     return {stage: listed for stage, listed in found.items() if listed}
+
+
+def _size(part: Any, known: dict[int, int]) -> int:
+    """Number of values in what variables were put into, those that are shared counted wherever they stand."""
+    if isinstance(part, dict | list):
+        if id(part) not in known:
+            items = part.values() if isinstance(part, dict) else part
+            known[id(part)] = 1 + sum(_size(item, known) for item in items)
+        return known[id(part)]
+    return 1
 
 
 def _levels(roots: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -50,6 +50,20 @@ def test_what_cannot_be_read_is_one_kind_of_error(text):
         read_yaml(text)
 
 
+@pytest.mark.parametrize("number", ["1" + ":00" * 500_000, "1" + ":00" * 500_000 + ".5", "1" * 5000])
+def test_numbers_have_an_end(number):
+    assert outcome(lambda: read_yaml(f"a: {number}"), seconds=20).startswith("YAMLError: a number in it")
+    assert read_yaml("a: 1:30\nb: 1:30.5\nc: '" + "1" * 500 + "'")["a"] == 90
+
+
+def test_lists_behind_variables_are_counted_wherever_they_stand():
+    """Ten thousand values that ten thousand modifiers share, in a file of 300 kB."""
+    listed, uses = "[" + "a, " * 10_000 + "]", "  - !Pruning {params: eval(x)}\n" * 10_000
+    text = f"x: {listed}\nmodifiers:\n{uses}"
+    ended = outcome(lambda: filled_in(read_body(text, "r.yaml"), {}, "r.yaml"), seconds=30)
+    assert ended.startswith("RecipeError: The variables of r.yaml stand for more than")
+
+
 EXPRESSIONS = [
     "9**9**9**9",
     "-" * 900 + "1",

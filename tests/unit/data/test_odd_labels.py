@@ -185,3 +185,10 @@ def test_such_names_are_printed_as_escapes(tmp_path: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C.UTF-8"})
     assert (ended.returncode, ended.stderr) == (1, "")
     assert "B\\udce4ume.txt:1" in ended.stdout
+
+
+def test_a_label_file_without_an_end_is_refused(tmp_path):
+    data = write(tmp_path, {"train/a": _BOX * 20_001, "val/b": _BOX})
+    assert inspect(data, 64).errors == 2  # and nothing is left to train with
+    with pytest.raises(DataError, match="at most 20000 boxes"):
+        read_boxes(tmp_path / "labels/train/a.txt", 2)
