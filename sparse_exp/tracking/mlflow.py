@@ -385,8 +385,11 @@ def _why_not(client: Any, run_id: str, params: Mapping[str, str]) -> str | None:
 
 
 def _succeed(client: Any, former: str, run: Any) -> None:
-    """Say on a former run which one takes its place, end it, and give its children to the new one."""
-    run_id, experiments = run.info.run_id, [run.info.experiment_id]
+    """Say on a former run which one takes its place, end it, and give its children to the new one.
+
+    The new run may be in another experiment than its children.
+    """
+    run_id, experiments = run.info.run_id, [each.experiment_id for each in client.search_experiments()]
     with suppress(Exception):  # it was deleted, or is on another server
         client.set_tag(former, _CONTINUED_TAG, run_id)
         if client.get_run(former).info.status == "RUNNING":

@@ -7,6 +7,7 @@ from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.tracking import PARENT_TAG, Artifact, Metrics, RunInfo, Tags, end_open_runs
 from sparse_exp.tracking.description import NOTE_TAG, experiment_note
 from sparse_exp.tracking.mlflow import MlflowTracker
+from sparse_exp.tracking.reading import read_runs
 
 TABLE = "## Result\n\n| run | mAP50 |\n|---|---|\n| a | 0.5 |"
 
@@ -76,6 +77,21 @@ def test_children_that_say_running_are_closed_and_no_others(store, tmp_path):
     assert end() == 0
     assert end(None) == 1
     assert client(store).get_run(other.run_id).info.status == "KILLED"
+
+
+def test_children_follow_a_parent_that_is_made_anew_in_another_experiment(store, tmp_path):
+    parent = start(store, tmp_path / "a")
+    children = [
+        start(store, tmp_path / experiment, tags={PARENT_TAG: parent.run_id}, experiment=experiment)
+        for experiment in ("sweeps", "others")
+    ]
+    client(store).delete_run(parent.run_id)
+    anew = start(store, tmp_path / "a", parent.run_id, experiment="others")
+    assert anew.run_id != parent.run_id
+    ids = {child.run_id for child in children}
+    assert {client(store).get_run(run_id).data.tags[PARENT_TAG] for run_id in ids} == {anew.run_id}
+    found = {run.run_id for run in read_runs(QUIET, store, run_ids=[anew.run_id])}
+    assert found == {anew.run_id, *ids}
 
 
 def test_closing_never_raises(tmp_path, caplog):
