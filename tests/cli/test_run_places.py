@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 import sqlite3
 import sys
@@ -35,6 +36,36 @@ def test_a_place_by_the_time_is_numbered_where_it_is_taken_and_one_that_was_name
         refused = command_line(*words, "paths.run=named")
     assert [path.name[:1] + path.name[6:] for path in sorted((tmp_path / "runs").iterdir())] == ["a", "a-2"]
     assert refused.error.startswith("Error: The run directory named exists.")
+
+
+def test_of_starts_that_meet_in_a_directory_of_hydras_one_has_it_and_the_others_are_refused(
+    command_line, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = ["experiment=smoke", "model.weights=scratch", "stages=[fetch]", "tracker=none", "paths.cache=c"]
+    assert command_line(*words, "paths.run=first").code == 0  # the data set is there
+    fork = multiprocessing.get_context("fork")
+    together, ended = fork.Barrier(3), fork.SimpleQueue()
+
+    def start(number: int) -> None:
+        together.wait()
+        own = command_line(*words, f"seed={number}", "hydra.run.dir='a ${now:%Y}'")
+        ended.put((number, own.code, own.error))
+
+    starts = [fork.Process(target=start, args=(number,)) for number in range(3)]
+    for process in starts:
+        process.start()
+    seen = [ended.get() for _ in starts]
+    for process in starts:
+        process.join()
+    ((winner, _, _),) = [each for each in seen if each[1] == 0]
+    errors = [error for number, _, error in seen if number != winner]
+    assert all("\n" not in error and ("worked on by" in error or "exists" in error) for error in errors), (
+        errors
+    )
+    (run,) = [path for path in find_directories(tmp_path) if path.name != "first"]
+    assert yaml.safe_load((run / "config.yaml").read_text())["seed"] == winner
+    assert (run / "sparse_exp.log").read_text().count("== fetch") == 1
 
 
 def test_a_typed_server_wins_over_the_environment_and_that_over_files(
