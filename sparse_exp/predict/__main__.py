@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from sparse_exp.command import Parser, run_command
 from sparse_exp.config.imgsz import STRIDE, Imgsz, in_words, parse_imgsz, plain, sides
-from sparse_exp.config.places import chosen_places
+from sparse_exp.config.places import Places, chosen_places
 from sparse_exp.data.detection import Listing, list_dataset
 from sparse_exp.errors import ConfigError, DataError, SparseExpError, expected
 from sparse_exp.files import expanded
@@ -52,7 +52,8 @@ def main() -> int:
     options = _options()
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     data = list_dataset(expanded(options.data)) if options.data else None
-    model = _find_model(options, data)
+    places = chosen_places(options)
+    model = _find_model(options, data, places)
     media = find_media(options.sources, data)
     if media.videos:
         opencv()  # where it is missing, that is said before the model is loaded
@@ -63,7 +64,7 @@ def main() -> int:
     sources = [*media.images, *media.videos]
     require_replaceable(out, overwrite=options.overwrite, sources=sources)
     with closing(_load(options, model, media)) as detector, alone(out):
-        folder = new_directory(out, overwrite=options.overwrite, sources=sources)
+        folder = new_directory(out, places.output, overwrite=options.overwrite, sources=sources)
         try:
             results = _predict(options, detector, media, folder)
             _write(results, formats, data)
@@ -73,9 +74,9 @@ def main() -> int:
     return _print_summary(results, folder)
 
 
-def _find_model(options: argparse.Namespace, data: Listing | None) -> Model:
+def _find_model(options: argparse.Namespace, data: Listing | None, places: Places) -> Model:
     """The model at the size of ``--imgsz``, with the class names of ``--data``."""
-    model = find_model(options.model, engine=options.engine, places=chosen_places(options))
+    model = find_model(options.model, engine=options.engine, places=places)
     model = _at_size(model, options.imgsz or model.imgsz)
     if data is None:
         return model

@@ -30,7 +30,7 @@ FORMAT = "sparse_exp.predict/1"
 PREDICTIONS, TABLE, COCO, TRUTH = "predictions.json", "predictions.csv", "coco.json", "coco_truth.json"
 LINES = "predictions.jsonl"
 FORMATS = ("json", "jsonl", "csv", "coco")
-DEFAULT = Path("outputs/predict")
+FOLDER = "predict"
 _COLUMNS = ("file", "frame", "class_id", "class", "confidence", "x1", "y1", "x2", "y2")
 _PIXELS, _SHARE = 3, 6  # decimals
 _LONGEST_STEM = 200  # bytes
@@ -55,11 +55,12 @@ def alone(out: Path | None) -> Iterator[None]:
         yield
 
 
-def new_directory(out: Path | None, *, overwrite: bool, sources: Sequence[Path]) -> Path:
+def new_directory(out: Path | None, outputs: Path, *, overwrite: bool, sources: Sequence[Path]) -> Path:
     """Make an empty directory for the outputs.
 
     Args:
-        out: its path; None: ``outputs/predict/1``, or the next number that is free.
+        out: its path; None: ``predict/1`` below ``outputs``, or the next number that is free.
+        outputs: where runs are, too.
         overwrite: delete the files of an earlier prediction in it.
         sources: files that must not be deleted.
 
@@ -68,13 +69,13 @@ def new_directory(out: Path | None, *, overwrite: bool, sources: Sequence[Path])
     """
     try:
         if out is None:
-            return _next_numbered(DEFAULT)
+            return _next_numbered(outputs / FOLDER)
         require_replaceable(out, overwrite=overwrite, sources=sources)
         out.mkdir(parents=True, exist_ok=True)
         for path in _content(out):  # and not the directory itself, which may be a link or a mount
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     except OSError as error:
-        raise _cannot_make(out or DEFAULT, error) from error
+        raise _cannot_make(out or outputs / FOLDER, error) from error
     return out
 
 

@@ -78,7 +78,7 @@ def test_predictions_are_there_as_they_come(results, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (tmp_path / "predictions.jsonl").rename(out / "predictions.jsonl")  # as a killed process leaves it
-    assert new_directory(out, overwrite=True, sources=[]) == out
+    assert new_directory(out, Path("outputs"), overwrite=True, sources=[]) == out
 
 
 def test_json_lines_stay_where_they_are_asked_for(results, tmp_path):
@@ -125,7 +125,7 @@ def test_one_process_at_a_time_writes_into_a_directory(tmp_path):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join(20)
-        assert new_directory(out, overwrite=False, sources=[]) == out
+        assert new_directory(out, Path("outputs"), overwrite=False, sources=[]) == out
     assert not out.exists()
     assert "are being written" in told[0]
     other()
@@ -137,33 +137,35 @@ def test_one_process_at_a_time_writes_into_a_directory(tmp_path):
 
 def test_directories_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made = [new_directory(None, overwrite=False, sources=[]) for _ in range(2)]
+    made = [new_directory(None, Path("outputs"), overwrite=False, sources=[]) for _ in range(2)]
     (tmp_path / "outputs/predict/7").mkdir()
-    made.append(new_directory(None, overwrite=False, sources=[]))
+    made.append(new_directory(None, Path("outputs"), overwrite=False, sources=[]))
+    elsewhere = new_directory(None, tmp_path / "mine", overwrite=False, sources=[])
+    assert elsewhere == tmp_path / "mine/predict/1"
     assert [path.as_posix() for path in made] == [f"outputs/predict/{number}" for number in (1, 2, 8)]
 
 
 def test_nothing_is_replaced_without_a_word(tmp_path):
     out = tmp_path / "out"
-    assert new_directory(out, overwrite=False, sources=[]) == out
+    assert new_directory(out, Path("outputs"), overwrite=False, sources=[]) == out
     (out / "photo.jpg").touch()
     for overwrite, said in ((False, "--overwrite"), (True, "is no prediction")):
         with pytest.raises(ConfigError, match=said):
-            new_directory(out, overwrite=overwrite, sources=[])
+            new_directory(out, Path("outputs"), overwrite=overwrite, sources=[])
     (out / "predictions.json").write_text('[{"image_id": 1}]', encoding="utf-8")
     with pytest.raises(ConfigError, match="of ours"):  # others give files that name, too
-        new_directory(out, overwrite=True, sources=[])
+        new_directory(out, Path("outputs"), overwrite=True, sources=[])
     (out / "predictions.json").write_text(
         '{"format": "sparse_exp.predict/1", "images": []}', encoding="utf-8"
     )
     (out / "below").mkdir()
     with pytest.raises(ConfigError, match="lies in"):
-        new_directory(out, overwrite=True, sources=[out / "photo.jpg"])
-    assert new_directory(out, overwrite=True, sources=[]) == out
+        new_directory(out, Path("outputs"), overwrite=True, sources=[out / "photo.jpg"])
+    assert new_directory(out, Path("outputs"), overwrite=True, sources=[]) == out
     assert not any(out.iterdir())
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="Cannot make"):
-        new_directory(tmp_path / "file" / "out", overwrite=False, sources=[])
+        new_directory(tmp_path / "file" / "out", Path("outputs"), overwrite=False, sources=[])
 
 
 def test_a_link_to_a_directory_stays_one(tmp_path):
@@ -172,7 +174,7 @@ def test_a_link_to_a_directory_stays_one(tmp_path):
     link.symlink_to(real)
     (real / "other").symlink_to(tmp_path)
     made(real).write(("json",), None)
-    assert new_directory(link, overwrite=True, sources=[]) == link
+    assert new_directory(link, Path("outputs"), overwrite=True, sources=[]) == link
     assert link.is_symlink()
     assert not any(real.iterdir())
     assert tmp_path.exists()
