@@ -216,6 +216,10 @@ def differences(undisturbed: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
+def _without(outcome: dict[str, Any], start: str) -> dict[str, Any]:
+    return {key: value for key, value in outcome.items() if not key.startswith(start)}
+
+
 # Of each thing whom a kill can hit: those of its processes whose command line holds a text; "": the first.
 VICTIMS = {
     "run": {
@@ -475,7 +479,7 @@ class Chaos:
         place = Place(self.folder / f"{kind}-{number}", SWEEP if base == "sweep" else RUN, size)
         if kind == "server":
             self.server = self.server or Server(self.folder / "mlflow-server")
-            expected = {key: value for key, value in expected.items() if not key.startswith("file outputs/")}
+            expected = _without(expected, "file outputs/")
             how = partial(bad_server, server=self.server)
         else:
             how = KINDS[kind]
@@ -484,10 +488,13 @@ class Chaos:
             told += how(place, draw, seconds)
             try:
                 place.finish()
+                outcome = place.outcome()
+                if kind == "cache":  # whoever needs the file next makes it again, and a finished run does not
+                    expected, outcome = (_without(each, "file cache/") for each in (expected, outcome))
                 store = self.server.folder if kind == "server" and self.server else place.store
                 told[-1].lost += [
                     *place.left_processes(),
-                    *differences(expected, place.outcome()),
+                    *differences(expected, outcome),
                     *open_runs(store),
                 ]
             except StageFailed as error:
