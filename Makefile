@@ -7,6 +7,12 @@ TOOLS := $(VENV)/.installed-dev
 PYTHONS := 3.11 3.12 3.13 3.14
 PIP := $(ENV)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
+# Of two calls at once the second waits, and finds done what the first has done meanwhile.
+define ALONE
+if command -v flock >/dev/null; then exec 9>$(VENV).lock; flock -n 9 || { \
+	echo "Another make installs into $(VENV); waiting for it to end."; flock 9; }; fi; \
+	[ -e $@ ] && [ -z "$$(find $^ -newer $@)" ] && exit 0;
+endef
 # Whether the Python in .venv is there, has pip, and is one of these versions. What is not so, as after an update of the
 # system or an interrupted call, is made anew.
 GOOD := -c 'import pip, sys; sys.exit("%d.%d" % sys.version_info[:2] not in "$(PYTHONS)".split())'
@@ -33,18 +39,20 @@ setup: $(RUNTIME) $(TOOLS) deepsparse ## Install into .venv and .venv-deepsparse
 
 # --no-compile: bytecode of the few modules that are used is made when they are first imported.
 $(RUNTIME): pyproject.toml constraints.txt
-	@python=$$(sh tools/find-python.sh "$(PYTHONS)" "$(PYTHON)") || { \
+	@$(ALONE) \
+	python=$$(sh tools/find-python.sh "$(PYTHONS)" "$(PYTHON)") || { \
 	echo "Python $(PYTHONS: =, ) is needed, with its venv module. Install one of these, or name it: make PYTHON=/path/to/python3.11" >&2; \
 	exit 1; }; \
 	echo "Installing into $(VENV) with $$python (several GB; minutes)"; \
-	{ $(ENV)/python $(GOOD) && $(ENV)/python -m pip --version; } >/dev/null 2>&1 || $$python -m venv --clear $(VENV)
-	@$(PIP) pip setuptools
-	@$(PIP) --no-compile --editable '.[train]'
-	@touch $@
+	{ $(ENV)/python $(GOOD) && $(ENV)/python -m pip --version; } >/dev/null 2>&1 || $$python -m venv --clear $(VENV) && \
+	$(PIP) pip setuptools && \
+	$(PIP) --no-compile --editable '.[train]' && \
+	touch $@
 
 $(TOOLS): $(RUNTIME)
-	@$(PIP) --no-compile --editable '.[dev]'
-	@touch $@
+	@$(ALONE) \
+	$(PIP) --no-compile --editable '.[dev]' && \
+	touch $@
 
 .PHONY: deepsparse
 deepsparse:

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -127,18 +128,47 @@ mkdir -p "$4/bin" && rm -f "$4/bin/python" && cp "$GOOD_PYTHON" "$4/bin/python"
 """
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
-@pytest.mark.parametrize("broken", ["missing", "dangling", "import", "pip", "good"])
-@pytest.mark.parametrize("installed", [False, True])
-def test_an_environment_that_is_broken_is_made_anew(tmp_path, broken, installed):
+def place_of_make(tmp_path: Path, good: str) -> tuple[list[str], dict[str, str]]:
+    """The Makefile with those Pythons beside it: a command without its targets, and its variables."""
     root = TOOLS.parent
     shutil.copy(root / "Makefile", tmp_path)
     shutil.copytree(root / "tools", tmp_path / "tools")
     for name in ("pyproject.toml", "constraints.txt"):
         (tmp_path / name).touch()
-    for name, text in (("system", SYSTEM), ("good", IN_VENV % {"broken": ""})):
+    for name, text in (("system", SYSTEM), ("good", good)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
+    variables = {"LOG": str(tmp_path / "log"), "GOOD_PYTHON": str(tmp_path / "good")}
+    return ["make", f"PYTHON={tmp_path / 'system'}"], {**os.environ, **variables}
+
+
+@pytest.mark.skipif(shutil.which("make") is None or shutil.which("flock") is None, reason="no make or flock")
+@pytest.mark.parametrize("installed", [False, True])
+def test_of_two_calls_at_once_one_installs(tmp_path, installed):
+    slow = (IN_VENV % {"broken": ""}).replace("exit 0", 'case "$*" in *install*) sleep 0.3 ;; esac; exit 0')
+    command, environment = place_of_make(tmp_path, slow)
+    command += [".venv/.installed-dev"]
+    if installed:  # and a file that it depends on is newer now
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
+        later = (tmp_path / ".venv" / ".installed-dev").stat().st_mtime + 1
+        os.utime(tmp_path / "pyproject.toml", (later, later))
+        (tmp_path / "log").unlink()
+        time.sleep(1.1)
+    how = {"cwd": tmp_path, "env": environment, "text": True, "stdout": subprocess.PIPE}
+    both = [subprocess.Popen(command, **how) for _ in range(2)]
+    said = "".join(process.communicate(timeout=60)[0] for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    log = (tmp_path / "log").read_text()
+    assert log.count("pip install") == 3  # pip itself, what runs, and the tools
+    assert log.count("venv --clear") == (not installed)
+    assert "waiting for it to end" in said
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+@pytest.mark.parametrize("broken", ["missing", "dangling", "import", "pip", "good"])
+@pytest.mark.parametrize("installed", [False, True])
+def test_an_environment_that_is_broken_is_made_anew(tmp_path, broken, installed):
+    command, environment = place_of_make(tmp_path, IN_VENV % {"broken": ""})
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     if broken == "dangling":
@@ -148,10 +178,9 @@ def test_an_environment_that_is_broken_is_made_anew(tmp_path, broken, installed)
         python.chmod(0o755)
     if installed:
         (tmp_path / ".venv" / ".installed").touch()
-    variables = {"LOG": str(tmp_path / "log"), "GOOD_PYTHON": str(tmp_path / "good")}
-    command = ["make", ".venv/.installed", f"PYTHON={tmp_path / 'system'}"]
+    command += [".venv/.installed"]
     ended = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, **variables}, capture_output=True, text=True, check=False
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stderr
     log = (tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""
