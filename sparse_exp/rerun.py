@@ -16,13 +16,13 @@ from rich.console import Console
 
 from sparse_exp.cli import log_to_console
 from sparse_exp.command import Parser, run_command
-from sparse_exp.config.places import add_place_options, chosen_places
+from sparse_exp.config.places import add_place_options, chosen_places, find_places
 from sparse_exp.config.plain import as_dict, recipe_path
 from sparse_exp.config.schema import AUTO, Experiment, TrackerConfig
 from sparse_exp.data import is_prepared, prepare
 from sparse_exp.errors import ConfigError, SparseExpError, expected
 from sparse_exp.experiment import run
-from sparse_exp.files import expanded, read_json, sha256_of
+from sparse_exp.files import expanded, sha256_of
 from sparse_exp.hints import override
 from sparse_exp.resolve import rebuild
 from sparse_exp.runs.conditions import (
@@ -33,7 +33,7 @@ from sparse_exp.runs.conditions import (
     host_differences,
     package_differences,
 )
-from sparse_exp.runs.directory import MANIFEST
+from sparse_exp.runs.directory import MANIFEST, Run
 from sparse_exp.runs.past import is_run_id, local_directory, tagged_overrides
 from sparse_exp.sources.cache import cache_directory
 from sparse_exp.text import console_table
@@ -102,7 +102,7 @@ class Record:
     def overrides(self) -> list[str] | None:
         """The words of its command line; None where they are not known."""
         words = self.manifest.get("overrides", tagged_overrides(self.tags))
-        return None if words is None else [str(word) for word in words]
+        return None if words is None else list(words)
 
     @property
     def data(self) -> str | None:
@@ -119,7 +119,7 @@ def main() -> int:
     record = find_record(options.run, places.tracker, places.mlflow)
     experiment, filled = rebuild(record.config, options.overrides)
     experiment, _ = rebuild(record.config, [*settled_words(record.manifest, experiment), *options.overrides])
-    place_anew(experiment, options.overrides)
+    place_anew(experiment, options.overrides, options.config_dir)
     show(options.run, differences(record, experiment, filled))
     if options.dry_run or experiment.dry_run:
         return 0
@@ -140,9 +140,7 @@ def settled_words(manifest: Mapping[str, Any], experiment: Experiment) -> list[s
         manifest: of the run.
         experiment: its configuration, with the values that are changed.
     """
-    words, kept = [], manifest.get("settled")
-    numbers = kept.items() if isinstance(kept, dict) else ()  # of a foreign record, nothing but numbers
-    settled = {name: value for name, value in numbers if isinstance(value, int | float)}
+    words, settled = [], manifest.get("settled", {})
     if experiment.trainer.batch_size == AUTO and settled.get("batch_size"):
         words.append(f"trainer.batch_size={settled['batch_size']}")
     given = "num_epochs" in experiment.recipe.variables or experiment.recipe.num_epochs is not None
@@ -208,22 +206,26 @@ def _read(directory: Path) -> Record:
     texts = {name: _text(directory / ".hydra" / name) for name in _HYDRA}
     return Record(
         config=_text(directory / "config.yaml"),
-        manifest=read_json(directory / MANIFEST),
+        manifest=Run.read(directory, "RUN").manifest if (directory / MANIFEST).is_file() else {},
         environment=_text(directory / "environment.txt").splitlines(),
         hydra={name: text for name, text in texts.items() if text},
     )
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def place_anew(experiment: Experiment, overrides: Sequence[str] = ()) -> None:
-    """Give a rebuilt experiment a run directory of its own, and undo how the past run was started.
+def place_anew(experiment: Experiment, overrides: Sequence[str] = (), config_dir: str | None = None) -> None:
+    """Give a rebuilt experiment a run directory of its own, and undo how and where the past run was started.
+
+    The record may be anybody's. So it is written where a new run would be, and is told to the tracking server
+    of a new run; and the record names no program that is started.
 
     Args:
         experiment: changed in place.
         overrides: what they set stays.
+        config_dir: see `find_places`.
 
     Raises:
         ConfigError: they name a run to go on with, whose record this one's would take the place of.
@@ -232,11 +234,19 @@ def place_anew(experiment: Experiment, overrides: Sequence[str] = ()) -> None:
     if "resume" in said:
         do = "To go on with a run, type: python -m sparse_exp resume=RUN"
         raise ConfigError(f"A run is made again from its beginning, so resume= is of no use here. {do}")
+    output = {"paths.output": experiment.paths.output} if "paths.output" in said else {}
+    own = find_places(config_dir, output)
+    for name in ("output", "mlflow", "zoo", "cache"):
+        if f"paths.{name}" not in said:
+            place = getattr(own, name)
+            setattr(experiment.paths, name, None if place is None else str(place))
+    if "tracker.uri" not in said:
+        experiment.tracker.uri = own.tracker.uri
+    if "hardware.deepsparse_python" not in said:
+        experiment.hardware.deepsparse_python = None
     if "paths.run" not in said:
-        now = datetime.now().astimezone()
-        place = (
-            Path(experiment.paths.output) / "runs" / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}-{experiment.name}"
-        )
+        now, name = datetime.now().astimezone(), experiment.name.replace("/", "-").replace("\0", "-")
+        place = Path(experiment.paths.output) / "runs" / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}-{name}"
         experiment.paths.run = str(place)
     experiment.resume = None
     if "overwrite" not in said:
@@ -254,9 +264,9 @@ def differences(record: Record, experiment: Experiment, filled: Sequence[str] = 
     made_with, found = record.made_with, []
     for stages, then in made_with.items():
         one = [
-            *code_differences(then["code"]),
-            *package_differences(then["packages"]),
-            *host_differences(then["host"]),
+            *code_differences(then.get("code", {})),
+            *package_differences(then.get("packages", ())),
+            *host_differences(then.get("host", {})),
         ]
         of_some = f" ({stages})" if len(made_with) > 1 else ""
         found += [replace(each, what=f"{each.what}{of_some}") for each in one]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -45,8 +45,8 @@ class Settled:
 
     @classmethod
     def of(cls, kept: Mapping[str, Any]) -> Settled:
-        """From what a run recorded; empty where it recorded nothing."""
-        return cls(**kept)
+        """From what a run recorded; empty where it recorded nothing. Keys of later versions are left out."""
+        return cls(**{item.name: kept[item.name] for item in fields(cls) if item.name in kept})
 
     def as_data(self) -> dict[str, Any]:
         """For a run's manifest."""

@@ -99,7 +99,8 @@ def code_differences(then: Mapping[str, Any]) -> Iterator[Difference]:
             yield from difference("code", name, *(facts.get(name, "")[:16] or None for facts in (then, now)))
     if "true" in (then.get("dirty"), now.get("dirty")):
         words = {"true": "yes", "false": "no", None: NOT_RECORDED}
-        yield Difference("code", "uncommitted changes", words[then.get("dirty")], words[now.get("dirty")])
+        dirty = (words.get(facts.get("dirty"), "unknown") for facts in (then, now))
+        yield Difference("code", "uncommitted changes", *dirty)
 
 
 def package_differences(then: Sequence[str], now: Sequence[str] | None = None) -> Iterator[Difference]:

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
-from types import NoneType
 from typing import Any
 
 import yaml
@@ -30,6 +29,7 @@ from sparse_exp.files import (
 from sparse_exp.hints import resume_command
 from sparse_exp.locks import IN_DIRECTORY, alone_in, is_held
 from sparse_exp.runs.deployment import FOLDER, Deployment
+from sparse_exp.runs.kinds import FACTS, RECORD, STATE, is_of
 from sparse_exp.sources.layout import BEFORE_QAT
 
 MANIFEST, CONFIG = "manifest.json", "config.yaml"
@@ -129,19 +129,25 @@ class StageRecord:
     step: int | None = None
 
     @classmethod
-    def from_plain(cls, entry: Mapping[str, Any]) -> StageRecord:
+    def from_plain(cls, stage: str, entry: Mapping[str, Any]) -> StageRecord:
         """A record from its entry; keys of later versions are left out.
+
+        Args:
+            stage: its name.
+            entry: of the manifest.
 
         Raises:
             TypeError: the entry has no fingerprint, is no mapping, or has a value of another kind.
             ValueError: it names a file outside the run, or one that no file system holds.
         """
-        found = {key: value for key, value in entry.items() if key in _KINDS}
-        for key, value in found.items():
-            if not isinstance(value, _KINDS[key]):
-                raise TypeError(f"{key} is {value!r}")
-        told = [event["path"] for event in found.get("events", ()) if "path" in event]
-        for path in map(PurePath, (*found.get("outputs", ()), *told)):
+        found = {key: value for key, value in entry.items() if key in RECORD}
+        facts = FACTS.get(stage, dict)
+        if not is_of(found, RECORD) or not is_of(found.get("facts", {}), facts):
+            raise TypeError(f"the record of {stage} has a value of another kind")
+        told = [event.get(key) for event in found.get("events", ()) for key in ("path", "folder")]
+        # Of other facts a path may lead out: to a dense counterpart beside the run, to a file of the cache.
+        trained = found.get("facts", {}).get("checkpoint") if stage == "train" else None
+        for path in map(PurePath, (*found.get("outputs", ()), *filter(None, [*told, trained]))):
             if (
                 path.is_absolute()
                 or ".." in path.parts
@@ -149,14 +155,6 @@ class StageRecord:
             ):
                 raise ValueError(f"{path} is no file of a run")
         return cls(**found)
-
-
-_KINDS: dict[str, Any] = {
-    "fingerprint": str, "outputs": dict, "metrics": dict, "seconds": (int, float), "facts": dict,
-    "shared_from": (str, NoneType), "ended": (int, float), "events": list, "conditions": str, "parts": dict,
-    "step": (int, NoneType),
-}  # fmt: skip
-_STATE: dict[str, type] = {"overrides": list, "environments": dict}  # of the manifest's other entries
 
 
 class Run:
@@ -294,6 +292,11 @@ class Run:
             return {}
         return config if isinstance(config, dict) else {}
 
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The content of the manifest as plain data; the records are under ``stages``."""
+        return {**self.state, "stages": {name: asdict(record) for name, record in self.records.items()}}
+
     def facts(self, stage: str) -> dict[str, Any]:
         """What a finished stage left for others; empty when it did not run."""
         record = self.records.get(stage)
@@ -350,14 +353,13 @@ class Run:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the classes of its data set; empty where the fetch stage did not run."""
-        names = self.facts("fetch").get("names")
-        return tuple(map(str, names)) if isinstance(names, list) else ()
+        return tuple(map(str, self.facts("fetch").get("names", ())))
 
     @property
     def deployment(self) -> Deployment:
         """The exported files; the directory need not exist."""
         exported = self.facts("export")
-        impossible, dense = (_mapping(exported.get(key)) for key in ("impossible", "dense"))
+        impossible, dense = exported.get("impossible", {}), exported.get("dense") or {}
         return Deployment(
             self.path / FOLDER, self.checkpoint, impossible, dense_is_trained=bool(dense.get("trained"))
         )
@@ -380,18 +382,17 @@ class Run:
         """Change entries of the manifest beside the stages, such as ``status``."""
         self.state.update(state)
         file, former = self.path / MANIFEST, self.path / FORMER
-        manifest = {**self.state, "stages": {name: asdict(record) for name, record in self.records.items()}}
         if _manifest(file) is not None:  # a damaged one must not take the place of a good one
             with suppress(OSError), landing(former, durable=False) as temporary:
                 temporary.unlink(missing_ok=True)
                 os.link(file, temporary)
         try:
-            write_json(file, manifest)
+            write_json(file, self.manifest)
         except OSError as error:
             if error.errno not in FULL:
                 raise
             former.unlink(missing_ok=True)  # which leaves as much space as is needed
-            write_json(file, manifest)
+            write_json(file, self.manifest)
 
     def is_whole(self, stage: str) -> bool:
         """Whether the files of a finished stage are still those that it wrote."""
@@ -426,16 +427,11 @@ def _manifest(file: Path) -> tuple[dict[str, StageRecord], dict[str, Any]] | Non
     try:
         manifest = parse_json(file.read_text(encoding="utf-8"))
         stages = manifest.pop("stages")
-        for key, kind in _STATE.items():
-            if not isinstance(manifest.get(key, kind()), kind):
-                return None
-        return {name: StageRecord.from_plain(entry) for name, entry in stages.items()}, dict(manifest)
+        if not is_of(manifest, STATE):
+            return None
+        return {name: StageRecord.from_plain(name, entry) for name, entry in stages.items()}, dict(manifest)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _digest(path: Path) -> str | None:

@@ -130,11 +130,11 @@ def read_run(directory: Path) -> PastRun | None:
         _log.warning("%s has no manifest that can be read; it is left out.", directory)
         return None
     return PastRun(
-        name=str(run.state.get("name", directory.name)),
+        name=run.state.get("name", directory.name),
         place=str(directory),
         status=run.status,
         metrics={name: float(value) for name, value in result.items() if isinstance(value, int | float)},
-        overrides=tuple(map(str, run.state["overrides"])) if "overrides" in run.state else None,
+        overrides=tuple(run.state["overrides"]) if "overrides" in run.state else None,
         run_id=run.tracker_run_id,
     )
 

@@ -6,7 +6,6 @@ missed is told again from here: when the run goes on or ends, or by ``python -m 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,9 +13,11 @@ from typing import Any
 
 from sparse_exp.config.places import SQLITE
 from sparse_exp.errors import ConfigError, SparseExpError, expected
+from sparse_exp.files import parse_json
 from sparse_exp.locks import is_held
 from sparse_exp.redaction import without_secrets
 from sparse_exp.runs.directory import CONFIG, LOCK, MANIFEST, Run, find_directories, locked
+from sparse_exp.runs.kinds import finite, is_of
 from sparse_exp.runs.past import DIED
 from sparse_exp.tracking.delivery import Delivery, Sent
 from sparse_exp.tracking.events import ENDED, Artifact, Event, Finish, Metrics, epoch_metrics, from_plain
@@ -36,6 +37,7 @@ AT_THE_END = (
     "sparse_exp.log",
 )
 _PATIENCE_S = 20.0
+_EPOCH = {"epoch": finite, ENDED: finite}
 
 Told = Iterator[tuple[Event, float]]
 
@@ -70,7 +72,11 @@ def told_of_stage(run: Run, stage: str, *, epochs: bool) -> Told:
     if epochs and HISTORY in record.outputs:
         yield from _epochs(run, record.ended)
     for plain in record.events:
-        yield from_plain(plain, run.path), record.ended
+        try:
+            event = from_plain(plain, run.path)
+        except (KeyError, TypeError):  # of a later version
+            continue
+        yield event, record.ended
     numbers = {name: float(v) for name, v in record.metrics.items() if isinstance(v, float | int)}
     yield Metrics({**numbers, f"time/{stage}_s": record.seconds}, record.step), record.ended
 
@@ -84,8 +90,13 @@ def files_of(run: Run, names: Sequence[str], at: float) -> Told:
 
 def _epochs(run: Run, otherwise: float) -> Told:
     path = run.path / HISTORY
-    for record in json.loads(path.read_text(encoding="utf-8")) if path.is_file() else ():
-        yield epoch_metrics(record), float(record.get(ENDED, otherwise))
+    try:
+        history = parse_json(path.read_bytes()) if path.is_file() else ()
+    except ValueError:
+        return
+    for record in history if is_of(history, [_EPOCH]) else ():
+        if "epoch" in record:
+            yield epoch_metrics(record), float(record.get(ENDED, otherwise))
 
 
 def find_untold(directories: Sequence[Path]) -> list[Path]:

@@ -187,7 +187,8 @@ def _place(run: Run, dense: Experiment, mark: str) -> None:
     """Let a counterpart go on where the run has begun it, else begin in a directory that is nobody's."""
     begun = run.state.get("counterpart", {})
     directory = (run.path / begun.get("directory", "")).resolve()
-    if begun.get("fingerprint") != mark or not directory.is_dir():
+    beside = directory.is_dir() and directory.parent == run.path.parent  # as `claim` made it
+    if begun.get("fingerprint") != mark or not beside:
         directory = claim(run.path.with_name(f"{run.path.name}-dense"))
         place = os.path.relpath(directory, run.path)
         run.update(counterpart={"fingerprint": mark, "directory": place})

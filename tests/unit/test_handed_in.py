@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,29 +16,42 @@ from typing import Any
 
 import pytest
 from hostile import encoded
+from hydra import compose as composed_of
+from hydra import initialize_config_dir
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from omegaconf import open_dict
 from standin import write_detector
 
+from sparse_exp import rerun
 from sparse_exp.compare.comparison import compare
 from sparse_exp.compare.files import write_files
 from sparse_exp.compare.table import terminal_table
+from sparse_exp.config.places import register_schema
+from sparse_exp.config.plain import CONF_DIRECTORY
+from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.data.detection import list_dataset, load_dataset
 from sparse_exp.data.images import measure_image, read_frame, read_square
 from sparse_exp.errors import DataError, SparseExpError
 from sparse_exp.files import read_json
 from sparse_exp.metrics.names import parse_limits
 from sparse_exp.predict.models import find_model
+from sparse_exp.resolve import rebuild
+from sparse_exp.resume import resumed
 from sparse_exp.runs.directory import MANIFEST, Run
 from sparse_exp.runs.metadata import read_metadata
 from sparse_exp.runs.past import read_run
+from sparse_exp.runs.replay import told_of
 from sparse_exp.sources.local import METADATA, SUMS, Published, published
 from sparse_exp.sources.local import read_metadata as read_metadata_of_zoo
 from sparse_exp.sources.stub import parse_stub
+from sparse_exp.sweep.overview import read_overview
 from sparse_exp.zoo.__main__ import main as zoo_main
 from sparse_exp.zoo.checksums import changed_files
+from sparse_exp.zoo.publish import publish_run, read_finished
 from sparse_exp.zoo.search import find_models
 
+ARCHIVE = Path(__file__).parents[1] / "data" / "run-0.1.0.tar.xz"
 IMAGES = [
     *(encoded(kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")),
     encoded(
@@ -193,6 +207,84 @@ def try_models(examples: int, folder: Path) -> None:
     attempt()
 
 
+def real_run(folder: Path) -> Path:
+    """The directory of a run that version 0.1.0 made, with a benchmark."""
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder, filter="data")
+    return next(folder.rglob(MANIFEST)).parent
+
+
+@st.composite
+def replaced_parts(draw: Any, tree: Any) -> Any:
+    """Plain data of which one part, of all that lie as deep drawn as often, is of another kind."""
+    tree = copy.deepcopy(tree)
+    by_depth: dict[int, list[tuple[Any, Any]]] = {}
+
+    def collect(at: Any, depth: int) -> None:
+        for key in at if isinstance(at, dict) else range(len(at)):
+            by_depth.setdefault(depth, []).append((at, key))
+            if isinstance(at[key], dict | list):
+                collect(at[key], depth + 1)
+
+    collect(tree, 0)
+    at, key = draw(st.sampled_from(by_depth[draw(st.sampled_from(sorted(by_depth)))]))
+    at[key] = copy.deepcopy(draw(ODD))
+    return tree
+
+
+def try_real_records(examples: int, folder: Path) -> None:
+    """A run that was really made: what `rerun`, `resume`, `compare`, `predict`, `sync`, `publish` read."""
+    place = real_run(folder / "real")
+    whole = json.loads((place / MANIFEST).read_text())
+    whole |= {"job": 0, "environments": {"a": {**whole["conditions"], "packages": ["numpy==1"]}},
+              "settled": {"batch_size": 4, "num_epochs": 2.0, "why": {"batch": "4"}},
+              "counterpart": {"fingerprint": "a", "directory": "../b"}, "started": 1.0, "ended": 2.0,
+              "tracker_address": "sqlite:///nowhere"}  # fmt: skip
+    fetch = whole["stages"]["fetch"]
+    fetch |= {"events": [{"event": "tags", "values": {"a": "b"}}], "conditions": "a", "parts": {"a": "b"}}
+    register_schema()
+    with initialize_config_dir(str(CONF_DIRECTORY), version_base="1.3"):
+        composed = composed_of("config", [f"resume='{place}'"], return_hydra_config=True)
+    job = composed.hydra
+    with open_dict(composed):
+        del composed["hydra"]
+
+    def run_again() -> None:
+        record = rerun.find_record(str(place), TrackerConfig(), folder)
+        experiment, filled = rebuild(record.config, [])
+        rebuild(record.config, rerun.settled_words(record.manifest, experiment))
+        rerun.place_anew(experiment)
+        assert isinstance(record.overrides, list | None)
+        rerun.differences(record, experiment, filled)
+
+    def compare_jobs() -> None:
+        read_overview(place, ["size/onnx_mb", "val/map50"], max_loss=1.0)
+
+    def tell_all() -> None:
+        list(told_of(Run.read(place)))
+
+    def publish() -> None:
+        publish_run(read_finished(place), folder / "zoo")
+
+    @often(examples)
+    @given(replaced_parts(whole))
+    def attempt(record: Any) -> None:
+        (place / MANIFEST).write_text(json.dumps(record))
+        for read in (
+            run_again,
+            lambda: resumed(composed, job),
+            compare_jobs,
+            lambda: find_model(str(place), engine="onnxruntime"),
+            lambda: find_model(str(place), engine="torch"),
+            tell_all,
+            publish,
+        ):
+            with suppress(SparseExpError):
+                read()
+
+    attempt()
+
+
 def try_records(examples: int, folder: Path) -> None:
     """Directories of runs: what `compare`, `predict` and `resume` read of them."""
     other = folder / "runs" / "other"
@@ -320,6 +412,7 @@ TRIES: list[
     (try_data, 40, 1500),
     (try_models, 40, 2500),
     (try_records, 40, 1500),
+    (try_real_records, 5, 400),
     (try_zoos, 40, 1500),
     (try_queries, 200, 10_000),
 ]

@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from sparse_exp import rerun
+from sparse_exp.config.plain import as_dict
 from sparse_exp.config.schema import Experiment
 from sparse_exp.errors import ConfigError, SparseExpError
 from sparse_exp.files import write_text
@@ -125,6 +126,47 @@ def test_a_new_run_lies_elsewhere_and_starts_anew():
     experiment.paths.run, experiment.overwrite = "here", True
     rerun.place_anew(experiment, ["paths.run=here", "overwrite=true"])
     assert (experiment.paths.run, experiment.overwrite) == ("here", True)
+
+
+FOREIGN = {
+    "paths.output": "/srv/theirs",
+    "paths.mlflow": "/srv/theirs/mlflow",
+    "paths.zoo": "/srv/theirs/zoo",
+    "paths.cache": "/srv/theirs/cache",
+    "tracker.uri": "http://theirs.example.org",
+    "hardware.deepsparse_python": "/srv/theirs/python",
+    "name": "../../../../srv/theirs",
+}
+
+
+def test_where_a_foreign_record_says_nothing_is_written(tmp_path):
+    experiment = built(*(f"{key}={value}" for key, value in FOREIGN.items()))
+    rerun.place_anew(experiment)
+    assert "theirs" not in str(as_dict(experiment)["paths"]).replace(experiment.paths.run, "")
+    assert (tmp_path / experiment.paths.run).resolve().is_relative_to(tmp_path / "outputs" / "runs")
+    assert (experiment.paths.output, experiment.paths.mlflow) == ("outputs", "outputs/mlflow")
+    assert (experiment.tracker.uri, experiment.hardware.deepsparse_python) == (None, None)
+
+
+def test_places_that_are_typed_stay():
+    typed = ["paths.output=mine", "paths.cache=cached", "tracker.uri=http://mine.example.org"]
+    experiment = built(*typed)
+    rerun.place_anew(experiment, typed)
+    assert experiment.paths.run.startswith("mine/runs/20")
+    assert (experiment.paths.output, experiment.paths.mlflow) == ("mine", "mine/mlflow")
+    assert (experiment.paths.cache, experiment.tracker.uri) == ("cached", "http://mine.example.org")
+
+
+@pytest.mark.parametrize(
+    "change", [{"stages": ["fetch"]}, {"overrides": 1}, {"conditions": {"code": 1}}, {"environments": [1]}]
+)
+def test_a_manifest_of_another_kind_is_one_line(monkeypatch, tmp_path, change):
+    write_text(tmp_path / "past" / "config.yaml", CONFIG)
+    manifest = {"overrides": [], "stages": {"fetch": {"fingerprint": "f"}}, **change}
+    write_text(tmp_path / "past" / "manifest.json", json.dumps(manifest))
+    with pytest.raises(ConfigError, match=r"manifest\.json cannot be read: .* no manifest\. ") as error:
+        command(monkeypatch, "past", "--dry-run")
+    assert "\n" not in str(error.value)
 
 
 def test_differences_are_found_by_kind():

@@ -88,20 +88,27 @@ def test_reopening_brings_back_records_and_state(tmp_path):
     assert manifest(again)["stages"]["export"]["facts"] == {"best": "a"}
 
 
+NAMING = ("outputs", "events", "facts")
+
+
 def naming(path: str, key: str) -> str:
-    """A manifest whose record names a file, as an output or in an event."""
-    named = {"outputs": {path: "0" * 64}, "events": [{"event": "artifact", "path": path}]}[key]
+    """A manifest whose record names a file: as an output, in an event, or as what was trained."""
+    named = {
+        "outputs": {path: "0" * 64},
+        "events": [{"event": "artifact", "path": path}],
+        "facts": {"checkpoint": path},
+    }[key]
     return json.dumps({"stages": {"train": {"fingerprint": "f1", key: named}}})
 
 
 OUTSIDE = [
     naming(path, key)
     for path in ("../other/manifest.json", "/etc/passwd", "a/../../b", "ü" * 128, "a/" + "b" * 256)
-    for key in ("outputs", "events")
+    for key in NAMING
 ]
 
 
-@pytest.mark.parametrize("key", ["outputs", "events"])
+@pytest.mark.parametrize("key", NAMING)
 def test_a_record_may_name_files_of_the_run(tmp_path, key):
     (tmp_path / MANIFEST).write_text(naming("deployment/..b/" + "ü" * 127, key))
     assert getattr(Run.reopen(tmp_path).records["train"], key)

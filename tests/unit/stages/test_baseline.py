@@ -274,6 +274,19 @@ def test_a_counterpart_goes_on_where_it_was_begun_and_takes_no_directory_of_anot
     assert other.read_text() == '{"stages": {}, "name": "another"}'
 
 
+def test_a_foreign_record_does_not_say_where_its_counterpart_is_trained(place, begun):
+    with pytest.raises(StopHereError):
+        experiments.run(sparse("cut", seed=8), {}, [])
+    (place / "elsewhere" / "theirs").mkdir(parents=True)
+    file = place / "cut" / MANIFEST
+    record = json.loads(file.read_text())
+    record["counterpart"]["directory"] = "../elsewhere/theirs"
+    file.write_text(json.dumps(record))
+    with pytest.raises(StopHereError):
+        experiments.run(sparse("cut", seed=8, resume="cut"), {}, [])
+    assert begun == [("cut-dense", False), ("cut-dense-2", False)]
+
+
 def test_the_counterpart_differs_in_its_recipe_alone(place):
     ours = sparse("run", seed=7, overwrite=True, resume="run")
     dense = dense_experiment(ours, 12.5)
