@@ -283,9 +283,10 @@ class TrainerConfig:
     warmup_momentum: Optional[float] = bounded(
         None, 0.0, 0.999, help="from which SGD's momentum rises during trainer.warmup; null: it does not"
     )
-    close_mosaic: float = bounded(
-        0.0, 0.0, 10000.0, unit="epochs",
-        help="without mosaic before quantization begins, or the training ends; 0: mosaic until the end",
+    close_mosaic: Optional[float] = bounded(
+        None, 0.0, 10000.0, unit="epochs",
+        help="without mosaic before quantization begins, or the training ends; null: a tenth of the epochs "
+        "until then, from 1 to 10; 0: mosaic until the end",
     )  # fmt: skip
     max_grad_norm: float = bounded(10.0, above=0.0, high=1e6)
     ema_decay: float = bounded(

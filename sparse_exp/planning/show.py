@@ -18,6 +18,7 @@ from sparse_exp.metrics.result_rows import work_sentence
 from sparse_exp.planning.plan import Plan, PlannedPhase
 from sparse_exp.sparsity.prune import BLOCKS
 from sparse_exp.text import console_width, plain_text
+from sparse_exp.training.phases import last_mosaic
 
 _CHOSEN = {
     "adaptive": "smallest layer-adaptive magnitudes",
@@ -165,6 +166,8 @@ def labelled_lines(plan: Plan) -> dict[str, str]:
         lines["teacher"] = f"{experiment.recipe.teacher}"
     if not experiment.recipe.oneshot:
         lines["learning rate"] = _schedule(plan)
+        if plan.experiment.trainer.augment.mosaic:
+            lines["mosaic"] = _mosaic(plan)
     if plan.quantization:
         lines["quantization"] = plan.quantization
     if plan.speed:
@@ -204,6 +207,21 @@ def _schedule(plan: Plan) -> str:
     if not plan.schedules:
         return f"the trainer's warm-up and cosine ({own})"
     return f"set by the recipe ({', '.join(plan.schedules)}); the trainer's own schedule ({own}) is not used"
+
+
+def _mosaic(plan: Plan) -> str:
+    config = plan.experiment.trainer
+    start = next((phase.start for phase in plan.phases if phase.quantized), None)
+    last = last_mosaic(config, plan.epochs, start)
+    if last >= plan.epochs:
+        return f"until the end (trainer.close_mosaic={config.close_mosaic:g})"
+    ends = (
+        f"the training ends after {plan.epochs:g}"
+        if start is None
+        else f"quantization begins after {start:g}"
+    )
+    given = "null" if config.close_mosaic is None else f"{config.close_mosaic:g}"
+    return f"up to epoch {max(0.0, last):g}, {ends} (trainer.close_mosaic={given})"
 
 
 def _estimates(plan: Plan) -> dict[str, str]:

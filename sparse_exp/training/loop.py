@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -40,7 +40,15 @@ from sparse_exp.training.freezing import freeze
 from sparse_exp.training.memory import is_out_of_memory
 from sparse_exp.training.optimizer import BIASES, WEIGHTS, make_optimizer
 from sparse_exp.training.parallel import ParallelForward
-from sparse_exp.training.phases import Best, check_phases, evaluated_spans, first_step, is_pruning, score_of
+from sparse_exp.training.phases import (
+    Best,
+    check_phases,
+    evaluated_spans,
+    first_step,
+    is_pruning,
+    last_mosaic,
+    score_of,
+)
 from sparse_exp.training.precision import Precision
 from sparse_exp.training.state import (
     Position,
@@ -61,6 +69,7 @@ _log = logging.getLogger(__name__)
 Record = dict[str, Any]
 _NAMES = {"map50": "mAP50", "map50_95": "mAP50-95", "fitness": "fitness"}
 _LEFT_OUT = 5  # steps in a row whose gradients are not finite, after which a training ends
+_MANY_LEFT_OUT, _RECENT = 10, 50  # or so many of the last steps
 
 
 @dataclass(frozen=True)
@@ -168,7 +177,7 @@ class Trainer:
         self._best: dict[str, Best] = {}
         self._split = qat_split
         self._quantizing = False
-        self._left_out = 0  # steps in a row
+        self._left_out = deque[int](maxlen=_MANY_LEFT_OUT)  # the last steps, counted from 1
         self._now = 0  # the step that is being taken
         self._state_file, self._position, self._history = state, Position(), list[Record]()
 
@@ -188,7 +197,7 @@ class Trainer:
         Raises:
             RecipeError: a phase is shorter than one step, or a distilling recipe has no teacher.
             SparsityError: a promised zero did not stay zero, or a layer has fewer zeros than expected.
-            StageFailed: the gradients of several steps in a row are not finite.
+            StageFailed: the gradients of several steps in a row, or of many of the last, are not finite.
             StateError: the state is of another training. It may have changed this trainer: make a new one.
         """
         steps, phases = len(self._data.train), self._recipe.phases()
@@ -477,22 +486,25 @@ class Trainer:
         sparsifier.step(epoch)
         if not finite:
             return {"images": losses["images"], "left out": 1.0}
-        self._left_out = 0
         if not quantized:
             self._ema.update_parameters(self._model)
         return losses
 
     def _leave_out(self, epoch: float, losses: dict[str, float]) -> None:
-        """Count a step whose gradients are not finite; a few of them in a row end the training."""
-        self._left_out += 1
-        if self._left_out < _LEFT_OUT:
+        """Count a step whose gradients are not finite; a few in a row, or many of late, end the training."""
+        step, config, left_out = self._now + 1, self._config, self._left_out
+        left_out.append(step)
+        if len(left_out) >= _LEFT_OUT and left_out[-_LEFT_OUT] == step - _LEFT_OUT + 1:
+            where = f"the steps {step - _LEFT_OUT + 1} to {step}"
+        elif len(left_out) == _MANY_LEFT_OUT and left_out[0] > step - _RECENT:
+            where = f"{_MANY_LEFT_OUT} of the steps {left_out[0]} to {step}"
+        else:
             return
-        step, config = round(epoch * len(self._data.train)) + 1, self._config
         rates = ", ".join(f"{name} {rate:g}" for name, rate in self._learning_rates().items())
         do = "Make the learning rate smaller (trainer.lr, or that of the recipe)"
         precise = ", or set trainer.precision=fp32" if self._precision.autocast else ""
         raise StageFailed(
-            f"The loss or its gradients are not finite in the steps {step - _LEFT_OUT + 1} to {step} (epoch "
+            f"The loss or its gradients are not finite in {where} (epoch "
             f"{epoch:.3g}, {rates}, batches of {config.batch_size} images; the last losses: "
             f"{', '.join(f'{n} {v:.3g}' for n, v in losses.items() if n != 'images')}). {do}{precise}."
         )
@@ -589,22 +601,14 @@ class Trainer:
         epoch, taken = divmod(self._position.batches, steps)
         while True:
             if not taken:
-                self._position.mosaic = (self._now + steps) / steps <= self._last_mosaic
+                last = last_mosaic(self._config, self._recipe.epochs, self._recipe.quantization_start)
+                self._position.mosaic = (self._now + steps) / steps <= last
             self._share.set_epoch(epoch, skip=taken, mosaic=self._position.mosaic)
             batches = iter(self._share)
             for _ in range(taken, steps):
                 self._position.batches += 1
                 yield next(batches, nothing)  # this process's last share of an epoch may have no image
             epoch, taken = epoch + 1, 0
-
-    @property
-    def _last_mosaic(self) -> float:
-        """The epoch up to which whole passes have mosaics."""
-        if not self._config.close_mosaic:
-            return math.inf
-        quantized = self._recipe.quantization_start
-        ends = self._recipe.epochs if quantized is None else quantized
-        return ends - self._config.close_mosaic
 
     def _as_input(self, batch: Batch) -> Tensor:
         images = batch.images.to(self._fabric.device, non_blocking=True)

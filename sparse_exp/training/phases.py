@@ -9,8 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.errors import RecipeError, expected
 from sparse_exp.recipes.recipe import Phase
+
+_MOSAIC_SHARE, _LEAST, _MOST = 0.1, 1.0, 10.0  # without mosaic: of the epochs, and bounds in epochs
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,21 @@ def first_step(epoch: float, steps_per_epoch: int) -> int:
         steps_per_epoch: steps in an epoch.
     """
     return math.ceil(epoch * steps_per_epoch - 1e-6)  # rounding may lift a whole number slightly
+
+
+def last_mosaic(config: TrainerConfig, epochs: float, quantization_start: float | None) -> float:
+    """The epoch up to which whole passes over the images have mosaics; infinite where they never end.
+
+    Args:
+        config: of the training; without ``close_mosaic`` the last tenth before quantization begins, or the
+            training ends, has none, from one epoch to ten.
+        epochs: of the training.
+        quantization_start: epoch at which quantization begins; None: it does not.
+    """
+    ends = epochs if quantization_start is None else quantization_start
+    if config.close_mosaic is None:
+        return ends - min(max(_LEAST, _MOSAIC_SHARE * ends), _MOST)
+    return ends - config.close_mosaic if config.close_mosaic else math.inf
 
 
 def check_phases(phases: Sequence[Phase], steps_per_epoch: int) -> None:

@@ -125,6 +125,16 @@ def test_a_dense_start_is_pruned_to_the_models_sparsity(plan):
     assert laid_out.sparsity == laid_out.final_sparsity == pytest.approx(0.9)
 
 
+def test_when_mosaic_ends(plan):
+    assert labelled_lines(plan())["mosaic"].startswith("up to epoch 6, quantization begins after 7 ")
+    assert labelled_lines(plan("dense"))["mosaic"].startswith("up to epoch 9, the training ends after 10 ")
+    kept = plan("dense")
+    kept.experiment.trainer.close_mosaic = 0.0
+    assert labelled_lines(kept)["mosaic"] == "until the end (trainer.close_mosaic=0)"
+    kept.experiment.trainer.augment.mosaic = 0.0
+    assert "mosaic" not in labelled_lines(kept)
+
+
 def test_the_work_and_what_of_it_meets_zeros(plan, sparse):
     laid_out = plan(start=Start("zoo", 0.75), model=sparse)
     assert laid_out.macs == laid_out.dense_macs == pytest.approx(2.0, rel=0.1)  # published: 4.5 GFLOPs

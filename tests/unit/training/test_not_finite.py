@@ -76,6 +76,22 @@ def test_several_in_a_row_end_the_training(tiny_trainer, scripted, poisoned) -> 
     assert "\n" not in text
 
 
+@pytest.mark.parametrize(("every", "steps"), [(3, "3 to 30"), (2, "2 to 20"), (5, "5 to 50")])
+def test_many_of_the_last_steps_end_the_training(tiny_trainer, scripted, poisoned, every, steps) -> None:
+    poisoned(math.nan, *range(every, 1000, every))
+    scripted(0.5)
+    trainer = tiny_trainer(TRANSFER.replace("4.0", "40.0"), lr=0.002, warmup=0.0, val_every=40)
+    with pytest.raises(StageFailed, match=rf"not finite in 10 of the steps {steps} \(epoch .*, lr 0\.00"):
+        trainer.fit()
+
+
+def test_few_of_the_last_steps_do_not(tiny_trainer, scripted, poisoned) -> None:
+    poisoned(math.nan, *range(6, 1000, 6))
+    scripted(0.5)
+    trainer = tiny_trainer(TRANSFER.replace("4.0", "40.0"), val_every=40)
+    assert trainer.fit().history[-1]["left out"] == 13
+
+
 def test_a_rate_that_blows_up_is_named(tiny_trainer) -> None:
     """Weights that a step makes infinite, as no step before was anything but finite."""
     with pytest.raises(StageFailed, match=r"not finite in .*learning rate smaller \(trainer\.lr"):

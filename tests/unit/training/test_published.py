@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel
 
+from sparse_exp.config.schema import TrainerConfig
 from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.training.averaging import exponential
+from sparse_exp.training.phases import last_mosaic
 
 FLOAT = """modifiers:
   - !EpochRangeModifier
@@ -28,7 +30,7 @@ def passes(tiny_trainer, scripted):
     """A function from a recipe and ``close_mosaic`` to whether each pass over the images had mosaics."""
     scripted(0.5)
 
-    def train(text: str, close_mosaic: float, **config) -> list[bool]:
+    def train(text: str, close_mosaic: float | None, **config) -> list[bool]:
         trainer, seen = tiny_trainer(text, close_mosaic=close_mosaic, **config), []
         set_epoch = trainer._share.set_epoch
 
@@ -44,16 +46,25 @@ def passes(tiny_trainer, scripted):
 
 
 @pytest.mark.parametrize(
-    ("close_mosaic", "wanted"), [(0.0, [True] * 4), (1.0, [True] * 3 + [False]), (9.0, [False] * 4)]
+    ("close_mosaic", "wanted"),
+    [(0.0, [True] * 4), (1.0, [True] * 3 + [False]), (9.0, [False] * 4), (None, [True] * 3 + [False])],
 )
 def test_mosaic_ends_before_the_training_does(passes, close_mosaic, wanted):
     assert passes(FLOAT, close_mosaic) == wanted
 
 
-@pytest.mark.parametrize(("close_mosaic", "with_mosaic"), [(0.5, 2), (1.0, 1)])
+@pytest.mark.parametrize(("close_mosaic", "with_mosaic"), [(0.5, 2), (1.0, 1), (None, 1)])
 def test_mosaic_ends_before_quantization_begins(passes, close_mosaic, with_mosaic):
     """A pass of which a part would lie beyond the end has none."""
     assert passes(QUANTIZED, close_mosaic) == [True] * with_mosaic + [False] * (4 - with_mosaic)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "quantization_start", "wanted"),
+    [(12, None, 10.8), (12, 10, 9), (5, None, 4), (50, 40, 36), (300, None, 290), (1, None, 0), (2, 0, -1)],
+)
+def test_by_default_the_last_tenth_of_the_epochs_has_no_mosaic(epochs, quantization_start, wanted):
+    assert last_mosaic(TrainerConfig(), epochs, quantization_start) == pytest.approx(wanted)
 
 
 def test_quantization_never_sees_a_mosaic_where_the_phase_before_ends_early(passes):
