@@ -22,6 +22,7 @@ from sparse_exp.data.detection import (
     problems_of,
     scan_listing,
     shared_images,
+    unclear_lines,
     unlearnable_classes,
     without_boxes,
 )
@@ -141,6 +142,7 @@ def inspect(yaml_path: Path, imgsz: Imgsz, cache: Path | None = None) -> Report:
     facts = {split: _facts_of(samples, listing, scans, imgsz) for split, samples in listing.splits.items()}
     findings = [
         *_unusable_files(listing, scans),
+        *_unclear_lines(listing, scans),
         *_repeated_images(listing, scans),
         *_unlearnable_classes(listing, scans, facts),
         *_odd_boxes(listing, scans, imgsz),
@@ -206,6 +208,12 @@ def _unusable_files(listing: Listing, scans: Mapping[Path, Scan]) -> Iterator[Fi
             bad = "bad image" if where == str(image) else "bad label"
             kind = "missing image" if scan.stamp[0] < 0 else bad
             yield Finding("error", kind, where, problem)
+
+
+def _unclear_lines(listing: Listing, scans: Mapping[Path, Scan]) -> Iterator[Finding]:
+    """Lines that may be polygons, or boxes with keypoints."""
+    if unclear := unclear_lines(listing, scans):
+        yield Finding("error", "unclear labels", *unclear)
 
 
 def _repeated_images(listing: Listing, scans: Mapping[Path, Scan]) -> Iterator[Finding]:

@@ -6,8 +6,9 @@ A data set is a yaml file with the keys ``path`` (its root; by default the yaml'
 
 The label file of ``.../images/x.jpg`` is ``.../labels/x.txt``. It has one line ``class x y w h`` per box:
 centre and size as shares of the image's width and height. A polygon ``class x1 y1 x2 y2 ...`` becomes the box
-around it; with ``kpt_shape: [count, numbers]`` in the yaml, keypoints follow each box and are left out. An
-image whose label file is empty or missing shows background.
+around it; with ``kpt_shape: [count, numbers]`` in the yaml, keypoints follow each box and are left out; with
+``kpt_shape: null`` none do, where lines could be either. An image whose label file is empty or missing shows
+background.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 from sparse_exp.bounded_yaml import read_yaml
 from sparse_exp.config.imgsz import Imgsz
 from sparse_exp.data.images import IMAGE_SUFFIXES
-from sparse_exp.data.labels import read_boxes
+from sparse_exp.data.labels import not_told_apart, read_boxes
 from sparse_exp.data.letterbox import fitted_size
 from sparse_exp.data.scan import EMPTY, Scan, scan_files
 from sparse_exp.errors import DataError, expected
@@ -48,14 +49,15 @@ class Sample(NamedTuple):
         image: path of the image.
         label: path of the label file, which need not exist.
         boxes: the boxes in it, float32 ``(M, 5)`` as bytes; None where it has not been read.
-        keypoints: how many numbers of keypoints may follow a box in the file; 0: none.
+        keypoints: how many numbers of keypoints may follow a box in the file; 0: none; None: that is
+            not said.
         size: width and height of the upright image, px; None where it has not been read.
     """
 
     image: Path
     label: Path
     boxes: bytes | None = None
-    keypoints: int = 0
+    keypoints: int | None = None
     size: tuple[int, int] | None = None
 
     def labels_of(self, num_classes: int) -> NDArray[np.float32]:
@@ -107,7 +109,8 @@ class Listing:
         names: see `DetectionDataset`.
         splits: samples by split; some may not exist.
         missing: for each image that does not exist, ``file:line`` of the list that names it.
-        keypoints: how many numbers of keypoints may follow a box in a label file; 0: none.
+        keypoints: how many numbers of keypoints may follow a box in a label file; 0: none; None: that is
+            not said.
     """
 
     path: Path
@@ -115,7 +118,7 @@ class Listing:
     names: tuple[str, ...]
     splits: dict[str, tuple[Sample, ...]]
     missing: dict[Path, str]
-    keypoints: int = 0
+    keypoints: int | None = None
 
 
 def load_dataset(
@@ -136,6 +139,8 @@ def load_dataset(
     """
     listing = list_dataset(yaml_path)
     scans = scan_listing(listing, cache)
+    if unclear := unclear_lines(listing, scans):
+        raise DataError(unclear[1])
     corrupt = [image for image in scans if image not in listing.missing and scans[image].problems]
     corrupt = [*listing.missing, *corrupt]
     if corrupt:
@@ -219,6 +224,12 @@ def problems_of(image: Path, listing: Listing, scans: Mapping[Path, Scan]) -> li
         where, do = listing.missing[image], "Correct or remove the line."
         return [(where, expected(f"the image of {where}", "an existing file", str(image), do))]
     return list(scans[image].problems)
+
+
+def unclear_lines(listing: Listing, scans: Mapping[Path, Scan]) -> tuple[str, str] | None:
+    """See `sparse_exp.data.labels.not_told_apart`."""
+    labels = {s.label: scans[s.image].longer for samples in listing.splits.values() for s in samples}
+    return not_told_apart(labels.items())
 
 
 def without_boxes(split: str, samples: Sequence[Sample], scans: Mapping[Path, Scan]) -> str:
@@ -354,10 +365,11 @@ def _read_names(spec: dict[str, Any], path: Path) -> tuple[str, ...]:
     return tuple(whole_text(str(name)) for name in names)
 
 
-def _read_keypoints(spec: dict[str, Any], path: Path) -> int:
+def _read_keypoints(spec: dict[str, Any], path: Path) -> int | None:
+    """How many numbers of keypoints follow a box; 0: none; None: that is not said."""
     shape = spec.get("kpt_shape")
     if shape is None:
-        return 0
+        return 0 if "kpt_shape" in spec else None
     if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
         do = "For example [17, 3]; leave it out where no keypoints follow the boxes."
         raise DataError(expected(f"kpt_shape of {path}", "count and numbers of keypoints", shape, do))

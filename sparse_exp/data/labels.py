@@ -1,12 +1,16 @@
 """Label files: per box one line ``class x y w h``, or a class and a polygon.
 
-Where the data yaml has ``kpt_shape``, numbers of keypoints follow each box and are left out.
+Where the data yaml has ``kpt_shape``, numbers of keypoints follow each box and are left out. Where it has
+not, a longer line is a polygon; that it is no box with keypoints only all lines of a set can show.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +18,32 @@ from numpy.typing import NDArray
 from sparse_exp.errors import DataError, expected
 
 _TOLERANCE = 1e-3  # that coordinates may lie outside of 0..1, as those of rounded label files do
+_MOST_BOXES = 20_000  # of an image
 # Two boxes of a class are one that was labelled twice where no number differs by more: a share of the image,
 # which rounding explains, and a share of the box.
-_MOST_BOXES = 20_000  # of an image
 _SAME, _SAME_OF_BOX = 1e-4, 0.01
+# Share of the lines of one length that by chance, as polygons, never look like boxes with keypoints: with a
+# visibility each, and without. Unless they are all longer lines of a set, those without must be this many.
+_MARKED, _INSIDE, _MANY = 0.5, 0.9, 10
+
+
+class Longer(NamedTuple):
+    """The lines of a label file with one number of numbers behind the class, 6 or more.
+
+    Attributes:
+        numbers: how many numbers stand behind the class.
+        rows: number of these lines.
+        marked: lines that read as a box with a confidence and a track, or with points in it, each with its
+            visibility.
+        inside: lines that read as a box with points in it.
+        line: the first of either kind, counted from 1; 0: none.
+    """
+
+    numbers: int
+    rows: int
+    marked: int
+    inside: int
+    line: int
 
 
 @dataclass(frozen=True)
@@ -30,27 +56,31 @@ class Labels:
         lines: line number of each box, counted from 1.
         repeated: for each line with a box that an earlier one has already: both line numbers.
         problems: for each line that cannot be used, ``file:line`` and a message that names it.
+        longer: what longer lines look like, by their length; see `not_told_apart`.
     """
 
     boxes: NDArray[np.float32]
     lines: tuple[int, ...]
     repeated: tuple[tuple[int, int], ...]
     problems: tuple[tuple[str, str], ...]
+    longer: tuple[Longer, ...] = ()
 
 
-def read_boxes(path: Path, num_classes: int, keypoints: int = 0) -> NDArray[np.float32]:
+def read_boxes(path: Path, num_classes: int, keypoints: int | None = None) -> NDArray[np.float32]:
     """Parse a label file.
 
     Args:
         path: the label file. A missing one holds no box: its image shows background.
         num_classes: class ids must be below it.
-        keypoints: how many numbers of keypoints may follow a box; 0: none, longer lines are polygons.
+        keypoints: how many numbers of keypoints may follow a box; 0: none, longer lines are polygons; None:
+            that is not said.
 
     Returns:
         ``boxes`` of `Labels`.
 
     Raises:
-        DataError: the file cannot be read, or a line cannot be used; names the first one.
+        DataError: the file cannot be read, or a line cannot be used; names the first one. Or nothing tells
+            whether its longer lines are polygons or boxes with keypoints.
     """
     try:
         content = path.read_bytes()
@@ -61,10 +91,12 @@ def read_boxes(path: Path, num_classes: int, keypoints: int = 0) -> NDArray[np.f
     labels = parse_labels(content, num_classes, path, keypoints)
     if labels.problems:
         raise DataError(labels.problems[0][1])
+    if unclear := not_told_apart([(path, labels.longer)]):
+        raise DataError(unclear[1])
     return labels.boxes
 
 
-def parse_labels(content: bytes, num_classes: int, path: Path, keypoints: int = 0) -> Labels:
+def parse_labels(content: bytes, num_classes: int, path: Path, keypoints: int | None = None) -> Labels:
     """Parse the content of a label file, with any line ends, with or without a byte-order mark.
 
     Args:
@@ -85,6 +117,7 @@ def parse_labels(content: bytes, num_classes: int, path: Path, keypoints: int = 
             f"the label file {path}", should_be, f"{len(lines)} lines", "Correct or remove it."
         )
         return Labels(np.zeros((0, 5), np.float32), (), (), ((str(path), problem),))
+    longer: dict[int, Longer] = {}
     for number, line in enumerate(lines, start=1):
         words = line.split()
         if not words:
@@ -92,6 +125,8 @@ def parse_labels(content: bytes, num_classes: int, path: Path, keypoints: int = 
         try:
             rows.append(_parse_line(words, num_classes, keypoints))
             numbers.append(number)
+            if len(words) > _BOX_WORDS and keypoints is None:
+                _count(longer, words, number)
         except _BadLine as bad:
             where, do = f"{path}:{number}", "Correct or remove the line."
             problems.append((where, expected(f"the label {where}", bad.should_be, bad.got, do)))
@@ -99,7 +134,36 @@ def parse_labels(content: bytes, num_classes: int, path: Path, keypoints: int = 
     firsts = _firsts(boxes)
     kept = [index for index, first in enumerate(firsts) if index == first]
     repeated = [(numbers[i], numbers[first]) for i, first in enumerate(firsts) if i != first]
-    return Labels(boxes[kept], tuple(numbers[i] for i in kept), tuple(repeated), tuple(problems))
+    lines_kept = tuple(numbers[i] for i in kept)
+    return Labels(boxes[kept], lines_kept, tuple(repeated), tuple(problems), tuple(longer.values()))
+
+
+def not_told_apart(files: Iterable[tuple[Path, Sequence[Longer]]]) -> tuple[str, str] | None:
+    """Say where lines of a set may be boxes with keypoints, or with a track, as well as polygons.
+
+    Polygons have many lengths, and their first four numbers are a box around the others by chance only. Lines
+    of keypoints all have one length, and are such boxes.
+
+    Args:
+        files: each label file of the set, and what its longer lines look like.
+
+    Returns:
+        ``file:line`` of the first such line, and a message that names it; None: all are polygons.
+    """
+    groups = defaultdict[int, list[tuple[Path, Longer]]](list)
+    for path, found in files:
+        for longer in found:
+            groups[longer.numbers].append((path, longer))
+    for numbers, group in groups.items():
+        rows, marked, inside = (
+            sum(getattr(longer, name) for _, longer in group) for name in ("rows", "marked", "inside")
+        )
+        enough = len(groups) == 1 or rows >= _MANY
+        if marked >= _MARKED * rows or (inside >= _INSIDE * rows and enough):
+            where = next(f"{path}:{longer.line}" for path, longer in group if longer.line)
+            got, do = _reading(numbers, with_marks=marked >= _MARKED * rows)
+            return where, expected(f"the label {where}", _NO_POLYGON, got, f"{do}; {_POLYGONS}.")
+    return None
 
 
 def _firsts(boxes: NDArray[np.float32]) -> list[int]:
@@ -113,26 +177,66 @@ def _firsts(boxes: NDArray[np.float32]) -> list[int]:
     return firsts
 
 
-_NO_POLYGON = (
+_BOX_WORDS = 5
+_NO_POLYGON = "class x y w h, or class and a polygon, without doubt which"
+_ONLY_BOX = (
     "class x y w h, or class and a polygon, not a box with a confidence and a track or with keypoints (with "
     "kpt_shape in the data yaml these are left out)"
 )
+_POLYGONS = "if all longer lines are polygons, write kpt_shape: null"
 
 
-def _follows_a_box(numbers: list[str]) -> bool:
-    """Whether the numbers behind the fourth belong to a box, so that all of them are no polygon.
+def _reading(numbers: int, *, with_marks: bool) -> tuple[str, str]:
+    """What lines may be, and what to do if they are."""
+    rest = numbers - 4
+    if with_marks and rest == 2:
+        return "a box with a confidence and a track, or a polygon", "Remove what follows the box"
+    each = 3 if with_marks else 2
+    shape = f"kpt_shape: [{rest // each}, {each}]"
+    return f"a box with {rest // each} keypoints, or a polygon", f"If so, write {shape} into the data yaml"
 
-    A confidence and the number of a track do, and points in the box, each with its visibility 0, 1 or 2.
+
+def _count(longer: dict[int, Longer], words: list[str], line: int) -> None:
+    """Add a line to those of its length."""
+    numbers = list(map(float, words[1:]))
+    marked, inside = _is_marked(numbers), _points_inside(numbers, each=2)
+    before = longer.get(len(numbers), Longer(len(numbers), 0, 0, 0, 0))
+    longer[len(numbers)] = Longer(
+        len(numbers),
+        before.rows + 1,
+        before.marked + marked,
+        before.inside + inside,
+        before.line or (line if marked or inside else 0),
+    )
+
+
+def _is_marked(numbers: Sequence[float]) -> bool:
+    """Whether numbers read as a box with a confidence and a track, or with points and their visibility."""
+    if len(numbers) == 6:
+        return _is_box(numbers) and numbers[5].is_integer()
+    seen = numbers[6::3]
+    return len(numbers) % 3 == 1 and {*seen} <= {0.0, 1.0, 2.0} and _points_inside(numbers, each=3)
+
+
+def _is_box(numbers: Sequence[float]) -> bool:
+    """Whether the first four of the numbers may be a box in the image."""
+    x, y, w, h = numbers[:4]
+    return all(w > 0 and half <= at + _TOLERANCE and at + half <= 1 + _TOLERANCE
+               for at, w, half in ((x, w, w / 2), (y, h, h / 2)))  # fmt: skip
+
+
+def _points_inside(numbers: Sequence[float], each: int) -> bool:
+    """Whether the first four of the numbers may be a box, and the others points in it, or 0 where unseen.
+
+    Args:
+        numbers: of a line.
+        each: numbers of a point; the first two are x and y.
     """
-    (x, y, w, h), rest = map(float, numbers[:4]), numbers[4:]
-    if not (w / 2 <= x <= 1 - w / 2 and h / 2 <= y <= 1 - h / 2):
-        return False
-    if len(rest) == 2:
-        return rest[1].isdecimal()
-    points = zip(map(float, rest[::3]), map(float, rest[1::3]), rest[2::3], strict=False)
-    return len(rest) % 3 == 0 and all(
-        seen == "0" or (seen in ("1", "2") and abs(px - x) <= w / 2 and abs(py - y) <= h / 2)
-        for px, py, seen in points
+    (x, y, w, h), rest = numbers[:4], numbers[4:]
+    points = zip(rest[::each], rest[1::each], strict=False)
+    return _is_box(numbers) and all(
+        (px, py) == (0, 0) or (abs(px - x) <= w / 2 + _TOLERANCE and abs(py - y) <= h / 2 + _TOLERANCE)
+        for px, py in points
     )
 
 
@@ -144,7 +248,7 @@ class _BadLine(Exception):
         self.should_be, self.got = should_be, " ".join(got)
 
 
-def _parse_line(words: list[str], num_classes: int, keypoints: int) -> tuple[float, ...]:
+def _parse_line(words: list[str], num_classes: int, keypoints: int | None) -> tuple[float, ...]:
     """Class id and x, y, w, h of a line's box; raises `_BadLine`."""
     try:
         class_id, *values = map(float, words)
@@ -155,10 +259,10 @@ def _parse_line(words: list[str], num_classes: int, keypoints: int) -> tuple[flo
     is_box, is_polygon = len(values) == 4, len(values) >= 6 and len(values) % 2 == 0
     if keypoints and not is_box:
         raise _BadLine(f"class x y w h and {keypoints} numbers, as kpt_shape of the data yaml says", words)
+    if keypoints is None and not is_box and _is_marked(values) and (max(values) > 1 or not is_polygon):
+        raise _BadLine(_ONLY_BOX, words)
     if not (is_box or is_polygon):
         raise _BadLine("class x y w h, or class and the x y of 3 or more corners", words)
-    if is_polygon and _follows_a_box(words[1:]):
-        raise _BadLine(_NO_POLYGON, words)
     if not (class_id.is_integer() and 0 <= class_id < num_classes):
         raise _BadLine(f"a class id of 0..{num_classes - 1} (see names)", words[:1])
     if not all(-_TOLERANCE <= value <= 1 + _TOLERANCE for value in values):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from sparse_exp.data.images import measure_image
-from sparse_exp.data.labels import parse_labels
+from sparse_exp.data.labels import Longer, parse_labels
 from sparse_exp.errors import DataError
 from sparse_exp.files import landing
 from sparse_exp.progress import progress
@@ -26,7 +26,7 @@ from sparse_exp.progress import progress
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
-_FORMAT = 2  # of the cache; raise it when a scan finds something else in the same files
+_FORMAT = 3  # of the cache; raise it when a scan finds something else in the same files
 EMPTY = hashlib.sha256(b"").hexdigest()
 """The hash that stands for a file that is not there; that of an empty file."""
 
@@ -43,6 +43,7 @@ class Scan(NamedTuple):
         boxes: float32 rows of `sparse_exp.data.labels.Labels`, as bytes.
         problems: for each problem the file, or ``file:line`` in a label file, and a message that names it.
         repeated: number of lines with a box that an earlier line has already, which are left out.
+        longer: `sparse_exp.data.labels.Labels.longer`.
     """
 
     stamp: list[int]
@@ -53,6 +54,7 @@ class Scan(NamedTuple):
     boxes: bytes
     problems: list[tuple[str, str]]
     repeated: int = 0
+    longer: Sequence[Longer] = ()
 
     @property
     def has_label(self) -> bool:
@@ -64,7 +66,7 @@ def scan_files(
     pairs: Iterable[tuple[Path, Path]],
     num_classes: int,
     cache_file: Path | None = None,
-    keypoints: int = 0,
+    keypoints: int | None = None,
 ) -> dict[Path, Scan]:
     """Scan images and their label files; what has not changed since the last scan is taken from the cache.
 
@@ -107,7 +109,7 @@ def in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> Ite
         pool.shutdown(cancel_futures=True)
 
 
-def _scan(image: Path, label: Path, reading: tuple[int, int]) -> Scan:
+def _scan(image: Path, label: Path, reading: tuple[int, int | None]) -> Scan:
     seen = stamp(image) + stamp(label)  # before reading: the next scan then notices a change made meanwhile
     problems: list[tuple[str, str]] = []
     content, text = _read(image, "image", problems), b""
@@ -124,7 +126,7 @@ def _scan(image: Path, label: Path, reading: tuple[int, int]) -> Scan:
     image_sha256, label_sha256 = (hashlib.sha256(data).hexdigest() for data in (content, text))
     problems.extend(labels.problems)
     boxes, repeated = labels.boxes.tobytes(), len(labels.repeated)
-    return Scan(seen, image_sha256, label_sha256, width, height, boxes, problems, repeated)
+    return Scan(seen, image_sha256, label_sha256, width, height, boxes, problems, repeated, labels.longer)
 
 
 def _read(path: Path, what: str, problems: list[tuple[str, str]]) -> bytes:
@@ -147,7 +149,7 @@ def stamp(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def _read_cache(file: Path, reading: tuple[int, int]) -> dict[str, Scan]:
+def _read_cache(file: Path, reading: tuple[int, int | None]) -> dict[str, Scan]:
     """The scans in a cache file by the image's path; none where the cache is of no use."""
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
@@ -156,17 +158,19 @@ def _read_cache(file: Path, reading: tuple[int, int]) -> dict[str, Scan]:
         return {image: _from_entry(entry) for image, entry in stored["scans"].items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         _log.debug("The cache %s cannot be read (%s) and is built again", file, error)
         return {}
 
 
 def _from_entry(entry: list[Any]) -> Scan:
     problems = [(str(where), str(text)) for where, text in entry[6]]
-    return Scan(*entry)._replace(boxes=base64.b64decode(entry[5], validate=True), problems=problems)
+    longer = [Longer(*counts) for counts in entry[8]]
+    boxes = base64.b64decode(entry[5], validate=True)
+    return Scan(*entry)._replace(boxes=boxes, problems=problems, longer=longer)
 
 
-def _write_cache(file: Path, reading: tuple[int, int], scans: Mapping[Path, Scan]) -> None:
+def _write_cache(file: Path, reading: tuple[int, int | None], scans: Mapping[Path, Scan]) -> None:
     entries = {
         str(image): scan._replace(boxes=base64.b64encode(scan.boxes).decode())  # type: ignore[arg-type]
         for image, scan in scans.items()

@@ -70,8 +70,9 @@ def test_digest_follows_what_numbers_behind_a_box_mean(tmp_path: Path) -> None:
     yaml = make_dataset(tmp_path)
     for label in (tmp_path / "labels").rglob("*.txt"):
         label.write_text("0 .5 .5 .2 .2 .45 .5 .55 .5\n")
+    yaml.write_text(f"{yaml.read_text()}\nkpt_shape: null\n")
     before = load_dataset(yaml)
-    yaml.write_text(f"{yaml.read_text()}\nkpt_shape: [2, 2]\n")
+    yaml.write_text(yaml.read_text().replace("kpt_shape: null", "kpt_shape: [2, 2]"))
     assert load_dataset(yaml).digest != before.digest
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -33,7 +34,7 @@ def write(root: Path, labels: dict[str, str | None], yaml: str = _YAML) -> Path:
     return root / "data.yaml"
 
 
-def rows(tmp_path: Path, text: str, keypoints: int = 0) -> list[list[float]]:
+def rows(tmp_path: Path, text: str, keypoints: int | None = None) -> list[list[float]]:
     (tmp_path / "label.txt").write_text(text)
     return read_boxes(tmp_path / "label.txt", 2, keypoints).astype(float).round(3).tolist()
 
@@ -48,7 +49,7 @@ def rows(tmp_path: Path, text: str, keypoints: int = 0) -> list[list[float]]:
     ],
 )
 def test_a_box_that_is_listed_twice_counts_once(tmp_path: Path, again: str) -> None:
-    assert rows(tmp_path, f"{_BOX}1 0.5 0.5 0.2 0.2\n{again}\n") == [
+    assert rows(tmp_path, f"{_BOX}1 0.5 0.5 0.2 0.2\n{again}\n", keypoints=0) == [
         [0.0, 0.5, 0.5, 0.2, 0.2],
         [1.0, 0.5, 0.5, 0.2, 0.2],
     ]
@@ -90,6 +91,51 @@ POSE = "0 0.5 0.5 0.4 0.4 0.4 0.4 2 0.6 0.6 1\n"
 def test_lines_that_go_on_behind_a_box_are_no_polygons(tmp_path: Path, line: str) -> None:
     with pytest.raises(DataError, match=r"label\.txt:1 to be class x y w h"):
         rows(tmp_path, line)
+
+
+@pytest.mark.parametrize(
+    ("lines", "type_this"),
+    [
+        (["{x} {y} 0.1 0.3 {x} {y} 1.000000 0 0 0.000000"], "kpt_shape: [2, 3]"),
+        (["{x} {y} 0.1 0.3 {x} {y} 2.000000 0 0 0.000000"], "kpt_shape"),
+        (["{x} {y} 0.1 0.3 {x} {y} {right} {y}", "{x} {y} 0.1 0.3"], "kpt_shape: [2, 2]"),
+        (["{x} {y} 0.1 0.3 {x} {y} {right} {y} {x} 0.35"], "kpt_shape: [3, 2]"),
+    ],
+)
+def test_sets_of_keypoints_are_asked_for_their_shape(
+    tmp_path: Path, lines: list[str], type_this: str
+) -> None:
+    labels: dict[str, str | None] = {
+        f"{split}/{n}": "".join(
+            f"1 {line.format(x=0.1 + 0.2 * n, right=0.12 + 0.2 * n, y=0.4)}\n" for line in lines
+        )
+        for n, split in enumerate(["train", "train", "train", "val"])
+    }
+    yaml = write(tmp_path, labels)
+    with pytest.raises(DataError, match=re.escape(type_this)) as caught:
+        load_dataset(yaml)
+    assert f"{tmp_path / 'labels/train/0.txt'}:1" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert inspect(yaml, 64).errors
+    shape = re.search(r"kpt_shape: \[\d, \d\]", str(caught.value))
+    (tmp_path / "data.yaml").write_text(f"{_YAML}{shape[0] if shape else 'kpt_shape: [2, 3]'}\n")
+    boxes = [s.labels_of(2).round(3).tolist()[0] for s in load_dataset(yaml).splits["train"]]
+    assert boxes == [pytest.approx([1, 0.1 + 0.2 * n, 0.4, 0.1, 0.3]) for n in range(3)]
+
+
+def test_what_one_polygon_leaves_open_the_others_tell(tmp_path: Path) -> None:
+    """A polygon around its own first numbers, alone, may be keypoints; not so among many others."""
+    centred, other = "0 0.4 0.4 0.6 0.4 0.6 0.6 0.4 0.6\n", "0 0.1 0.1 0.3 0.1 0.3 0.4 0.1 0.4\n"
+    yaml = write(tmp_path, {"train/a": centred, "val/b": centred})
+    with pytest.raises(DataError, match="kpt_shape: null"):
+        load_dataset(yaml, cache=tmp_path / "cache")
+    wanted = [pytest.approx([0, 0.5, 0.5, 0.2, 0.2])]
+    for change in ({"train/c": other}, {}):
+        said = "" if change else "kpt_shape: null\n"
+        write(tmp_path, {"train/a": centred, "val/b": centred, **change}, f"{_YAML}{said}")
+        sample, *_ = load_dataset(yaml, cache=tmp_path / "cache").splits["train"]
+        assert sample.labels_of(2).tolist() == wanted
+        (tmp_path / "images/train/c.png").unlink(missing_ok=True)
 
 
 def test_polygons_at_the_edges_stay_polygons(tmp_path: Path) -> None:
