@@ -29,6 +29,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sparse_exp.config.runtimes import RUNTIMES
 from sparse_exp.errors import Impossible, expected
 from sparse_exp.files import parse_json
 
@@ -96,7 +97,8 @@ class Deployment:
     @property
     def files(self) -> list[Path]:
         """All files of exported graphs but OpenVINO's ``.bin``, by name."""
-        return sorted([*self.folder.glob("*.onnx"), *self.folder.glob("*.xml")])
+        paths = (self.folder / name for name in _OURS if name.endswith((".onnx", ".xml")))
+        return sorted(path for path in paths if path.is_file())
 
     @property
     def deployed_files(self) -> list[Path]:
@@ -153,15 +155,21 @@ class Deployment:
         return self.dense_is_trained or not variant.startswith("dense")
 
     def clear(self) -> None:
-        """Remove the files of an earlier export, of which some may no longer be made."""
-        for pattern in ("model*.onnx", "dense.*", "sparse.fp32.*"):
-            for path in self.folder.glob(pattern):
-                path.unlink()
+        """Remove the files of an earlier export, some of which may no longer be made, and no others."""
+        for name in _OURS:
+            (self.folder / name).unlink(missing_ok=True)
 
 
 def dense_int8(engine: str) -> str:
     """Name of the file of the dense network in int8 that an engine's own tool makes."""
     return f"dense.int8.{engine}.{'xml' if engine == 'openvino' else 'onnx'}"
+
+
+_DENSE_INT8 = [dense_int8(engine) for engine in RUNTIMES]
+_OURS = (
+    MODEL, QDQ, ONNXRUNTIME, DENSE, SPARSE_FP32, *CHECKPOINTS.values(), *_DENSE_INT8,
+    *(f"{name.removesuffix('.xml')}.bin" for name in _DENSE_INT8 if name.endswith(".xml")),
+)  # fmt: skip
 
 
 def file_name(engine: str, variant: str) -> str:

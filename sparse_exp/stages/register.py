@@ -1,4 +1,4 @@
-"""The deployed file as a version in the tracker's model registry."""
+"""The deployed file as a version in the tracker's model registry, with the engine that its accuracy is of."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from sparse_exp.tracking import Model
 
 # What MLflow's registry takes, and a URL and a search in it take without quotes. It numbers versions itself.
 _MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+_MLFLOWS = "onnxruntime"  # computes what is loaded from the registry
 _ALIAS = re.compile(r"(?!latest$|v\d+$)[a-z0-9_-]{1,200}", re.IGNORECASE)
 
 
@@ -23,7 +24,8 @@ def _run(context: Context) -> Outcome:
     experiment, run, name = context.experiment, context.run, context.experiment.tracker.register
     if name is None:
         return Outcome()
-    engine, deployment = recovery_engine(experiment.hardware.engines), context.run.deployment
+    engines, deployment = experiment.hardware.engines, context.run.deployment
+    engine = _MLFLOWS if _MLFLOWS in engines else recovery_engine(engines)
     file = deployment.model if engine == TORCH else deployment.deployed(engine)
     if "verify" not in run.records or not file.is_file():
         raise ConfigError(
@@ -33,6 +35,7 @@ def _run(context: Context) -> Outcome:
     map50 = result.get(f"deployed/{engine}/map50")  # torch alone cannot run what was quantized
     tags = {
         **({} if map50 is None else {"map50": f"{map50:.4f}"}),
+        "engine": engine,
         "sparsity": f"{result['sparsity/onnx']:.4f}",
         "run": experiment.name,
         "sparse_exp.version": __version__,

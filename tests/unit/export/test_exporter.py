@@ -152,12 +152,18 @@ def test_the_square_of_a_run_in_fp32(run, digits, baseline):
 def test_initial_weights_are_not_evaluated_and_old_files_go(run, digits):
     context = context_of(run, digits, ["onnxruntime"], ["dense", "sparse"])
     (run.path / "deployment").mkdir()
-    for name in ("model.old.onnx", "sparse.fp32.onnx", "notes.txt"):
+    for name in (
+        "model.qdq.onnx",
+        "sparse.fp32.onnx",
+        "dense.int8.openvino.bin",
+        "model.mine.onnx",
+        "notes.txt",
+    ):
         (run.path / "deployment" / name).write_text("from before")
     do(context, EXPORT)
     verified = do(context, VERIFY)
     assert {path.name for path in (run.path / "deployment").iterdir()} == {
-        MODEL, "dense.onnx", "notes.txt",
+        MODEL, "dense.onnx", "model.mine.onnx", "notes.txt",  # what is not ours stays
     }  # fmt: skip
     assert "deployed/onnxruntime/map50" in verified.metrics
     assert not [name for name in verified.metrics if name.startswith("deployed/onnxruntime/dense")]

@@ -31,14 +31,24 @@ def context(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("engines", "map50"), [(["onnxruntime", "deepsparse"], "0.5000"), (["onnxruntime"], "0.5123")]
+    ("engines", "engine", "map50"),
+    [
+        (["deepsparse", "onnxruntime"], "onnxruntime", "0.5123"),  # which computes what MLflow loads
+        (["deepsparse", "openvino"], "deepsparse", "0.5000"),
+    ],
 )
-def test_the_deployed_file_goes_with_what_was_measured_of_it(context, engines, map50):
+def test_the_deployed_file_goes_with_what_was_measured_of_it(context, engines, engine, map50):
     context.experiment.hardware.engines = engines
     context.run.record("verify", StageRecord("mark", metrics=VERIFIED))
     outcome = STAGE.run(context)
     file = context.run.path / "deployment" / "model.onnx"
-    tags = {"map50": map50, "sparsity": "0.7500", "run": "a run", "sparse_exp.version": __version__}
+    tags = {
+        "map50": map50,
+        "engine": engine,
+        "sparsity": "0.7500",
+        "run": "a run",
+        "sparse_exp.version": __version__,
+    }
     assert outcome.events == [Model(file, "crowns", "candidate", tags)]
     assert outcome.facts == {"name": "crowns", "alias": "candidate", "sha256": sha256_of(file)}
 
@@ -46,7 +56,8 @@ def test_the_deployed_file_goes_with_what_was_measured_of_it(context, engines, m
 @pytest.mark.parametrize(
     ("engines", "file"),
     [
-        (["onnxruntime", "deepsparse"], "model.onnx"),
+        (["onnxruntime", "deepsparse"], "model.qdq.onnx"),
+        (["openvino", "deepsparse"], "model.onnx"),
         (["openvino"], "model.qdq.onnx"),
         (["torch"], "model.onnx"),
     ],
@@ -63,7 +74,12 @@ def test_a_quantized_file_for_which_only_torch_was_asked_has_no_accuracy(context
     context.experiment.hardware.engines = ["torch"]
     context.run.record("verify", StageRecord("mark", metrics=VERIFIED))
     (event,) = STAGE.run(context).events
-    assert event.tags == {"sparsity": "0.7500", "run": "a run", "sparse_exp.version": __version__}
+    assert event.tags == {
+        "engine": "torch",
+        "sparsity": "0.7500",
+        "run": "a run",
+        "sparse_exp.version": __version__,
+    }
 
 
 def test_what_was_not_verified_is_not_registered(context):
