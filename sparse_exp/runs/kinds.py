@@ -11,6 +11,8 @@ import math
 from types import NoneType
 from typing import Any
 
+from sparse_exp.config.imgsz import imgsz_of
+
 EVERY = object()
 _TEXT = (str, NoneType)
 _SCALAR = (str, int, float, NoneType)
@@ -40,9 +42,19 @@ def _positive(value: Any) -> bool:
 _NUMBER = (finite, NoneType)
 
 
+def _is_imgsz(value: Any) -> bool:
+    try:
+        imgsz_of(value)
+    except ValueError:
+        return False
+    return True
+
+
 def _is_row(row: Any) -> bool:
     """Whether it is a row of the benchmark; of those with numbers each turn has one."""
-    if not is_of(row, {"engine": str, "variant": str, "key": _SCALAR, "scenario": str, "map50": _NUMBER}):
+    if not is_of(
+        row, {"engine": str, "variant": str, "key": _SCALAR, "scenario": str, "map50": _NUMBER, "cpu": str}
+    ):
         return False
     if not {"engine", "variant"} <= row.keys():
         return False
@@ -87,7 +99,7 @@ FACTS: dict[str, Any] = {
     "baseline": {"checkpoint": _TEXT, "directory": _TEXT, "dense_fingerprint": _TEXT},
     "train": {"checkpoint": _TEXT, "recipe": _TEXT},
     "evaluate": {"dense_fingerprint": _TEXT, "phase": _TEXT},
-    "export": {"imgsz": (int, [int]), "impossible": {EVERY: str}, "dense": (dict, NoneType)},
+    "export": {"imgsz": _is_imgsz, "impossible": {EVERY: str}, "dense": (dict, NoneType)},
     "benchmark": {"rows": [_is_row]},
 }  # fmt: skip
 """Of the facts of stages, by the name of the stage."""

@@ -66,7 +66,7 @@ def read_finished(path: Path) -> Run:
         ConfigError: it is no run, or one that is not finished.
     """
     run = Run.find(path)
-    if run is None or not run.config:
+    if run is None or not _has_names(run.config):
         do = "Give a directory below outputs/runs."
         what = f"the directory of a run with its {MANIFEST} and {CONFIG}"
         raise ConfigError(expected("RUN", what, str(path), do))
@@ -76,6 +76,12 @@ def read_finished(path: Path) -> Run:
         do = f"Finish it with: {resume_command(path)}"
         raise ConfigError(expected(f"the run {path}", "FINISHED", status, do))
     return run
+
+
+def _has_names(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration, which may be anybody's, says how run, data and recipe are called."""
+    parts = config, *(config.get(group) for group in ("dataset", "recipe"))
+    return all(isinstance(part, dict) and isinstance(part.get("name"), str) for part in parts)
 
 
 def publish_run(
@@ -111,7 +117,7 @@ def publish_run(
 
     def fill(final_stub: str, directory: Path) -> None:
         _copy_files(run, checkpoint, directory, measured)
-        imgsz = imgsz_of(run.facts("export")["imgsz"])
+        imgsz = imgsz_of(run.facts("export").get("imgsz", measured.imgsz))
         write_json(Deployment(directory / DEPLOYMENT).class_names, list(measured.names))
         samples = _samples(directory, dataset, imgsz)
         metrics = {name: value for record in run.records.values() for name, value in record.metrics.items()}
@@ -325,7 +331,7 @@ def _described_run(run: Run, checkpoint: Path, zoo: Path) -> dict[str, Any]:
         "licence": licences_of(f"{origin} {grown_from} {run.config['dataset'].get('generator')}", zoo),
         "dataset_digest": fetched.get("dataset", ""),
         "run": {"name": run.config["name"], "id": run.state.get("tracker_run_id"), "key": run.key},
-        "host": rows[0]["cpu"] if rows else "",
+        "host": rows[0].get("cpu", "") if rows else "",
     }
 
 

@@ -409,6 +409,35 @@ def test_only_a_finished_run_is_published(finished_run, tmp_path):
     assert not (tmp_path / "zoo").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("config.yaml", "dataset: [a]"), ("config.yaml", "name: 5\ndataset: {name: a}\nrecipe: {name: b}"),
+     ("manifest.json", {"imgsz": "x"}), ("manifest.json", {"imgsz": [0, 64]})],
+)  # fmt: skip
+def test_a_foreign_record_of_another_kind_is_one_line(finished_run, tmp_path, name, change):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    if name == "manifest.json":
+        manifest = json.loads((run / name).read_text())
+        manifest["stages"]["export"]["facts"] = change
+        change = json.dumps(manifest)
+    (run / name).write_text(change)
+    with pytest.raises(ConfigError, match="Expected RUN to be"):
+        read_finished(run)
+
+
+def test_what_a_record_lacks_is_measured_or_left_open(finished_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["stages"]["export"]["facts"] = {}
+    rows = [{"engine": "onnxruntime", "variant": "sparse", "impossible": "gone"}]
+    manifest["stages"]["benchmark"] = {"fingerprint": "6", "facts": {"rows": rows}}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    published = publish_run(read_finished(run), tmp_path / "zoo")
+    assert (published.metadata["imgsz"], published.metadata["host"]) == (64, "")
+
+
 @pytest.mark.parametrize("name", ["weights/best_pruned_quant.pt", "deployment/model.onnx"])
 def test_a_run_that_was_changed_since_is_not_published(finished_run, tmp_path, name):
     run = tmp_path / "run"
