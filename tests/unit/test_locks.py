@@ -437,3 +437,21 @@ def test_nobody_who_waits_for_another_keeps_a_measurement_waiting(lock, tmp_path
     kill(first)
     second.join(20)
     assert second.exitcode == 0
+
+
+@pytest.mark.parametrize("refusal", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_where_a_file_system_has_no_locks_it_is_said_once_and_the_work_goes_on(
+    tmp_path, monkeypatch, caplog, refusal
+):
+    """NFSv3 without lockd, Lustre without -o flock; there is none of them here."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    for _ in range(2):
+        with exclusive(tmp_path / "a.lock", "It is being written"):
+            assert is_held(tmp_path / "a.lock")
+    assert not (tmp_path / "a.lock").exists()
+    said = [record.message for record in caplog.records if "cannot be locked here" in record.message]
+    assert said == [f"Files cannot be locked here ({os.strerror(refusal)}): do not start the same run twice."]
