@@ -51,7 +51,7 @@ _MAX_TAG_LENGTH = 8000
 _MAX_DIGEST_LENGTH = 36
 _PER_BATCH, _PER_PAGE = 100, 200
 _PATIENCE_AT_START_S, _PATIENCE_AT_FINISH_S = 1.0, 20.0
-_SYSTEM_METRICS_EVERY_S = 5
+_SYSTEM_METRICS_EVERY_S, _SYSTEM_METRICS_MOST = 5, 2000  # of these are evenly spread, then the interval grows
 _FAILURE_TAG = "failure"
 _CONTINUES_TAG, _CONTINUED_TAG = "continues", "continued_by"
 # Parameters that may differ while a tracked run goes on.
@@ -534,8 +534,24 @@ def _system_monitor(run_id: str, uri: str, *, resume: bool) -> Any:
     monitor: Any = SystemMetricsMonitor(  # type: ignore[no-untyped-call]
         run_id, sampling_interval=_SYSTEM_METRICS_EVERY_S, resume_logging=resume, tracking_uri=uri
     )
+    publish, started = monitor.publish_metrics, time.monotonic()
+
+    def publish_sparingly(metrics: Any) -> None:
+        publish(metrics)
+        monitor.sampling_interval = sampling_interval(time.monotonic() - started)
+
+    monitor.publish_metrics = publish_sparingly
     monitor.start()
     return monitor
+
+
+def sampling_interval(elapsed: float) -> float:
+    """Seconds to the next sample of the host, longer the longer a run goes on: a week has 10,000 of them.
+
+    Args:
+        elapsed: seconds since the first.
+    """
+    return max(_SYSTEM_METRICS_EVERY_S, elapsed / _SYSTEM_METRICS_MOST)
 
 
 def _clean_tags(tags: Any) -> dict[str, str]:

@@ -17,7 +17,7 @@ from stores import QUIET, client
 from sparse_exp.config.schema import TrackerConfig
 from sparse_exp.errors import MissingDependency, SparseExpError
 from sparse_exp.tracking import Artifact, Dataset, Metrics, Pause, Resume, RunInfo, Tags, find_runs
-from sparse_exp.tracking.mlflow import MlflowTracker
+from sparse_exp.tracking.mlflow import MlflowTracker, sampling_interval
 from sparse_exp.tracking.store import tracking_uri
 
 DIGEST = "0123456789abcdef" * 4
@@ -337,3 +337,15 @@ def test_two_processes_start_on_a_fresh_store_at_once_and_print_nothing(tmp_path
     runs = api.search_runs([api.get_experiment_by_name("trees").experiment_id])
     assert [run.info.status for run in runs] == ["FINISHED"] * 2
     assert not (tmp_path / "mlruns").exists()
+
+
+def test_samples_of_the_host_grow_slower_than_a_run_goes_on():
+    def samples(seconds: float) -> int:
+        elapsed, count = 0.0, 0
+        while elapsed < seconds:
+            elapsed, count = elapsed + sampling_interval(elapsed), count + 1
+        return count
+
+    assert samples(3600) == 720
+    assert samples(7 * 86_400) < 10_500
+    assert samples(70 * 86_400) < 15_000
