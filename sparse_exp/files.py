@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +22,8 @@ from typing import Any
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Errors of the system that mean: no space is left, on the disk or for this user."""
 _MOST_SINGLE_FILES = 200  # with more, all that the system has to write is written out at once
-_PART = re.compile(r"\..*\.\d+\.part(\.[^.]*)?", re.DOTALL)  # a temporary name that `landing` gives
+_PART = re.compile(r"\..*\.(\d+)\.part(\.[^.]*)?", re.DOTALL)  # a temporary name that `landing` gives
+_LEFT_S = 86400.0  # after which nobody writes on a file any more, on whatever machine
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # constants of Linux, see renameat2(2)
 
 
@@ -74,6 +76,28 @@ def landing(path: Path, *, durable: bool = True) -> Iterator[Path]:
             temporary.unlink()
 
 
+@contextmanager
+def full_disk_told(need: int, *folders: Path) -> Iterator[None]:
+    """Let it be the system's error that a disk is full, where a writer in native code raises one of its own.
+
+    What the writer had written by then is gone, so the disk has space again, but less than is needed.
+
+    Args:
+        need: bytes that the block writes.
+        folders: that it writes into.
+
+    Raises:
+        OSError: the block has failed, and one of them has less space.
+    """
+    try:
+        yield
+    except Exception as error:
+        for folder in folders:
+            if shutil.disk_usage(folder).free < need:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise
+
+
 def remove_parts(directory: Path, *, below: bool) -> None:
     """Delete what killed processes left half-written: their `landing` did not end.
 
@@ -86,9 +110,36 @@ def remove_parts(directory: Path, *, below: bool) -> None:
     for folder, folders, names in os.walk(directory):
         if not below:
             folders.clear()
-        for name in filter(_PART.fullmatch, names):
+        for name in filter(is_part, names):
             with suppress(FileNotFoundError):
                 Path(folder, name).unlink()
+
+
+def remove_left_parts(directory: Path) -> None:
+    """Delete what killed processes left half-written in a directory that others may write into meanwhile.
+
+    Its process is gone, and it is a day old: it may be that of a process on another machine.
+    """
+    with suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            found = _PART.fullmatch(entry.name)
+            if found and not _is_alive(int(found[1])) and time.time() - entry.stat().st_mtime > _LEFT_S:
+                os.unlink(entry.path)  # noqa: PTH108 - an entry is no path
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def is_part(name: str) -> bool:
+    """Whether a file name is one that `landing` gives while it writes."""
+    return _PART.fullmatch(name) is not None
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from sparse_exp.engines.base import silence
 from sparse_exp.engines.openvino import import_openvino
 from sparse_exp.export.graph import decoding_nodes
-from sparse_exp.files import landing
+from sparse_exp.files import full_disk_told, landing
 from sparse_exp.runs.metadata import write_metadata
 
 Images = Sequence[NDArray[np.uint8]]
@@ -45,7 +45,12 @@ def quantize_onnxruntime(dense: Path, destination: Path, images: Images, metadat
         images: batches, uint8 (N, 3, S, S), to calibrate with.
         metadata: entries of the file; the quantizer drops those of ``dense``.
     """
-    with silence(), tempfile.TemporaryDirectory() as folder, landing(destination) as temporary:
+    with (
+        silence(),
+        tempfile.TemporaryDirectory() as folder,
+        landing(destination) as temporary,
+        full_disk_told(2 * dense.stat().st_size, Path(folder), temporary.parent),
+    ):
         from onnxruntime import quantization
         from onnxruntime.quantization import shape_inference
 
@@ -93,7 +98,8 @@ def quantize_openvino(dense: Path, destination: Path, images: Images) -> None:
             subset_size=sum(map(len, images)),
             ignored_scope=nncf.IgnoredScope(names=decoding, validate=False),
         )
-        openvino.serialize(quantized, str(graph), str(weights))
+        with full_disk_told(dense.stat().st_size, graph.parent):
+            openvino.serialize(quantized, str(graph), str(weights))
 
 
 def _reader(quantization: Any, feeds: list[dict[str, NDArray[np.uint8]]]) -> Any:

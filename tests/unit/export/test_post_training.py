@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -9,12 +11,14 @@ import pytest
 import torch
 
 from sparse_exp.engines import create_engine
+from sparse_exp.engines.openvino import import_openvino
 from sparse_exp.export import post_training
 from sparse_exp.export.exporter import export_dense_integer
 from sparse_exp.export.graph import decoding_nodes
 from sparse_exp.export.networks import without_quantizers
 from sparse_exp.export.onnx import FileForm, export_float
 from sparse_exp.export.post_training import quantize_onnxruntime, quantize_openvino
+from sparse_exp.files import full_disk_told
 from sparse_exp.runs.metadata import read_metadata
 from sparse_exp.sparsity.measure import onnx_facts
 
@@ -59,6 +63,24 @@ def int8(dense, network, digit_images):
         return made[engine]
 
     return make
+
+
+def test_of_a_full_disk_openvino_says_no_more_than_that_a_stream_failed(tmp_path):
+    openvino = import_openvino()
+    x = openvino.opset13.parameter([1, 300], np.float32)
+    weights = openvino.opset13.constant(np.ones((300, 300), np.float32))
+    model = openvino.Model([openvino.opset13.matmul(x, weights, False, False)], [x], "a")
+
+    def write(need: int) -> None:
+        (tmp_path / "a.bin").symlink_to("/dev/full")
+        with full_disk_told(need, tmp_path):
+            openvino.serialize(model, str(tmp_path / "a.xml"), str(tmp_path / "a.bin"))
+
+    with pytest.raises(OSError, match="No space left on device"):
+        write(shutil.disk_usage(tmp_path).total)
+    assert not (tmp_path / "a.bin").exists()  # it removes what it had written
+    with pytest.raises(RuntimeError, match="stream"):
+        write(0)
 
 
 # NNCF takes long over the file of OpenVINO.
