@@ -20,7 +20,7 @@ import numpy as np
 
 from sparse_exp.benchmark.host_state import free_cpus
 from sparse_exp.engines import IsolatedEngine
-from sparse_exp.files import fingerprint, read_json, write_json
+from sparse_exp.files import fingerprint, read_json, remove_left_parts, write_json
 from sparse_exp.hardware import host_facts, physical_cpus
 from sparse_exp.locks import default_lock_path, measuring_alone
 from sparse_exp.progress import progress
@@ -196,6 +196,7 @@ class LayerTimes:
         both = {each: self._kept(each) for each in ("layers", "networks")}
         both[what][name] = value
         facts = {"cpu": host_facts().cpu, **asdict(self._table), "version": self.version}
+        remove_left_parts(self._file.parent)
         write_json(self._file, {**facts, "sparsities": SPARSITIES, **both})
 
 

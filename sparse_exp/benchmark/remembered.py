@@ -17,7 +17,7 @@ from sparse_exp.benchmark.cells import Cell
 from sparse_exp.benchmark.tuning import Setting, Space, Tuned, stream_counts
 from sparse_exp.config.imgsz import Imgsz
 from sparse_exp.config.schema import HardwareConfig
-from sparse_exp.files import fingerprint, read_json, write_json
+from sparse_exp.files import fingerprint, read_json, remove_left_parts, write_json
 from sparse_exp.hardware import host_facts
 
 _log = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ def keep(file: Path, tuned: Tuned, version: str) -> None:
         "searched": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     try:
+        remove_left_parts(file.parent)
         write_json(file, kept)
     except OSError as error:
         _log.debug("The setting is not kept: %s", error)

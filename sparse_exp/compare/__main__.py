@@ -15,7 +15,7 @@ from sparse_exp.compare.files import write_files
 from sparse_exp.compare.table import as_data, remarks, shown_rows, terminal_table
 from sparse_exp.config.places import add_place_options, chosen_places
 from sparse_exp.errors import ConfigError, expected
-from sparse_exp.files import as_json
+from sparse_exp.files import as_json, remove_parts
 from sparse_exp.locks import alone_in
 from sparse_exp.runs.past import select_runs
 
@@ -51,6 +51,7 @@ def main() -> int:
     try:
         if options.out:
             with alone_in(options.out, f"A comparison is being written into {options.out}"):
+                remove_parts(options.out, below=False)  # of a killed process
                 written = write_files(comparison, options.out)
     except OSError as error:
         do = "Name another directory."

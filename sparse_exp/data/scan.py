@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 from sparse_exp.data.images import measure_image
 from sparse_exp.data.labels import Longer, parse_labels
 from sparse_exp.errors import DataError
-from sparse_exp.files import landing
+from sparse_exp.files import landing, remove_left_parts
 from sparse_exp.progress import progress
 
 Item = TypeVar("Item")
@@ -176,6 +176,7 @@ def _write_cache(file: Path, reading: tuple[int, int | None], scans: Mapping[Pat
         for image, scan in scans.items()
     }
     try:
+        remove_left_parts(file.parent)
         with landing(file) as temporary:
             stored = {"format": _FORMAT, "reading": reading, "scans": entries}
             temporary.write_text(json.dumps(stored), encoding="utf-8")

@@ -13,7 +13,7 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
-from sparse_exp.files import landing_directory, sha256_of, write_text
+from sparse_exp.files import landing_directory, remove_left_parts, sha256_of, write_text
 from sparse_exp.locks import exclusive
 from sparse_exp.text import whole_text
 
@@ -59,6 +59,7 @@ def is_written(destination: Path, version: str | None = None) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         return False
     with suppress(OSError):  # on a disk that cannot be written the files are hashed every time
+        remove_left_parts(seen.parent)
         write_text(seen, look)
     return True
 

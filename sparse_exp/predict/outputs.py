@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from sparse_exp.data.detection import Listing
 from sparse_exp.errors import ConfigError, expected
-from sparse_exp.files import landing
+from sparse_exp.files import is_part, landing, remove_parts
 from sparse_exp.locks import IN_DIRECTORY, alone_in
 
 if TYPE_CHECKING:  # these import the engines, which ``--help`` does without
@@ -72,6 +72,7 @@ def new_directory(out: Path | None, outputs: Path, *, overwrite: bool, sources: 
             return _next_numbered(outputs / FOLDER)
         require_replaceable(out, overwrite=overwrite, sources=sources)
         out.mkdir(parents=True, exist_ok=True)
+        remove_parts(out, below=False)  # of a killed process
         for path in _content(out):  # and not the directory itself, which may be a link or a mount
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     except OSError as error:
@@ -85,8 +86,8 @@ def _cannot_make(where: Path, error: OSError) -> ConfigError:
 
 
 def _content(folder: Path) -> list[Path]:
-    """What lies in a directory, but for the lock that is held while it is written."""
-    return [path for path in folder.iterdir() if path.name != IN_DIRECTORY]
+    """What lies in a directory, but for the lock that is held while it is written, and half-written files."""
+    return [path for path in folder.iterdir() if path.name != IN_DIRECTORY and not is_part(path.name)]
 
 
 def require_replaceable(out: Path | None, *, overwrite: bool, sources: Sequence[Path]) -> None:

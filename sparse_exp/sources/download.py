@@ -22,7 +22,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
 from sparse_exp.errors import SourceUnavailable
-from sparse_exp.files import write_json
+from sparse_exp.files import remove_left_parts, write_json
 from sparse_exp.progress import progress
 
 ADVICE = (
@@ -192,6 +192,7 @@ def _keep_version(response: Any, part: Path) -> None:
     tag = response.headers.get("ETag") or ""
     # A weak tag stays the same while bytes change.
     version = response.headers.get("Last-Modified") if not tag or tag.startswith("W/") else tag
+    remove_left_parts(part.parent)
     write_json(_note(part), {"version": version}) if version else _note(part).unlink(missing_ok=True)
 
 

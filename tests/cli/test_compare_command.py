@@ -45,6 +45,8 @@ def compare(tmp_path):
 
 
 def test_the_headline_command(compare, tmp_path):
+    (tmp_path / "picture").mkdir()
+    (tmp_path / "picture" / ".compare.4711.part.png").touch()  # of one that was killed
     done = compare("--best", "map50>=0.6, size<=4", "--by", "items_per_s", "--out", "picture")
     assert (done.returncode, done.stderr) == (0, "[]\n")  # and nothing heavy was imported
     lines = done.stdout.splitlines()
@@ -52,7 +54,9 @@ def test_the_headline_command(compare, tmp_path):
     assert cells["0-n"][0] == cells["1-s"][0] == "*"
     assert any(line.strip().startswith("FAILED") and "2-broken" in line for line in lines)
     assert "Make it again: python -m sparse_exp model=yolov5s 'hardware.batch_sizes=[1]'" in lines
-    assert {path.suffix for path in (tmp_path / "picture").iterdir()} == {".csv", ".md", ".png", ".html"}
+    assert {path.name for path in (tmp_path / "picture").iterdir()} == {
+        f"compare.{suffix}" for suffix in ("csv", "md", "png", "html")
+    }
     rows = list(csv.DictReader((tmp_path / "picture" / "compare.csv").open()))
     assert [row["run"] for row in rows] == ["1-s", "0-n", "2-broken"]
 

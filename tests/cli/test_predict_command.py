@@ -338,6 +338,17 @@ def test_nothing_heavy_before_it_is_needed(command, words):
     assert len(said) == (1 if "--help" in words else 2)
 
 
+def test_of_two_processes_at_once_one_writes(command, deployment, photos_folder, tmp_path):
+    words = [str(deployment), "photos", "--engine", "onnxruntime", "--out", "out", "--no-pictures"]
+    both = [command(*words) for _ in range(2)]
+    said = [process.communicate(timeout=120)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 1]
+    refused = said[both[0].returncode == 0]
+    assert "are being written into out by process" in refused or "out exists." in refused
+    assert len(record(tmp_path / "out")["images"]) == 5
+    assert not list((tmp_path / "out").glob(".*"))
+
+
 @pytest.mark.slow
 def test_ctrl_c_leaves_what_is_complete(command, deployment, tmp_path, digits):
     folder = tmp_path / "many"

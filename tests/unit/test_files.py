@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import stat
+import subprocess
+import time
 
 import pytest
 
@@ -13,6 +15,7 @@ from sparse_exp.files import (
     fingerprint,
     landing,
     landing_directory,
+    remove_left_parts,
     remove_parts,
     sha256_of,
     write_json,
@@ -104,6 +107,20 @@ def test_what_a_killed_process_left_half_written_goes(tmp_path, below):
     assert names(tmp_path) == whole
     assert len(names(tmp_path / "weights")) == (0 if below else 4)
     remove_parts(tmp_path / "nowhere", below=True)
+
+
+def test_of_others_only_what_is_old_and_nobody_writes_goes(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    day = time.time() - 90_000
+    kept = [f".a.{os.getpid()}.part.json", f".new.{ended.pid}.part.json", ".a.json"]
+    for name in (f".a.{ended.pid}.part.json", f".b.{'9' * 30}.part", *kept):
+        (tmp_path / name).touch()
+        if "new" not in name:
+            os.utime(tmp_path / name, (day, day))
+    remove_left_parts(tmp_path)
+    assert names(tmp_path) == set(kept)
+    remove_left_parts(tmp_path / "nowhere")
 
 
 def test_texts_and_json_are_written_with_their_directories(tmp_path):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
 import sys
 import tarfile
 import threading
@@ -478,7 +479,6 @@ def test_voc_wants_all_archives_and_leaves_nothing(tmp_path: Path, server) -> No
 
 
 def test_commands_need_no_torch(coco_set: Path, tmp_path: Path) -> None:
-    import subprocess
 
     code = (
         "import sys; from sparse_exp.data.__main__ import main\n"
@@ -488,6 +488,19 @@ def test_commands_need_no_torch(coco_set: Path, tmp_path: Path) -> None:
     )
     environment = {**os.environ, "SPARSE_EXP_CACHE": str(tmp_path / "cache")}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_of_two_processes_at_once_one_writes(coco_set, tmp_path):
+    words = ["-m", "sparse_exp.data", "convert", "coco", str(coco_set), str(tmp_path / "out")]
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    both = [subprocess.Popen([sys.executable, *words], **how) for _ in range(2)]
+    said = {process.communicate(timeout=60)[0]: process.returncode for process in both}
+    assert sorted(said.values()) == [0, 1]
+    refused = next(text for text, code in said.items() if code)
+    assert refused.count("\n") == 1
+    assert "is being written by process" in refused or "out exists." in refused
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["coco", "out"]
+    assert load_dataset(tmp_path / "out/data.yaml").names == ("cat", "dog")
 
 
 def test_two_at_once_do_not_write_one_data_set(coco_set, tmp_path):

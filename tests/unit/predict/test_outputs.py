@@ -23,6 +23,7 @@ from sparse_exp.predict.outputs import (
     alone,
     check_formats,
     new_directory,
+    require_replaceable,
 )
 from sparse_exp.predict.pipeline import ImageResult, Input
 
@@ -133,6 +134,13 @@ def test_one_process_at_a_time_writes_into_a_directory(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="Cannot make"), alone(tmp_path / "file" / "out"):
         pass
+
+
+def test_what_a_killed_prediction_left_half_written_is_in_nobodys_way(tmp_path):
+    (tmp_path / ".picture.4711.part.jpg").touch()
+    require_replaceable(tmp_path, overwrite=False, sources=[])
+    assert new_directory(tmp_path, overwrite=False, sources=[]) == tmp_path
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_directories_are_numbered(tmp_path, monkeypatch):
