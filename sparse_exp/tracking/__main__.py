@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sparse_exp.command import Parser, run_command
 from sparse_exp.config.places import Places, add_place_options, chosen_places
+from sparse_exp.errors import SparseExpError
 from sparse_exp.files import expanded, read_json
 from sparse_exp.locks import is_held
 from sparse_exp.runs.directory import LOCK, Run
@@ -17,7 +19,7 @@ from sparse_exp.runs.replay import Sync, find_untold, told_of
 from sparse_exp.tracking import FoundRun, end_open_runs
 from sparse_exp.tracking.delivery import is_gone
 from sparse_exp.tracking.relocation import ARTIFACTS, moved_from, relocate
-from sparse_exp.tracking.store import LOCAL, ready_database, tracking_uri
+from sparse_exp.tracking.store import LOCAL, ready_database, tracking_uri, unusable
 
 _SWEEP = "sweep.json"  # in the directory of a sweep, which is the parent of its jobs in the tracker
 
@@ -47,8 +49,7 @@ def _sync(options: argparse.Namespace) -> int:
         print("No events wait to be sent.")
         return 0
     if local := _local_store(places):  # artifacts are sent to where the store is now
-        with ready_database(local):
-            relocate(places.mlflow)
+        _relocate(places, local)
     sync, sent, left = Sync(options.uri, local), 0, 0
     for directory in untold:
         found = sync.send(directory)
@@ -75,6 +76,14 @@ def _local_store(places: Places) -> str | None:
     return uri if named_by == LOCAL and (places.mlflow / "mlflow.db").is_file() else None
 
 
+def _relocate(places: Places, uri: str) -> None:
+    try:
+        with ready_database(uri):
+            relocate(places.mlflow)
+    except (sqlite3.Error, OSError) as error:  # no database, on a full disk, or one that cannot be written
+        raise SparseExpError(unusable(uri, LOCAL, error)) from error
+
+
 def _doctor(options: argparse.Namespace) -> int:
     """Say what is wrong, and with ``--fix`` mend it."""
     places, fix = chosen_places(options), bool(options.fix)
@@ -95,8 +104,7 @@ def _moved(places: Places, *, fix: bool) -> int:
             f"The store was moved: artifacts are to be in {address}, and are in {places.mlflow / ARTIFACTS}."
         )
     if fix and former:
-        with ready_database(uri):
-            relocate(places.mlflow)
+        _relocate(places, uri)
     return len(former)
 
 

@@ -4,7 +4,7 @@ import shutil
 import pytest
 from stores import QUIET, client
 
-from sparse_exp.errors import ConfigError
+from sparse_exp.errors import ConfigError, SparseExpError
 from sparse_exp.files import write_json
 from sparse_exp.runs.directory import Run, StageRecord, locked
 from sparse_exp.runs.replay import told_of, told_of_stage
@@ -223,3 +223,13 @@ def test_a_directory_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="DIR to be a directory, but got 'nowhere'"):
         main(["sync", "nowhere"])
     assert main(["sync"]) == 0
+
+
+def test_a_local_store_that_is_no_database_is_one_line(tmp_path):
+    run = Run.create(tmp_path / "outputs" / "runs" / "r", overwrite=False)
+    run.update(told=False, tracker_run_id="0" * 32)
+    (tmp_path / "outputs" / "mlflow").mkdir()
+    (tmp_path / "outputs" / "mlflow" / "mlflow.db").write_bytes(b"no database" * 1000)
+    with pytest.raises(SparseExpError, match="not a database") as error:
+        main(["sync"])
+    assert "\n" not in str(error.value)
