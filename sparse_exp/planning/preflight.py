@@ -49,7 +49,7 @@ def plan_training(
     Raises:
         SparseExpError: what would stop the run later on, as far as it can be known now.
     """
-    model, start = load_start(file, experiment.model.size, len(dataset.names), seed=experiment.seed)
+    model, start = load_start(file, experiment.model.size, dataset.names, seed=experiment.seed)
     if start.report:
         partly = f"; {len(start.left)} in part (of the head not the classes)" if start.left else ""
         _log.info("%s taken from %s%s.", start.transferred, start.origin, partly)
@@ -58,9 +58,9 @@ def plan_training(
     check_devices(experiment, recipe)
     prune_to = pruning_step(experiment, recipe, start)
     if experiment.recipe.oneshot:
-        refuse_untrained_start(start)
+        refuse_untrained_start(start, dataset.names)
     distills = recipe.distills and (teacher is not None or experiment.recipe.teacher == "self")
-    learns_from = load_teacher(teacher, model, start) if distills else None
+    learns_from = load_teacher(teacher, model, start, dataset.names) if distills else None
     slim_start(model, recipe, experiment.recipe)
     threads = training_threads(experiment) * experiment.trainer.devices
     speed = None

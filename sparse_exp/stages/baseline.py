@@ -200,7 +200,7 @@ def _start_itself(context: Context) -> Baseline:
     """Of a recipe that is applied without training: the start checkpoint, which then was trained before."""
     from sparse_exp.training.start import load_start
 
-    start, classes, layout = context.start, len(context.dataset.names), context.precision.memory_format
+    start, classes, layout = context.start, context.dataset.names, context.precision.memory_format
     model, _ = load_start(start, context.experiment.model.size, classes, seed=context.experiment.seed)
     model.to(context.device).to(memory_format=layout)
     result = context.validation().evaluate_model(model, layout, description="Evaluating the start")

@@ -75,9 +75,9 @@ def _require_classes(checkpoint: Path, has: Sequence[str], wanted: Sequence[str]
     Raises:
         ConfigError: the accuracy of such a checkpoint would mean nothing.
     """
-    from sparse_exp.yolov5.checkpoint import numbered_names
+    from sparse_exp.yolov5.checkpoint import mixes_classes, numbered_names
 
-    if len(has) != len(wanted) or (sorted(has) == sorted(wanted) and tuple(has) != tuple(wanted)):
+    if len(has) != len(wanted) or mixes_classes(has, wanted):
         should_be = f"of the data set's classes {shorten(', '.join(wanted), 80)}, in this order"
         do = "Choose another checkpoint, or the data set that it was trained on."
         raise ConfigError(expected(str(checkpoint), should_be, shorten(", ".join(has), 80), do))

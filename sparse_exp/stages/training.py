@@ -88,11 +88,11 @@ class _History:
 def _run(context: Context, file: StateFile, state: State | None) -> tuple[TrainingResult, str]:
     history = _History(context, state)
     experiment, names = context.experiment, context.dataset.names
-    model, start = load_start(context.start, experiment.model.size, len(names), seed=experiment.seed)
+    model, start = load_start(context.start, experiment.model.size, names, seed=experiment.seed)
     suit_anchors(model, context.dataset, experiment)
     composed = context.recipe.after(start.checkpoint.recipe if start.checkpoint else "")
     if experiment.recipe.oneshot:
-        refuse_untrained_start(start)
+        refuse_untrained_start(start, names)
     teacher = _teacher(context, model, start)
     _prepare(context, model)
     data = _data(context)
@@ -122,7 +122,8 @@ def _teacher(context: Context, model: YOLOv5, start: Start) -> YOLOv5 | None:
     if teacher == "baseline" and baseline is None:
         do = "Set recovery.baseline=auto, which trains it, or give a checkpoint: recipe.teacher=PATH."
         raise ConfigError(f"recipe.teacher=baseline needs the dense counterpart of this run. {do}")
-    return load_teacher(teacher_file(teacher, context.cache, context.zoo, baseline=baseline), model, start)
+    file = teacher_file(teacher, context.cache, context.zoo, baseline=baseline)
+    return load_teacher(file, model, start, context.dataset.names)
 
 
 def _prepare(context: Context, model: YOLOv5) -> None:

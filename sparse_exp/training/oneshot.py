@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 
 from sparse_exp.config.imgsz import Imgsz
 from sparse_exp.data import DetectionDataset
 from sparse_exp.data.loader import DetectionLoader, make_loader
-from sparse_exp.errors import RecipeError
+from sparse_exp.errors import RecipeError, expected
 from sparse_exp.recipes.checkpoints import CheckpointWriter
 from sparse_exp.recipes.recipe import Recipe
 from sparse_exp.sparsity.measure import SparsityContract, layer_sparsity, overall
@@ -22,15 +24,21 @@ from sparse_exp.training.phases import Best
 from sparse_exp.training.precision import Precision
 from sparse_exp.training.start import Start
 from sparse_exp.yolov5 import YOLOv5
+from sparse_exp.yolov5.checkpoint import mixes_classes
 
 _CPU = torch.device("cpu")
 
 
-def refuse_untrained_start(start: Start) -> None:
-    """Refuse a start with random weights, because a one-shot recipe would not train them.
+def refuse_untrained_start(start: Start, names: Sequence[str]) -> None:
+    """Refuse a start that does not know the classes, because a one-shot recipe would not train it.
+
+    Args:
+        start: as `load_start` made it.
+        names: of the data set's classes.
 
     Raises:
-        RecipeError: all weights are random, or those of the head: its checkpoint is for other classes.
+        RecipeError: all weights are random, or those of the head: its checkpoint is for other classes. Or it
+            has some of these classes in the places of others.
     """
     if start.untrained:
         raise RecipeError(
@@ -38,6 +46,11 @@ def refuse_untrained_start(start: Start) -> None:
             f"{start.untrained} random. Give a checkpoint that was trained on these classes with "
             "model.weights=PATH, such as a dense run's weights/best_dense.pt."
         )
+    has = start.checkpoint.names if start.checkpoint else ()
+    if mixes_classes(has, names):
+        should_be, got = (shorten(", ".join(each), 80) for each in (names, has))
+        do = "A one-shot recipe trains nothing: give a checkpoint that was trained on these classes."
+        raise RecipeError(expected("the classes of the start", should_be, got, do))
 
 
 def calibration_loader(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from sparse_exp.sparsity.prune import BLOCKS, prune_by_magnitude, prune_layer_ad
 from sparse_exp.sparsity.slimming import choose_channels, weight_scores
 from sparse_exp.yolov5 import Checkpoint, TransferReport, YOLOv5, read_checkpoint, transfer_weights
 from sparse_exp.yolov5.channels import build_detector, keep_channels
+from sparse_exp.yolov5.checkpoint import in_order_of, mixes_classes
 from sparse_exp.yolov5.grow import grow
 from sparse_exp.yolov5.model import STRIDES, output_stride
 
@@ -81,13 +83,14 @@ class Start:
         return f"{self.report.taken} of {self.report.total} tensors" if self.report else "none"
 
 
-def load_start(file: StartFile | None, size: str, num_classes: int, *, seed: int) -> tuple[YOLOv5, Start]:
+def load_start(file: StartFile | None, size: str, names: Sequence[str], *, seed: int) -> tuple[YOLOv5, Start]:
     """Build the detector and give it the start weights.
 
     Args:
         file: the start checkpoint; None: random weights.
         size: of the detector, one of `sparse_exp.config.schema.SIZES`.
-        num_classes: of the data set.
+        names: of the data set's classes. Where the checkpoint names the same ones in another order, its class
+            scores are put into this one.
         seed: of the initial weights of what is not taken, and of the noise in a start that is grown.
 
     Returns:
@@ -98,6 +101,7 @@ def load_start(file: StartFile | None, size: str, num_classes: int, *, seed: int
         CheckpointError: the file cannot be read, or is of another architecture.
     """
     torch.manual_seed(seed)
+    num_classes = len(names)
     if file is None:
         model = YOLOv5(size, num_classes)
         return model, Start(SCRATCH, overall(layer_sparsity(model.prunable_convolutions())))
@@ -108,6 +112,10 @@ def load_start(file: StartFile | None, size: str, num_classes: int, *, seed: int
         checkpoint = _in_floating_point(checkpoint)
     if file.grown:
         checkpoint = grow(checkpoint, size, seed=seed)
+    ordered = in_order_of(checkpoint, names)
+    if ordered is not checkpoint:
+        _log.info("The classes of %s are the data set's in another order: they are put into it.", file.name)
+        checkpoint = ordered
     grown_from = file.file.origin if file.grown else ""
     model = build_detector(size, num_classes, checkpoint.widths if checkpoint.size == size else None)
     report = transfer_weights(model, checkpoint)
@@ -254,13 +262,14 @@ def zeros_for_work(model: YOLOv5, macs: float) -> float:
     return needed
 
 
-def load_teacher(file: Path | None, model: YOLOv5, start: Start) -> YOLOv5:
+def load_teacher(file: Path | None, model: YOLOv5, start: Start, names: Sequence[str] = ()) -> YOLOv5:
     """The detector that a distilling recipe learns from; its size may be another.
 
     Args:
         file: its checkpoint; None: the start itself, as it is now.
         model: the start, before it is pruned.
         start: where its weights came from.
+        names: of the data set's classes; none: the order of the teacher's is not looked at.
 
     Raises:
         ConfigError: the start is to teach and knows nothing of these classes yet.
@@ -274,7 +283,7 @@ def load_teacher(file: Path | None, model: YOLOv5, start: Start) -> YOLOv5:
                 "recipe.teacher=PATH."
             )
         return copy.deepcopy(model)
-    found = _load_detector(file)
+    found, classes = _load_detector(file)
     if not torch.allclose(found.anchors, model.anchors.to(found.anchors), rtol=0.01):
         raise ConfigError(
             f"The teacher {file} has other anchors than the model, so that its predictions mean other sizes. "
@@ -285,14 +294,18 @@ def load_teacher(file: Path | None, model: YOLOv5, start: Start) -> YOLOv5:
         raise CheckpointError(
             expected(f"the classes of the teacher {file}", should_be, found.num_classes, do)
         )
+    if mixes_classes(classes, names):
+        should_be, do = f"in the data set's order ({shorten(', '.join(names), 80)})", "Give another teacher."
+        got = shorten(", ".join(classes), 80)
+        raise CheckpointError(expected(f"the classes of the teacher {file}", should_be, got, do))
     return found
 
 
-def _load_detector(path: Path) -> YOLOv5:
-    """A detector from a published checkpoint, or from one of ours, quantized or not."""
+def _load_detector(path: Path) -> tuple[YOLOv5, tuple[str, ...]]:
+    """A detector and its class names from a published checkpoint, or from one of ours, quantized or not."""
     checkpoint = read_checkpoint(path)
     if checkpoint.format == "sparse_exp" or is_quantized(list(checkpoint.state_dict)):
-        return restore(path)[0]
+        return restore(path)[0], checkpoint.names
     model = build_detector(checkpoint.size, checkpoint.num_classes, checkpoint.widths)
     transfer_weights(model, checkpoint)
-    return model
+    return model, checkpoint.names

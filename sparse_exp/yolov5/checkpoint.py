@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -411,6 +411,33 @@ def transfer_weights(model: YOLOv5, checkpoint: Checkpoint) -> TransferReport:
         taken[name] = _with_boxes_of(checkpoint.state_dict.get(name), checkpoint.num_classes, own[name])
     model.load_state_dict(taken, strict=False)
     return TransferReport(len(wanted), len(own), tuple(sorted(own.keys() - wanted)))
+
+
+def in_order_of(checkpoint: Checkpoint, names: Sequence[str]) -> Checkpoint:
+    """The checkpoint with its class scores in a data set's order, where both name the same classes.
+
+    Of other names it stays as it is.
+
+    Args:
+        checkpoint: in floating point.
+        names: of the data set's classes.
+    """
+    has = checkpoint.names
+    if not mixes_classes(has, names) or sorted(has) != sorted(names) or len({*has}) < len(has):
+        return checkpoint
+    rows = [*range(5), *(5 + has.index(name) for name in names)]
+    tensors = {
+        name: value.view(3, -1, *value.shape[1:])[:, rows].reshape(value.shape).clone()
+        for name, value in checkpoint.state_dict.items()
+        if name.startswith(f"{_HEAD}m.") and name.endswith((".weight", ".bias"))
+    }
+    return replace(checkpoint, names=tuple(names), state_dict={**checkpoint.state_dict, **tensors})
+
+
+def mixes_classes(has: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Whether a checkpoint's classes, taken one for one, would put a data set's class in another's place."""
+    known, there = tuple(has) != numbered_names(len(has)), set(wanted)
+    return known and any(name in there and [name] != [*wanted[n : n + 1]] for n, name in enumerate(has))
 
 
 def _with_boxes_of(other: Tensor | None, num_classes: int, own: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def test_a_checkpoint_of_sparsemls_predicts_what_it_did_there(record, file, kind
 def test_an_ordinary_run_starts_from_quantized_weights_of_any_format(record, file, kind, caplog):
     caplog.set_level(logging.INFO)
     fetched = FetchedFile(file(kind), "", "somewhere", downloaded=False)
-    model, start = load_start(StartFile(fetched, "somewhere"), "n", 2, seed=0)
+    model, start = load_start(StartFile(fetched, "somewhere"), "n", ["a", "b"], seed=0)
     own = model.state_dict()
     assert own.keys() == record["start"].keys()
     convolutions = [name for name, value in own.items() if value.ndim == 4]

@@ -172,7 +172,7 @@ def real_arguments(folder: Path) -> dict:
     cache = cache_directory(None)
     data = prepare(experiment.dataset, cache)
     start = fetch_start(experiment.model, cache, folder)
-    model, _ = load_start(start, experiment.model.size, len(data.names), seed=experiment.seed)
+    model, _ = load_start(start, experiment.model.size, data.names, seed=experiment.seed)
     prune_by_magnitude(model.prunable_convolutions(), 0.75)
     train, val = [
         make_loader(data.splits[split], len(data.names), imgsz=160, batch_size=4, train=split == "train",

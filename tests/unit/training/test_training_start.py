@@ -14,10 +14,11 @@ from sparse_exp.errors import CheckpointError, ConfigError, RecipeError, SourceU
 from sparse_exp.quantization.quantizers import is_rounding
 from sparse_exp.recipes.checkpoints import CheckpointWriter, restore
 from sparse_exp.recipes.recipe import Recipe
-from sparse_exp.sources.start import teacher_file
+from sparse_exp.sources.cache import FetchedFile
+from sparse_exp.sources.start import StartFile, teacher_file
 from sparse_exp.sparsity.measure import layer_sparsity, overall, total_macs
 from sparse_exp.training.oneshot import refuse_untrained_start
-from sparse_exp.training.start import Start, load_teacher, prune_start, slim_start, suit_anchors
+from sparse_exp.training.start import Start, load_start, load_teacher, prune_start, slim_start, suit_anchors
 from sparse_exp.yolov5 import Checkpoint, TransferReport, YOLOv5
 
 HEAD = ("model.24.m.0.bias", "model.24.m.0.weight", "model.24.m.1.bias", "model.24.m.1.weight")
@@ -59,12 +60,31 @@ def test_a_start_that_knows_nothing_of_the_classes_neither_teaches_nor_is_used_a
     with pytest.raises(ConfigError, match=r"recipe\.teacher=self would teach noise") as teaching:
         load_teacher(None, student, start)
     with pytest.raises(RecipeError, match=r"know the data set's classes already") as at_once:
-        refuse_untrained_start(start)
+        refuse_untrained_start(start, "0123456789")
     for error in (teaching, at_once):
         assert "\n" not in str(error.value)
         wanted = "model.24.m.0.bias, model.24.m.0.weight, model.24.m.1.bias and 1 more"
         assert (wanted in str(error.value)) is bool(start.left)
-    refuse_untrained_start(loaded())
+    refuse_untrained_start(loaded(), "0123456789")
+    refuse_untrained_start(loaded(), "abcdefghij")  # as many, by other names
+    with pytest.raises(RecipeError, match="the classes of the start to be 0, 1, 3, 4"):
+        refuse_untrained_start(loaded(), "013456789a")
+
+
+def test_classes_in_another_order_are_taken_by_their_names(tmp_path):
+    own = save(tmp_path / "start.pt", 3).eval()
+    start = StartFile(FetchedFile(tmp_path / "start.pt", "", "somewhere", downloaded=False), "somewhere")
+    taken, _ = load_start(start, "n", ["2", "0", "1"], seed=0)
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        before, after = (model.eval()(images)[0] for model in (own, taken))
+    assert torch.equal(after, before[..., [0, 1, 2, 3, 4, 7, 5, 6]])
+    for names in (["0", "1", "2"], ["a", "b", "c"], ["1", "2", "3"]):  # others are trained anew
+        with torch.no_grad():
+            assert torch.equal(load_start(start, "n", names, seed=0)[0].eval()(images)[0], before)
+    with pytest.raises(CheckpointError, match=r"teacher .* to be in the data set's order"):
+        load_teacher(tmp_path / "start.pt", own, loaded(), ["2", "0", "1"])
+    load_teacher(tmp_path / "start.pt", own, loaded(), ["0", "1", "2"])
 
 
 @pytest.mark.parametrize("teacher", [None, "self", "baseline"])
