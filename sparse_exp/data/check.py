@@ -20,8 +20,10 @@ from sparse_exp.data.detection import (
     boxes_of,
     list_dataset,
     problems_of,
+    repeated_names,
     scan_listing,
     shared_images,
+    shared_labels,
     unclear_lines,
     unlearnable_classes,
     without_boxes,
@@ -69,6 +71,7 @@ class SplitFacts:
         medium: share of boxes from there to below 96 x 96 px.
         large: share of larger boxes.
         with_anchor: share of boxes that one of the published anchors answers for, 0..1.
+        with_anchor_by_class: the same of the boxes of each class id.
         median_side: median of the boxes' sides (roots of their areas), px at imgsz; 0 without boxes.
         widest: largest ratio of an image's width to its height.
         narrowest: smallest ratio of an image's width to its height.
@@ -83,6 +86,7 @@ class SplitFacts:
     medium: float = 0.0
     large: float = 0.0
     with_anchor: float = 1.0
+    with_anchor_by_class: dict[int, float] = field(default_factory=dict)
     median_side: float = 0.0
     widest: float = 0.0
     narrowest: float = 0.0
@@ -144,6 +148,8 @@ def inspect(yaml_path: Path, imgsz: Imgsz, cache: Path | None = None) -> Report:
         *_unusable_files(listing, scans),
         *_unclear_lines(listing, scans),
         *_repeated_images(listing, scans),
+        *_shared_labels(listing),
+        *_repeated_names(listing),
         *_unlearnable_classes(listing, scans, facts),
         *_odd_boxes(listing, scans, imgsz),
         *_missing_labels(listing, scans),
@@ -197,7 +203,11 @@ def _facts_of(
         areas = sides.prod(1)
         facts.small, facts.large = float((areas < _SMALL).mean()), float((areas >= _MEDIUM).mean())
         facts.medium = 1 - facts.small - facts.large
-        facts.with_anchor = best_possible_recall(sides, np.array(PUBLISHED), LossConfig().anchor_t)
+        anchors, anchor_t = np.array(PUBLISHED), LossConfig().anchor_t
+        facts.with_anchor = best_possible_recall(sides, anchors, anchor_t)
+        facts.with_anchor_by_class = {
+            number: best_possible_recall(sides[ids == number], anchors, anchor_t) for number in facts.classes
+        }
         facts.median_side = float(np.median(np.sqrt(areas)))
     return facts
 
@@ -233,6 +243,18 @@ def _repeated_images(listing: Listing, scans: Mapping[Path, Scan]) -> Iterator[F
     for split, image, seen_in, other in shared_images(listing.splits, scans):
         text = f"In {split}, but the same image as {other} of {seen_in}, so that its accuracy is too good."
         yield Finding("warning", "leak", str(image), f"{text} Keep it in one split.")
+
+
+def _shared_labels(listing: Listing) -> Iterator[Finding]:
+    for image, other, label in shared_labels(listing.splits):
+        text = f"Its label file {label} is also that of {other}. Rename one of them, or remove it."
+        yield Finding("warning", "shared label file", str(image), text)
+
+
+def _repeated_names(listing: Listing) -> Iterator[Finding]:
+    for name, numbers in repeated_names(listing.names).items():
+        text = f"The classes {', '.join(map(str, numbers))} have this name, and count apart."
+        yield Finding("warning", "class name twice", name, f"{text} Rename one, or join them in the labels.")
 
 
 def _unlearnable_classes(
@@ -295,18 +317,22 @@ def _stray_labels(listing: Listing) -> Iterator[Finding]:
             path.stem for folder in images if folder.is_dir() for path in folder.iterdir()
             if path.suffix.lower() in IMAGE_SUFFIXES
         }  # fmt: skip
-        for label in sorted(labels.glob("*.txt")):
+        for label in sorted(path for path in labels.iterdir() if path.suffix.lower() == ".txt"):
             if label.stem not in stems and label.name != "classes.txt":
                 text = f"There is no image of this name in {', '.join(map(str, sorted(images)))}."
                 yield Finding("warning", "label without image", str(label), text)
 
 
 def _boxes_without_anchor(listing: Listing, facts: Mapping[str, SplitFacts]) -> Iterator[Finding]:
-    share = facts["train"].with_anchor
-    if share < LEAST_RECALL:
-        text = f"No published anchor answers for {1 - share:.1%} of the boxes in train: they are not learned."
+    share, do = facts["train"].with_anchor, "Choose another imgsz."
+    if share < LEAST_RECALL:  # else anchors are not fitted
         do = "Set model.anchors=auto, or choose another imgsz."
+        text = f"No published anchor answers for {1 - share:.1%} of the boxes in train: they are not learned."
         yield Finding("warning", "boxes without anchor", str(listing.path), f"{text} {do}")
+    for number, of_class in facts["train"].with_anchor_by_class.items():
+        if of_class < LEAST_RECALL and len(listing.names) > 1:
+            text = f"No published anchor answers for {1 - of_class:.1%} of the boxes of this class in train."
+            yield Finding("warning", "class without anchor", listing.names[number], f"{text} {do}")
 
 
 def _long_images(scans: Mapping[Path, Scan]) -> Iterator[Finding]:

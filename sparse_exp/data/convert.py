@@ -400,11 +400,20 @@ def read_voc(tree: Tree, sets: Mapping[str, Sequence[str]] | None = None) -> Con
     names = tuple(sorted({item.name for item in items if not item.difficult}))
     converted, finder = Converted(names, {}), _ImageFinder(tree, map(_voc_folders, map(PurePosixPath, xmls)))
     own = {name: _image_of(finder, PurePosixPath(name)) for name in sorted(xmls)}
+    named = {
+        name: _named_image(finder, PurePosixPath(name), part.file_name, own)
+        for parts in chosen.values()
+        for name, part in parts
+        if own[name] is None
+    }
+    claims = Counter(named.values())
     for split, parts in chosen.items():
         rows = converted.splits.setdefault(split, {})
         for name, part in parts:
-            image = own[name] or _named_image(finder, PurePosixPath(name), part.file_name, own)
-            if image is None:
+            image = own[name] or named[name]
+            if own[name] is None and image is not None and claims[image] > 1:
+                converted.dropped["annotations that name an image as others do"] += 1
+            elif image is None:
                 converted.dropped[_missing(several=len(_elsewhere(finder, PurePosixPath(name))) > 1)] += 1
             else:
                 _add_voc_image(tree, image, part, rows, converted)

@@ -194,11 +194,12 @@ def list_dataset(yaml_path: Path) -> Listing:
     spec = _read_yaml(yaml_path)
     names, keypoints = _read_names(spec, yaml_path), _read_keypoints(spec, yaml_path)
     missing: dict[Path, str] = {}
+    labels = _Labels()
     try:
         root, hint = _find_root(spec, yaml_path)
         splits = {
             split: tuple(
-                Sample(image, _label_of(image), keypoints=keypoints)
+                Sample(image, labels.of(image), keypoints=keypoints)
                 for image in _images_of(split, spec[split], root, hint, yaml_path, missing)
             )
             for split in SPLITS
@@ -267,6 +268,25 @@ def shared_images(
                 yield split, sample.image, seen_in, other
 
 
+def shared_labels(splits: Mapping[str, Sequence[Sample]]) -> Iterator[tuple[Path, Path, Path]]:
+    """Images whose label file is that of another image of the same name, such as a.png and a.jpg.
+
+    Yields:
+        The image, the other one, and the label file.
+    """
+    first: dict[Path, Path] = {}
+    for sample in dict.fromkeys(sample for samples in splits.values() for sample in samples):
+        other = first.setdefault(sample.label, sample.image)
+        if other != sample.image:
+            yield sample.image, other, sample.label
+
+
+def repeated_names(names: Sequence[str]) -> dict[str, list[int]]:
+    """The class names that several classes have, and the ids of these."""
+    ids = {name: [number for number, other in enumerate(names) if other == name] for name in names}
+    return {name: numbers for name, numbers in ids.items() if len(numbers) > 1}
+
+
 def unlearnable_classes(
     names: Sequence[str], splits: Mapping[str, Sequence[Sample]], scans: Mapping[Path, Scan]
 ) -> dict[int, list[str]]:
@@ -298,6 +318,12 @@ def _warn(listing: Listing, splits: Mapping[str, Sequence[Sample]], scans: Mappi
     if shared := list(shared_images(splits, scans)):
         split, image, other, _ = shared[0]
         found.append(f"{len(shared)} images are in two splits, such as {image} in {other} and {split}")
+    if labels := list(shared_labels(splits)):
+        image, other, _ = labels[0]
+        found.append(f"{len(labels)} images have the label file of another, such as {image} that of {other}")
+    if again := repeated_names(listing.names):
+        name, numbers = next(iter(again.items()))
+        found.append(f"the classes {', '.join(map(str, numbers))} are all called {name!r} and count apart")
     if classes := unlearnable_classes(listing.names, splits, scans):
         told = ", ".join(repr(listing.names[number]) for number in classes)
         found.append(f"train has no box of {told}, which other splits have")
@@ -463,6 +489,24 @@ def _listed_images(listing: Path, root: Path, missing: dict[Path, str]) -> Itera
             image = places[0]
             missing[image] = f"{listing}:{number}"
         yield image
+
+
+class _Labels:
+    """Finds label files; in each folder it looks once for suffixes in capitals."""
+
+    def __init__(self) -> None:
+        self._in_capitals: dict[str, dict[str, str]] = {}
+
+    def of(self, image: Path) -> Path:
+        """The label file of an image: ``x.txt``, or ``x.TXT`` where only that exists."""
+        label = _label_of(image)
+        folder, name = os.path.split(label)
+        if folder not in self._in_capitals:
+            names = set(os.listdir(folder)) if os.path.isdir(folder) else set[str]()  # noqa: PTH112, PTH208
+            odd = {f"{n[:-4]}.txt": n for n in names if n.lower().endswith(".txt") and n[-4:] != ".txt"}
+            self._in_capitals[folder] = {n: spelt for n, spelt in odd.items() if n not in names}
+        spelt = self._in_capitals[folder].get(name)
+        return label.with_name(spelt) if spelt else label
 
 
 def _label_of(image: Path) -> Path:

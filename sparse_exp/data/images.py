@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from sparse_exp.config.imgsz import Imgsz
 from sparse_exp.data.letterbox import Letterbox, fitted_size, letterbox
@@ -26,10 +26,20 @@ IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 warnings.filterwarnings("ignore", module=r"PIL\.")
 # The exceptions that Pillow's decoders raise on damaged or hostile files.
 _UNREADABLE = (
-    OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error,
-    Image.DecompressionBombError,
+    OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, ArithmeticError,
+    struct.error, Image.DecompressionBombError,
 )  # fmt: skip
-
+# What turns a picture that is stored in an orientation of EXIF. Pillow's own function writes all metadata
+# anew, and fails on what a camera wrote amiss, such as a resolution of 1/0.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 Box = tuple[float, float, float, float]
 
@@ -210,8 +220,8 @@ def _orientation(image: Image.Image) -> int:
 def _upright_rgb(image: Image.Image) -> Image.Image:
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         image.load()
-    elif _orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
+    elif (turn := _TURNS.get(_orientation(image))) is not None:
+        image = image.transpose(turn)
     _check_mode(image)
     if image.mode.startswith("I"):  # 16 bits; Pillow would clip at 255 instead of scaling
         image = Image.fromarray((np.asarray(image).clip(0, 0xFFFF) >> 8).astype(np.uint8))

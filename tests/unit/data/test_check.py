@@ -179,6 +179,21 @@ def test_boxes_that_no_anchor_answers_for(clean: Path) -> None:
     assert finding.level == "warning"
     assert "50.0% of the boxes in train" in finding.message
     assert "model.anchors=auto" in finding.message
+    assert report.splits["train"].with_anchor_by_class == {0: 0.0, 1: 1.0}
+    (of_class,) = [f for f in report.findings if f.kind == "class without anchor"]
+    assert of_class.where == "cat"
+    assert "100.0% of the boxes of this class" in of_class.message
+
+
+def test_a_rare_class_that_no_anchor_answers_for_is_named(clean: Path) -> None:
+    """One box of 300 x 6 px among a hundred: nothing of the whole says it."""
+    others = "".join(f"1 {0.3 + 0.004 * n:.3f} 0.5 0.1 0.1\n" for n in range(100))
+    write(clean, "train/a", f"0 0.5 0.5 0.47 0.0094\n{others}", shade=1)
+    found = findings(clean)
+    assert "warning boxes without anchor" not in found
+    (of_class,) = found["warning class without anchor"]
+    assert of_class.where == "cat"
+    assert "model.anchors" not in of_class.message  # would fit none
 
 
 @pytest.mark.parametrize(

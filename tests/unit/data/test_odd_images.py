@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import struct
 import unicodedata
 from pathlib import Path
 
@@ -55,6 +57,36 @@ def test_an_image_is_turned_once_in_every_format(tmp_path: Path, kind: str, orie
     assert mapping.size == size
     wanted = mapping.boxes(np.array([frame.turned(BOX)], np.float32))[0]
     np.testing.assert_allclose(patch(np.where(square == 114, 0, square)), wanted, atol=1)
+
+
+def with_exif(*entries: tuple[int, int, bytes]) -> bytes:
+    """A JPEG whose EXIF has these entries: tag, type, and four bytes, the value or where it is (38: 1/0)."""
+    exif = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    exif += b"".join(struct.pack("<HHI", tag, kind, 1) + value for tag, kind, value in entries)
+    exif = exif.ljust(38, b"\0") + struct.pack("<II", 1, 0)
+    file = io.BytesIO()
+    picture().save(file, "JPEG", quality=95, exif=b"Exif\0\0" + exif)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("entries", "size"),
+    [
+        ([(0x0112, 3, b"\x06\0\0\0"), (0x011A, 5, b"\x26\0\0\0")], (40, 60)),  # a resolution of 1/0
+        ([(0x0112, 5, b"\x26\0\0\0")], (60, 40)),  # an orientation of 1/0
+        ([(0x0112, 11, struct.pack("<f", math.nan))], (60, 40)),
+        ([(0x0112, 11, struct.pack("<f", math.inf))], (60, 40)),
+    ],
+)
+def test_numbers_in_metadata_that_are_none(tmp_path: Path, entries: list, size: tuple[int, int]) -> None:
+    content = with_exif(*entries)
+    (tmp_path / "a.jpg").write_bytes(content)
+    assert measure_image(content, Path("a")) == size
+    pixels = read_image(tmp_path / "a.jpg")
+    assert pixels.shape[1::-1] == size
+    frame = read_frame(tmp_path / "a.jpg")
+    np.testing.assert_allclose(patch(pixels), frame.turned(BOX), atol=1)
+    assert read_square(tmp_path / "a.jpg", 60)[1].size == size
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 70])
@@ -136,7 +168,9 @@ def test_boxes_of_turned_photos_land_on_what_they_show(
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
-def test_annotations_belong_to_the_image_of_their_own_name(tmp_path: Path) -> None:
+def test_annotations_belong_to_the_image_of_their_own_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """All of them name one image, as a tool wrote that copied a template."""
     image = stored("png", 1)
     left, right = (6, 4, 30, 12), (40, 4, 50, 12)
@@ -145,10 +179,12 @@ def test_annotations_belong_to_the_image_of_their_own_name(tmp_path: Path) -> No
         "b.png": image, "b.xml": voc(STORED, right, "a.png"),
         "c.xml": voc(STORED, right, "b.png"),  # its image is missing, and b has its own annotations
         "d.xml": voc(STORED, left, "e.png"), "e.png": image,  # nothing else is said of e
+        "f.xml": voc(STORED, left, "h.png"), "g.xml": voc(STORED, right, "h.png"), "h.png": image,  # which?
     }  # fmt: skip
     found = converted("voc", put(tmp_path / "in", files))
     pixels = {name: np.round(np.multiply(rows, [60, 40, 60, 40])).tolist() for name, rows in found.items()}
     assert pixels == {"a": [list(left)], "b": [list(right)], "e": [list(left)]}
+    assert "2 annotations that name an image as others do" in capsys.readouterr().out
 
 
 def test_accents_may_be_stored_apart_from_their_letters(tmp_path: Path) -> None:

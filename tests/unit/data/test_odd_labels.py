@@ -198,6 +198,36 @@ def test_what_the_check_only_warns_of_a_run_says_and_does(
     assert inspect(yaml, 64).errors == 0
 
 
+def test_images_of_one_name_and_classes_of_one_name_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    yaml = write(tmp_path, {"train/a": _BOX, "val/b": _BOX}, _YAML.replace("dog", "cat, cat"))
+    Image.new("RGB", (64, 64), (9, 9, 9)).save(tmp_path / "images/train/a.jpg")
+    with caplog.at_level(logging.WARNING):
+        load_dataset(yaml)
+    (line,) = (record.getMessage() for record in caplog.records)
+    a, other = (tmp_path / "images/train" / name for name in ("a.jpg", "a.png"))
+    assert f"1 images have the label file of another, such as {other} that of {a}" in line
+    assert "the classes 0, 1, 2 are all called 'cat'" in line
+    found = {finding.kind: finding for finding in inspect(yaml, 64).findings}
+    assert found["shared label file"].where == str(other)
+    assert "0, 1, 2" in found["class name twice"].message
+
+
+def test_label_files_may_have_suffixes_in_capitals(tmp_path: Path) -> None:
+    yaml = write(tmp_path, {"train/a": _BOX, "train/b": _BOX, "val/c": _BOX})
+    labels = tmp_path / "labels/train"
+    (labels / "a.txt").rename(labels / "a.TXT")
+    (labels / "b.TXT").write_text("1 0.1 0.1 0.1 0.1\n")  # beside b.txt, which counts
+    (labels / "stray.Txt").write_text(_BOX)
+    samples = load_dataset(yaml).splits["train"]
+    assert [sample.label.name for sample in samples] == ["a.TXT", "b.txt"]
+    assert [sample.labels_of(2)[:, 0].tolist() for sample in samples] == [[0.0], [0.0]]
+    found = {finding.kind: finding for finding in inspect(yaml, 64).findings}
+    assert found["label without image"].where == str(labels / "stray.Txt")
+    assert "no label file" not in found
+
+
 @pytest.mark.parametrize("listed", [False, True])
 def test_names_that_are_no_utf8(tmp_path: Path, listed: bool) -> None:
     entry = "list.txt" if listed else "images/train"
