@@ -163,7 +163,7 @@ class DatasetConfig:
     cache: str = one_of(
         "auto", ("auto", "ram", "disk", "none"),
         "where decoded images are kept between epochs; disk: in paths.cache, for all jobs and processes; "
-        "auto: in memory where they take a fifth of what is free, else nowhere",
+        "auto: in memory (of each of trainer.devices) where they take a fifth of what is free, else nowhere",
     )  # fmt: skip
     on_corrupt: str = one_of(
         "fail", ("fail", "skip"), "images and labels that cannot be used: stop, or go on without them"

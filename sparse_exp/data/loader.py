@@ -276,7 +276,7 @@ def _make_room_for_sockets() -> None:
 def make_loader(
     samples: Sequence[Sample], num_classes: int, *, imgsz: Imgsz, batch_size: int, train: bool, seed: int = 0,
     workers: int | None = None, augment: AugmentConfig | None = None, cache: str = "auto",
-    folder: Path | None = None, pin_memory: bool = False,
+    folder: Path | None = None, pin_memory: bool = False, processes: int = 1,
 ) -> DetectionLoader:  # fmt: skip
     """Batches of a split.
 
@@ -293,11 +293,12 @@ def make_loader(
         cache: where decoded images are kept; see `sparse_exp.data.store.choose_store`.
         folder: for ``disk``: where files of decoded images are kept.
         pin_memory: let batches lie where a GPU can fetch them while the CPU goes on.
+        processes: that train together.
 
     Raises:
         DataError: an image or a label is damaged.
     """
-    store = choose_store(cache, len(samples), imgsz)
+    store = choose_store(cache, len(samples), imgsz, processes)
     images = DetectionImages(samples, num_classes, imgsz, seed, augment if train else None, store, folder)
     workers = choose_workers(workers, store)
     sampler = EpochSampler(len(images), seed if train else None)

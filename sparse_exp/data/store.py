@@ -31,7 +31,12 @@ _VERSION = 1  # of the file; raise it when images are decoded or letterboxed oth
 _PIXELS, _SIZES = "pixels.npy", "sizes.npy"
 
 
-def choose_store(configured: str, images: int, imgsz: Imgsz) -> str:
+def memory_of(images: int, imgsz: Imgsz) -> int:
+    """Bytes that the letterboxed images of a split take."""
+    return images * 3 * math.prod(sides(imgsz))
+
+
+def choose_store(configured: str, images: int, imgsz: Imgsz, processes: int = 1) -> str:
     """Where the images of a split are kept.
 
     Args:
@@ -39,13 +44,14 @@ def choose_store(configured: str, images: int, imgsz: Imgsz) -> str:
             is free, limits of cgroups included, and else nowhere.
         images: of the split.
         imgsz: size of the images.
+        processes: that train together; each keeps images in memory of its own.
 
     Returns:
         ``ram``, ``disk`` or ``none``.
     """
     if configured != "auto":
         return configured
-    return "ram" if images * 3 * math.prod(sides(imgsz)) <= _SHARE * free_memory() else "none"
+    return "ram" if processes * memory_of(images, imgsz) <= _SHARE * free_memory() else "none"
 
 
 class Squares:
@@ -95,7 +101,7 @@ def _key(images: Sequence[Path], imgsz: Imgsz) -> str:
 
 
 def _build(images: Sequence[Path], imgsz: Imgsz, place: Path) -> None:
-    need = len(images) * 3 * math.prod(sides(imgsz))
+    need = memory_of(len(images), imgsz)
     free = shutil.disk_usage(place.parent).free
     if need > free:
         do = "Set dataset.cache=none, or paths.cache to a larger disk."

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from sparse_exp.config.schema import Experiment
 from sparse_exp.data import DetectionDataset
 from sparse_exp.data.loader import Batch, make_loader
+from sparse_exp.data.store import memory_of
+from sparse_exp.hardware.cgroups import free_memory
 from sparse_exp.planning.plan import Data, Plan, make_plan, pruning_step, with_anchors, with_trial
 from sparse_exp.planning.speed import speed_shares
 from sparse_exp.planning.trial import try_steps
@@ -70,7 +72,7 @@ def plan_training(
     shares = speed.shares if speed else None
     prune_start(model, prune_to, experiment.recipe, experiment.model.macs, shares)
     plan = with_anchors(make_plan(experiment, recipe, start, precision, model, speed), anchors)
-    plan = replace(plan, rules=rules or {})
+    plan = replace(plan, rules=rules or {}, warnings=(*plan.warnings, *_copies(experiment, dataset)))
     if experiment.recipe.oneshot:
         return plan
     # On CPUs one process with the threads of all: the same work on the same cores, also the same memory in
@@ -88,6 +90,17 @@ def plan_training(
         )
     data = Data(*(len(dataset.splits[split]) for split in ("train", "val")))
     return with_trial(plan, trial, recipe, data)
+
+
+def _copies(experiment: Experiment, dataset: DetectionDataset) -> Iterator[str]:
+    """Say where each of several processes keeps all images in memory."""
+    devices, images = experiment.trainer.devices, len(dataset.splits["train"])
+    if experiment.dataset.cache == "ram" and devices > 1 and not experiment.recipe.oneshot:
+        need, free = devices * memory_of(images, experiment.dataset.imgsz), free_memory()
+        yield (
+            f"dataset.cache=ram keeps the training images in each of {devices} processes, {need / 1e9:.1f} "
+            f"GB in all; {free / 1e9:.1f} GB are free. With dataset.cache=disk they share them."
+        )
 
 
 def training_batch(experiment: Experiment, dataset: DetectionDataset) -> Batch:

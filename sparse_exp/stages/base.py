@@ -174,6 +174,7 @@ class Context:
                 cache=dataset.cache,
                 folder=self.cache / "decoded",
                 pin_memory=self.device.type == "cuda",
+                processes=trainer.devices if train else 1,
             )
         return self._loaders[split, train]
 

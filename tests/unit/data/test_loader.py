@@ -223,6 +223,7 @@ def test_images_stay_in_memory_where_they_take_a_fifth_of_what_is_free(
 ) -> None:
     monkeypatch.setattr("sparse_exp.data.store.free_memory", lambda: free)
     assert choose_store("auto", 873, 640) == store
+    assert choose_store("auto", 291, 640, processes=3) == store
     assert [choose_store(given, 873, 640) for given in ("ram", "disk", "none")] == ["ram", "disk", "none"]
 
 

@@ -123,6 +123,20 @@ def test_devices_that_are_not_there_are_refused_before_the_training(trainer, gpu
         check_devices(asked, recipe, cuda=cuda_with(gpus))
 
 
+def test_copies_of_the_images_in_the_memory_of_each_process_are_said(digits, monkeypatch):
+    monkeypatch.setattr(preflight, "free_memory", lambda: 2e9)
+    asked = experiment(devices=4)
+    asked.dataset.imgsz, asked.dataset.cache = 1024, "ram"
+    (said,) = preflight._copies(asked, digits)
+    images = len(digits.splits["train"])
+    assert f"each of 4 processes, {4 * images * 3 * 1024 * 1024 / 1e9:.1f} GB in all; 2.0 GB are free" in said
+    assert "dataset.cache=disk" in said
+    for change in ({"cache": "disk"}, {"cache": "auto"}):
+        assert not [*preflight._copies(replace(asked, dataset=replace(asked.dataset, **change)), digits)]
+    asked.trainer.devices = 1
+    assert not [*preflight._copies(asked, digits)]
+
+
 @pytest.mark.parametrize(("device", "images"), [(CPU, 8), (SECOND, 2)])
 def test_the_trial_runs_what_one_process_has_for_itself(digits, monkeypatch, device, images):
     monkeypatch.setattr(preflight, "choose_device", lambda *_: device)
