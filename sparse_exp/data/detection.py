@@ -319,8 +319,8 @@ def _warn(listing: Listing, splits: Mapping[str, Sequence[Sample]], scans: Mappi
         split, image, other, _ = shared[0]
         found.append(f"{len(shared)} images are in two splits, such as {image} in {other} and {split}")
     if labels := list(shared_labels(splits)):
-        image, other, _ = labels[0]
-        found.append(f"{len(labels)} images have the label file of another, such as {image} that of {other}")
+        one, twin, _ = labels[0]
+        found.append(f"{len(labels)} images have the label file of another, such as {one} that of {twin}")
     if again := repeated_names(listing.names):
         name, numbers = next(iter(again.items()))
         found.append(f"the classes {', '.join(map(str, numbers))} are all called {name!r} and count apart")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -72,6 +73,8 @@ def plan_training(
     shares = speed.shares if speed else None
     prune_start(model, prune_to, experiment.recipe, experiment.model.macs, shares)
     plan = with_anchors(make_plan(experiment, recipe, start, precision, model, speed), anchors)
+    if not experiment.recipe.oneshot:
+        rules = {**(rules or {}), "warm-up": _warmup(experiment, recipe, dataset)}
     plan = replace(plan, rules=rules or {}, warnings=(*plan.warnings, *_copies(experiment, dataset)))
     if experiment.recipe.oneshot:
         return plan
@@ -90,6 +93,15 @@ def plan_training(
         )
     data = Data(*(len(dataset.splits[split]) for split in ("train", "val")))
     return with_trial(plan, trial, recipe, data)
+
+
+def _warmup(experiment: Experiment, recipe: Recipe, dataset: DetectionDataset) -> str:
+    """How long the learning rate rises, in epochs and in steps."""
+    steps = math.ceil(len(dataset.splits["train"]) / experiment.trainer.batch_size)
+    epochs, who = experiment.trainer.warmup, "trainer.warmup"
+    if recipe.sets_learning_rate:
+        epochs, who = recipe.warmup, "a share of the recipe's epochs, or as it says"
+    return f"{epochs:g} epochs, {round(epochs * steps)} steps of {recipe.epochs * steps:.0f} ({who})"
 
 
 def _copies(experiment: Experiment, dataset: DetectionDataset) -> Iterator[str]:

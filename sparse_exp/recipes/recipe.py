@@ -39,6 +39,7 @@ from sparse_exp.recipes.modifiers import (
     ConstantPruningModifier,
     DistillationModifier,
     EpochRangeModifier,
+    LearningRateFunctionModifier,
     MagnitudePruningModifier,
     Modifier,
     PerLayerDistillationModifier,
@@ -248,6 +249,19 @@ class Recipe:
                 start = phases.pop().start
             phases.append(Phase(name, start, end, quantized))
         return phases
+
+    @property
+    def warmup(self) -> float:
+        """Epochs over which the recipe lets the learning rate rise at the start; 0 where it does not."""
+        rising = (
+            modifier.end_epoch
+            for modifier in self.modifiers
+            if isinstance(modifier, LearningRateFunctionModifier)
+            and modifier.start <= 0
+            and modifier.lr_func == "linear"
+            and modifier.init_lr < modifier.final_lr
+        )
+        return max(rising, default=0.0)
 
     def learning_rates(self, phase: Phase) -> list[tuple[float, float]]:
         """(first, last) learning rate within a phase for each modifier that acts in it, in order.

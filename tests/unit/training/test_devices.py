@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sparse_exp.config.plain import recipe_path
 from sparse_exp.config.schema import Experiment, ModelConfig, RecipeConfig, TrainerConfig
 from sparse_exp.data.loader import make_loader
 from sparse_exp.distributed import peers
@@ -121,6 +122,21 @@ def test_devices_that_are_not_there_are_refused_before_the_training(trainer, gpu
         return
     with pytest.raises(ConfigError, match=refused):
         check_devices(asked, recipe, cuda=cuda_with(gpus))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "wanted"),
+    [
+        (Recipe.from_file(recipe_path("dense.md"), {"num_epochs": 24}), "2 epochs, {} steps of {} (a share"),
+        (Recipe(EPOCH), "0.5 epochs, {} steps of {} (trainer.warmup)"),
+    ],
+)
+def test_the_warm_up_is_said_in_steps(digits, recipe, wanted):
+    asked = experiment(batch_size=4)
+    per_epoch = -(-len(digits.splits["train"]) // 4)
+    warm = round(float(wanted.split()[0]) * per_epoch)
+    said = preflight._warmup(asked, recipe, digits)
+    assert said.startswith(wanted.format(warm, round(recipe.epochs * per_epoch)))
 
 
 def test_copies_of_the_images_in_the_memory_of_each_process_are_said(digits, monkeypatch):
