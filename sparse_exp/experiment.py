@@ -128,7 +128,7 @@ def _opened(experiment: Experiment, *, wait: bool, numbered: bool) -> Iterator[R
         experiment.paths.run = str(path)
     with locked(path, wait=wait):
         if experiment.resume:
-            yield Run.reopen(path)
+            yield Run.reopen(path, [stage.name for stage in STAGES.values() if stage.outside])
         else:
             yield Run.create(path, overwrite=experiment.overwrite)
 
@@ -231,6 +231,8 @@ def _run_info(context: Context, whole: Experiment) -> RunInfo:
         "run.directory": str(context.run.path),
         OVERRIDES_TAG: json.dumps(context.run.state.get("overrides")),
     }
+    if copied_from := context.run.state.get("copied_from"):
+        tags["copied_from"] = str(copied_from)
     if context.sweep:
         tags["sweep"] = context.sweep.directory.name
         tags |= {PARENT_TAG: context.sweep.parent} if context.sweep.parent else {}

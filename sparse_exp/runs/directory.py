@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
@@ -180,12 +180,12 @@ class Run:
     def create(cls, path: Path, *, overwrite: bool) -> Run:
         """Make a new run directory.
 
-        A run that takes another's place has its `key`, too.
+        A run that takes another's place has its `key`, too; not that of a copy, see `reopen`.
 
         Raises:
             ConfigError: it exists, is not empty, and ``overwrite`` is off; or cannot be made.
         """
-        former = None
+        former, copied = None, False
         remove_parts(path, below=False)  # of a process that was killed before it had written the manifest
         if _content(path):
             if not (path / MANIFEST).is_file():
@@ -199,25 +199,39 @@ class Run:
                     f"overwrite=true, or go on with it: {resume_command(path)}"
                 )
             former = cls.find(path)
+            copied = former is not None and former.original is not None
             empty(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path)
-            run.update(status="RUNNING", key=(former and former.key) or uuid.uuid4().hex)
+            key = (former and not copied and former.key) or uuid.uuid4().hex
+            run.update(status="RUNNING", key=key, place=str(run.path))
         except OSError as error:
             raise ConfigError(f"Cannot make {path}: {error.strerror}. Set paths.run=PATH.") from error
         return run
 
     @classmethod
-    def reopen(cls, path: Path) -> Run:
+    def reopen(cls, path: Path, outside: Collection[str] = ()) -> Run:
         """Open an existing run to go on with it; what a killed process left half-written goes.
+
+        A copy of a run becomes a run of its own, with another `key` and no tracked run.
+
+        Args:
+            path: its directory.
+            outside: stages whose results lie outside of the directory: those of a copy are the original's.
 
         Raises:
             ConfigError: there is no readable manifest.
         """
         run = cls.read(path)
         remove_parts(run.path, below=True)
-        run.update(status="RUNNING", failure=None, key=run.key or uuid.uuid4().hex)
+        if original := run.original:
+            _log.info("%s is a copy of %s: it goes on as a run of its own.", run.path, original)
+            run.records = {name: each for name, each in run.records.items() if name not in outside}
+            run.state |= {"copied_from": run.tracker_run_id or str(original), "key": None}
+            run.state |= {"tracker_run_id": None, "tracker_address": None}
+        key = run.key or uuid.uuid4().hex
+        run.update(status="RUNNING", failure=None, key=key, place=str(run.path))
         return run
 
     @classmethod
@@ -271,6 +285,20 @@ class Run:
         """What tells the run from all others, wherever its directory lies; None in records before 0.2."""
         key = self.state.get("key")
         return None if key is None else str(key)
+
+    @property
+    def original(self) -> Path | None:
+        """The directory of the run that this one is a copy of, until the copy is gone on with.
+
+        None for a run that is where it was, for one that was moved, whose former place holds it no more, and
+        for records of before 0.2, which do not say where they were.
+        """
+        place = Path(str(self.state.get("place") or self.path))
+        if self.key is None or place == self.path:
+            return None
+        there = Run.find(place)
+        is_other = there is not None and there.key == self.key and not place.samefile(self.path)
+        return place if is_other else None
 
     @property
     def tracker_run_id(self) -> str | None:

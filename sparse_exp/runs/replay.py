@@ -102,6 +102,8 @@ def _epochs(run: Run, otherwise: float) -> Told:
 def find_untold(directories: Sequence[Path]) -> list[Path]:
     """Directories of runs and sweeps, at or below some directories, that their tracker does not know all of.
 
+    Copies of runs are left out: what they say is the original's to tell.
+
     Raises:
         ConfigError: one is no directory.
     """
@@ -111,7 +113,11 @@ def find_untold(directories: Sequence[Path]) -> list[Path]:
             do = "Give the directory of a run, or one above it."
             raise ConfigError(expected("DIR", "a directory", str(directory), do))
         runs = [run for path in find_directories(directory) if (run := Run.find(path))]
-        untold = [run for run in runs if run.state.get("told") is False and run.tracker_run_id is not None]
+        untold = [
+            run
+            for run in runs
+            if run.state.get("told") is False and run.tracker_run_id is not None and not run.original
+        ]
         found |= {directory / run.path.relative_to(directory.resolve()): None for run in untold}
     return list(found)
 

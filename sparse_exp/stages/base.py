@@ -261,6 +261,7 @@ class Stage:
         shared: whether jobs of a sweep take its result over from each other where their fingerprints agree;
             not where it measures this host, says something of this run alone, or puts it somewhere.
         light: others may measure while it runs: it waits for the network or a disk, or measures itself.
+        outside: its result lies outside of the run's directory: a copy of the run has to do it itself.
         computes: torch computes in it, and rounds otherwise with another number of threads.
         takes_checkpoint: it works on a trained checkpoint; the first of these in a run depends on the
             content of the one that ``checkpoint=`` names.
@@ -283,6 +284,7 @@ class Stage:
     passes_on: Callable[[Experiment], bool] = _always
     shared: Callable[[Experiment], bool] = lambda _: False
     light: bool = False
+    outside: bool = False
     computes: bool = False
     takes_checkpoint: bool = False
     needs_checkpoint: bool = False

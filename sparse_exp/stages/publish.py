@@ -64,6 +64,7 @@ STAGE = Stage(
     run=_run,
     depends_on=("publish",),
     light=True,
+    outside=True,
     takes_checkpoint=True,
     wanted=lambda experiment: experiment.publish is not None,
     certain_names=_certain_names,

@@ -74,6 +74,7 @@ STAGE = Stage(
     run=_run,
     depends_on=("tracker",),
     light=True,
+    outside=True,
     takes_checkpoint=True,
     wanted=lambda experiment: experiment.tracker.register is not None,
     check=_check,

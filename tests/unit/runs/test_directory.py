@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 
 import pytest
 
@@ -32,7 +33,8 @@ def a_run(path) -> Run:
 def test_a_new_run_is_running_and_empty(tmp_path):
     run = Run.create(tmp_path / "runs" / "one", overwrite=False)
     assert names(run.path) == {MANIFEST}
-    assert manifest(run) == {"status": "RUNNING", "key": run.key, "stages": {}}
+    place = str(run.path)
+    assert manifest(run) == {"status": "RUNNING", "key": run.key, "place": place, "stages": {}}
 
 
 def test_a_run_keeps_its_key_and_one_that_takes_its_place_has_it(tmp_path):
@@ -41,6 +43,45 @@ def test_a_run_keeps_its_key_and_one_that_takes_its_place_has_it(tmp_path):
     assert Run.reopen(first.path).key == Run.create(first.path, overwrite=True).key == first.key
     first.update(key=None)  # as runs of earlier versions
     assert Run.reopen(first.path).key
+
+
+def test_a_run_that_was_moved_is_itself(tmp_path):
+    run = a_run(tmp_path / "run")
+    run.update(tracker_run_id="abc")
+    run.path.rename(tmp_path / "moved")
+    Run.create(run.path, overwrite=False)  # another run, where it was
+    moved = Run.reopen(tmp_path / "moved", ["export"])
+    assert (moved.key, moved.tracker_run_id, list(moved.records)) == (run.key, "abc", ["export"])
+
+
+def test_a_copy_of_a_run_becomes_one_of_its_own_once(tmp_path):
+    run = a_run(tmp_path / "run")
+    run.record("publish", StageRecord("f2"))
+    run.update(tracker_run_id="abc")
+    before = manifest(run)
+    shutil.copytree(run.path, tmp_path / "copy")
+    copy = Run.reopen(tmp_path / "copy", ["publish", "register"])
+    assert copy.key not in (None, run.key)
+    assert (copy.tracker_run_id, copy.state["copied_from"], list(copy.records)) == (None, "abc", ["export"])
+    copy.record("publish", StageRecord("f3"))
+    copy.update(tracker_run_id="def")
+    again = Run.reopen(copy.path, ["publish", "register"])
+    assert (again.key, again.tracker_run_id, "publish" in again.records) == (copy.key, "def", True)
+    assert manifest(run) == before
+    assert Run.reopen(run.path).key == run.key
+
+
+def test_what_takes_the_place_of_a_copy_has_a_key_of_its_own(tmp_path):
+    run = a_run(tmp_path / "run")
+    shutil.copytree(run.path, tmp_path / "copy")
+    assert Run.create(tmp_path / "copy", overwrite=True).key != run.key
+
+
+def test_a_run_that_is_reached_by_another_path_is_no_copy(tmp_path):
+    run = a_run(tmp_path / "real" / "run")
+    run.update(place=str(tmp_path / "link" / "run"))  # as it was called where the link was a directory
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert Run.reopen(run.path).key == run.key
 
 
 def test_an_empty_directory_becomes_a_run(tmp_path):
