@@ -34,7 +34,7 @@ from sparse_exp.stages.registry import STAGES
 from sparse_exp.sweep.job import Job, run_job
 
 ALL = ["fetch", "plan", "train", "evaluate"]
-EARLIER = {"trainer": TrainerConfig(monitor="map50")}  # as version 0.1.0 chose checkpoints
+EARLIER = {"trainer": TrainerConfig(monitor="map50", close_mosaic=0.0)}  # as version 0.1.0 trained
 DISTILL = RecipeConfig(name="distill", file="distill.md", variables={"num_epochs": 2})
 
 
