@@ -34,8 +34,8 @@ def moved_from(store: Path) -> list[str]:
 
     Returns:
         Those in which experiments still keep their artifacts, as ``file://``, although the files of runs are
-        in this store; also those that are gone where there is no run yet. What is gone and here neither may
-        lie on a share that is not mounted. Empty where nothing is wrong, or there is no database.
+        in this store, or those that are gone, but for what may lie on a share that is not mounted. Empty
+        where nothing is wrong, or there is no database.
     """
     database = store.absolute() / "mlflow.db"
     if not database.is_file():
@@ -83,5 +83,13 @@ def _strange(connection: sqlite3.Connection, here: Path) -> Iterator[str]:
             (location,),
         )
         here_now = [(here / run_id).is_dir() for (run_id,) in runs]
-        if any(here_now) or not (here_now or Path(unquote(place.path)).is_dir()):
+        if any(here_now) or _was_moved(Path(unquote(place.path)), with_runs=bool(here_now)):
             yield location
+
+
+def _was_moved(former: Path, *, with_runs: bool) -> bool:
+    """Whether a directory is gone; what is below an empty one may be on a share that is not mounted."""
+    if former.is_dir():
+        return False
+    above = next(parent for parent in former.parents if parent.is_dir())
+    return not with_runs or any(above.iterdir())

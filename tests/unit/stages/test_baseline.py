@@ -276,15 +276,15 @@ def test_a_counterpart_goes_on_where_it_was_begun_and_takes_no_directory_of_anot
 
 def test_a_foreign_record_does_not_say_where_its_counterpart_is_trained(place, begun):
     with pytest.raises(StopHereError):
-        experiments.run(sparse("cut", seed=8), {}, [])
+        experiments.run(sparse("foreign", seed=88), {}, [])
     (place / "elsewhere" / "theirs").mkdir(parents=True)
-    file = place / "cut" / MANIFEST
+    file = place / "foreign" / MANIFEST
     record = json.loads(file.read_text())
     record["counterpart"]["directory"] = "../elsewhere/theirs"
     file.write_text(json.dumps(record))
     with pytest.raises(StopHereError):
-        experiments.run(sparse("cut", seed=8, resume="cut"), {}, [])
-    assert begun == [("cut-dense", False), ("cut-dense-2", False)]
+        experiments.run(sparse("foreign", seed=88, resume="foreign"), {}, [])
+    assert begun == [("foreign-dense", False), ("foreign-dense-2", False)]
 
 
 def test_the_counterpart_differs_in_its_recipe_alone(place):

@@ -55,7 +55,9 @@ def test_artifacts_on_a_share_that_is_not_mounted_stay_there(make_store, tmp_pat
     client(store).create_experiment("runs", (share / "artifacts").as_uri())
     run_id = tracked(store)
     share.rename(tmp_path / "unmounted")
+    share.mkdir()  # where it is mounted
     assert moved_from(store) == []
+    share.rmdir()
     (tmp_path / "unmounted").rename(share)
     assert read(store, run_id, tmp_path) == "a"
 
