@@ -300,11 +300,10 @@ class Begun:
 
 def mount(*words: str) -> None:
     """Call ``mount``, in the namespace of this script; where a file is just being written, once more."""
-    for _ in range(50):
-        if subprocess.run(["mount", *words], capture_output=True, check=False).returncode == 0:
+    for left in reversed(range(50)):
+        if subprocess.run(["mount", *words], capture_output=True, check=not left).returncode == 0:
             return
         time.sleep(0.1)
-    subprocess.run(["mount", *words], check=True)
 
 
 def full_disk(place: Place, draw: random.Random, _seconds: float) -> Iterator[Disturbance]:

@@ -17,6 +17,7 @@ import hashlib
 import logging
 import os
 from codecs import BOM_UTF8
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,7 +284,9 @@ def shared_labels(splits: Mapping[str, Sequence[Sample]]) -> Iterator[tuple[Path
 
 def repeated_names(names: Sequence[str]) -> dict[str, list[int]]:
     """The class names that several classes have, and the ids of these."""
-    ids = {name: [number for number, other in enumerate(names) if other == name] for name in names}
+    ids = defaultdict[str, list[int]](list)
+    for number, name in enumerate(names):
+        ids[name].append(number)
     return {name: numbers for name, numbers in ids.items() if len(numbers) > 1}
 
 

@@ -108,15 +108,11 @@ def parse_labels(content: bytes, num_classes: int, path: Path, keypoints: int | 
     try:
         lines = content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        problem = f"Cannot read the label file {path}: {error}. Replace or remove it."
-        return Labels(np.zeros((0, 5), np.float32), (), (), ((str(path), problem),))
+        return _unusable(path, f"Cannot read the label file {path}: {error}. Replace or remove it.")
     rows, numbers, problems = [], [], []
     if sum(not line.isspace() for line in lines) > _MOST_BOXES:
-        should_be = f"of at most {_MOST_BOXES} boxes"
-        problem = expected(
-            f"the label file {path}", should_be, f"{len(lines)} lines", "Correct or remove it."
-        )
-        return Labels(np.zeros((0, 5), np.float32), (), (), ((str(path), problem),))
+        what, should_be = f"the label file {path}", f"of at most {_MOST_BOXES} boxes"
+        return _unusable(path, expected(what, should_be, f"{len(lines)} lines", "Correct or remove it."))
     longer: dict[int, Longer] = {}
     for number, line in enumerate(lines, start=1):
         words = line.split()
@@ -136,6 +132,11 @@ def parse_labels(content: bytes, num_classes: int, path: Path, keypoints: int | 
     repeated = [(numbers[i], numbers[first]) for i, first in enumerate(firsts) if i != first]
     lines_kept = tuple(numbers[i] for i in kept)
     return Labels(boxes[kept], lines_kept, tuple(repeated), tuple(problems), tuple(longer.values()))
+
+
+def _unusable(path: Path, problem: str) -> Labels:
+    """Of a file none of whose lines can be used."""
+    return Labels(np.zeros((0, 5), np.float32), (), (), ((str(path), problem),))
 
 
 def not_told_apart(files: Iterable[tuple[Path, Sequence[Longer]]]) -> tuple[str, str] | None:

@@ -155,9 +155,7 @@ def has_died(run: FoundRun) -> bool:
     directory = Path(run.tags.get("run.directory", "/nowhere"))
     if not (directory / MANIFEST).is_file():
         return False
-    there = Run.find(directory)
-    known = there is not None and there.tracker_run_id == run.run_id
-    return (known or is_of_this_host(run)) and not is_held(directory / LOCK)
+    return (is_of_this_host(run) or local_directory(run) is not None) and not is_held(directory / LOCK)
 
 
 def is_of_this_host(run: FoundRun) -> bool:

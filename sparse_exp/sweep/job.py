@@ -94,8 +94,9 @@ def run_job(job: Job, experiment: Experiment) -> ObjectiveValues:
     with locked(job.directory, wait=True):
         (job.directory / REFUSED).unlink(missing_ok=True)
         if _is_finished(job, experiment):
-            if job.earlier and job.earlier.state.get("sweep_command") != job.command:
-                job.earlier.update(sweep_command=job.command)
+            kept, command = Run.read(job.directory), job.command
+            if kept.state.get("sweep_command") != command:
+                kept.update(sweep_command=command)
         else:
             _prepare(job, experiment)
             parent = ensure_parent(job.sweep, experiment.tracker, Path(experiment.paths.mlflow))
@@ -129,19 +130,15 @@ def _is_finished(job: Job, experiment: Experiment) -> bool:
             f"The job {job.directory} finished with other settings ({', '.join(changed)}). Keep it and "
             "choose another sweep.name, or make all jobs anew with sweep.rerun=all."
         )
-    if lost := _lost_files(earlier):
-        _log.warning("Job %d has finished, but %s changed or is gone: going on with it.", job.number, lost[0])
+    lost = next((name for stage in earlier.records for name in earlier.changed_outputs(stage)), None)
+    if lost is not None:
+        _log.warning("Job %d has finished, but %s changed or is gone: going on with it.", job.number, lost)
         return False
     code = earlier.state.get("conditions", {}).get("code", {})
     commit = f", commit {code['commit'][:12]}" if code.get("commit") else ""
     changed_code = "; the code is another now" if any(code_differences(code)) else ""
     _log.info("Job %d is finished (sparse_exp %s%s%s): kept.", job.number, __version__, commit, changed_code)
     return True
-
-
-def _lost_files(earlier: Run) -> list[str]:
-    """Files of its stages that are gone or have another content, relative to its directory."""
-    return [name for stage in earlier.records for name in earlier.changed_outputs(stage)]
 
 
 def _prepare(job: Job, experiment: Experiment) -> None:

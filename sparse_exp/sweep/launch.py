@@ -112,8 +112,13 @@ def open_sweep(config: DictConfig) -> None:
     if sweep.config.rerun == "all":
         supersede_jobs(sweep.directory)
     command = shlex.join(["python", "-m", "sparse_exp", *sys.argv[1:]])
-    jobs_of = {"command": command, "jobs_of": naming.launched}
-    update_state(sweep.directory, **jobs_of, fixed=_fixed(config), launcher=launcher.name)
+    update_state(
+        sweep.directory,
+        command=command,
+        jobs_of=naming.launched,
+        fixed=_fixed(config),
+        launcher=launcher.name,
+    )
     _log.info("Sweep %s in %s", sweep.directory.name, sweep.directory)
 
 
