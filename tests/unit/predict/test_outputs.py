@@ -139,7 +139,7 @@ def test_one_process_at_a_time_writes_into_a_directory(tmp_path):
 def test_what_a_killed_prediction_left_half_written_is_in_nobodys_way(tmp_path):
     (tmp_path / ".picture.4711.part.jpg").touch()
     require_replaceable(tmp_path, overwrite=False, sources=[])
-    assert new_directory(tmp_path, overwrite=False, sources=[]) == tmp_path
+    assert new_directory(tmp_path, Path("outputs"), overwrite=False, sources=[]) == tmp_path
     assert list(tmp_path.iterdir()) == []
 
 

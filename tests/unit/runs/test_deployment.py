@@ -111,8 +111,9 @@ def test_what_a_run_has_exported(tmp_path):
 
 
 def test_graphs_are_counted_without_openvinos_weights_and_checkpoints(tmp_path):
-    deployment = filled(tmp_path, "model.onnx", "a.xml", "a.bin", "dense.pt", "class_names.json")
-    assert [path.name for path in deployment.files] == ["a.xml", "model.onnx"]
+    made = ["model.onnx", "dense.int8.openvino.xml", "dense.int8.openvino.bin", "dense.pt"]
+    deployment = filled(tmp_path, *made, "class_names.json")
+    assert [path.name for path in deployment.files] == ["dense.int8.openvino.xml", "model.onnx"]
 
 
 def test_clearing_leaves_what_no_export_has_made(tmp_path):
